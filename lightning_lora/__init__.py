@@ -1,0 +1,47 @@
+"""LoRA and DoRA for PyTorch Lightning: one callback turns any Trainer run into a fine-tuning run of adapters."""
+
+from lightning_lora.analysis.summary import Summary, summary
+from lightning_lora.callback import LoRA
+from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    DeadAdapterError,
+    LightningLoRAError,
+    TargetError,
+    UnsupportedError,
+)
+from lightning_lora.formats.checkpoint import load_from_checkpoint
+from lightning_lora.inject import eject, inject
+from lightning_lora.merge import MergeReport, merge, merge_and_unload, unmerge
+from lightning_lora.state import adapter_state_dict, adapters
+from lightning_lora.switch import disable_adapters
+from lightning_lora.targets import Plan, plan
+
+__all__ = [
+    "BaseMismatchError",
+    "CheckpointError",
+    "ConfigError",
+    "DeadAdapterError",
+    "LightningLoRAError",
+    "LoRA",
+    "LoRAConfig",
+    "MergeReport",
+    "Plan",
+    "Quantization",
+    "Summary",
+    "TargetError",
+    "UnsupportedError",
+    "adapter_state_dict",
+    "adapters",
+    "disable_adapters",
+    "eject",
+    "inject",
+    "load_from_checkpoint",
+    "merge",
+    "merge_and_unload",
+    "plan",
+    "summary",
+    "unmerge",
+]

@@ -1,0 +1,171 @@
+"""What every adapter is: a low-rank pair with float32 masters, and an equation for the merged weight."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.config import LoRAConfig
+
+
+class Host(Protocol):
+    """How the layer that an adapter sits on meets it; `layers` has one implementation per layer type."""
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The layer's own kind of product with the matrix B A, without scale and bias."""
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The forward of the frozen layer, bias included."""
+
+    def matrix(self) -> Tensor:
+        """The frozen weight as a matrix (out, in): a view."""
+
+    def per_row(self, vector: Tensor) -> Tensor:
+        """A vector (out,) in the shape that broadcasts over the layer's output."""
+
+    def bias_per_row(self) -> Tensor | None:
+        """The layer's bias in that shape, or None."""
+
+    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout on the adapter's input; the identity where the input can't be dropped (token ids)."""
+
+
+class Adapter(nn.Module):
+    """A low-rank pair A (r, in), B (out, r) on a layer whose weight is seen as a matrix W (out, in).
+
+    The tensors are plain parameters, not ``nn.Linear`` children: converters would quantise those. They are kept in
+    ``master_dtype`` whatever dtype the model is cast to, so that small updates are not rounded away, and are cast to
+    the input's dtype where they are used.
+
+    Args:
+        shape: (out, in) of the matrix.
+        r: Rank.
+        scaling: The factor s of the update s B A.
+        config: The configuration that this adapter belongs to.
+        dtype: Dtype of the master copies; a float64 layer gets float64.
+        device: Where to create them; may be meta.
+    """
+
+    variant: ClassVar[str]
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        r: int,
+        scaling: float,
+        config: LoRAConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.scaling, self.master_dtype = config, scaling, dtype
+        self.fresh = True  # nothing was trained or loaded into it yet: it may be initialised (again)
+        self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
+        # nn.TransformerEncoderLayer reads its linears' weights in a fused path, unless one of its modules has a hook.
+        self.register_forward_pre_hook(_computes_more_than_its_weight)
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.A.shape[0]
+
+    @classmethod
+    def parameter_count(cls, shape: tuple[int, int], r: int) -> int:
+        """Trainable parameters of an adapter of this rank on a matrix of this shape."""
+        return r * (shape[0] + shape[1])
+
+    @torch.no_grad()
+    def initialise(self, W: Tensor, A: Tensor, B: Tensor) -> None:
+        """Takes the initial factors; variants derive from W what else they need."""
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    @abstractmethod
+    def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The equation of the variant: the weight that this adapter turns W into.
+
+        Args:
+            W: Rows of the layer's matrix, (n, in), in float32 or float64.
+            rows: Which rows of the whole matrix they are, so that a merge can go chunk by chunk.
+
+        Returns:
+            (n, in), in the dtype of W.
+        """
+
+    @abstractmethod
+    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+        """Adds this adapter's part to ``out``.
+
+        Args:
+            host: The layer.
+            x: Its input.
+            base: The frozen layer's output for x.
+            out: ``base`` plus what other active adapters added.
+
+        Returns:
+            ``out`` plus the product of x with ``merged(W) - W``, in the dtype of ``out``.
+        """
+
+    def factors(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype to compute in: the input's, or the output's where the input is token ids."""
+        dtype = x.dtype if x.is_floating_point() else out.dtype
+        return self.A.to(dtype), self.B.to(dtype)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.B.shape[0]}x{self.A.shape[1]}, r={self.r}, scaling={self.scaling:g}"
+
+    def reset_parameters(self) -> None:
+        """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+        self.fresh = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
+
+        def keep_master_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            dtype = torch.float64 if moved.dtype == torch.float64 else self.master_dtype
+            return moved if moved.dtype == dtype else tensor.to(device=moved.device, dtype=dtype)
+
+        return super()._apply(keep_master_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint of the bare base loads strictly into an adapted model: its adapters are not missed in it."""
+        own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
+        if any(key in state_dict for key in own):
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+            self.fresh = False
+
+
+def _computes_more_than_its_weight(module: nn.Module, args: Any) -> None:
+    """Does nothing; that it is there is what counts."""
+
+
+_AdapterT = TypeVar("_AdapterT", bound=type[Adapter])
+_VARIANTS: dict[str, type[Adapter]] = {}
+
+
+def variant(name: str) -> Callable[[_AdapterT], _AdapterT]:
+    """Registers an adapter class. A decorator, since FSDP2 subclasses modules on the fly."""
+
+    def register(cls: _AdapterT) -> _AdapterT:
+        cls.variant = name
+        _VARIANTS[name] = cls
+        return cls
+
+    return register
+
+
+def variant_class(name: str) -> type[Adapter]:
+    """The adapter class of that name."""
+    return _VARIANTS[name]

@@ -1,0 +1,36 @@
+"""What a run is about to train, for the eye and for logs."""
+
+from typing import Any
+
+from rich.console import Console
+
+from lightning_lora.analysis.summary import Summary, format_bytes
+from lightning_lora.targets import Plan
+from lightning_lora.targets.table import table
+
+
+def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
+    """Prints the plan as a table, and the counts below it."""
+    console = Console()
+    grid = table(plan)
+    grid.title, grid.title_justify = f"LoRA adapter {adapter_name!r}", "left"
+    console.print(grid)
+    console.print(one_line(plan, counts, adapter_name), highlight=False)
+
+
+def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
+    """The same in one line, for a log."""
+    in_full = f" and {len(plan.modules_to_save)} modules in full" if plan.modules_to_save else ""
+    return f"LoRA adapter {adapter_name!r} on {len(plan.targets)} layers{in_full}: {counts}"
+
+
+def figures(plan: Plan, counts: Summary, adapter_name: str) -> dict[str, Any]:
+    """The same as values, for experiment loggers."""
+    values = {
+        "layers": len(plan.targets),
+        "trainable": counts.trainable,
+        "total": counts.total,
+        "percent": round(counts.percent, 4),
+        "adapter_size": format_bytes(counts.adapters.bytes),
+    }
+    return {f"lora/{adapter_name}/{key}": value for key, value in values.items()}

@@ -1,0 +1,344 @@
+"""The callback: it calls the functions of this package at the right moments of a Trainer run.
+
+In `Trainer._run` no callback hook lies between ``configure_model`` and the optimizers, and with one device the model is
+restored before the strategy is set up. So `LoRA.setup` puts thin wrappers on the *instances* that it is given, and
+takes them off when the run ends.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lightning_lora.analysis import summary
+from lightning_lora.analysis.report import figures, one_line, show
+from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.fingerprint import fingerprint
+from lightning_lora.formats.rng import gather_rng, restore_rng
+from lightning_lora.frozen import FrozenBuffers
+from lightning_lora.health import Watch, check_before, let_gradients_through
+from lightning_lora.inits import Init
+from lightning_lora.inject import apply, freeze, initialise, name_problems, settle, withdraw
+from lightning_lora.optim import complete_optimizers, restore_ratios
+from lightning_lora.strategies import StrategyAdapter, strategy_adapter
+from lightning_lora.targets import Plan, draft
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    CallbackBase = Callback
+else:
+    # The two Lightning packages have unrelated Callback classes: one that derives from both works in both.
+    import lightning.pytorch
+    import pytorch_lightning
+
+    CallbackBase = type("CallbackBase", (lightning.pytorch.Callback, pytorch_lightning.Callback), {})
+
+log = logging.getLogger("lightning_lora")
+
+
+class LoRA(CallbackBase):
+    r"""Turns any Trainer run into a LoRA or DoRA run.
+
+    When a run is set up, it adds low-rank adapters to the model (built in ``__init__``, ``setup`` or
+    ``configure_model``), freezes the rest, and sees to it that optimizers hold, and checkpoints contain, exactly what
+    is trained. A layer with weight W then computes :math:`(W + s B A) x`; see `LoRAConfig`.
+
+    Put it before callbacks that copy the model. Not built yet: FSDP, ModelParallel and DeepSpeed strategies.
+
+    Args:
+        r: Rank of A and B.
+        lora_alpha: Scale of the update, before it is divided by r.
+        lora_dropout: Probability of dropout on the adapter's input.
+        target_modules: ``all-linear``, ``attention``, ``mlp``, a regex, or a list of suffixes, globs and ``re:...``.
+        exclude_modules: The same forms.
+        target_parameters: Names of parameters that are read, not called.
+        layers_to_transform: Indices of the blocks to adapt, or a mapping from a tower to its indices.
+        rank_pattern: Ranks that differ from r, by pattern.
+        alpha_pattern: Values that differ from lora_alpha, by pattern.
+        use_rslora: Scale by the square root of r.
+        use_dora: Train the magnitude of each output row too.
+        dora_dropout: ``input`` as in PEFT, or ``lora``: on the low-rank branch only.
+        init_lora_weights: ``kaiming``, ``gaussian``, or an Init object.
+        bias: ``none``, ``all`` or ``lora_only``.
+        modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
+        trainable_token_indices: Rows of the token embedding to train.
+        loraplus_lr_ratio: Learning rate of B over that of A (LoRA+).
+        quantization: How to quantise the frozen base.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        adapter_name: Key of this adapter in the model and in checkpoints.
+        adapter_dtype: Dtype of the master copies of A, B and magnitude; products follow the input's dtype.
+        init_from: A PEFT folder or adapter checkpoint to start from.
+        save_peft: Write a PEFT folder beside every checkpoint.
+
+    Raises:
+        ConfigError: With everything that is wrong with the arguments.
+        UnsupportedError: For an argument whose feature is not built yet.
+
+    Example:
+        >>> LoRA(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).config.r
+        16
+    """
+
+    def __init__(
+        self,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        target_parameters: list[str] | None = None,
+        layers_to_transform: int | list[int] | dict[str, list[int]] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        dora_dropout: Literal["input", "lora"] = "input",
+        init_lora_weights: str | Init = "kaiming",
+        bias: Literal["none", "all", "lora_only"] = "none",
+        modules_to_save: Literal["auto"] | list[str] | None = "auto",
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        loraplus_lr_ratio: float | None = None,
+        quantization: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | Quantization | None = None,
+        gradient_checkpointing: bool = False,
+        adapter_name: str = "default",
+        adapter_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+        init_from: str | os.PathLike[str] | None = None,
+        save_peft: bool = False,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        own = {name: given.pop(name) for name in _OWN_ARGUMENTS}
+        problems = _own_problems(own)
+        try:
+            self.config = LoRAConfig(**given)
+        except ConfigError as error:
+            problems = [*error.problems, *problems]
+        raise_all(ConfigError, problems, "LoRA")
+        raise_all(UnsupportedError, [f"{name} is not built yet" for name in _UNBUILT if own[name]], "LoRA")
+        self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
+        self._dtype: torch.dtype = getattr(torch, adapter_dtype)
+        self._undo: list[Callable[[], None]] = []
+        self._plan = Plan(targets=())
+        self._strategy: StrategyAdapter | None = None
+        self._watch: Watch | None = None
+        self._buffers: FrozenBuffers | None = None
+        self._rng: dict[str, Any] | None = None
+
+    @override
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Called when fit, validate, test or predict begins. Wraps what Lightning calls next, and injects.
+
+        Three times, as the model may be built in ``__init__``, in ``setup`` or in ``configure_model``: what is there
+        is adapted at once (callbacks behind this one may copy it), and what the parts are for is decided anew when
+        more has come.
+        """
+        self._release()
+        self._check_company(trainer)
+        self._strategy = strategy_adapter(trainer.strategy)
+        self._strategy.install()
+        lazy = _overrides_configure_model(pl_module)
+        self._inject(pl_module, last=False)
+        self._call_after(pl_module, "setup", functools.partial(self._inject, pl_module, last=not lazy))
+        if lazy:
+            self._call_after(pl_module, "configure_model", functools.partial(self._inject, pl_module, last=True))
+        if stage == "fit":
+            self._replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
+
+    @override
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when fit begins, behind the strategy's setup. Says what will be trained."""
+        initialise(pl_module)
+        settle(pl_module)
+        counts = summary(pl_module)
+        if trainer.is_global_zero and not trainer.barebones:
+            show(self._plan, counts, self.adapter_name)
+        rank_zero_info(one_line(self._plan, counts, self.adapter_name))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(figures(self._plan, counts, self.adapter_name))
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when training begins. Refuses a run that could not train, and watches its first steps."""
+        optimizers = _plain_optimizers(trainer)
+        check_before(pl_module, optimizers)
+        restore_ratios(optimizers)
+        self._watch = Watch(pl_module, optimizers)
+        self._buffers = FrozenBuffers(pl_module)
+        loop = trainer.fit_loop
+        if self._rng is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
+            restore_rng(self._rng)  # again: making the iterator of the epoch's rest drew from it
+        self._rng = None
+
+    @override
+    def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
+        """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
+        if self._buffers is not None and (changed := self._buffers.restore()) and trainer.global_step <= 1:
+            log.info("Buffers of the frozen base changed in training and were put back: %s", listing(changed))
+
+    @override
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when training ends. Warns about what never moved."""
+        if self._watch is not None:
+            self._watch.close(finished=True)
+        self._watch = self._buffers = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when a full checkpoint is saved. Adds the random states of all ranks."""
+        checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
+        if "averaging_state" in checkpoint:  # weight averaging loads whole models: complete them with the base
+            base = {key: value for key, value in pl_module.state_dict().items()}
+            for part in ("state_dict", "current_model_state"):
+                checkpoint[part] = {**base, **checkpoint[part]}
+        states = checkpoint.get(META, {}).get("rng")
+        if states is None or trainer.state.fn != "fit":
+            return
+        if len(states) == trainer.world_size:
+            self._rng = states[trainer.global_rank]
+            restore_rng(self._rng)
+        else:
+            rank_zero_info("The checkpoint is from a run with another number of processes: random states are not restored")
+
+    @override
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Called when fit, validate, test or predict ends. Takes the wrappers off the module."""
+        self._release()
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Called when a run is broken off, in which case teardown is not. Takes the wrappers off the module."""
+        self._release()
+        if isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
+            exception.add_note(
+                "lightning_lora: only the adapters need gradients, and none reached the loss. If the layers lie in a "
+                "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
+            )
+
+    def _check_company(self, trainer: "Trainer") -> None:
+        """Refuses what else in the Trainer would undo the adapters."""
+        others = [(i, type(c).__name__, _names_of_bases(c)) for i, c in enumerate(trainer.callbacks)]
+        twins = [c for c in trainer.callbacks if isinstance(c, LoRA) and c.adapter_name == self.adapter_name]
+        place = next(i for i, callback in enumerate(trainer.callbacks) if callback is self)
+        problems, unsupported = [], []
+        if len(twins) > 1:
+            problems.append(f"{len(twins)} LoRA callbacks have adapter_name={self.adapter_name!r}: give each its own name")
+        for i, name, bases in others:
+            if "WeightAveraging" in bases and i < place:
+                problems.append(f"{name} copies the model before adapters are added: put LoRA first in callbacks")
+            if "StochasticWeightAveraging" in bases:
+                unsupported.append(f"{name} can't be used with adapters; EMAWeightAveraging behind LoRA can")
+        if (plugin := type(trainer.precision_plugin).__name__) in ("BitsandbytesPrecision", "TransformerEnginePrecision"):
+            unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
+        raise_all(ConfigError, problems, "LoRA")
+        raise_all(UnsupportedError, unsupported, "LoRA")
+
+    def _inject(self, model: nn.Module, last: bool) -> None:
+        withdraw(model, self.adapter_name)
+        drafted, problems = draft(model, self.config)
+        if last:
+            raise_all(TargetError, problems, "LoRA")
+        elif problems:
+            return
+        apply(model, self.config, drafted, self.adapter_name, self._dtype)
+        initialise(model)
+        self._plan = drafted
+        if last and self._strategy is not None:
+            self._strategy.base = fingerprint(model)
+
+    def _configure_optimizers(self, model: "LightningModule") -> Callable[[], Any]:
+        original = model.configure_optimizers
+
+        @functools.wraps(original)
+        def configure_optimizers() -> Any:
+            initialise(model)  # what was on the meta device until now
+            freeze(model)  # users freeze and thaw in their own hooks
+            if helped := let_gradients_through(model):
+                rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
+            configured = original()
+            complete_optimizers(model, configured, self.adapter_name, self.loraplus_lr_ratio)
+            return configured
+
+        return configure_optimizers
+
+    def _call_after(self, obj: object, name: str, then: Callable[[], None]) -> None:
+        original = getattr(obj, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            then()
+            return result
+
+        self._replace(obj, name, wrapped)
+
+    def _replace(self, obj: object, name: str, value: Any) -> None:
+        """Sets an attribute on the instance until `_release`."""
+        if name in vars(obj):
+            self._undo.append(functools.partial(object.__setattr__, obj, name, vars(obj)[name]))
+        else:
+            self._undo.append(functools.partial(object.__delattr__, obj, name))
+        object.__setattr__(obj, name, value)
+
+    def _release(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = self._buffers = None
+
+
+_OWN_ARGUMENTS = (
+    "loraplus_lr_ratio",
+    "quantization",
+    "gradient_checkpointing",
+    "adapter_name",
+    "adapter_dtype",
+    "init_from",
+    "save_peft",
+)
+_UNBUILT = ("quantization", "gradient_checkpointing", "init_from", "save_peft")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
+
+
+def _own_problems(own: dict[str, Any]) -> list[str]:
+    problems = name_problems(own["adapter_name"])
+    ratio, dtype, mode = own["loraplus_lr_ratio"], own["adapter_dtype"], own["quantization"]
+    if ratio is not None and (not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf):
+        problems.append(f"loraplus_lr_ratio must be a positive number, got {ratio!r}")
+    if dtype not in _DTYPES:
+        problems.append(f"adapter_dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.{did_you_mean(str(dtype), _DTYPES)}")
+    if isinstance(mode, str) and mode not in _MODES:
+        problems.append(f"quantization must be one of {', '.join(_MODES)}, got {mode!r}.{did_you_mean(mode, _MODES)}")
+    return problems
+
+
+def _overrides_configure_model(module: "LightningModule") -> bool:
+    lightning_class: Any = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    return getattr(module.configure_model, "__func__", None) is not lightning_class.configure_model
+
+
+def _names_of_bases(obj: object) -> set[str]:
+    return {cls.__name__ for cls in type(obj).__mro__}
+
+
+def _plain_optimizers(trainer: "Trainer") -> list[Any]:
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]

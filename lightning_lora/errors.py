@@ -1,0 +1,66 @@
+"""Every error this package raises on purpose.
+
+    LightningLoRAError
+    ├── ConfigError (ValueError)            an argument is wrong; the message lists all that are
+    ├── TargetError (ValueError)            a pattern, or the model it is applied to, is wrong
+    ├── CheckpointError (RuntimeError)      a file does not fit this run
+    │   └── BaseMismatchError               ... because it was trained on another base
+    ├── UnsupportedError (NotImplementedError)   asked for something that is not built, or can't work
+    └── DeadAdapterError (RuntimeError)     something that should train does not
+
+Each message says what was wrong, what was found, and what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LightningLoRAError(Exception):
+    """Base class of all errors raised by lightning_lora. ``problems`` lists what is wrong, one by one."""
+
+    problems: tuple[str, ...] = ()
+
+
+class ConfigError(LightningLoRAError, ValueError):
+    """One or more arguments are wrong. Nothing was changed."""
+
+
+class TargetError(LightningLoRAError, ValueError):
+    """A pattern matches nothing, or the model cannot be adapted as asked. Nothing was changed."""
+
+
+class CheckpointError(LightningLoRAError, RuntimeError):
+    """A checkpoint does not fit the model or the configuration of this run. Nothing was loaded."""
+
+
+class BaseMismatchError(CheckpointError):
+    """The adapter was trained on another base model than the one it is loaded into."""
+
+
+class UnsupportedError(LightningLoRAError, NotImplementedError):
+    """The feature is not built, or cannot work in this combination."""
+
+
+class DeadAdapterError(LightningLoRAError, RuntimeError):
+    """A tensor that should be trained gets no gradient, is in no optimizer, or does not move."""
+
+
+def raise_all(error: type[LightningLoRAError], problems: Iterable[str], context: str = "") -> None:
+    """Raises one ``error`` that lists every problem; does nothing when there is none."""
+    if problems := tuple(problems):
+        lines = problems if len(problems) == 1 else [f"{len(problems)} problems:", *(f"  - {p}" for p in problems)]
+        raised = error(f"{context}: " * bool(context) + "\n".join(lines))
+        raised.problems = problems
+        raise raised
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'q_proj', 'k_proj'?``, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def listing(names: Iterable[str], limit: int = 6) -> str:
+    """The first names of a long list, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

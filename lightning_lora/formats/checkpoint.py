@@ -1,0 +1,148 @@
+"""The adapter checkpoint: a normal Lightning ``.ckpt`` that holds what the run trains and not the base.
+
+``state_dict`` holds the tensors of `adapter_state_dict`. ``lightning_lora`` says what they are::
+
+    {"format": 1,
+     "adapters": {name: LoRAConfig as plain types},
+     "base": the fingerprint of the frozen weights,
+     "versions": {"lightning_lora": ..., "torch": ..., "lightning": ...},
+     "rng": the random states of every rank (not in a weights-only file)}
+
+Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it.
+"""
+
+import io
+import os
+import warnings
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, listing, raise_all
+from lightning_lora.formats.files import read
+from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.inject import apply, initialise, settle
+from lightning_lora.state import adapter_state_dict, adapters, load_adapter_state
+from lightning_lora.targets import plan
+
+META = "lightning_lora"
+FORMAT = 1
+
+_MATHEMATICS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_PLACES = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save")
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
+    """The ``lightning_lora`` entry for the adapters that a model has now."""
+    return {
+        "format": FORMAT,
+        "adapters": {name: config.to_dict() for name, config in adapters(model).items()},
+        "base": base,
+        "versions": {name: version(name) for name in ("lightning-lora", "torch", "lightning")},
+    }
+
+
+def is_adapter_checkpoint(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds adapters without their base."""
+    return META in checkpoint
+
+
+def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> None:
+    """Loads an adapter checkpoint into a model that has the same adapters.
+
+    Args:
+        model: The model.
+        checkpoint: What the file holds.
+        base: The fingerprint of the model's frozen weights.
+
+    Raises:
+        CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
+        BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
+    """
+    meta = checkpoint[META]
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else meta
+        raise CheckpointError(
+            f"this version reads adapter checkpoints of format {FORMAT}, the file has {found!r}: install the "
+            "lightning-lora that wrote it, or a newer one"
+        )
+    saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
+    raise_all(CheckpointError, _differences(saved, current, _MATHEMATICS), "the checkpoint holds another adapter")
+    compare(meta["base"], base)
+    try:
+        load_adapter_state(model, checkpoint["state_dict"])
+    except CheckpointError as error:
+        hints = _differences(saved, current, _PLACES)
+        raise CheckpointError("\n".join([str(error), *hints])) from None
+
+
+def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[str], **init_kwargs: Any) -> _ModuleT:
+    """A LightningModule with its adapters: the base from the class, the adapters from the file.
+
+    ``ModuleClass.load_from_checkpoint`` runs no callbacks, so that an adapter checkpoint would give the bare base (or
+    an error about missing keys).
+
+    Args:
+        module_class: The LightningModule's class. Its ``__init__`` (or ``configure_model``) builds the base.
+        path: An adapter checkpoint.
+        **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
+
+    Returns:
+        The module on the CPU, adapters active.
+
+    Raises:
+        CheckpointError: If the file holds no adapters or does not fit.
+        BaseMismatchError: If the class builds another base than the adapters were trained on.
+    """
+    checkpoint = read(path)
+    if not is_adapter_checkpoint(checkpoint):
+        raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
+    stripped = io.BytesIO()
+    torch.save({**checkpoint, "state_dict": {}}, stripped)
+    stripped.seek(0)
+    with warnings.catch_warnings():  # that the base is not in the file is the point of it
+        warnings.filterwarnings("ignore", message=".*(contains no parameters|not in the checkpoint)")
+        loader: Any = module_class.load_from_checkpoint  # type: ignore[attr-defined]
+        model: _ModuleT = loader(stripped, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
+    for name, values in checkpoint[META]["adapters"].items():
+        config = LoRAConfig.from_dict(values)
+        dtypes = [t.dtype for key, t in checkpoint["state_dict"].items() if key.endswith(f".lora.{name}.A")]
+        apply(model, config, plan(model, config), name, *dtypes[:1])
+    initialise(model)
+    load_adapters(model, checkpoint, fingerprint(model))
+    settle(model)
+    return model
+
+
+def is_base_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is a full one without adapters, of the base of this model."""
+    return not is_adapter_checkpoint(checkpoint) and not (
+        checkpoint.get("state_dict", {}).keys() & _adapter_keys(model)
+    )
+
+
+def keep_weights_only(checkpoint: dict[str, Any]) -> None:
+    """Takes out of a loaded checkpoint, in place, what belongs to the run that wrote it."""
+    for key in ("loops", "callbacks"):
+        checkpoint.pop(key, None)
+    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+
+
+def _adapter_keys(model: nn.Module) -> set[str]:
+    return {key for key in adapter_state_dict(model) if ".lora." in key}
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], fields: tuple[str, ...]) -> list[str]:
+    if saved.keys() != current.keys():
+        return [f"adapters {listing(saved)} -> {listing(current)}: adapter_name says which one this run has"]
+    return [
+        f"{name}: {field}: {saved[name].get(field)!r} -> {current[name].get(field)!r}"
+        for name in saved
+        for field in fields
+        if saved[name].get(field) != current[name].get(field)
+    ]

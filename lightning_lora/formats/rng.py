@@ -1,0 +1,40 @@
+"""The state of the random generators, as plain types: Lightning stores none, and dropout and shuffling need it."""
+
+import random
+from typing import Any
+
+import numpy
+import torch
+from torch import distributed
+
+
+def collect_rng() -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and this device's generators, readable with ``torch.load(weights_only=True)``."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, *rest = numpy.random.get_state(legacy=True)
+    return {
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+        "numpy": [str(algorithm), torch.from_numpy(numpy.asarray(keys).astype("int64")), *map(float, rest)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def gather_rng() -> list[dict[str, Any]]:
+    """The states of all ranks, in their order. A collective: every rank calls it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [collect_rng()]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, collect_rng())
+    return states
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Puts the generators back into a collected state."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((algorithm, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,38 @@
+"""Buffers of a frozen base that some layers change in train mode all the same."""
+
+from torch import Tensor, nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.inject import TRAINED
+from lightning_lora.state import own_state_modules, persistent_buffers
+
+
+class FrozenBuffers:
+    """Remembers the persistent buffers of a frozen base, and puts them back where a training step changed them.
+
+    Running statistics are locked (`lightning_lora.layers.lock_statistics`); this is for what can't be known by type: a
+    codebook with moving averages, an observer, a counter. They are in no adapter checkpoint, so that without this
+    the saved adapter would not be the one that was validated.
+
+    Args:
+        model: The model; a LightningModule's own buffers, and those of modules trained in full, are not touched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {id(module) for _, module in own_state_modules(model)}
+        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] = []
+        for module in model.modules():
+            if id(module) not in own and not isinstance(module, Adapter) and TRAINED not in vars(module):
+                for key, buffer in persistent_buffers(module):
+                    self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
+
+    def restore(self) -> list[str]:
+        """Puts changed buffers back; returns the names (class and key) of those."""
+        changed = []
+        for i, (module, key, buffer, version, value) in enumerate(self._kept):
+            if module._buffers.get(key) is not buffer or buffer._version != version:
+                changed.append(f"{type(module).__name__}.{key}")
+                buffer.copy_(value)
+                module._buffers[key] = buffer
+                self._kept[i] = (module, key, buffer, buffer._version, value)
+        return changed

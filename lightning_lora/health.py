@@ -1,0 +1,192 @@
+"""A run cannot silently fail to train.
+
+Before the first step `check_before` refuses what could not train. During the first optimizer steps `Watch` looks at
+every tensor that should: it must get a gradient, and it must move.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_lora.errors import DeadAdapterError, listing, raise_all
+from lightning_lora.inject import MERGED
+from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.names import clean
+from lightning_lora.optim import require_trained
+from lightning_lora.state import trained_parameters
+from lightning_lora.targets.probe import obstacle
+from lightning_lora.targets.roles import is_pretrained
+from lightning_lora.targets.walk import nodes
+
+PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
+
+
+def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Refuses a run in which something could not train.
+
+    Raises:
+        DeadAdapterError: Naming the layers and the way out.
+    """
+    problems = []
+    layers = dict(lora_layers(model))
+    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
+        problems.append(f"adapters are merged into {listing(merged)} and would get no gradient: call ll.unmerge(model)")
+    for name, layer in layers.items():
+        for adapter_name, adapter in layer.lora.items():
+            if adapter.scaling == 0:
+                problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
+            if adapter_name not in layer.lora_active and MERGED not in vars(layer):
+                problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
+    verdicts: dict[type, str | None] = {}
+    problems += [f"{n.name}: {why}" for n in nodes(model).values() if n.name in layers and (why := obstacle(n, verdicts))]
+    frozen = [name for name, p in trained_parameters(model) if not p.requires_grad]
+    if frozen:
+        problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added, not after")
+    raise_all(DeadAdapterError, problems, "the adapters could not train")
+    require_trained(model, optimizers)
+
+
+def let_gradients_through(model: nn.Module) -> list[str]:
+    """Makes reentrant activation checkpointing of transformers models work behind a frozen embedding.
+
+    A reentrant checkpoint gives no gradients to what is inside if none of its inputs needs one, and with a frozen
+    embedding none does.
+
+    Returns:
+        The names of these models; the embeddings' outputs now ask for gradients.
+    """
+    helped: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
+        if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
+            if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
+                module.enable_input_require_grads()  # type: ignore[operator]
+            helped.append(name)
+    return helped
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    keywords = getattr(function, "keywords", {})
+    return function is not None and getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant", True)
+
+
+class Watch:
+    """Looks at every trained tensor during the first optimizer steps, and then goes away.
+
+    A tensor is well once an optimizer step found it with a gradient and changed it. It may wait for that as long as
+    its learning rate or its gradient is 0, or its layer was not reached (an expert without tokens, LayerDrop), for
+    `PATIENCE` steps. It is dead at once if its layer was called and no gradient came, or if the module around its
+    layer was called and the layer itself was not: then its weight is read instead.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers, each of which is watched from its own first step on.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self._names = {id(p): name for name, p in trained_parameters(model)}
+        self._before: dict[int, Tensor] = {}
+        self._steps: dict[int, int] = {}
+        self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+        self._called: set[int] = set()
+        self._moved: set[int] = set()  # owners with a tensor that moved
+        self._handles: list[RemovableHandle] = []
+        compiled = _below_compiled(model)
+        for node in nodes(model).values():
+            parents = [p for p in node.parents if p is not model] if isinstance(node.module, LoRALayer) else []
+            for parameter in self._watched_of(node.module):
+                self._owners[id(parameter)] = node.module, parents
+                for module in (node.module, *parents):
+                    if id(module) in compiled:  # a hook would be traced into the graph
+                        self._called.add(id(module))
+                    else:
+                        self._handles.append(module.register_forward_pre_hook(self._note_call))
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def close(self, finished: bool = False) -> None:
+        """Takes all hooks off. If the run is over, warns about layers of which nothing has moved yet."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        still = [name for key, name in self._names.items() if id(self._owners[key][0]) not in self._moved]
+        if finished and still:
+            warnings.warn(
+                f"{len(still)} trainable tensors never moved in this run: {listing(still, 4)}. Their learning rate or "
+                "gradient was 0, or their layers were not reached, in all of its steps",
+                stacklevel=2,
+            )
+        self._names, self._before = {}, {}
+
+    def _watched_of(self, module: nn.Module) -> list[nn.Parameter]:
+        own = module.lora.parameters() if isinstance(module, LoRALayer) else module._parameters.values()
+        return [p for p in own if p is not None and id(p) in self._names]
+
+    def _note_call(self, module: nn.Module, args: Any) -> None:
+        self._called.add(id(module))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, _ in self._waiting(optimizer):
+            self._before[id(parameter)] = parameter.detach().clone()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
+        dead: dict[str, list[str]] = {}
+        for parameter, lr in list(self._waiting(optimizer)):
+            verdict = self._verdict(parameter, float(lr), self._before.pop(id(parameter)))
+            if verdict is True:
+                del self._names[id(parameter)]
+                self._moved.add(id(self._owners[id(parameter)][0]))
+            elif verdict is not None:
+                dead.setdefault(verdict, []).append(self._names[id(parameter)])
+        if not dead and self._steps[id(optimizer)] >= PATIENCE:
+            late = [self._names.pop(id(p)) for p, _ in list(self._waiting(optimizer))]
+            if late := [name for name in late if "expert" not in name]:
+                dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = late
+        if dead:
+            self.close()
+            raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
+        if not self._names:
+            self.close()
+
+    def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
+        for group in optimizer.param_groups:
+            yield from ((p, group["lr"]) for p in group["params"] if id(p) in self._names)
+
+    def _verdict(self, parameter: nn.Parameter, lr: float, before: Tensor) -> bool | str | None:
+        """True: well. None: it may wait. Otherwise why it is dead."""
+        owner, parents = self._owners[id(parameter)]
+        if parameter.grad is None:
+            if id(owner) in self._called:
+                return f"called, but no gradient came back. {_WAYS_OUT['called']}"
+            if any(id(parent) in self._called for parent in parents):
+                return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
+            return None
+        if not torch.equal(parameter.detach(), before):
+            return True
+        if lr and parameter.grad.any() and not before.any():
+            return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
+        return None
+
+
+_WAYS_OUT = {
+    "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
+    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
+    "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
+    "stuck": "Check the optimizer and what is done to gradients before its step",
+    "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
+    "small ones), or its layer was never reached (exclude_modules)",
+}
+
+
+def _below_compiled(model: nn.Module) -> set[int]:
+    """The modules that run inside a compiled one."""
+    roots = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
+    return {id(module) for root in roots for module in root.modules()}

@@ -1,0 +1,32 @@
+"""How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
+
+from lightning_lora.layers import activation, conv, conv1d, embedding  # noqa: F401  (registers the layer types)
+from lightning_lora.layers.swap import (
+    LockedStatistics,
+    LoRALayer,
+    attach,
+    detach,
+    is_quantized,
+    kind_of,
+    lock_statistics,
+    lora_class,
+    lora_layers,
+    original_type,
+    reaches_base_forward,
+    unlock_statistics,
+)
+
+__all__ = [
+    "LoRALayer",
+    "LockedStatistics",
+    "attach",
+    "detach",
+    "is_quantized",
+    "kind_of",
+    "lock_statistics",
+    "lora_class",
+    "lora_layers",
+    "original_type",
+    "reaches_base_forward",
+    "unlock_statistics",
+]

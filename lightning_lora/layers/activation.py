@@ -1,0 +1,25 @@
+"""nn.Linear and its subclasses: y = f(x) + what the active adapters add."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.layers.swap import LoRALayer, adapts
+
+
+@adapts("torch.nn.modules.linear.Linear")
+class LoRALinear(LoRALayer):
+    """x (..., in) meets A (r, in) and B (out, r)."""
+
+    dense_linear = True
+
+    @override
+    @staticmethod
+    def matrix_shape(layer: Any) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    @override
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)

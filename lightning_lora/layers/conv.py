@@ -1,0 +1,44 @@
+"""nn.Conv1d, nn.Conv2d and nn.Conv3d, with any stride, padding, dilation and groups."""
+
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.layers.swap import LoRALayer, adapts
+
+_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@adapts("torch.nn.modules.conv.Conv1d", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv3d")
+class LoRAConv(LoRALayer):
+    """The kernel (out, in/groups, ...) is the matrix (out, in/groups · positions).
+
+    A is a convolution of the layer's own shape to r channels, B a pointwise one. With groups, each group of input
+    channels meets the same A and its own rows of B, which is what a low-rank change of the grouped kernel computes.
+    """
+
+    @override
+    @staticmethod
+    def matrix_shape(layer: Any) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels // layer.groups * prod(layer.kernel_size)
+
+    @override
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.detach().flatten(1)
+
+    @override
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        layer: Any = self
+        down = A.view(A.shape[0], *layer.weight.shape[1:])
+        down = down.repeat(layer.groups, *[1] * (down.dim() - 1)) if layer.groups > 1 else down
+        up = B.view(*B.shape, *[1] * len(layer.kernel_size))
+        h = layer._conv_forward(x, down, None)
+        return _POINTWISE[len(layer.kernel_size)](h, up, groups=layer.groups)
+
+    @override
+    def per_row(self, vector: Tensor) -> Tensor:
+        layer: Any = self
+        return vector.view(-1, *[1] * len(layer.kernel_size))

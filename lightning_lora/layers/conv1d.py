@@ -1,0 +1,23 @@
+"""transformers' Conv1D (GPT-2): a dense linear whose weight is stored transposed."""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.layers.activation import LoRALinear
+from lightning_lora.layers.swap import adapts
+
+
+@adapts("transformers.pytorch_utils.Conv1D")
+class LoRAConv1D(LoRALinear):
+    """x (..., in) meets the same A and B as in a linear; the weight is (in, out)."""
+
+    @override
+    @staticmethod
+    def matrix_shape(layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    @override
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.detach().T

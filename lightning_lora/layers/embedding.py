@@ -1,0 +1,60 @@
+"""nn.Embedding and its subclasses (scaled ones too)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.layers.swap import LoRALayer, adapts
+
+
+@adapts("torch.nn.modules.sparse.Embedding")
+class LoRAEmbedding(LoRALayer):
+    """The table (tokens, dim) is the matrix (dim, tokens): A is (r, tokens), looked up; B is (dim, r).
+
+    ``max_norm`` is applied to the adapted rows, out of place: the frozen table is never written to. Token ids can't
+    be dropped, so ``lora_dropout`` has no effect here, as in PEFT.
+    """
+
+    @override
+    @staticmethod
+    def matrix_shape(layer: Any) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    @override
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.detach().T
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        out = super().forward(input, *args, **kwargs)
+        if layer.max_norm is None:
+            return out
+        norms = torch.linalg.vector_norm(out.detach(), layer.norm_type, dim=-1, keepdim=True)
+        return out * torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), 1.0).to(out.dtype)
+
+    @override
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._look_up(input, self.weight)
+
+    @override
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(self._look_up(x, A.T), B)
+
+    @override
+    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        return x
+
+    @override
+    def initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
+        """A zero and B normal, whatever the initialisation, as in PEFT: a look-up of a random A is not small."""
+        dim, tokens = self.matrix_shape(self)
+        return torch.zeros(r, tokens), torch.randn(dim, r, generator=generator), None
+
+    def _look_up(self, ids: Tensor, table: Any) -> Tensor:
+        layer: Any = self
+        return F.embedding(ids, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)

@@ -1,0 +1,197 @@
+"""Adapters into the base weights and out again."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.inject import MERGED, eject
+from lightning_lora.layers import LoRALayer, is_quantized, lora_layers
+from lightning_lora.names import clean
+from lightning_lora.ops.norms import accumulation_dtype, row_chunks
+from lightning_lora.targets.roles import is_pretrained
+from lightning_lora.targets.walk import parameter_owners
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What became of one layer's update.
+
+    Args:
+        adapters: The adapters that were merged.
+        norm: Frobenius norm of ΔW.
+        survived: The part of ΔW that is left after rounding to the weight's dtype, as the projection of the change on
+            ΔW; 1 is all of it.
+        error: Norm of what rounding added, over the norm of ΔW.
+        untied: Names of parameters that shared this weight and keep the base's values.
+    """
+
+    adapters: tuple[str, ...]
+    norm: float
+    survived: float
+    error: float
+    untied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did, per layer name. Prints as a few lines."""
+
+    layers: dict[str, LayerMerge] = field(default_factory=dict)
+
+    @override
+    def __str__(self) -> str:
+        changed = {name: layer for name, layer in self.layers.items() if layer.norm > 0}
+        lines = [f"merged {len(self.layers)} layers, {len(changed)} of them changed"]
+        if changed:
+            worst = min(changed, key=lambda name: changed[name].survived)
+            mean = sum(layer.survived for layer in changed.values()) / len(changed)
+            lines.append(f"of the updates {mean:.1%} survived rounding; least in {worst}: {changed[worst].survived:.1%}")
+        if untied := [name for name, layer in self.layers.items() if layer.untied]:
+            lines.append(f"tied weights were untied: {listing(untied)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Merged:
+    """Kept on a merged layer: the base's own parameters, and what to make active again."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    active: tuple[str, ...]
+
+
+def merge(
+    model: nn.Module, adapter_names: str | Iterable[str] | None = None, dtype: torch.dtype | str | None = None
+) -> MergeReport:
+    r"""Merges adapters into the weights of their layers: :math:`W' = W + \sum_i (\mathrm{merged}_i(W) - W)`.
+
+    Sums are taken in float32 (float64 for float64 weights) and rounded once. The base's own weights are kept, so that
+    `unmerge` is exact; merged layers take that much more memory meanwhile. A weight that is tied to another module is
+    untied for as long as it is merged: the other end keeps the base's values.
+
+    Args:
+        model: The model, or a part of it.
+        adapter_names: Which adapters; the active ones by default.
+        dtype: Dtype of the merged weights and biases; that of the base by default.
+
+    Returns:
+        How much of each layer's update survived rounding.
+
+    Raises:
+        ConfigError: If there is no such adapter.
+        UnsupportedError: If adapters are merged already, or the base can't be written to.
+    """
+    layers = dict(lora_layers(model))
+    wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names and list(adapter_names)
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
+    raise_all(
+        ConfigError,
+        [f"there is no adapter {n!r}.{did_you_mean(n, known)} Known: {[*known]}" for n in wanted or () if n not in known],
+        "merge",
+    )
+    problems = [] if layers else ["the model has no adapters"]
+    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
+        problems.append(f"adapters are merged already into {listing(merged)}: call ll.unmerge first")
+    if quantized := [name for name, layer in layers.items() if is_quantized(layer)]:
+        problems.append(f"merging into a quantised base is not built yet: {listing(quantized)}")
+    raise_all(UnsupportedError, problems, "merge")
+    owners, target = parameter_owners(model), getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    report = {}
+    for name, layer in layers.items():
+        chosen = layer.lora_active if wanted is None else tuple(n for n in wanted if n in layer.lora)
+        if chosen:
+            tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
+            report[clean(name)] = _merge_layer(layer, chosen, target, tied)
+    return MergeReport(report)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the base's own weights back, bit for bit, and makes the adapters active that were.
+
+    Raises:
+        UnsupportedError: If nothing is merged.
+    """
+    merged = [layer for _, layer in lora_layers(model) if MERGED in vars(layer)]
+    if not merged:
+        raise UnsupportedError("unmerge: no adapter is merged")
+    for layer in merged:
+        state = vars(layer).pop(MERGED)
+        layer._parameters["weight"], layer.lora_active = state.weight, state.active
+        if state.bias is not None:
+            layer._parameters["bias"] = state.bias
+
+
+def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
+    """Merges the active adapters for good: plain modules with the original keys.
+
+    Args:
+        model: The model, or a part of it.
+        dequantize: A 4-bit base becomes dense first.
+
+    Returns:
+        The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
+        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
+
+    Raises:
+        UnsupportedError: As `merge` and `eject` do.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> _ = inject(model, LoRAConfig(r=2))
+        >>> type(merge_and_unload(model)[0]).__name__
+        'Linear'
+    """
+    if not any(MERGED in vars(layer) for _, layer in lora_layers(model)):
+        merge(model)
+    untied = False
+    for _, layer in lora_layers(model):
+        state = vars(layer).pop(MERGED, None)
+        untied |= state is not None and any(p is state.weight for p in model.parameters())
+    eject(model)
+    for module in model.modules() if untied else ():
+        if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return model
+
+
+@torch.no_grad()
+def _merge_layer(
+    layer: LoRALayer, names: tuple[str, ...], dtype: torch.dtype | None, tied: tuple[str, ...]
+) -> LayerMerge:
+    old, bias = layer.weight, layer._parameters.get("bias")
+    assert isinstance(old, nn.Parameter)
+    new = torch.empty_like(old, dtype=dtype or old.dtype)
+    W, merged = layer.as_matrix(old), layer.as_matrix(new)
+    adapters = [layer.lora[name] for name in names]
+    accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
+    wanted = kept = missed = torch.zeros((), dtype=torch.float64, device=W.device)
+    for rows in row_chunks(W):
+        w = W[rows].to(accumulate)
+        update = torch.zeros_like(w)
+        for adapter in adapters:
+            assert isinstance(adapter, Adapter)
+            update += adapter.merged(w, rows).sub_(w)
+        merged[rows] = (w + update).to(merged.dtype)
+        change = merged[rows].to(accumulate).sub_(w)
+        wanted = wanted + update.square().sum(dtype=torch.float64)
+        kept = kept + (change * update).sum(dtype=torch.float64)
+        missed = missed + change.sub_(update).square_().sum(dtype=torch.float64)
+    vars(layer)[MERGED] = _Merged(old, bias if dtype and bias is not None else None, layer.lora_active)
+    layer._parameters["weight"], layer.lora_active = nn.Parameter(new, requires_grad=False), ()
+    if dtype and bias is not None:
+        layer._parameters["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
+    size, part, error = wanted.item(), kept.item(), missed.item()
+    return LayerMerge(
+        adapters=names,
+        norm=math.sqrt(size),
+        survived=part / size if size else 1.0,
+        error=math.sqrt(error / size) if size else 0.0,
+        untied=tied,
+    )

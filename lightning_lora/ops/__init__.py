@@ -1,0 +1,1 @@
+"""Tensor functions without modules: the numerics live here."""

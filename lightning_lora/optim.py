@@ -1,0 +1,144 @@
+"""Optimizers that hold exactly what is trained, whoever built them and when."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
+from lightning_lora.layers import lora_layers
+from lightning_lora.state import adapter_modules
+from lightning_lora.names import clean
+
+RATIO = "lora_lr_ratio"  # in a parameter group of B's: its learning rate over that of the group it was split from
+SPLIT_FROM = "lora_split_from"  # ... and that group's index
+
+_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")  # of a group, as optimizers and OneCycleLR keep them
+_LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # of a scheduler, one entry per group
+_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+
+
+def complete_optimizers(
+    model: nn.Module, configured: Any, adapter_name: str, loraplus_lr_ratio: float | None = None
+) -> None:
+    """Makes what ``configure_optimizers`` returned train this model, in place.
+
+    Frozen parameters leave their groups. An adapter that is in no group joins the one that holds the weight it
+    adapts, with that group's settings: so optimizers that were built before the adapters came, as LightningCLI's are,
+    train them too. Groups are only ever added with LoRA+, and then the schedulers are told.
+
+    Args:
+        model: The model.
+        configured: Whatever ``configure_optimizers`` returned.
+        adapter_name: The adapter that LoRA+ is for.
+        loraplus_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4).
+
+    Raises:
+        DeadAdapterError: If a trainable parameter is in no optimizer.
+        UnsupportedError: If LoRA+ is asked of an optimizer that has one group only.
+    """
+    parts = list(_flatten(configured))
+    optimizers = list(dict.fromkeys(part for part in parts if isinstance(part, Optimizer)))
+    schedulers = [part for part in parts if not isinstance(part, Optimizer)]
+    adopt_adapters(model, optimizers)
+    for optimizer in optimizers:
+        drop_frozen(optimizer)
+    require_trained(model, optimizers)
+    if loraplus_lr_ratio is not None:
+        pairs = {id(adapter.B) for adapter in adapter_modules(model, adapter_name)}
+        for optimizer in optimizers:
+            _split_groups(optimizer, schedulers, pairs, loraplus_lr_ratio)
+
+
+def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = [clean(name) for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise DeadAdapterError(
+            f"{len(lost)} trainable parameters are in no optimizer and would never change: {listing(lost, 4)}. Return "
+            "an optimizer over self.parameters() from configure_optimizers, or over a list that contains them"
+        )
+
+
+def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Puts adapters that are in no optimizer into the group that holds their layer's weight."""
+    group_of = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    for name, layer in lora_layers(model):
+        group = group_of.get(id(layer.weight)) or group_of.get(id(layer._parameters.get("bias")))
+        for adapter_name, adapter in layer.lora.items() if group is not None else ():
+            assert isinstance(adapter, Adapter)
+            for key, parameter in adapter.named_parameters():
+                if id(parameter) not in group_of:
+                    group["params"].append(parameter)
+                    if "param_names" in group:
+                        group["param_names"].append(f"{clean(name)}.lora.{adapter_name}.{key}")
+
+
+def drop_frozen(optimizer: Optimizer) -> None:
+    """Takes frozen parameters, and state kept for them, out of an optimizer. Empty groups stay: schedulers count them."""
+    for group in optimizer.param_groups:
+        keep = [i for i, p in enumerate(group["params"]) if p.requires_grad]
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                optimizer.state.pop(parameter, None)
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][i] for i in keep]
+
+
+def restore_ratios(optimizers: list[Optimizer]) -> None:
+    """Sets the learning rates of B's groups anew, after something (the learning-rate finder) set all groups alike."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if RATIO in group and group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]:
+                group["lr"] = group["lr"] * group[RATIO]
+
+
+def _flatten(configured: Any) -> Iterator[Any]:
+    """The optimizers and schedulers in whatever form Lightning takes them."""
+    if isinstance(configured, (list, tuple)):
+        for part in configured:
+            yield from _flatten(part)
+    elif isinstance(configured, dict):
+        yield from _flatten([configured.get(key) for key in ("optimizer", "lr_scheduler", "scheduler")])
+    elif hasattr(configured, "optimizer") and hasattr(configured, "step"):
+        yield configured
+        yield from _flatten(getattr(configured, "_schedulers", None))
+    elif isinstance(configured, Optimizer):
+        yield configured
+
+
+def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], ratio: float) -> None:
+    """Moves the B's of each group into a group of their own, behind all others."""
+    if isinstance(optimizer, LBFGS):
+        raise UnsupportedError("loraplus_lr_ratio: LBFGS has one learning rate for all parameters; leave it out")
+    for index, group in enumerate(list(optimizer.param_groups)):
+        moved = [i for i, p in enumerate(group["params"]) if id(p) in pairs]
+        if RATIO in group or not moved:
+            continue
+        split = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        split |= {key: split[key] * ratio for key in _LR_KEYS if split.get(key) is not None}
+        split |= {RATIO: ratio, SPLIT_FROM: index, "params": [group["params"][i] for i in moved]}
+        if "param_names" in group:
+            names = [group["param_names"][i] for i in moved]
+            split["params"] = list(zip(names, split["params"], strict=True))
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [item for i, item in enumerate(group[key]) if i not in moved]
+        optimizer.add_param_group(split)
+        for scheduler in schedulers:
+            if scheduler.optimizer is optimizer:
+                _follow(scheduler, index, ratio)
+
+
+def _follow(scheduler: Any, index: int, ratio: float) -> None:
+    """Tells a scheduler about the group that was split from group ``index``."""
+    for name in _LR_LISTS:
+        if isinstance(values := getattr(scheduler, name, None), list):
+            values.append(values[index] * ratio)
+    for name in _LISTS:
+        if isinstance(values := getattr(scheduler, name, None), list):
+            values.append(values[index])

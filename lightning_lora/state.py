@@ -1,0 +1,142 @@
+"""The tensors that a run trains, by name: found by structure, never by looking for "lora" in a key."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.inject import TRAINED
+from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.names import clean
+
+
+def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
+    """The adapters of a model, by name, with their configurations.
+
+    Example:
+        >>> from lightning_lora import inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> _ = inject(model, LoRAConfig(r=2))
+        >>> adapters(model)["default"].r
+        2
+    """
+    found: dict[str, LoRAConfig] = {}
+    for _, layer in lora_layers(model):
+        for name, adapter in layer.lora.items():
+            assert isinstance(adapter, Adapter)
+            found.setdefault(name, adapter.config)
+    return found
+
+
+def adapter_modules(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
+    """The adapters of that name."""
+    for _, layer in lora_layers(model):
+        if adapter_name in layer.lora:
+            adapter = layer.lora[adapter_name]
+            assert isinstance(adapter, Adapter)
+            yield adapter
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """What a run trains: tensors of adapters, and parameters and buffers of what is trained in full.
+
+    Args:
+        model: The model, or a part of it; keys are relative to it.
+        adapter_name: One adapter and what is saved with it; all of them by default.
+
+    Returns:
+        Tensors that share memory with the model, as in ``state_dict``. A module that has two names appears once.
+
+    Raises:
+        ConfigError: If there is no such adapter.
+
+    Example:
+        >>> from lightning_lora import inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> _ = inject(model, LoRAConfig(r=2))
+        >>> list(adapter_state_dict(model))
+        ['0.lora.default.A', '0.lora.default.B']
+    """
+    if adapter_name is not None and adapter_name not in (known := adapters(model)):
+        raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
+    found: dict[int, tuple[str, Tensor]] = {}
+    for key, tensor in [*_trained(model, adapter_name), *(_own_buffers(model) if adapter_name is None else ())]:
+        found.setdefault(id(tensor), (key, tensor.detach()))
+    return dict(found.values())
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters among `adapter_state_dict`, as the optimizer knows them."""
+    seen: set[int] = set()
+    for key, tensor in _trained(model, None):
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield key, tensor
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies exactly the tensors of `adapter_state_dict` into a model.
+
+    Raises:
+        CheckpointError: If keys or shapes differ. Nothing was copied.
+    """
+    own = adapter_state_dict(model)
+    problems = [f"missing in the file: {listing(missing)}"] if (missing := [k for k in own if k not in state]) else []
+    problems += [f"not in the model: {listing(extra)}"] if (extra := [k for k in state if k not in own]) else []
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            problems.append(f"{key}: {tuple(state[key].shape)} in the file -> {tuple(own[key].shape)} in the model")
+    raise_all(CheckpointError, problems, "the adapter does not fit the model")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.fresh = False
+
+
+def is_lightning_module(model: nn.Module) -> bool:
+    """Whether it is a LightningModule of either package, told by name: nothing here depends on Lightning."""
+    return any(cls.__name__ == "LightningModule" for cls in type(model).__mro__)
+
+
+def _trained(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of adapters, parameters that are trained in full, and the buffers beside those."""
+    for name, module in model.named_modules():
+        for key, tensor in _trained_here(module, adapter_name):
+            yield clean(f"{name}.{key}" if name else key), tensor
+
+
+def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, LoRALayer):
+        for name, adapter in module.lora.items():
+            if adapter_name in (None, name):
+                yield from ((f"lora.{name}.{key}", parameter) for key, parameter in adapter.named_parameters())
+    if (trained := vars(module).get(TRAINED)) is not None:
+        own = [key for key, name in trained.items() if adapter_name in (None, name)]
+        yield from ((key, p) for key in own if (p := module._parameters[key]) is not None)
+        if own or not trained:
+            yield from persistent_buffers(module)
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers that ``state_dict`` holds."""
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            yield key, buffer
+
+
+def own_state_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Where a LightningModule keeps state that is not the base's: itself, and children without any parameter."""
+    if not is_lightning_module(model):
+        return []
+    children = [(n, c) for n, c in model.named_children() if next(c.parameters(), None) is None]
+    return [("", model), *((f"{n}.{m}".rstrip("."), d) for n, c in children for m, d in c.named_modules())]
+
+
+def _own_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in own_state_modules(model):
+        yield from ((clean(f"{name}.{key}".lstrip(".")), buffer) for key, buffer in persistent_buffers(module))

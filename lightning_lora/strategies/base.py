@@ -1,0 +1,135 @@
+"""Single device and DDP: every rank holds whole tensors."""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_lora.errors import CheckpointError, UnsupportedError
+from lightning_lora.formats import files
+from lightning_lora.formats.checkpoint import (
+    META,
+    describe,
+    is_adapter_checkpoint,
+    is_base_checkpoint,
+    keep_weights_only,
+    load_adapters,
+)
+from lightning_lora.inject import initialise
+from lightning_lora.state import adapter_state_dict
+
+log = logging.getLogger("lightning_lora")
+
+_AdapterT = TypeVar("_AdapterT", bound=type["StrategyAdapter"])
+_ADAPTERS: dict[str, type["StrategyAdapter"] | None] = {}
+
+
+def handles(*strategy_classes: str) -> Callable[[_AdapterT], _AdapterT]:
+    """Registers an adapter for Lightning strategies, by class name: both Lightning packages have them."""
+
+    def register(cls: _AdapterT) -> _AdapterT:
+        _ADAPTERS.update(dict.fromkeys(strategy_classes, cls))
+        return cls
+
+    return register
+
+
+def strategy_adapter(strategy: Any) -> "StrategyAdapter":
+    """The adapter for a strategy or its nearest known ancestor.
+
+    Raises:
+        UnsupportedError: If adapters can't be saved and loaded under this strategy yet.
+    """
+    known = next((c.__name__ for c in type(strategy).__mro__ if c.__name__ in _ADAPTERS), None)
+    if known is None or (adapter := _ADAPTERS[known]) is None:
+        raise UnsupportedError(
+            f"{type(strategy).__name__} is not built yet. Use one device (strategy='auto', devices=1) or strategy='ddp'"
+        )
+    return adapter(strategy)
+
+
+@handles("SingleDeviceStrategy", "DDPStrategy")
+class StrategyAdapter:
+    """Makes a strategy save and load adapters instead of the whole model.
+
+    It replaces methods on the strategy *instance*, and leaves them there after the run, so that
+    ``trainer.save_checkpoint`` works then too. The strategy's own strictness is not touched: adapters are compared
+    key by key.
+
+    Args:
+        strategy: A Lightning strategy.
+    """
+
+    REPLACED = (
+        "lightning_module_state_dict",
+        "load_model_state_dict",
+        "load_optimizer_state_dict",
+        "save_checkpoint",
+    )
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
+
+    def install(self) -> None:
+        """Puts the methods in place; in a second run it replaces those of the first."""
+        for name in self.REPLACED:
+            original = vars(self.strategy).get(name)
+            if original is None or isinstance(getattr(original, "func", None), type(self.install)):
+                original = getattr(type(self.strategy), name).__get__(self.strategy)
+            setattr(self.strategy, name, partial(getattr(self, name), original))
+
+    @property
+    def model(self) -> nn.Module:
+        """The LightningModule."""
+        model: nn.Module = self.strategy.lightning_module
+        return model
+
+    def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
+        """What ``dump_checkpoint`` calls for the model's part."""
+        return adapter_state_dict(self.model)
+
+    def save_checkpoint(
+        self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Adds what the file holds, and writes it so that a failure destroys nothing."""
+        checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
+        own = adapter_state_dict(self.model)
+        for part in ("state_dict", "current_model_state"):  # weight averaging puts the full averaged model there
+            if part in checkpoint:
+                checkpoint[part] = {key: tensor for key, tensor in checkpoint[part].items() if key in own}
+        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
+        if not plain or storage_options is not None:
+            original(checkpoint, filepath, storage_options=storage_options)
+        elif self.strategy.is_global_zero:
+            files.write(checkpoint, os.fspath(filepath))
+
+    def load_model_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Loads adapters, or a full checkpoint as the base."""
+        if is_adapter_checkpoint(checkpoint):
+            load_adapters(self.model, checkpoint, self.base)
+            return
+        is_base = is_base_checkpoint(self.model, checkpoint)
+        original(checkpoint, strict=strict)
+        if is_base:
+            keep_weights_only(checkpoint)
+            initialise(self.model)
+            log.info("The checkpoint holds a full model without adapters: it was loaded as the base, and a new run starts")
+
+    def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        """Loads optimizer states after a check that they are for these parameters."""
+        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=False):
+            saved = [len(group["params"]) for group in state["param_groups"]]
+            current = [len(group["params"]) for group in optimizer.param_groups]
+            if saved != current:
+                raise CheckpointError(
+                    f"the optimizer's parameter groups differ, {saved} -> {current} tensors: resume with the same "
+                    "configure_optimizers, loraplus_lr_ratio and modules_to_save"
+                )
+        original(checkpoint)
+
+
+_ADAPTERS.update(dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")))

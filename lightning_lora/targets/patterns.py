@@ -1,0 +1,63 @@
+"""The ways to name modules: suffixes, globs, regexes."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lightning_lora.config import Patterns
+from lightning_lora.errors import did_you_mean
+from lightning_lora.names import ancestors
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One pattern, as the user wrote it, and what it matches."""
+
+    text: str
+    matches: Callable[[str], bool]
+
+    def within(self, name: str) -> bool:
+        """Whether it matches the module or one that the module lies in."""
+        return any(self.matches(ancestor) for ancestor in ancestors(name))
+
+
+def parse(patterns: Patterns) -> list[Pattern]:
+    """``"regex"`` (of the whole name, as in PEFT), or a list of suffixes, globs and ``"re:regex"``."""
+    if isinstance(patterns, str):
+        return [Pattern(patterns, _full_match(patterns))]
+    return [Pattern(text, _list_item(text)) for text in patterns]
+
+
+def parse_key(text: str) -> Pattern:
+    """A key of rank_pattern or alpha_pattern: a list item, or PEFT's form, a regex of the end of the name."""
+    item = _list_item(text)
+    try:
+        suffix = _full_match(rf"(?:.*\.)?(?:{text})")
+    except re.error:  # a glob such as "*.q_proj" is no regex
+        return Pattern(text, item)
+    return Pattern(text, lambda name: item(name) or suffix(name))
+
+
+def unmatched(argument: str, pattern: Pattern, names: Iterable[str]) -> str:
+    """The message for a pattern that matches nothing: the closest names, or how this form is read."""
+    names = [name for name in names if name]
+    words = dict.fromkeys(part for name in names for part in (name.rpartition(".")[2], name))
+    if any(name == pattern.text or name.endswith(f".{pattern.text}") for name in names):
+        hint = f" As a string it is a regex of the whole name; as a suffix it is [{pattern.text!r}]."
+    else:
+        hint = did_you_mean(pattern.text, words) or f" The model has {', '.join(list(words)[:8])}."
+    return f"{argument}: {pattern.text!r} matches nothing.{hint}"
+
+
+def _full_match(regex: str) -> Callable[[str], bool]:
+    compiled = re.compile(regex)
+    return lambda name: compiled.fullmatch(name) is not None
+
+
+def _list_item(text: str) -> Callable[[str], bool]:
+    if text.startswith("re:"):
+        return _full_match(text[3:])
+    if re.search(r"[*?\[]", text):
+        return _full_match(rf"(?:.*\.)?(?:{fnmatch.translate(text)})")
+    return lambda name: name == text or name.endswith(f".{text}")

@@ -1,0 +1,72 @@
+"""modules_to_save: what is trained in full beside the adapters."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import original_type
+from lightning_lora.targets.patterns import parse, unmatched
+from lightning_lora.targets.roles import Roles
+from lightning_lora.targets.walk import Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModule:
+    """A module, or a single parameter, that is trained in full and saved in full."""
+
+    name: str
+    type: str
+    parameters: int
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+def saved_modules(
+    tree: dict[str, Node], config: LoRAConfig, roles: Roles, problems: list[str]
+) -> tuple[SavedModule, ...]:
+    """The modules and bare parameters to train in full, by detection or by the user's list."""
+    if config.modules_to_save is None:
+        return ()
+    parameters = _bare_parameters(tree)
+    if isinstance(config.modules_to_save, str):
+        wanted = {name: reason for name, reason in roles.heads.items() if name in tree or name in parameters}
+    else:
+        wanted = {}
+        for pattern in parse(config.modules_to_save):
+            hits = [n.name for n in tree.values() if n.name and any(pattern.matches(name) for name in n.names)]
+            hits += [name for name in parameters if pattern.matches(name)]
+            if not hits:
+                problems.append(unmatched("modules_to_save", pattern, [*tree, *parameters]))
+            wanted.update(dict.fromkeys(hits, "modules_to_save"))
+        wanted = {n: why for n, why in wanted.items() if not any(n.startswith(f"{outer}.") for outer in wanted)}
+    return tuple(filter(None, (_saved(name, why, tree, parameters, problems) for name, why in wanted.items())))
+
+
+def _bare_parameters(tree: dict[str, Node]) -> dict[str, nn.Parameter]:
+    """All parameters by name."""
+    return {
+        f"{node.name}.{key}" if node.name else key: parameter
+        for node in tree.values()
+        for key, parameter in node.module._parameters.items()
+        if parameter is not None
+    }
+
+
+def _saved(
+    name: str, reason: str, tree: dict[str, Node], parameters: dict[str, nn.Parameter], problems: list[str]
+) -> SavedModule | None:
+    if name not in tree:
+        owned, kind, aliases = [parameters[name]], "Parameter", ()
+    else:
+        module = tree[name].module
+        owned, kind, aliases = list(module.parameters()), original_type(module).__name__, tuple(tree[name].aliases)
+    if not owned:
+        problems.append(f"modules_to_save: {name} ({kind}) has no parameters to train")
+        return None
+    if any(not p.is_floating_point() for p in owned):
+        dtype = next(p.dtype for p in owned if not p.is_floating_point())
+        problems.append(f"modules_to_save: {name} ({kind}) has {dtype} parameters, which can't be trained")
+        return None
+    count = sum(p.numel() for p in owned)
+    return SavedModule(name=name, type=kind, parameters=count, reason=reason, aliases=aliases)

@@ -1,0 +1,56 @@
+"""The modules of a model with all their names, and the parameters that tie them together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.names import clean
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A module under its first name; ``aliases`` are its others (shared modules), ``parents`` all that hold it."""
+
+    name: str
+    module: nn.Module
+    parents: list[nn.Module] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """All names, the first one first."""
+        return [self.name, *self.aliases]
+
+
+def nodes(model: nn.Module) -> dict[str, Node]:
+    """Every module once, by its first name and in order; adapters are left out."""
+    found: dict[int, Node] = {}
+    for name, module, parent in _paths(model, "", None, ()):
+        node = found.setdefault(id(module), Node(clean(name), module))
+        if clean(name) not in node.names:
+            node.aliases.append(clean(name))
+        if parent is not None and not any(parent is known for known in node.parents):
+            node.parents.append(parent)
+    return {node.name: node for node in found.values()}
+
+
+def _paths(
+    module: nn.Module, name: str, parent: nn.Module | None, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    yield name, module, parent
+    for child_name, child in module._modules.items():
+        is_adapter = isinstance(module, LoRALayer) and child_name == "lora"
+        if child is not None and not is_adapter and not any(child is outer for outer in (*above, module)):
+            yield from _paths(child, f"{name}.{child_name}" if name else child_name, module, (*above, module))
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, by identity: more than one name means that it is tied."""
+    owners: dict[int, list[str]] = {}
+    for node in nodes(model).values():
+        for key, parameter in node.module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{node.name}.{key}" if node.name else key)
+    return owners
