@@ -179,7 +179,7 @@ def _merge_layer(
             assert isinstance(adapter, Adapter)
             update += adapter.merged(w, rows).sub_(w)
         merged[rows] = (w + update).to(merged.dtype)
-        change = merged[rows].to(accumulate).sub_(w)
+        change = merged[rows].to(accumulate) - w
         wanted = wanted + update.square().sum(dtype=torch.float64)
         kept = kept + (change * update).sum(dtype=torch.float64)
         missed = missed + change.sub_(update).square_().sum(dtype=torch.float64)

@@ -58,7 +58,7 @@ class DoRAAdapter(Adapter):
         dropped = host.drop(x, self.config.lora_dropout, self.training)
         bias = host.bias_per_row()
         product = base if dropped is x or self.config.dora_dropout == "lora" else host.base_forward(dropped)
-        product = product if bias is None else product - bias
+        product = product if bias is None else product - bias.to(product.dtype)
         # g - 1 is taken before the cast: rounding g itself to bfloat16 would erase changes below 0.4 %.
         out = out + product * host.per_row((gain - 1).to(out.dtype))
         return out + host.low_rank(dropped, A, B).to(out.dtype) * host.per_row((gain * self.scaling).to(out.dtype))

@@ -3,10 +3,13 @@
 import os
 import pickle
 import secrets
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
 
@@ -37,7 +40,7 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     It is staged beside the target, flushed to disk and renamed over it: whatever fails or is killed in between, the
     file that was there stays. (Lightning stages in ``$TMPDIR``, from where a move to another disk is a copy.)
     """
-    target = Path(path)
+    target, checkpoint = Path(path), _share_storage(checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -53,3 +56,41 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+SMALL = 4096  # bytes; each storage costs about 260 in a file
+
+
+def own_storage(value: Any) -> Any:
+    """A copy in which every tensor has a storage of its own, as tensors that are written to should."""
+    return _map_tensors(value, Tensor.clone)
+
+
+def _share_storage(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint with its small tensors as views of one storage per dtype, so that they share one record."""
+    small: dict[torch.dtype, dict[int, Tensor]] = {}
+
+    def collect(tensor: Tensor) -> Tensor:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.nbytes <= SMALL and tensor.layout is torch.strided:
+            small.setdefault(tensor.dtype, {})[id(tensor)] = tensor
+        return tensor
+
+    _map_tensors(checkpoint, collect)
+    views: dict[int, Tensor] = {}
+    for group in small.values():
+        flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in group.values()])
+        parts = flat.split([tensor.numel() for tensor in group.values()])
+        views |= {key: part.view(group[key].shape) for key, part in zip(group, parts, strict=True)}
+    shared: dict[str, Any] = _map_tensors(checkpoint, lambda tensor: views.get(id(tensor), tensor))
+    return shared
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples with every tensor replaced; other types are kept as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _map_tensors(item, function)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value

@@ -13,8 +13,8 @@ def collect_rng() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     algorithm, keys, *rest = numpy.random.get_state(legacy=True)
     return {
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
-        "numpy": [str(algorithm), torch.from_numpy(numpy.asarray(keys).astype("int64")), *map(float, rest)],
+        "python": [version, torch.tensor(internal, dtype=torch.int64).to(torch.uint32), gauss],
+        "numpy": [str(algorithm), torch.from_numpy(numpy.asarray(keys)), *map(float, rest)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -34,7 +34,7 @@ def restore_rng(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((algorithm, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))
+    numpy.random.set_state((algorithm, keys.numpy(), int(position), int(has_gauss), cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

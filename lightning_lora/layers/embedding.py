@@ -34,8 +34,12 @@ class LoRAEmbedding(LoRALayer):
         out = super().forward(input, *args, **kwargs)
         if layer.max_norm is None:
             return out
-        norms = torch.linalg.vector_norm(out.detach(), layer.norm_type, dim=-1, keepdim=True)
-        return out * torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), 1.0).to(out.dtype)
+        rows = out.detach()
+        norms = torch.linalg.vector_norm(rows, layer.norm_type, dim=-1, keepdim=True)
+        shrunk = rows * torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), 1.0).to(rows.dtype)
+        if not out.requires_grad:
+            return shrunk
+        return out + (shrunk - rows)  # as in torch, the gradient passes as if the row had had this norm before
 
     @override
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -129,7 +129,7 @@ class StrategyAdapter:
                     f"the optimizer's parameter groups differ, {saved} -> {current} tensors: resume with the same "
                     "configure_optimizers, loraplus_lr_ratio and modules_to_save"
                 )
-        original(checkpoint)
+        original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
 
 
 _ADAPTERS.update(dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")))

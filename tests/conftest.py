@@ -1,0 +1,25 @@
+"""One thread, no network, and nothing left behind."""
+
+import os
+import threading
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(tmp_path, monkeypatch):
+    """The same numbers in every order; Lightning's default folders go to tmp_path."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    left = [t for t in set(threading.enumerate()) - threads if not t.daemon and t.is_alive()]
+    assert not left, f"threads left behind: {left}"
