@@ -27,7 +27,7 @@ from lightning_lora.formats.rng import gather_rng, restore_rng
 from lightning_lora.frozen import FrozenBuffers
 from lightning_lora.health import Watch, check_before, let_gradients_through
 from lightning_lora.inits import Init
-from lightning_lora.inject import apply, freeze, initialise, name_problems, settle, withdraw
+from lightning_lora.inject import apply, freeze, initialise, name_problems, settle, train_mode, withdraw
 from lightning_lora.optim import complete_optimizers, restore_ratios
 from lightning_lora.strategies import StrategyAdapter, strategy_adapter
 from lightning_lora.targets import Plan, draft
@@ -159,6 +159,7 @@ class LoRA(CallbackBase):
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
         initialise(pl_module)
         settle(pl_module)
+        train_mode(pl_module)
         counts = summary(pl_module)
         if trainer.is_global_zero and not trainer.barebones:
             show(self._plan, counts, self.adapter_name)

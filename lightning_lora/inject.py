@@ -159,6 +159,15 @@ def settle(model: nn.Module) -> None:
             module.fresh = False
 
 
+def train_mode(model: nn.Module) -> None:
+    """Puts what is trained into train mode: a pretrained model comes in eval mode, in which dropout would do nothing."""
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.train()
+        elif TRAINED in vars(module):
+            module.training = True
+
+
 def freeze(model: nn.Module) -> None:
     """Makes the adapters and what is trained in full trainable and nothing else; frozen statistics stop moving."""
     for module in model.modules():
