@@ -173,8 +173,9 @@ class LoRA(CallbackBase):
         optimizers = _plain_optimizers(trainer)
         check_before(pl_module, optimizers)
         restore_ratios(optimizers)
-        self._watch = Watch(pl_module, optimizers)
-        self._buffers = FrozenBuffers(pl_module)
+        if self._is_first(trainer):
+            self._watch = Watch(pl_module, optimizers)
+            self._buffers = FrozenBuffers(pl_module)
         loop = trainer.fit_loop
         if self._rng is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
             restore_rng(self._rng)  # again: making the iterator of the epoch's rest drew from it
@@ -185,6 +186,9 @@ class LoRA(CallbackBase):
         """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
         if self._buffers is not None and (changed := self._buffers.restore()) and trainer.global_step <= 1:
             log.info("Buffers of the frozen base changed in training and were put back: %s", listing(changed))
+        if self._watch is not None and self._watch.done:
+            self._watch.close()
+            self._watch = None
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -250,6 +254,10 @@ class LoRA(CallbackBase):
             unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
         raise_all(ConfigError, problems, "LoRA")
         raise_all(UnsupportedError, unsupported, "LoRA")
+
+    def _is_first(self, trainer: "Trainer") -> bool:
+        """Whether it does what several LoRA callbacks in a Trainer should do once."""
+        return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self
 
     def _inject(self, model: nn.Module, last: bool) -> None:
         withdraw(model, self.adapter_name)

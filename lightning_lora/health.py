@@ -150,11 +150,12 @@ class Watch:
             late = [self._names.pop(id(p)) for p, _ in list(self._waiting(optimizer))]
             if late := [name for name in late if "expert" not in name]:
                 dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = late
-        if dead:
-            self.close()
-            raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
-        if not self._names:
-            self.close()
+        raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
+        return not self._names
 
     def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
         for group in optimizer.param_groups:

@@ -118,13 +118,13 @@ def _choose(
     problems: list[str],
 ) -> list[Node]:
     """The nodes that get an adapter, in the model's order; fills in why others do not."""
-    verdicts: dict[type, str | None] = {}
+    before, verdicts = len(problems), dict[type, str | None]()
     obstacles = {n.name: obstacle(n, verdicts) for n in tree.values()}
     in_full = {name for m in saved for name in (m.name, *m.aliases)}
     blocks = BlockFilter(config.layers_to_transform, [name for node in tree.values() for name in node.names])
     named = _named(tree, config, obstacles, problems)
     excluded = _excluded(tree, config, roles, problems)
-    chosen, before = [], len(problems)
+    chosen = []
     for node in tree.values():
         kind = kind_of(original_type(node.module))
         keyword = config.target_modules if isinstance(config.target_modules, str) else "target_modules"

@@ -89,17 +89,20 @@ def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str]) -> dict[s
         output = _ask(node.module, "get_output_embeddings")
         if isinstance(output, nn.Module) and id(output) in name_of:
             found[name_of[id(output)]] = "output embedding"
+    answered = [n.name for n in tree.values() if is_pretrained(n.module)]  # these know, and need no guesses
     tables: list[Any] = [n.module for n in tree.values() if kind_name(n.module) == "Embedding"]
     linears = [n for n in tree.values() if _is_dense_linear(n.module)]
-    for node in linears:
+    guessed = [n for n in linears if not any(not a or _inside(n.name, a) for a in answered)]
+    for node in guessed:
         if _LM_HEAD.fullmatch(_last(node.name)) and not _numbered(node.name):
             found[node.name] = "output embedding"
-        elif any(getattr(node.module, "weight", None) is getattr(table, "weight", 0) for table in tables):
-            found[node.name] = "output embedding, tied to the input embedding"
-    if linears and tables and not found and not any(is_pretrained(n.module) for n in tree.values()):
-        last, table = linears[-1], max(tables, key=lambda t: t.num_embeddings)
+    for node in linears:
+        if any(getattr(node.module, "weight", None) is getattr(table, "weight", 0) for table in tables):
+            found.setdefault(node.name, "output embedding, tied to the input embedding")
+    if guessed and tables and not found and not answered and not _numbered(guessed[-1].name):
+        last, table = guessed[-1], max(tables, key=lambda t: t.num_embeddings)
         shape = (table.num_embeddings, table.embedding_dim)
-        if shape[0] != shape[1] and shape == tuple(last.module.weight.shape) and not _numbered(last.name):
+        if shape[0] != shape[1] and shape == tuple(last.module.weight.shape):
             found[last.name] = "output embedding: the last linear, shaped like the token embedding"
     return found
 

@@ -1,0 +1,151 @@
+"""Configuration: every problem at once, unknown names with the nearest one, plain types out and in."""
+
+import json
+import math
+
+import pytest
+
+import lightning_lora as ll
+from lightning_lora.inits import Gaussian
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ll.ConfigError) as caught:
+        ll.LoRAConfig(
+            r=0,
+            lora_alpha=0,
+            lora_dropout=1.0,
+            target_modules=[],
+            exclude_modules=["re:("],
+            layers_to_transform=[-1],
+            rank_pattern={"q_proj": 0},
+            alpha_pattern={"q_proj": math.inf},
+            dora_dropout="lorra",
+            bias="lora-only",
+            init_lora_weights="kaimin",
+            modules_to_save="aut",
+        )
+    text = str(caught.value)
+    for part in ("r must", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"):
+        assert part in text
+    for part in ("rank_pattern", "alpha_pattern", "dora_dropout", "bias", "init_lora_weights", "modules_to_save"):
+        assert part in text
+    assert "12 problems" in text
+    assert len(caught.value.problems) == 12
+    for suggestion in ("'lora_only'", "'kaiming'", "'auto'", "'lora'"):
+        assert f"Did you mean {suggestion}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 2.0}, "r must be a positive integer, got 2.0"),
+        ({"r": True}, "r must be a positive integer, got True"),
+        ({"r": -1}, "positive integer"),
+        ({"lora_alpha": math.nan}, "finite"),
+        ({"lora_alpha": "16"}, "finite"),
+        ({"lora_dropout": -0.1}, r"\[0, 1\)"),
+        ({"target_modules": "a("}, "not a valid regex"),
+        ({"target_modules": "all_linear"}, None),
+        ({"target_modules": [""]}, "not a name"),
+        ({"target_modules": None}, "empty"),
+        ({"target_modules": ["re:["]}, "not a valid regex"),
+        ({"layers_to_transform": []}, "layer indices"),
+        ({"layers_to_transform": {}}, "empty"),
+        ({"layers_to_transform": {"tower": []}}, "tower"),
+        ({"rank_pattern": ["q"]}, "must map patterns"),
+        ({"rank_pattern": {"re:(": 2}}, "not a valid regex"),
+        ({"use_dora": 1}, "true or false"),
+        ({"dora_dropout": "lora"}, "no effect without use_dora"),
+        ({"init_lora_weights": True}, "PEFT's True is 'kaiming'"),
+        ({"modules_to_save": "head"}, r"For one module: \['head'\]"),
+        ({"modules_to_save": []}, "empty"),
+    ],
+)
+def test_single_problems(arguments, message):
+    if message is None:  # a regex like any other, which then matches nothing in a model
+        ll.LoRAConfig(**arguments)
+        return
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.LoRAConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_parameters": ["experts"]},
+        {"trainable_token_indices": [1]},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+    ],
+)
+def test_what_is_not_built_says_so_by_name(arguments):
+    (name,) = arguments
+    with pytest.raises(ll.UnsupportedError, match=name):
+        ll.LoRAConfig(**arguments)
+    with pytest.raises(ll.UnsupportedError, match=name):
+        ll.LoRA(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"quantization": "nf4"}, {"gradient_checkpointing": True}, {"init_from": "folder"}, {"save_peft": True}],
+)
+def test_callback_arguments_that_are_not_built(arguments):
+    (name,) = arguments
+    with pytest.raises(ll.UnsupportedError, match=f"{name} is not built yet"):
+        ll.LoRA(**arguments)
+
+
+def test_callback_reports_its_own_problems_together_with_those_of_the_config():
+    with pytest.raises(ll.ConfigError) as caught:
+        ll.LoRA(r=0, adapter_dtype="float23", adapter_name="a.b", loraplus_lr_ratio=-1, quantization="nf3")
+    assert len(caught.value.problems) == 5
+    assert "Did you mean 'float32'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "forward", "..", "a/b", 3])
+def test_adapter_names_that_cannot_be_keys(name):
+    with pytest.raises(ll.ConfigError, match="adapter_name"):
+        ll.LoRA(adapter_name=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"mode": "nf5"}, "nf4"), ({"blocksize": 48}, "power of two"), ({"compute_dtype": "bf16"}, "bfloat16")],
+)
+def test_quantization_is_checked(arguments, message):
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.Quantization(**arguments)
+
+
+def test_plain_types_out_and_in():
+    config = ll.LoRAConfig(r=4, target_modules=("q", "v"), rank_pattern={"q": 2}, init_lora_weights=Gaussian())
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["target_modules"] == ["q", "v"]
+    assert values["init_lora_weights"] == "gaussian"
+    assert ll.LoRAConfig.from_dict(values).to_dict() == values
+    with pytest.raises(ll.ConfigError, match=r"unknown field 'lora_alhpa'. Did you mean 'lora_alpha'"):
+        ll.LoRAConfig.from_dict({"lora_alhpa": 3})
+
+
+def test_a_config_does_not_change_with_the_callers_list():
+    targets = ["q_proj"]
+    config = ll.LoRAConfig(target_modules=targets)
+    targets.append("v_proj")
+    assert config.target_modules == ["q_proj"]
+    with pytest.raises(AttributeError):
+        config.r = 3
+
+
+def test_error_hierarchy():
+    for error, builtin in [
+        (ll.ConfigError, ValueError),
+        (ll.TargetError, ValueError),
+        (ll.CheckpointError, RuntimeError),
+        (ll.UnsupportedError, NotImplementedError),
+        (ll.DeadAdapterError, RuntimeError),
+    ]:
+        assert issubclass(error, builtin)
+        assert issubclass(error, ll.LightningLoRAError)
+    assert issubclass(ll.BaseMismatchError, ll.CheckpointError)

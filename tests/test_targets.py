@@ -1,0 +1,353 @@
+"""The plan: every form of pattern, every role, every message."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lightning_lora as ll
+from tests.helpers.families import DECODER, FAMILIES, KV, SMALL, ConvNet
+from tests.helpers.modules import Wrapped
+
+
+def names(model: nn.Module, **options: object) -> list[str]:
+    return [t.name for t in ll.plan(model, ll.LoRAConfig(**options)).targets]
+
+
+def llama() -> nn.Module:
+    return FAMILIES["llama"].make()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"q": nn.Linear(width, width), "v": nn.Linear(width, width)})
+        self.mlp = nn.Sequential(nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, width))
+        self.norm = nn.LayerNorm(width)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+
+def test_plan_changes_nothing():
+    model = llama()
+    before, modules, rng = copy.deepcopy(model.state_dict()), [vars(m).copy() for m in model.modules()], torch.get_rng_state()
+    ll.plan(model, ll.LoRAConfig())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [vars(m) for m in model.modules()] == modules
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q"]}, ["blocks.0.attn.q", "blocks.1.attn.q", "blocks.2.attn.q"]),
+        ({"target_modules": ["attn.q"]}, ["blocks.0.attn.q", "blocks.1.attn.q", "blocks.2.attn.q"]),
+        ({"target_modules": ["blocks.1.attn.q"]}, ["blocks.1.attn.q"]),
+        ({"target_modules": ["blocks.*.q"]}, ["blocks.0.attn.q", "blocks.1.attn.q", "blocks.2.attn.q"]),
+        ({"target_modules": ["blocks.[02].attn.q"]}, ["blocks.0.attn.q", "blocks.2.attn.q"]),
+        ({"target_modules": [r"re:blocks\.\d\.attn\.v"]}, ["blocks.0.attn.v", "blocks.1.attn.v", "blocks.2.attn.v"]),
+        ({"target_modules": r"blocks\.0\..*"}, ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"]),
+        ({"target_modules": "attention"}, [f"blocks.{i}.attn.{n}" for i in range(3) for n in "qv"]),
+        ({"target_modules": "mlp"}, [f"blocks.{i}.mlp.{n}" for i in range(3) for n in (0, 2)]),
+        ({"target_modules": ["embed", "attention"], "layers_to_transform": 1}, ["blocks.1.attn.q", "blocks.1.attn.v"]),
+        ({"target_modules": ["embed"]}, ["embed"]),
+        ({"target_modules": ["head"], "modules_to_save": None}, ["head"]),
+        ({"exclude_modules": ["mlp"]}, [f"blocks.{i}.attn.{n}" for i in range(3) for n in "qv"]),
+        ({"exclude_modules": "attention"}, [f"blocks.{i}.mlp.{n}" for i in range(3) for n in (0, 2)]),
+        ({"exclude_modules": r"blocks\.[12]"}, ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"]),
+        ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, ["blocks.0.attn.q", "blocks.2.attn.q"]),
+        ({"target_modules": ["q"], "layers_to_transform": {"blocks": [2]}}, ["blocks.2.attn.q"]),
+    ],
+)
+def test_forms_of_patterns(options, expected):
+    assert names(Plain(), **options) == expected
+
+
+def test_ranks_and_alphas_by_pattern():
+    config = ll.LoRAConfig(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={r"blocks\.0": 2, "mlp.*": 1, "q": 3},  # PEFT's regex of the end, a glob, a suffix
+        alpha_pattern={"re:.*mlp.*": 5.0},
+    )
+    by_name = {t.name: (t.r, t.lora_alpha) for t in ll.plan(Plain(), config).targets}
+    assert by_name["blocks.0.attn.q"] == (2, 6.0)  # the first match counts, and a container stands for its layers
+    assert by_name["blocks.0.mlp.0"] == (2, 5.0)
+    assert by_name["blocks.1.mlp.2"] == (1, 5.0)
+    assert by_name["blocks.1.attn.q"] == (3, 6.0)
+    assert by_name["blocks.1.attn.v"] == (4, 6.0)
+    model = Plain()
+    ll.inject(model, config)
+    assert model.blocks[1].mlp[2].lora["default"].scaling == 5.0
+    assert model.blocks[0].attn["q"].lora["default"].scaling == 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({"target_modules": ["qq"]}, [r"target_modules: 'qq' matches nothing", "Did you mean 'q'"]),
+        ({"target_modules": ["q", "blocks.0.attn.z"]}, [r"'blocks.0.attn.z' matches nothing. Did you mean 'blocks.0.attn"]),
+        ({"target_modules": "q"}, [r"As a string it is a regex of the whole name; as a suffix it is \['q'\]"]),
+        ({"target_modules": ["norm"]}, ["'norm' matches nothing that can be adapted", "LayerNorm"]),
+        ({"exclude_modules": ["atn"]}, ["exclude_modules: 'atn' matches nothing. Did you mean 'attn'"]),
+        ({"rank_pattern": {"k": 2}}, ["rank_pattern: 'k' matches nothing"]),
+        ({"alpha_pattern": {"head": 2}}, ["alpha_pattern: 'head' matches nothing", "Only adapted layers count"]),
+        ({"modules_to_save": ["haed"]}, ["modules_to_save: 'haed' matches nothing. Did you mean 'head'"]),
+        ({"modules_to_save": ["1"]}, ["has no parameters to train"]),
+        ({"layers_to_transform": [1, 7]}, ["there is no block 7; the model has blocks 0 to 2"]),
+        ({"layers_to_transform": {"vision": [0]}}, ["no module is named 'vision'"]),
+        ({"exclude_modules": ["blocks"]}, ["leaves no layer to adapt", "exclude_modules"]),
+        ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["in target_modules and, by 'head', in modules_to_save"]),
+        ({"target_modules": ["qq"], "exclude_modules": ["zz"], "rank_pattern": {"yy": 1}}, ["2 problems", "'qq'", "'zz'"]),
+    ],
+)
+def test_what_matches_nothing_is_an_error(options, messages):
+    with pytest.raises(ll.TargetError) as caught:
+        ll.plan(Plain(), ll.LoRAConfig(**options))
+    import re
+
+    for message in messages:
+        assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_towers():
+    config = tf.CLIPConfig(
+        text_config={**DECODER, "projection_dim": 16},
+        vision_config={**SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 16},
+        projection_dim=16,
+    )
+    found = names(
+        tf.CLIPModel(config), target_modules=["q_proj"], layers_to_transform={"vision_model": [1], "text_model": [0, 1]}
+    )
+    towers = [(name.partition("vision_model")[1] or "text_model", name.split("layers.")[1][0]) for name in found]
+    assert sorted(towers) == [("text_model", "0"), ("text_model", "1"), ("vision_model", "1")]
+
+
+# ---- roles ----------------------------------------------------------------------------------------------------------
+
+
+def skipped(model: nn.Module) -> dict[str, str]:
+    return dict(ll.plan(model, ll.LoRAConfig()).skipped)
+
+
+def saved(model: nn.Module, **options: object) -> list[str]:
+    return [m.name for m in ll.plan(model, ll.LoRAConfig(**options)).modules_to_save]
+
+
+def test_output_embeddings_are_left_alone():
+    assert skipped(llama()) == {"lm_head": "output embedding"}
+    tied = FAMILIES["qwen2-tied"].make()
+    assert skipped(tied) == {"lm_head": "output embedding"}
+    (target,) = ll.plan(tied, ll.LoRAConfig(target_modules=["embed_tokens"])).targets
+    assert target.tied == ("lm_head.weight",)
+
+    class OwnLM(nn.Module):
+        def __init__(self, tie: bool) -> None:
+            super().__init__()
+            self.embed, self.mix, self.readout = nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 32, bias=False)
+            if tie:
+                self.readout.weight = self.embed.weight
+
+    assert "tied to the input embedding" in skipped(OwnLM(tie=True))["readout"]
+    assert "shaped like the token embedding" in skipped(OwnLM(tie=False))["readout"]
+
+
+def test_a_masked_language_model_keeps_its_pretrained_head():
+    model = tf.BertForMaskedLM(tf.BertConfig(**DECODER))
+    assert skipped(model)["cls.predictions.transform.dense"] == "part of the pretrained language-model head"
+    assert saved(model) == []
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4)), ["pre_classifier", "classifier"]),
+        (lambda: tf.BertForTokenClassification(tf.BertConfig(**DECODER)), ["classifier"]),
+        (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**DECODER)), ["qa_outputs"]),
+        (lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**SMALL, vocab_size=31, num_feat_extract_layers=2, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)), ["lm_head"]),
+        (lambda: tf.CLIPForImageClassification(tf.CLIPConfig(vision_config={**SMALL, "image_size": 8, "patch_size": 4})), ["classifier"]),
+        (lambda: Plain(), ["head"]),
+        (lambda: ConvNet(), ["head"]),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), []),
+    ],
+    ids=["distilbert", "token", "qa", "ctc", "clip", "plain", "convnet", "sequential"],
+)  # fmt: skip
+def test_new_heads_are_trained_in_full(build, heads):
+    targets = ["features.*"] if build().__class__ is ConvNet else "all-linear"
+    assert saved(Wrapped(build), target_modules=targets) == [f"net.{name}" for name in heads]
+
+
+def test_a_network_without_dense_linears():
+    with pytest.raises(ll.TargetError, match=r"leaves no layer to adapt. Left out: head: trained in full"):
+        ll.plan(ConvNet(), ll.LoRAConfig())
+
+
+def test_heads_of_a_lightning_module_beside_a_pretrained_model():
+    class WithHead(Wrapped):
+        def __init__(self) -> None:
+            super().__init__(lambda: tf.BertModel(tf.BertConfig(**DECODER)))
+            self.projection = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
+            self.temperature = nn.Parameter(torch.ones(()))
+            self.teacher = nn.Linear(32, 8).requires_grad_(False)
+
+    plan = ll.plan(WithHead(), ll.LoRAConfig())
+    assert [m.name for m in plan.modules_to_save] == ["temperature", "projection"]
+    assert plan.skipped["teacher"] == "outside the pretrained backbone, and frozen before LoRA came"
+    assert all(t.name.startswith("net.") for t in plan.targets)
+
+
+def test_routers_are_left_alone():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class MoE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.shared_expert_gate = nn.Linear(8, 4), nn.Linear(8, 1)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.routing = Router(8, 4)
+
+    plan = ll.plan(MoE(), ll.LoRAConfig())
+    assert [t.name for t in plan.targets] == [f"experts.{i}" for i in range(4)]
+    assert plan.skipped == dict.fromkeys(["gate", "shared_expert_gate", "routing"], "MoE router")
+    (named,) = ll.plan(MoE(), ll.LoRAConfig(target_modules=["gate"])).targets
+    assert named.name == "gate"  # never, unless it is named
+    for family in ("mixtral",):
+        assert not any("gate" in t.name for t in ll.plan(FAMILIES[family].make(), ll.LoRAConfig()).targets)
+
+
+def test_llama4_does_not_crash():
+    config = tf.Llama4TextConfig(
+        **{**DECODER, **KV}, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=2, head_dim=8
+    )
+    plan = ll.plan(tf.Llama4ForCausalLM(config), ll.LoRAConfig())
+    assert not any("router" in t.name for t in plan.targets)
+    assert any("shared_expert" in t.name for t in plan.targets)
+
+
+def test_mamba_can_be_planned():
+    config = tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2)
+    found = names(tf.MambaForCausalLM(config))
+    assert {n.rpartition(".")[2] for n in found} == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+
+
+# ---- layers that can't have an adapter ---------------------------------------------------------------------------------
+
+
+class TupleLinear(nn.Linear):
+    def forward(self, input):
+        return super().forward(input), self.bias
+
+
+class SquaredWeight(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight**2, self.bias)
+
+
+def test_custom_linears():
+    from tests.helpers.layers import OwnProductLinear, ScaledLinear
+
+    model = nn.ModuleDict(
+        {"a": ScaledLinear(8, 8), "b": OwnProductLinear(8, 8), "c": TupleLinear(8, 8), "d": SquaredWeight(8, 8)}
+    )
+    plan = ll.plan(model, ll.LoRAConfig())
+    assert [t.name for t in plan.targets] == ["a", "b"]
+    assert plan.skipped["c"] == "TupleLinear.forward returns tuple, not a tensor"
+    assert "is not W x + b in its own weight" in plan.skipped["d"]
+    with pytest.raises(ll.TargetError, match="c: TupleLinear.forward returns tuple"):
+        ll.plan(model, ll.LoRAConfig(target_modules=["c"]))
+
+
+def test_weights_that_are_read_and_not_called():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    plan = ll.plan(layer, ll.LoRAConfig())
+    assert [t.name for t in plan.targets] == ["linear1", "linear2"]
+    assert "reads this weight" in plan.skipped["self_attn.out_proj"]
+
+
+def test_forward_that_was_replaced_on_the_instance():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].forward = model[0].forward
+    assert "replaced on the instance" in ll.plan(model, ll.LoRAConfig()).skipped["0"]
+
+
+def test_parametrized_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert "parametrization" in ll.plan(model, ll.LoRAConfig()).skipped["0"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.LazyLinear(4), "lazy layer"),
+        (lambda: _with_weight(torch.zeros(4, 4, dtype=torch.int8)), "integer weight"),
+        (lambda: nn.Linear(4, 4).to(torch.complex64), "complex weight"),
+        (lambda: _with_weight(torch.eye(4).to_sparse()), "sparse weight"),
+    ],
+    ids=["lazy", "integer", "complex", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:Complex modules are a new feature")
+def test_weights_that_cannot_be_adapted(make, message):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    with pytest.raises(ll.TargetError, match=message):
+        ll.plan(model, ll.LoRAConfig())
+    assert [t.name for t in ll.plan(model, ll.LoRAConfig(exclude_modules=["1"])).targets] == ["0"]
+
+
+def _with_weight(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_a_peft_model_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ll.TargetError, match="already has PEFT adapters"):
+        ll.plan(Wrapped(lambda: model), ll.LoRAConfig())
+
+
+def test_shared_modules_are_planned_once_and_known_by_all_names():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.decoder = self.encoder
+
+    (first, _) = ll.plan(Shared(), ll.LoRAConfig()).targets
+    assert (first.name, first.aliases) == ("encoder.0", ("decoder.0",))
+    assert names(Shared(), target_modules=["decoder.1"]) == ["encoder.1"]
+    model = Shared()
+    ll.inject(model, ll.LoRAConfig())
+    assert model.decoder[0] is model.encoder[0]
+    assert len(ll.adapter_state_dict(model)) == 4
+    assert ll.summary(model).trainable == 4 * 8 * 8
+
+
+def test_rank_above_the_layers_is_a_warning():
+    plan = ll.plan(Plain(), ll.LoRAConfig(r=12, target_modules=["q"]))
+    assert "r=12 is more than the rank a 8x8 weight can have" in plan.notes[0]
+    with pytest.warns(UserWarning, match="more than the rank"):
+        ll.inject(Plain(), ll.LoRAConfig(r=12, target_modules=["blocks.0.attn.q"]))
+
+
+def test_the_table():
+    text = str(ll.plan(FAMILIES["bert"].make(), ll.LoRAConfig(r=4, rank_pattern={"pooler.dense": 2})))
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["layer", "type", "shape", "rank", "parameters", "remark"]
+    assert ["bert.encoder.layer.{0-1}.attention.self.query", "(2x)", "Linear", "32x32", "4", "512", "alpha", "16"] in lines
+    assert ["bert.pooler.dense", "Linear", "32x32", "2", "128", "alpha", "16"] in lines
+    assert any(line[:3] == ["classifier", "Linear", "99"] and "full:" in line for line in lines)
+    assert lines[-1] == ["total", "6,499", "trainable"] or lines[-1][0] == "total"
+    assert "skipped: output embedding" in str(ll.plan(llama(), ll.LoRAConfig()))

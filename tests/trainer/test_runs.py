@@ -1,0 +1,413 @@
+"""The callback in a Trainer: wherever the model is built, whatever is run, in whatever order."""
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.layers import lora_layers
+from tests.helpers.modules import trainer
+from tests.helpers.toy import Lit, Net, Steps, adamw_with_schedule, build, data
+
+LAYERS = [f"net.blocks.{i}.{n}" for i in range(2) for n in ("q", "o")]
+
+
+def adapters_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}
+
+
+def assert_trained(module: Lit, seed: int = 1) -> None:
+    """Adapters and head moved, the base is what it was, nothing else is trainable, no wrapper is left."""
+    assert [name for name, _ in lora_layers(module)] == LAYERS
+    base, state = build(seed).state_dict(), module.net.state_dict()
+    for key, value in base.items():
+        assert torch.equal(state[key], value) != key.startswith("head"), key
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == ll.adapter_state_dict(module).keys()
+    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+
+
+@pytest.mark.parametrize("built", ["init", "setup", "configure_model", "meta"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_wherever_the_model_is_built(built, use_dora):
+    results = {}
+    for where in ("init", built):
+        pl.seed_everything(3, verbose=False)
+        module = Lit(where)
+        trainer(ll.LoRA(r=4, use_dora=use_dora)).fit(module, data())
+        assert_trained(module)
+        results[where] = adapters_of(module)
+    assert all(torch.equal(results["init"][key], value) for key, value in results[built].items())
+
+
+@pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])
+def test_both_packages(package):
+    class Own(Steps, package.LightningModule):
+        optimizers_ = staticmethod(adamw_with_schedule)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+    module = Own()
+    run = package.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ll.LoRA(r=4)],
+    )
+    run.fit(module, data())
+    assert_trained(module)
+    path = run.checkpoint_callback.best_model_path
+    assert len(torch.load(path, weights_only=True)["state_dict"]) == 10
+    run.test(module, data(), ckpt_path="best", verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+def test_stages_alone_and_in_sequence(tmp_path):
+    module = Lit()
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    run = trainer(ll.LoRA(r=4), best)
+    before = run.validate(module, data(), verbose=False)
+    run.fit(module, data(), data())
+    assert_trained(module)
+    after = run.validate(module, data(), ckpt_path="best", verbose=False)
+    assert after[0]["val_loss"] < before[0]["val_loss"]
+    tested = run.test(module, data(), ckpt_path="best", verbose=False)
+    assert tested[0]["test_loss"] == after[0]["val_loss"]
+    predicted = run.predict(module, data(), ckpt_path=best.best_model_path)
+    fresh = trainer(ll.LoRA(r=4)).predict(Lit(), data(), ckpt_path=best.best_model_path)
+    assert all(torch.equal(a, b) for a, b in zip(predicted, fresh, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_each_stage_alone_gives_the_base_at_first(stage):
+    plain = getattr(trainer(), stage)(Lit(), data())
+    adapted = getattr(trainer(ll.LoRA(r=4)), stage)(Lit(), data())
+    if stage == "predict":
+        assert all(torch.equal(a, b) for a, b in zip(plain, adapted, strict=True))
+    else:
+        assert plain == adapted
+
+
+def test_a_second_fit_goes_on_with_the_same_adapters():
+    module, lora = Lit(), ll.LoRA(r=4)
+    run = trainer(lora)
+    run.fit(module, data())
+    first = adapters_of(module)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, data())
+    assert_trained(module)
+    second = adapters_of(module)
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+    trainer(ll.LoRA(r=4)).validate(module, data(), verbose=False)
+    assert all(torch.equal(value, second[key]) for key, value in adapters_of(module).items())
+    with pytest.raises(ll.ConfigError, match="r: 4 -> 8"):
+        trainer(ll.LoRA(r=8)).fit(module, data())
+
+
+def test_an_exception_leaves_no_wrapper():
+    class Fails(Lit):
+        def training_step(self, batch, batch_idx):
+            raise ArithmeticError("stop")
+
+    module = Fails()
+    with pytest.raises(ArithmeticError):
+        trainer(ll.LoRA(r=4)).fit(module, data())
+    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+
+
+def test_a_failed_injection_leaves_the_model_as_it_was():
+    module = Lit()
+    modules = {name: (type(m), set(vars(m))) for name, m in module.named_modules()}
+    with pytest.raises(ll.TargetError, match="'z_proj' matches nothing"):
+        trainer(ll.LoRA(target_modules=["q", "z_proj"])).fit(module, data())
+    after = {name: (type(m), set(vars(m)) & modules[name][1]) for name, m in module.named_modules()}
+    assert {n: t for n, (t, _) in after.items()} == {n: t for n, (t, _) in modules.items()}
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_injected_by_hand_before():
+    """What ll.inject did is used as it is, also with trained values in it."""
+    module = Lit()
+    ll.inject(module, ll.LoRAConfig(r=4))
+    nn.init.ones_(module.net.blocks[0].q.lora["default"].B)
+    trainer(ll.LoRA(r=4)).validate(module, data(), verbose=False)
+    assert bool((module.net.blocks[0].q.lora["default"].B == 1).all())
+    trainer(ll.LoRA(r=4)).fit(module, data())
+    assert_trained(module)
+
+
+def test_the_role_of_parts_is_decided_when_the_model_is_complete():
+    """A linear that is alone in __init__ turns out to be a new head beside the transformers model of configure_model."""
+    from tests.helpers.families import DECODER
+
+    import transformers as tf
+
+    class Late(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.project = None, nn.Linear(32, 4)
+
+        def configure_model(self) -> None:
+            if self.net is None:
+                self.net = tf.BertModel(tf.BertConfig(**DECODER), add_pooling_layer=False)
+
+        def loss(self, batch):
+            tokens = batch[0].abs().mul(10).long().clamp(3, 60)
+            return nn.functional.cross_entropy(self.project(self.net(tokens).last_hidden_state.mean(1)), batch[1])
+
+    module = Late()
+    trainer(ll.LoRA(r=4)).fit(module, data())
+    assert type(module.project) is nn.Linear
+    assert module.project.weight.requires_grad
+    assert len(dict(lora_layers(module))) == 12
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_precisions(precision, use_dora):
+    module = Lit()
+    run = trainer(ll.LoRA(r=4, use_dora=use_dora), precision=precision)
+    run.fit(module, data())
+    wanted = torch.float64 if precision == "64-true" else torch.float32
+    for _, layer in lora_layers(module):
+        assert {p.dtype for p in layer.lora.parameters()} == {wanted}
+        assert {v.dtype for p in layer.lora.parameters() for v in run.optimizers[0].state[p].values() if v.ndim} == {wanted}
+        assert layer.lora["default"].B.count_nonzero()
+    base = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, wanted)
+    assert module.net.blocks[0].q.weight.dtype == base
+
+
+def test_small_updates_are_not_lost_under_bf16_true():
+    """AdamW at 1e-4 cannot move a bfloat16 tensor of ones; masters can be moved."""
+    module = Lit(optimizers_=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.0))
+    start = {}
+
+    class Remember(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.update(adapters_of(pl_module))
+
+    trainer(ll.LoRA(r=4, use_dora=True, modules_to_save=None), Remember(), precision="bf16-true").fit(module, data())
+    end = adapters_of(module)
+    assert all(bool((end[key] != start[key]).any()) for key in start)
+    magnitude = "net.blocks.0.q.lora.default.magnitude"
+    assert bool((end[magnitude] != start[magnitude]).float().mean() > 0.9)
+
+
+def test_adapter_dtype():
+    module = Lit()
+    trainer(ll.LoRA(r=4, adapter_dtype="bfloat16", modules_to_save=None), precision="bf16-true").fit(module, data())
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_gradient_accumulation_counts_as_one_step():
+    module = Lit()
+    run = trainer(ll.LoRA(r=4), accumulate_grad_batches=4)
+    run.fit(module, data())
+    assert run.global_step == 1
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+def test_manual_optimization_with_two_optimizers():
+    class Manual(Lit):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            for optimizer in (first, second):
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+    module = Manual(
+        optimizers_=lambda m: [
+            torch.optim.AdamW(m.net.blocks.parameters(), lr=1e-2),
+            torch.optim.SGD(m.net.head.parameters(), lr=0.1),
+        ]
+    )
+    run = trainer(ll.LoRA(r=4))
+    run.fit(module, data())
+    assert_trained(module)
+    assert [sum(len(g["params"]) for g in o.param_groups) for o in run.optimizers] == [8, 2]
+
+
+class WithStatistics(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Counter(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("seen", torch.zeros(()))
+
+            def forward(self, x):
+                if self.training:
+                    self.seen += 1
+                return x
+
+        self.net = nn.Sequential(
+            nn.Linear(16, 16), nn.BatchNorm1d(16), Counter(), nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 4)
+        )
+        self.register_buffer("own", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        self.own += 1
+        assert not self.net[1].training
+        return self.loss(batch)
+
+
+def test_buffers_of_the_frozen_base_do_not_drift(tmp_path):
+    module = WithStatistics()
+    before = {key: value.clone() for key, value in module.net.state_dict().items()}
+    run = trainer(ll.LoRA(r=4, modules_to_save=None))
+    run.fit(module, data())
+    after = module.net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert saved["own"] == 4  # the LightningModule's own state is not the base's
+    assert not any("running" in key for key in saved)
+
+
+def test_statistics_of_what_is_trained_in_full_do_move(tmp_path):
+    module = WithStatistics()
+    module.training_step = lambda batch, batch_idx: module.loss(batch)
+    before = module.net[1].running_mean.clone()
+    run = trainer(ll.LoRA(r=4, modules_to_save=["net.1"]))
+    run.fit(module, data())
+    assert not torch.equal(module.net[1].running_mean, before)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.1.running_mean"], module.net[1].running_mean)
+
+
+def test_lora_dropout_acts_on_a_base_in_eval_mode():
+    """transformers' from_pretrained gives models in eval mode, and Lightning leaves modes as they are."""
+    module = Lit()
+    module.net.eval()
+    modes = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            layer = pl_module.net.blocks[0].q
+            modes.append((layer.training, layer.lora["default"].training, pl_module.net.head.training))
+
+    trainer(ll.LoRA(r=4, lora_dropout=0.5), Look()).fit(module, data(), data())
+    assert set(modes) == {(False, True, True)}
+
+
+def test_table_and_lines(capsys, caplog, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    with caplog.at_level("INFO"):
+        trainer(ll.LoRA(r=4), logger=CSVLogger(tmp_path)).fit(Lit(), data())
+    out = capsys.readouterr().out
+    for text in ("net.blocks.{0-1}.q (2x)", "trained in full", "LoRA adapter 'default'"):
+        assert text in " ".join(out.split())
+    (line,) = [r.getMessage() for r in caplog.records if "LoRA adapter" in r.getMessage()]
+    assert line.startswith("LoRA adapter 'default' on 4 layers and 1 modules in full: trainable 580 of 1,732 parameters (33.49 %)")
+    hparams = next(tmp_path.rglob("hparams.yaml")).read_text()
+    assert "lora/default/trainable: 580" in hparams
+
+
+averaging = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model")
+
+
+@averaging
+@pytest.mark.parametrize(
+    ("callbacks", "error", "message"),
+    [
+        (lambda: [ll.LoRA(), ll.LoRA(r=4)], ll.ConfigError, "2 LoRA callbacks have adapter_name='default'"),
+        (lambda: [EMAWeightAveraging(), ll.LoRA()], ll.ConfigError, "put LoRA first"),
+        (lambda: [ll.LoRA(), StochasticWeightAveraging(1e-2)], ll.UnsupportedError, "can't be used with adapters"),
+    ],
+)
+def test_bad_company(callbacks, error, message):
+    with pytest.raises(error, match=message):
+        trainer(*callbacks()).fit(Lit(), data())
+
+
+@averaging
+def test_weight_averaging_behind_lora(tmp_path):
+    def run(**options):
+        pl.seed_everything(1, verbose=False)
+        module = Lit()
+        best = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        fit = trainer(ll.LoRA(r=4), EMAWeightAveraging(decay=0.5), best, max_epochs=2)
+        fit.fit(module, data(), **options)
+        return module, best
+
+    module, best = run()
+    saved = torch.load(best.best_model_path, weights_only=True)
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys() == ll.adapter_state_dict(module).keys()
+    resumed, _ = run(ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert all(torch.equal(value, adapters_of(module)[key]) for key, value in adapters_of(resumed).items())
+
+
+def test_two_adapters_in_one_run(tmp_path):
+    module = Lit()
+    first = ll.LoRA(r=4, target_modules=["q"], adapter_name="first")
+    second = ll.LoRA(r=2, target_modules=["q", "o"], adapter_name="second", use_dora=True, loraplus_lr_ratio=4.0)
+    run = trainer(first, second)
+    run.fit(module, data())
+    assert list(ll.adapters(module)) == ["first", "second"]
+    state = ll.adapter_state_dict(module)
+    assert sum(".lora.first." in key for key in state) == 4
+    assert sum(".lora.second." in key for key in state) == 12
+    assert all(value.count_nonzero() for value in state.values())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = Lit()
+    lora = [ll.LoRA(r=4, target_modules=["q"], adapter_name="first"), ll.LoRA(r=2, target_modules=["q", "o"], adapter_name="second", use_dora=True)]
+    out = trainer(*lora).predict(again, data(), ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(out[0], module.eval().net(next(iter(data()))[0]))
+
+
+def test_the_learning_rate_finder_leaves_adapters_where_they_were():
+    module = Lit()
+    module.lr = 1e-3
+    module.optimizers_ = lambda m: torch.optim.AdamW(m.parameters(), lr=m.lr)
+    run = trainer(ll.LoRA(r=4, loraplus_lr_ratio=8.0), max_epochs=3, enable_progress_bar=False)
+    Tuner(run).lr_find(module, data(batch_size=2), num_training=12)
+    assert all(not layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+    run.fit(module, data())
+    assert_trained(module)
+
+
+def test_the_batch_size_finder():
+    class Sized(Lit):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return data(self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    module = Sized()
+    run = trainer(ll.LoRA(r=4), max_epochs=1)
+    Tuner(run).scale_batch_size(module, max_trials=2, steps_per_trial=1)
+    assert module.batch_size > 2
+    run.fit(module)
+    assert_trained(module)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_strategies_that_are_not_built_yet(strategy):
+    from lightning_lora.strategies import strategy_adapter
+
+    stand_in = type({"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy"}[strategy], (), {})()
+    with pytest.raises(ll.UnsupportedError, match="not built yet"):
+        strategy_adapter(stand_in)
+
+
+def test_plain_model_is_not_touched_by_import():
+    assert type(Net().head) is nn.Linear
