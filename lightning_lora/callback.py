@@ -28,20 +28,14 @@ from lightning_lora.frozen import FrozenBuffers
 from lightning_lora.health import Watch, check_before, let_gradients_through
 from lightning_lora.inits import Init
 from lightning_lora.inject import apply, freeze, initialise, name_problems, settle, train_mode, withdraw
+from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.optim import complete_optimizers, restore_ratios
+from lightning_lora.patches import Patches
 from lightning_lora.strategies import StrategyAdapter, strategy_adapter
 from lightning_lora.targets import Plan, draft
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-
-    CallbackBase = Callback
-else:
-    # The two Lightning packages have unrelated Callback classes: one that derives from both works in both.
-    import lightning.pytorch
-    import pytorch_lightning
-
-    CallbackBase = type("CallbackBase", (lightning.pytorch.Callback, pytorch_lightning.Callback), {})
+    from lightning.pytorch import LightningModule, Trainer
 
 log = logging.getLogger("lightning_lora")
 
@@ -127,7 +121,7 @@ class LoRA(CallbackBase):
         raise_all(UnsupportedError, [f"{name} is not built yet" for name in _UNBUILT if own[name]], "LoRA")
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
         self._dtype: torch.dtype = getattr(torch, adapter_dtype)
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches()
         self._plan = Plan(targets=())
         self._strategy: StrategyAdapter | None = None
         self._watch: Watch | None = None
@@ -148,11 +142,11 @@ class LoRA(CallbackBase):
         self._strategy.install()
         lazy = _overrides_configure_model(pl_module)
         self._inject(pl_module, last=False)
-        self._call_after(pl_module, "setup", functools.partial(self._inject, pl_module, last=not lazy))
+        self._patches.call_after(pl_module, "setup", functools.partial(self._inject, pl_module, last=not lazy))
         if lazy:
-            self._call_after(pl_module, "configure_model", functools.partial(self._inject, pl_module, last=True))
+            self._patches.call_after(pl_module, "configure_model", functools.partial(self._inject, pl_module, last=True))
         if stage == "fit":
-            self._replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
+            self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -287,28 +281,8 @@ class LoRA(CallbackBase):
 
         return configure_optimizers
 
-    def _call_after(self, obj: object, name: str, then: Callable[[], None]) -> None:
-        original = getattr(obj, name)
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            then()
-            return result
-
-        self._replace(obj, name, wrapped)
-
-    def _replace(self, obj: object, name: str, value: Any) -> None:
-        """Sets an attribute on the instance until `_release`."""
-        if name in vars(obj):
-            self._undo.append(functools.partial(object.__setattr__, obj, name, vars(obj)[name]))
-        else:
-            self._undo.append(functools.partial(object.__delattr__, obj, name))
-        object.__setattr__(obj, name, value)
-
     def _release(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._patches.release()
         if self._watch is not None:
             self._watch.close()
         self._watch = self._buffers = None

@@ -4,6 +4,7 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _demo(**options: object) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
     from lightning_lora.demo.run import demo  # transformers take seconds to import, which --help need not wait for
 
     demo(**options)  # type: ignore[arg-type]

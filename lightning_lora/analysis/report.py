@@ -1,5 +1,6 @@
 """What a run is about to train, for the eye and for logs."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from lightning_lora.targets.table import table
 
 def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
     """Prints the plan as a table, and the counts below it."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     grid = table(plan)
     grid.title, grid.title_justify = f"LoRA adapter {adapter_name!r}", "left"
     console.print(grid)

@@ -2,7 +2,7 @@
 
     python -m lightning_lora.demo.make_base [steps] [folder]
 
-About 15 minutes on two cores. The sources are those of the CPython that runs it (PSF licence).
+About two minutes on two cores. The sources are those of the CPython that runs it (PSF licence).
 """
 
 import math
@@ -16,7 +16,7 @@ from lightning_lora.demo.data import LENGTH, Windows, library_sources, manual_pr
 from lightning_lora.demo.module import BASE
 
 
-def main(steps: int = 3000, folder: str = str(BASE)) -> None:
+def main(steps: int = 500, folder: str = str(BASE)) -> None:
     """Trains the model and writes it as a transformers folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -44,7 +44,7 @@ def main(steps: int = 3000, folder: str = str(BASE)) -> None:
         optimizer.zero_grad()
         if step % 100 == 99:
             print(f"step {step + 1}: {loss.item() / math.log(2):.3f} bits per byte", flush=True)
-        if step % 1000 == 999:
+        if step % 250 == 249:
             model.save_pretrained(folder)
             print(f"  code {bits_per_byte(model, held_out):.3f}, prose {bits_per_byte(model, manual_prose()[1]):.3f}")
     model.save_pretrained(folder)

@@ -21,11 +21,11 @@ class ByteLM(LightningModule):
         lr: Highest learning rate.
     """
 
-    def __init__(self, folder: str = str(BASE), lr: float = 5e-3) -> None:
+    def __init__(self, folder: str = str(BASE), lr: float = 1e-2) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.model: Any = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
+        self.model: Any = LlamaForCausalLM.from_pretrained(folder, local_files_only=True).train()
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -34,9 +34,9 @@ class ByteLM(LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
         loss = self.model(input_ids=batch, labels=batch).loss
-        self.log("val_bits_per_byte", loss / math.log(2), batch_size=len(batch))
+        self.log("bits_per_byte_held_out", loss / math.log(2), batch_size=len(batch))
 
     @override
     def configure_optimizers(self) -> Any:

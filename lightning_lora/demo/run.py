@@ -1,12 +1,14 @@
 """What ``lightning-lora demo`` does."""
 
 import io
+import logging
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -42,14 +44,14 @@ def demo(r: int = 8, steps: int = 250, use_dora: bool = False, output: str = "ru
         Bits per byte on held-out prose before, after, and with the adapters switched off again.
     """
     started, console = time.monotonic(), Console()
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # two cores, and data in memory
+    _quiet()
     seed_everything(1, verbose=False)
     train, held_out = manual_prose()
     lora = LoRA(r=r, lora_alpha=2 * r, use_dora=use_dora)
     best = ModelCheckpoint(output, filename="adapter", enable_version_counter=False)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_epochs=1,
         callbacks=[lora, best, RichProgressBar()],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=10,
@@ -61,7 +63,7 @@ def demo(r: int = 8, steps: int = 250, use_dora: bool = False, output: str = "ru
     console.rule("A language model that has read CPython's sources, and held-out prose")
     before = _bits_per_byte(module, evaluation)
     sample_before = module.eval().continue_text(PROMPT)
-    trainer.fit(module, DataLoader(Windows(train, steps * BATCH, seed=1), batch_size=BATCH))
+    trainer.fit(module.train(), DataLoader(Windows(train, steps * BATCH, seed=1), batch_size=BATCH))
     path = Path(best.best_model_path)
 
     adapted = load_from_checkpoint(ByteLM, path)
@@ -82,10 +84,17 @@ def demo(r: int = 8, steps: int = 250, use_dora: bool = False, output: str = "ru
     return {"before": before, "after": after, "off": off}
 
 
+def _quiet() -> None:
+    """Only what the demonstration has to show: no notices of libraries about hardware, workers and weight files."""
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _bits_per_byte(module: ByteLM, data: DataLoader[Any]) -> float:
     """Mean over held-out text, by a Trainer without the callback: it measures the module as it is."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    return trainer.validate(module, data, verbose=False)[0]["val_bits_per_byte"]
+    return trainer.test(module, data, verbose=False)[0]["bits_per_byte_held_out"]
 
 
 def _full_checkpoint_size(module: ByteLM) -> int:

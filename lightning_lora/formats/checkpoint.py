@@ -73,7 +73,7 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
         )
     saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
     raise_all(CheckpointError, _differences(saved, current, _MATHEMATICS), "the checkpoint holds another adapter")
-    compare(meta["base"], base)
+    compare(meta["base"], base, trained=checkpoint["state_dict"].keys() | adapter_state_dict(model).keys())
     try:
         load_adapter_state(model, checkpoint["state_dict"])
     except CheckpointError as error:

@@ -21,14 +21,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no checkpoint, damaged, or would need code to run.
     """
-    try:
-        checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{os.fspath(path)} can't be read: it is damaged, no checkpoint, or holds objects that only code could "
-            f"rebuild, which is refused ({reason[0] if reason else type(error).__name__})"
-        ) from error
+    with Path(path).open("rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()
+            raise CheckpointError(
+                f"{os.fspath(path)} can't be read: it is damaged, no checkpoint, or holds objects that only code could "
+                f"rebuild, which is refused ({reason[0] if reason else type(error).__name__})"
+            ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

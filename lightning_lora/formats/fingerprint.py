@@ -5,6 +5,7 @@ base loaded in another dtype is recognised: values are compared after rounding t
 """
 
 import hashlib
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -46,15 +47,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {"sha256": digest, "names": names, "shapes": shapes, "dtypes": dtypes, "samples": values}
 
 
-def compare(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = ()) -> None:
     """Checks that an adapter's base is this model's.
+
+    Args:
+        saved: The fingerprint in the file.
+        current: The model's.
+        trained: Names that are trained in one of the two runs, and so not of the base.
 
     Raises:
         BaseMismatchError: Naming what differs.
     """
     if saved["sha256"] == current["sha256"]:
         return
-    old, new = ({name: i for i, name in enumerate(f["names"])} for f in (saved, current))
+    old, new = ({name: i for i, name in enumerate(f["names"]) if name not in trained} for f in (saved, current))
     problems = []
     if missing := [name for name in old if name not in new]:
         problems.append(f"it has no {listing(missing, 3)}")

@@ -18,6 +18,7 @@ from lightning_lora.formats.checkpoint import (
     keep_weights_only,
     load_adapters,
 )
+from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.inject import initialise
 from lightning_lora.state import adapter_state_dict
 
@@ -117,6 +118,7 @@ class StrategyAdapter:
         if is_base:
             keep_weights_only(checkpoint)
             initialise(self.model)
+            self.base = fingerprint(self.model)
             log.info("The checkpoint holds a full model without adapters: it was loaded as the base, and a new run starts")
 
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:

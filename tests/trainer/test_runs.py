@@ -69,7 +69,6 @@ def test_both_packages(package):
     run.test(module, data(), ckpt_path="best", verbose=False)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_stages_alone_and_in_sequence(tmp_path):
     module = Lit()
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
@@ -319,7 +318,7 @@ def test_table_and_lines(capsys, caplog, tmp_path):
     assert "lora/default/trainable: 580" in hparams
 
 
-averaging = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model")
+averaging = pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback with a model")
 
 
 @averaging

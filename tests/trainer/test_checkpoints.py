@@ -1,0 +1,405 @@
+"""Checkpoints hold adapters only, resume bit for bit, and refuse what does not fit."""
+
+import os
+import random
+import threading
+
+import lightning.pytorch as pl
+import numpy
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import lightning_lora as ll
+from lightning_lora.layers import lora_layers
+from tests.helpers.modules import trainer
+from tests.helpers.toy import Lit, data
+
+HEAD = {"net.head.weight", "net.head.bias"}
+LORA = {f"net.blocks.{i}.{n}.lora.default.{t}" for i in range(2) for n in "qo" for t in "AB"}
+
+
+def fit(folder, *, epochs=3, ckpt_path=None, seed=1, loader=None, module=None, lora=None, checkpoint=None, **options):
+    pl.seed_everything(seed, verbose=False)
+    module = module or Lit()
+    saver = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **(checkpoint or {}))
+    run = trainer(ll.LoRA(**{"r": 4, "lora_dropout": 0.2, **(lora or {})}), saver, max_epochs=epochs, **options)
+    run.fit(module, loader or data(shuffle=True), data(), ckpt_path=ckpt_path)
+    return module, run
+
+
+def state_of(module, run):
+    return {
+        **{key: value.clone() for key, value in ll.adapter_state_dict(module).items()},
+        **{f"{i}.{k}": v for i, s in run.optimizers[0].state_dict()["state"].items() for k, v in s.items()},
+        "lr": torch.tensor(run.optimizers[0].param_groups[0]["lr"]),
+    }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---- what is in the file ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_file_holds(tmp_path):
+    module, run = fit(tmp_path)
+    saved = torch.load(tmp_path / "epoch=2-step=12.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == HEAD | LORA
+    assert len(saved["optimizer_states"][0]["state"]) == 10
+    meta = saved["lightning_lora"]
+    assert meta["format"] == 1
+    assert meta["adapters"]["default"]["r"] == 4
+    assert set(meta["versions"]) == {"lightning-lora", "torch", "lightning"}
+    assert len(meta["base"]["names"]) == 12
+    assert len(meta["rng"]) == 1
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_size(tmp_path, use_dora):
+    module, run = fit(tmp_path, epochs=1, lora={"use_dora": use_dora})
+    adapter = sum(t.nbytes for t in ll.adapter_state_dict(module).values())
+    optimizer = sum(t.nbytes for s in run.optimizers[0].state.values() for t in s.values())
+    size = os.path.getsize(tmp_path / "epoch=0-step=4.ckpt")
+    assert size <= 1.2 * (adapter + optimizer) + 64 * 1024
+
+
+def test_size_with_many_small_layers(tmp_path):
+    """Of rank 1: what a file costs per tensor must not outweigh the tensors."""
+
+    class Deep(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(50)))
+
+    module, run = Deep(), None
+    run = trainer(ll.LoRA(r=1), max_steps=1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    adapter = sum(t.nbytes for t in ll.adapter_state_dict(module).values())
+    optimizer = sum(t.nbytes for s in run.optimizers[0].state.values() for t in s.values())
+    assert os.path.getsize(tmp_path / "a.ckpt") <= 1.2 * (adapter + optimizer) + 64 * 1024
+
+
+def test_weights_only_files(tmp_path):
+    module, run = fit(tmp_path, checkpoint={"save_weights_only": True})
+    saved = torch.load(tmp_path / "epoch=2-step=12.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == HEAD | LORA
+    assert "rng" not in saved["lightning_lora"]
+    tested = trainer(ll.LoRA(r=4)).test(Lit(), data(), ckpt_path=tmp_path / "epoch=2-step=12.ckpt", verbose=False)
+    assert tested == run.test(module, data(), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*test.ckpt_path=None.* was called without a model")
+def test_top_k_last_best_and_exception(tmp_path):
+    class Fails(Lit):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 9:
+                raise ArithmeticError("stop")
+
+    options = {"monitor": "val_loss", "save_top_k": 1, "save_last": True, "save_on_exception": True}
+    pl.seed_everything(1, verbose=False)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", **options)
+    run = trainer(ll.LoRA(r=4), saver, max_epochs=3)
+    with pytest.raises(ArithmeticError):
+        run.fit(Fails(), data(), data())
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert "last.ckpt" in names
+    assert len(names) == 3
+    for path in tmp_path.iterdir():
+        assert torch.load(path, weights_only=True)["state_dict"].keys() == HEAD | LORA
+
+
+def test_saving_after_the_run(tmp_path):
+    module, run = fit(tmp_path / "c", epochs=1)
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    for name in ("after.ckpt", "weights.ckpt"):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert saved["state_dict"].keys() == HEAD | LORA
+        assert all(torch.equal(value, ll.adapter_state_dict(module)[k]) for k, value in saved["state_dict"].items())
+
+
+def test_compiled_parts_have_clean_keys(tmp_path):
+    class Compiled(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net.blocks[0] = torch.compile(self.net.blocks[0], backend="aot_eager")
+
+    torch.compiler.reset()
+    module = Compiled()
+    run = trainer(ll.LoRA(r=4), max_steps=2)
+    run.fit(module, data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"].keys() == HEAD | LORA
+    plain = Lit()
+    trainer(ll.LoRA(r=4)).validate(plain, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    x = next(iter(data()))[0]
+    torch.testing.assert_close(plain.eval().net(x), module.eval().net(x))
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"loraplus_lr_ratio": 4.0}], ids=["lora", "dora", "lora+"])
+@pytest.mark.parametrize("built", ["init", "configure_model"])
+def test_resume_is_bitwise(tmp_path, built, lora):
+    """With dropout in adapters and base, and shuffling: weights, optimizer, scheduler and random states go on."""
+    whole = state_of(*fit(tmp_path, module=Lit(built), lora=lora))
+    rest = state_of(*fit(tmp_path, module=Lit(built), lora=lora, ckpt_path=tmp_path / "epoch=0-step=4.ckpt", seed=99))
+    assert same(whole, rest)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_in_mid_epoch_with_a_stateful_loader(tmp_path, workers):
+    x, y = next(iter(data(batch_size=32)))
+
+    def loader():
+        return StatefulDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, num_workers=workers)
+
+    options = {"checkpoint": {"every_n_train_steps": 3}, "limit_val_batches": 0}
+    whole = state_of(*fit(tmp_path, loader=loader(), **options))
+    rest = state_of(*fit(tmp_path, loader=loader(), ckpt_path=tmp_path / "epoch=1-step=6.ckpt", seed=99, **options))
+    assert same(whole, rest)
+
+
+def test_random_states_of_python_and_numpy_go_on_too(tmp_path):
+    class Noisy(Lit):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (1 + random.random() + numpy.random.rand())
+
+    whole = state_of(*fit(tmp_path, module=Noisy()))
+    rest = state_of(*fit(tmp_path, module=Noisy(), ckpt_path=tmp_path / "epoch=1-step=8.ckpt", seed=99))
+    assert same(whole, rest)
+
+
+def test_resume_under_bf16_true(tmp_path):
+    whole = state_of(*fit(tmp_path, precision="bf16-true"))
+    rest = state_of(*fit(tmp_path, precision="bf16-true", ckpt_path=tmp_path / "epoch=0-step=4.ckpt", seed=99))
+    assert same(whole, rest)
+
+
+def test_adapter_without_its_optimizer_state_stays_as_loaded(tmp_path):
+    module, _ = fit(tmp_path, epochs=1)
+    trained = {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}
+    still = Lit(optimizers_=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    run = trainer(ll.LoRA(r=4), max_steps=1)
+    run.validate(still, data(), ckpt_path=tmp_path / "epoch=0-step=4.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match="never moved"):
+        run.fit(still, data())
+    assert same(trained, ll.adapter_state_dict(still))
+
+
+# ---- load_from_checkpoint -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("built", ["init", "configure_model"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_load_from_checkpoint(tmp_path, built, use_dora):
+    module, _ = fit(tmp_path, epochs=1, module=Lit(built), lora={"use_dora": use_dora, "adapter_dtype": "bfloat16"})
+    loaded = ll.load_from_checkpoint(Lit, tmp_path / "epoch=0-step=4.ckpt")
+    assert loaded.built == built
+    x = next(iter(data()))[0]
+    assert torch.equal(loaded.eval().net(x), module.eval().net(x))
+    assert same(ll.adapter_state_dict(module), ll.adapter_state_dict(loaded))
+    assert {p.dtype for n, p in loaded.named_parameters() if ".lora." in n} == {torch.bfloat16}
+
+
+def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
+    fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    with pytest.raises(ll.BaseMismatchError, match=r"12 of 12 weights have other values|weights have other values"):
+        ll.load_from_checkpoint(Lit, path, seed=2)
+    run = trainer(max_steps=1)
+    run.fit(Lit(), data())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    with pytest.raises(ll.CheckpointError, match="holds no adapters; Lit.load_from_checkpoint"):
+        ll.load_from_checkpoint(Lit, tmp_path / "full.ckpt")
+
+
+# ---- what does not fit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 8}, "default: r: 4 -> 8"),
+        ({"lora_alpha": 32}, r"lora_alpha: 16.0 -> 32"),
+        ({"use_dora": True}, "use_dora: False -> True"),
+        ({"use_rslora": True}, "use_rslora: False -> True"),
+        ({"rank_pattern": {"q": 2}}, r"rank_pattern: None -> {'q': 2}"),
+        ({"target_modules": ["q"]}, r"(?s)not in the model: .*target_modules: 'all-linear' -> \['q'\]"),
+        ({"modules_to_save": None}, r"(?s)not in the model: net.head.*modules_to_save: 'auto' -> None"),
+        ({"adapter_name": "other"}, "adapters default -> other"),
+    ],
+)
+def test_another_configuration(tmp_path, lora, message):
+    fit(tmp_path, epochs=1)
+    module = Lit()
+    with pytest.raises(ll.CheckpointError, match=message):
+        fit(tmp_path / "x", module=module, lora=lora, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+    assert not any(layer.lora[name].B.count_nonzero() for _, layer in lora_layers(module) for name in layer.lora)
+
+
+def test_another_spelling_of_the_same_targets_is_fine(tmp_path):
+    module, _ = fit(tmp_path, epochs=1)
+    other = Lit()
+    lora = ll.LoRA(r=4, target_modules=["q", "o"], modules_to_save=["head"])
+    trainer(lora).validate(other, data(), ckpt_path=tmp_path / "epoch=0-step=4.ckpt", verbose=False)
+    assert same(ll.adapter_state_dict(module), ll.adapter_state_dict(other))
+
+
+def test_another_base(tmp_path):
+    fit(tmp_path, epochs=1)
+    with pytest.raises(ll.BaseMismatchError, match="net.blocks.0.q.weight"):
+        fit(tmp_path / "x", module=Lit(seed=2), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+
+
+def test_the_same_base_in_another_precision_is_the_same_base(tmp_path):
+    _, run = fit(tmp_path, epochs=1, precision="bf16-true")
+    module = Lit()
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    trainer(ll.LoRA(r=4)).validate(module, data(), ckpt_path=path, verbose=False)
+    half = Lit()
+    half.net.to(torch.bfloat16)
+    trainer(ll.LoRA(r=4), precision="bf16-true").validate(half, data(), ckpt_path=path, verbose=False)
+    run.test(run.lightning_module, data(), ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c["state_dict"].popitem(), "missing in the file: net.blocks.1.o.lora.default.B|missing in the file"),
+        (lambda c: c["state_dict"].update(extra=torch.ones(1)), "not in the model: extra"),
+        (lambda c: c["state_dict"].update({"net.head.bias": torch.ones(5)}), r"net.head.bias: \(5,\) in the file -> \(4,\)"),
+        (lambda c: c["lightning_lora"].update(format=2), "reads adapter checkpoints of format 1, the file has 2"),
+    ],
+)
+def test_damaged_contents(tmp_path, damage, message):
+    fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(ll.CheckpointError, match=message):
+        trainer(ll.LoRA(r=4)).validate(Lit(), data(), ckpt_path=path, verbose=False)
+
+
+def test_changed_optimizer_is_named(tmp_path):
+    fit(tmp_path, epochs=1)
+    with pytest.raises(ll.CheckpointError, match=r"groups differ, \[10\] -> \[6, 4\].*loraplus_lr_ratio"):
+        fit(tmp_path / "x", lora={"loraplus_lr_ratio": 2.0}, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+
+
+def test_without_the_callback_lightning_refuses_the_file(tmp_path):
+    fit(tmp_path, epochs=1)
+    with pytest.raises(RuntimeError, match="Missing key|Unexpected key"):
+        trainer().validate(Lit(), data(), ckpt_path=tmp_path / "epoch=0-step=4.ckpt", verbose=False)
+
+
+# ---- a full checkpoint as the base -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_full_checkpoint_loads_as_the_base(tmp_path, use_dora, caplog):
+    pretrained = Lit(seed=5)
+    run = trainer(max_epochs=2)
+    run.fit(pretrained, data())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    plain = trainer().validate(pretrained, data(), verbose=False)
+    lora = ll.LoRA(r=4, use_dora=use_dora)
+    assert trainer(lora).validate(Lit(), data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)[0]["val_loss"] == pytest.approx(plain[0]["val_loss"], abs=1e-6)
+    module = Lit()
+    with caplog.at_level("INFO", logger="lightning_lora"):
+        run, _ = trainer(lora := ll.LoRA(r=4, use_dora=use_dora)), lora
+        run.fit(module, data(), ckpt_path=tmp_path / "full.ckpt")
+    assert "it was loaded as the base, and a new run starts" in caplog.text
+    assert run.current_epoch == 1
+    assert run.global_step == 4
+    state, base = module.state_dict(), pretrained.state_dict()
+    assert all(torch.equal(state[key], base[key]) for key in base if "head" not in key)
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    with pytest.raises(ll.BaseMismatchError):
+        trainer(ll.LoRA(r=4, use_dora=use_dora)).validate(Lit(), data(), ckpt_path=tmp_path / "adapter.ckpt", verbose=False)
+
+
+def test_a_full_checkpoint_of_another_model_is_refused(tmp_path):
+    class Other(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(16, 4))
+
+    run = trainer(max_steps=1)
+    run.fit(Other(), data())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer(ll.LoRA()).validate(Lit(), data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_destroys_nothing(tmp_path, monkeypatch):
+    _, run = fit(tmp_path / "c", epochs=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    content = (tmp_path / "a.ckpt").read_bytes()
+
+    def full_disk(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run.save_checkpoint(tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "c"]
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    from lightning_lora.formats import files
+
+    path, torn, stop = tmp_path / "a.ckpt", [], threading.Event()
+    files.write({"x": torch.zeros(100_000)}, path)
+
+    def read():
+        while not stop.is_set():
+            x = files.read(path)["x"]
+            if x.numel() != 100_000 or x.unique().numel() != 1:
+                torn.append(x)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(50):
+        files.write({"x": torch.full((100_000,), float(i))}, path)
+    stop.set()
+    reader.join()
+    assert not torn
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, "evil", [1]], ids=["empty", "text", "cut", "code", "list"])
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    path = tmp_path / "a.ckpt"
+    if content is None:
+        torch.save({"state_dict": {"a": torch.zeros(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:-500])
+    elif content == "evil":
+        torch.save({"state_dict": {}, "lightning_lora": Evil()}, path)
+    elif isinstance(content, list):
+        torch.save(content, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ll.CheckpointError, match=r"a.ckpt (can't be read|holds a list)"):
+        ll.load_from_checkpoint(Lit, path)
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(FileNotFoundError):
+        ll.load_from_checkpoint(Lit, tmp_path / "nowhere.ckpt")
