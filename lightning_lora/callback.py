@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -31,6 +31,7 @@ from lightning_lora.inject import apply, freeze, initialise, name_problems, sett
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.optim import complete_optimizers, restore_ratios
 from lightning_lora.patches import Patches
+from lightning_lora.state import adapters
 from lightning_lora.strategies import StrategyAdapter, strategy_adapter
 from lightning_lora.targets import Plan, draft
 
@@ -140,6 +141,11 @@ class LoRA(CallbackBase):
         self._check_company(trainer)
         self._strategy = strategy_adapter(trainer.strategy)
         self._strategy.install()
+        if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher" and not adapters(pl_module):
+            rank_zero_warn(
+                "Adapters are added in the processes that are started now, and not to the module that you hold: load "
+                "them with ll.load_from_checkpoint, or call ll.inject(module, config) before the run"
+            )
         lazy = _overrides_configure_model(pl_module)
         self._inject(pl_module, last=False)
         self._patches.call_after(pl_module, "setup", functools.partial(self._inject, pl_module, last=not lazy))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def collect_rng() -> dict[str, Any]:
@@ -13,8 +13,8 @@ def collect_rng() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     algorithm, keys, *rest = numpy.random.get_state(legacy=True)
     return {
-        "python": [version, torch.tensor(internal, dtype=torch.int64).to(torch.uint32), gauss],
-        "numpy": [str(algorithm), torch.from_numpy(numpy.asarray(keys)), *map(float, rest)],
+        "python": [version, _as_tensor(internal), gauss],
+        "numpy": [str(algorithm), _as_tensor(keys), *map(float, rest)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -32,9 +32,18 @@ def gather_rng() -> list[dict[str, Any]]:
 def restore_rng(state: dict[str, Any]) -> None:
     """Puts the generators back into a collected state."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
+    random.setstate((version, tuple(_as_words(internal).tolist()), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((algorithm, keys.numpy(), int(position), int(has_gauss), cached))
+    numpy.random.set_state((algorithm, _as_words(keys), int(position), int(has_gauss), cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _as_tensor(words: Any) -> Tensor:
+    """Unsigned 32-bit words with their bits as int32, which every torch can send and store."""
+    return torch.from_numpy(numpy.array(words, dtype="uint32").view("int32"))
+
+
+def _as_words(tensor: Tensor) -> Any:
+    return tensor.numpy().view("uint32")

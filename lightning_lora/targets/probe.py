@@ -1,6 +1,7 @@
 """Whether a layer can have an adapter, and whether an adapter on it would do what its equation says."""
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ def obstacle(node: Node, verdicts: dict[type, str | None]) -> str | None:
     kind = kind_of(cls)
     if kind is None:
         return f"{cls.__name__} is no layer type that can have an adapter"
-    if any(isinstance(parent, nn.MultiheadAttention) for parent in node.parents):
-        return "nn.MultiheadAttention reads this weight and never calls the layer: an adapter would be dead"
+    readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
+    if readers:
+        return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by accelerate hooks, say), which bypasses an adapter"
     if not isinstance(layer, LoRALayer) and hasattr(layer, "lora"):
@@ -32,6 +34,13 @@ def obstacle(node: Node, verdicts: dict[type, str | None]) -> str | None:
     if cls not in verdicts:
         verdicts[cls] = _custom_forward_obstacle(layer, cls)
     return verdicts[cls]
+
+
+def _reads(parent: nn.Module, child: str) -> bool:
+    """Whether a module is known to use a child's weight without calling the child; others show in the first step."""
+    return isinstance(parent, nn.MultiheadAttention) or (
+        child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None
+    )
 
 
 def weight_problem(node: Node) -> str | None:

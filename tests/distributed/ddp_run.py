@@ -1,0 +1,56 @@
+"""Run by test_ddp.py in processes of its own: python -m tests.distributed.ddp_run STRATEGY FOLDER [CKPT]."""
+
+import sys
+import warnings
+
+import torch
+from torch import distributed
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_lora as ll
+from tests.helpers.toy import Lit, data
+
+
+def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
+    # Ranks get different seeds on purpose: adapters must start equal all the same, and dropout must differ.
+    torch.manual_seed(int(ckpt_path is not None))
+    module = Lit()
+    if strategy == "ddp_fork":
+        ll.inject(module, ll.LoRAConfig(r=4, lora_dropout=0.2))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ll.LoRA(r=4, lora_dropout=0.2), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), SeedByRank()],
+    )
+    trainer.fit(module, data(batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+    state = {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}
+    if distributed.is_initialized():
+        for value in state.values():
+            both = [torch.empty_like(value) for _ in range(2)]
+            distributed.all_gather(both, value)
+            assert torch.equal(*both), "ranks differ"
+    if trainer.is_global_zero:
+        torch.save(state, f"{folder}/state.pt")
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+class SeedByRank(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            torch.manual_seed(100 + trainer.global_rank)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

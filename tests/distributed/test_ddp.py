@@ -1,0 +1,39 @@
+"""Two processes over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gloo
+
+
+def run(strategy: str, folder: Path, *ckpt: str) -> dict[str, torch.Tensor]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.distributed.ddp_run", strategy, str(folder), *ckpt]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def test_ddp_resumes_bitwise_on_every_rank(tmp_path):
+    """With dropout that differs by rank: the random states of both ranks are in the checkpoint."""
+    whole = run("ddp", tmp_path / "whole")
+    saved = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)
+    first, second = (state["torch"] for state in saved["lightning_lora"]["rng"])
+    assert not torch.equal(first, second)
+    assert saved["state_dict"].keys() == whole.keys()
+    rest = run("ddp", tmp_path / "rest", str(tmp_path / "whole" / "epoch=0.ckpt"))
+    assert all(torch.equal(value, rest[key]) for key, value in whole.items())
+    assert all(value.count_nonzero() for value in whole.values())
+
+
+def test_forked_processes_give_adapters_back_that_were_injected_before(tmp_path):
+    state = run("ddp_fork", tmp_path)
+    assert all(value.count_nonzero() for key, value in state.items() if key.endswith(".B"))
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[key]) for key, value in state.items())

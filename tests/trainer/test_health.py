@@ -1,0 +1,298 @@
+"""A run cannot silently fail to train: each trap is an error that names the layer and the way out."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_lora as ll
+from lightning_lora.health import PATIENCE
+from lightning_lora.layers import lora_layers
+from tests.helpers.families import FAMILIES
+from tests.helpers.modules import Wrapped, one_batch, trainer
+from tests.helpers.toy import Lit, data
+
+
+class Custom(Lit):
+    """A Lit around any network."""
+
+    def __init__(self, net: nn.Module, **options: object) -> None:
+        super().__init__(**options)
+        self.net = net
+
+
+def fit(net: nn.Module, *, lora: dict[str, object] | None = None, steps: int = 1, **options: object) -> Custom:
+    module = Custom(net, **options)
+    trainer(ll.LoRA(r=4, **(lora or {})), max_steps=steps, max_epochs=-1).fit(module, data(batch_size=4))
+    return module
+
+
+# ---- dead layers ------------------------------------------------------------------------------------------------------
+
+
+class ReadsWeight(nn.Module):
+    """Uses a linear's weight without calling it, as nn.MultiheadAttention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"first": nn.Linear(16, 16)})
+        self.holder = Holder()
+
+    def forward(self, x):
+        return self.holder(self.inner["first"](x))
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.read.weight)
+
+
+def test_a_weight_that_is_read():
+    with pytest.raises(ll.DeadAdapterError, match=r"(?s)net.holder.read.lora.default.A.*its weight is read|weight is read"):
+        fit(ReadsWeight())
+    fit(ReadsWeight(), lora={"exclude_modules": ["holder"]}, steps=3)
+
+
+class UnusedOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler = nn.Linear(16, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        self.pooler(hidden)
+        return hidden
+
+
+def test_an_output_that_is_not_used():
+    with pytest.raises(ll.DeadAdapterError, match=r"net.pooler.lora.default.A.*called, but no gradient.*exclude_modules"):
+        fit(UnusedOutput())
+
+
+def test_multihead_attention_is_handled():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.layer(x[:, None])[:, 0])
+
+    module = fit(Encoder(), steps=2)
+    assert [n for n, _ in lora_layers(module)] == ["net.layer.linear1", "net.layer.linear2"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_the_encoders_fused_path_does_not_bypass_adapters(masked):
+    """In eval mode without gradients torch reads the linears' weights, unless one of its modules has a hook."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    x, mask = torch.randn(2, 5, 16), None
+    if masked:
+        mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    ll.inject(encoder, ll.LoRAConfig(r=4))
+    for _, layer in lora_layers(encoder):
+        nn.init.normal_(layer.lora["default"].B)
+    trained = encoder.train()(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        evaluated = encoder.eval()(x, src_key_padding_mask=mask)
+    keep = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(evaluated[keep], trained[keep], rtol=1e-4, atol=1e-5)
+
+
+class Reentrant(nn.Module):
+    """A frozen embedding, a block in a reentrant checkpoint, and a trainable head: the block gets no gradient."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.head, self.reentrant = nn.Linear(16, 16), nn.Linear(16, 4), reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_reentrant_checkpoint_behind_frozen_inputs():
+    with pytest.raises(ll.DeadAdapterError, match=r"net.block.lora.default.A.*use_reentrant=False"):
+        fit(Reentrant(True))
+    fit(Reentrant(False), steps=2)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_loss_without_any_gradient_gets_a_note():
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        fit(Reentrant(True), lora={"modules_to_save": None})
+    assert "use_reentrant=False" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_checkpointing_of_transformers_models(family, reentrant):
+    """Gradients equal those without checkpointing, reentrant or not."""
+    gradients = []
+    for checkpointing in (False, True):
+        module = Wrapped(FAMILIES[family].make)
+        batch = FAMILIES[family].batch(module.net)
+        if checkpointing:
+            module.net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        module.configure_optimizers = lambda m=module: torch.optim.SGD(m.parameters(), lr=1e-3)
+        for dropout in (m for m in module.modules() if isinstance(m, nn.Dropout)):
+            dropout.p = 0.0
+        module.net.config.attention_probs_dropout_prob = 0.0
+        trainer(ll.LoRA(r=4), max_steps=2).fit(module, one_batch(batch))
+        gradients.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- what may wait, and what may not ------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Only one expert is reached at first."""
+
+    def __init__(self, reached: int = 1) -> None:
+        super().__init__()
+        self.experts, self.reached = nn.ModuleList(nn.Linear(16, 4) for _ in range(3)), reached
+
+    def forward(self, x):
+        return sum(expert(x) for expert in self.experts[: self.reached])
+
+
+def test_layers_that_were_not_reached_may_wait():
+    with pytest.warns(UserWarning, match=r"4 trainable tensors never moved in this run: net.experts.1.lora"):
+        fit(Experts(), steps=3)
+
+
+def test_a_warm_up_from_zero_may_wait():
+    def optimizers(module):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    fit(nn.Sequential(nn.Linear(16, 4)), steps=4, optimizers_=optimizers)
+
+
+def test_a_learning_rate_of_zero_for_ever():
+    with pytest.raises(ll.DeadAdapterError, match=f"did not move in {PATIENCE} steps"):
+        fit(nn.Sequential(nn.Linear(16, 4)), steps=PATIENCE + 1, optimizers_=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+
+
+def test_a_zero_initialised_head_may_wait():
+    net = nn.Sequential(nn.Linear(16, 16))
+    net.add_module("head", nn.Linear(16, 4))
+    nn.init.zeros_(net.head.weight)
+    module = fit(net, steps=3)
+    assert next(layer for _, layer in lora_layers(module)).lora["default"].B.count_nonzero()
+
+
+def test_an_optimizer_that_does_nothing():
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return closure() if closure else None
+
+    with pytest.raises(ll.DeadAdapterError, match=r"lora.default.B: it has a gradient, and the optimizer left it at 0"):
+        fit(nn.Sequential(nn.Linear(16, 4)), optimizers_=lambda m: Idle(m.parameters(), lr=1e-2))
+
+
+def test_magnitudes_that_are_rounded_away():
+    lora = {"use_dora": True, "adapter_dtype": "bfloat16"}
+    net = nn.Sequential(nn.Linear(16, 4))
+    nn.init.constant_(net[0].weight, 1.0)
+
+    def optimizers(module):
+        return torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0)
+
+    with pytest.raises(ll.DeadAdapterError, match=r"magnitude: did not move.*adapter_dtype='float32'"):
+        fit(net, lora=lora, steps=PATIENCE + 1, optimizers_=optimizers)
+
+
+def test_gans_step_their_optimizers_in_turn():
+    class Turns(Lit):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()[batch_idx % 2]
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    module = Turns(optimizers_=lambda m: [torch.optim.AdamW(b.parameters(), lr=1e-2) for b in m.net.blocks])
+    trainer(ll.LoRA(r=4, modules_to_save=None), max_epochs=2).fit(module, data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+# ---- before the first step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda m: ll.merge(m), ll.TargetError, "merged into net.blocks.0.q.*call ll.unmerge"),
+        (lambda m: setattr(m.net.blocks[0].q, "lora_active", ()), ll.DeadAdapterError, "net.blocks.0.q is not active"),
+        (lambda m: setattr(m.net.blocks[0].q.lora["default"], "scaling", 0.0), ll.DeadAdapterError, "net.blocks.0.q has scaling 0"),
+    ],
+)  # fmt: skip
+def test_spoiled_before_the_run(spoil, error, message):
+    module = Lit()
+    ll.inject(module, ll.LoRAConfig(r=4))
+    spoil(module)
+    with pytest.raises(error, match=message):
+        trainer(ll.LoRA(r=4)).fit(module, data())
+
+
+def test_frozen_behind_our_back():
+    class Freezes(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.requires_grad_(False)
+
+    with pytest.raises(ll.DeadAdapterError, match="requires_grad was turned off on net.blocks.0.q.lora.default.A"):
+        trainer(ll.LoRA(r=4), Freezes()).fit(Lit(), data())
+
+
+def test_frozen_in_the_users_setup():
+    """Users freeze their base themselves; adapters are trained all the same."""
+
+    class FreezesEarly(Lit):
+        def setup(self, stage):
+            self.net.requires_grad_(False)
+
+    module = FreezesEarly()
+    trainer(ll.LoRA(r=4)).fit(module, data())
+    assert module.net.head.weight.requires_grad
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+def test_the_watch_goes_away():
+    module = Lit()
+    hooks = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            optimizer = trainer.optimizers[0]
+            hooks.append(
+                sum(len(m._forward_pre_hooks) for m in pl_module.modules() if not type(m).__name__.endswith("Adapter"))
+                + len(optimizer._optimizer_step_pre_hooks)
+                + len(optimizer._optimizer_step_post_hooks)
+            )
+
+    trainer(ll.LoRA(r=4), Count()).fit(module, data())
+    assert hooks[-1] == 0
+
+
+def test_mamba_trains():
+    config = tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2)
+    module = Wrapped(lambda: tf.MambaForCausalLM(config))
+    tokens = torch.randint(3, 61, (2, 7))
+    trainer(ll.LoRA(r=2), max_steps=2).fit(module, one_batch({"input_ids": tokens, "labels": tokens}))
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
