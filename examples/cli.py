@@ -1,8 +1,8 @@
 """LightningCLI with adapters: nothing in this file is about LoRA, the YAML says it all.
 
-    python examples/cli.py fit --config examples/configs/lora.yaml
-    python examples/cli.py fit --config examples/configs/lora.yaml --optimizer.lr 0.005
-    python examples/cli.py fit --config examples/configs/lora.yaml --print_config
+python examples/cli.py fit --config examples/configs/lora.yaml
+python examples/cli.py fit --config examples/configs/lora.yaml --optimizer.lr 0.005
+python examples/cli.py fit --config examples/configs/lora.yaml --print_config
 """
 
 import lightning.pytorch as pl

@@ -1,6 +1,6 @@
 """Adapters without Lightning: plan, inject, train, merge.
 
-    python examples/plain_pytorch.py
+python examples/plain_pytorch.py
 """
 
 import sys

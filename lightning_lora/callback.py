@@ -6,39 +6,36 @@ takes them off when the run ends.
 """
 
 import functools
-import logging
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import figures, one_line, show
+from lightning_lora.arguments import check_arguments
+from lightning_lora.company import check_company, overrides_configure_model, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, did_you_mean, listing, raise_all
-from lightning_lora.formats.checkpoint import META
+from lightning_lora.errors import ConfigError, TargetError, listing, raise_all
+from lightning_lora.formats.checkpoint import META, complete_averages
 from lightning_lora.formats.fingerprint import fingerprint
-from lightning_lora.formats.rng import gather_rng, restore_rng
+from lightning_lora.formats.rng import gather_rng, own_rng, restore_rng
 from lightning_lora.frozen import FrozenBuffers
 from lightning_lora.health import Watch, check_before, let_gradients_through
 from lightning_lora.inits import Init
-from lightning_lora.inject import apply, freeze, initialise, name_problems, settle, train_mode, withdraw
+from lightning_lora.inject import apply, default_seed, freeze, initialise, settle, train_mode, withdraw
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.optim import complete_optimizers, restore_ratios
 from lightning_lora.patches import Patches
-from lightning_lora.state import adapters
 from lightning_lora.strategies import StrategyAdapter, strategy_adapter
 from lightning_lora.targets import Plan, draft
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-log = logging.getLogger("lightning_lora")
 
 
 class LoRA(CallbackBase):
@@ -112,18 +109,16 @@ class LoRA(CallbackBase):
         save_peft: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        own = {name: given.pop(name) for name in _OWN_ARGUMENTS}
-        problems = _own_problems(own)
+        own = {name: given.pop(name) for name in list(given) if name not in LoRAConfig.__dataclass_fields__}
         try:
-            self.config = LoRAConfig(**given)
+            self.config, problems = LoRAConfig(**given), tuple[str, ...]()
         except ConfigError as error:
-            problems = [*error.problems, *problems]
-        raise_all(ConfigError, problems, "LoRA")
-        raise_all(UnsupportedError, [f"{name} is not built yet" for name in _UNBUILT if own[name]], "LoRA")
+            problems = error.problems
+        check_arguments(own, problems)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
         self._dtype: torch.dtype = getattr(torch, adapter_dtype)
         self._patches = Patches()
-        self._plan = Plan(targets=())
+        self._plan, self._seed = Plan(targets=()), 0
         self._strategy: StrategyAdapter | None = None
         self._watch: Watch | None = None
         self._buffers: FrozenBuffers | None = None
@@ -138,19 +133,16 @@ class LoRA(CallbackBase):
         more has come.
         """
         self._release()
-        self._check_company(trainer)
+        check_company(trainer, self, self._family(trainer))
         self._strategy = strategy_adapter(trainer.strategy)
         self._strategy.install()
-        if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher" and not adapters(pl_module):
-            rank_zero_warn(
-                "Adapters are added in the processes that are started now, and not to the module that you hold: load "
-                "them with ll.load_from_checkpoint, or call ll.inject(module, config) before the run"
-            )
-        lazy = _overrides_configure_model(pl_module)
-        self._inject(pl_module, last=False)
-        self._patches.call_after(pl_module, "setup", functools.partial(self._inject, pl_module, last=not lazy))
+        warn_of_copies(trainer, pl_module)
+        self._seed = trainer.strategy.broadcast(default_seed())
+        lazy, inject = overrides_configure_model(pl_module), functools.partial(self._inject, pl_module)
+        inject(last=False)
+        self._patches.call_after(pl_module, "setup", functools.partial(inject, last=not lazy))
         if lazy:
-            self._patches.call_after(pl_module, "configure_model", functools.partial(self._inject, pl_module, last=True))
+            self._patches.call_after(pl_module, "configure_model", functools.partial(inject, last=True))
         if stage == "fit":
             self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
 
@@ -170,10 +162,10 @@ class LoRA(CallbackBase):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
-        optimizers = _plain_optimizers(trainer)
+        optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         check_before(pl_module, optimizers)
         restore_ratios(optimizers)
-        if self._is_first(trainer):
+        if self._family(trainer)[0] is self:
             self._watch = Watch(pl_module, optimizers)
             self._buffers = FrozenBuffers(pl_module)
         loop = trainer.fit_loop
@@ -185,7 +177,7 @@ class LoRA(CallbackBase):
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
         if self._buffers is not None and (changed := self._buffers.restore()) and trainer.global_step <= 1:
-            log.info("Buffers of the frozen base changed in training and were put back: %s", listing(changed))
+            rank_zero_info(f"Buffers of the frozen base changed in training and were put back: {listing(changed)}")
         if self._watch is not None and self._watch.done:
             self._watch.close()
             self._watch = None
@@ -198,34 +190,28 @@ class LoRA(CallbackBase):
         self._watch = self._buffers = None
 
     @override
-    def on_save_checkpoint(
-        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a full checkpoint is saved. Adds the random states of all ranks."""
         checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
 
     @override
-    def on_load_checkpoint(
-        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
-        if "averaging_state" in checkpoint:  # weight averaging loads whole models: complete them with the base
-            base = {key: value for key, value in pl_module.state_dict().items()}
-            for part in ("state_dict", "current_model_state"):
-                checkpoint[part] = {**base, **checkpoint[part]}
+        complete_averages(pl_module, checkpoint)
         states = checkpoint.get(META, {}).get("rng")
         if states is None or trainer.state.fn != "fit":
             return
-        if len(states) == trainer.world_size:
-            self._rng = states[trainer.global_rank]
-            restore_rng(self._rng)
+        self._rng = own_rng(states, trainer.global_rank, trainer.world_size)
+        if self._rng is None:
+            rank_zero_info("The checkpoint is from another number of processes: random states are not restored")
         else:
-            rank_zero_info("The checkpoint is from a run with another number of processes: random states are not restored")
+            restore_rng(self._rng)
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Called when fit, validate, test or predict ends. Takes the wrappers off the module."""
         self._release()
+        settle(pl_module)
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
@@ -237,27 +223,9 @@ class LoRA(CallbackBase):
                 "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
             )
 
-    def _check_company(self, trainer: "Trainer") -> None:
-        """Refuses what else in the Trainer would undo the adapters."""
-        others = [(i, type(c).__name__, _names_of_bases(c)) for i, c in enumerate(trainer.callbacks)]
-        twins = [c for c in trainer.callbacks if isinstance(c, LoRA) and c.adapter_name == self.adapter_name]
-        place = next(i for i, callback in enumerate(trainer.callbacks) if callback is self)
-        problems, unsupported = [], []
-        if len(twins) > 1:
-            problems.append(f"{len(twins)} LoRA callbacks have adapter_name={self.adapter_name!r}: give each its own name")
-        for i, name, bases in others:
-            if "WeightAveraging" in bases and i < place:
-                problems.append(f"{name} copies the model before adapters are added: put LoRA first in callbacks")
-            if "StochasticWeightAveraging" in bases:
-                unsupported.append(f"{name} can't be used with adapters; EMAWeightAveraging behind LoRA can")
-        if (plugin := type(trainer.precision_plugin).__name__) in ("BitsandbytesPrecision", "TransformerEnginePrecision"):
-            unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
-        raise_all(ConfigError, problems, "LoRA")
-        raise_all(UnsupportedError, unsupported, "LoRA")
-
-    def _is_first(self, trainer: "Trainer") -> bool:
-        """Whether it does what several LoRA callbacks in a Trainer should do once."""
-        return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self
+    def _family(self, trainer: "Trainer") -> list["LoRA"]:
+        """The LoRA callbacks of a Trainer; the first does what is to be done once."""
+        return [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
 
     def _inject(self, model: nn.Module, last: bool) -> None:
         withdraw(model, self.adapter_name)
@@ -266,7 +234,7 @@ class LoRA(CallbackBase):
             raise_all(TargetError, problems, "LoRA")
         elif problems:
             return
-        apply(model, self.config, drafted, self.adapter_name, self._dtype)
+        apply(model, self.config, drafted, self.adapter_name, self._dtype, self._seed)
         initialise(model)
         self._plan = drafted
         if last and self._strategy is not None:
@@ -292,42 +260,3 @@ class LoRA(CallbackBase):
         if self._watch is not None:
             self._watch.close()
         self._watch = self._buffers = None
-
-
-_OWN_ARGUMENTS = (
-    "loraplus_lr_ratio",
-    "quantization",
-    "gradient_checkpointing",
-    "adapter_name",
-    "adapter_dtype",
-    "init_from",
-    "save_peft",
-)
-_UNBUILT = ("quantization", "gradient_checkpointing", "init_from", "save_peft")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
-
-
-def _own_problems(own: dict[str, Any]) -> list[str]:
-    problems = name_problems(own["adapter_name"])
-    ratio, dtype, mode = own["loraplus_lr_ratio"], own["adapter_dtype"], own["quantization"]
-    if ratio is not None and (not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf):
-        problems.append(f"loraplus_lr_ratio must be a positive number, got {ratio!r}")
-    if dtype not in _DTYPES:
-        problems.append(f"adapter_dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.{did_you_mean(str(dtype), _DTYPES)}")
-    if isinstance(mode, str) and mode not in _MODES:
-        problems.append(f"quantization must be one of {', '.join(_MODES)}, got {mode!r}.{did_you_mean(mode, _MODES)}")
-    return problems
-
-
-def _overrides_configure_model(module: "LightningModule") -> bool:
-    lightning_class: Any = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
-    return getattr(module.configure_model, "__func__", None) is not lightning_class.configure_model
-
-
-def _names_of_bases(obj: object) -> set[str]:
-    return {cls.__name__ for cls in type(obj).__mro__}
-
-
-def _plain_optimizers(trainer: "Trainer") -> list[Any]:
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]

@@ -5,7 +5,6 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from lightning_lora.errors import ConfigError, LightningLoRAError
@@ -61,4 +60,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -110,9 +110,9 @@ class LoRAConfig:
         return cls(**values)
 
     def _problems(self) -> Iterable[str]:
-        if not _is_int(self.r) or self.r <= 0:
+        if not _is_rank(self.r):
             yield f"r must be a positive integer, got {self.r!r}"
-        if not _is_number(self.lora_alpha) or not math.isfinite(self.lora_alpha) or self.lora_alpha == 0:
+        if not _is_alpha(self.lora_alpha):
             yield f"lora_alpha must be finite and not 0 (the update is scaled by it), got {self.lora_alpha!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}"
@@ -120,18 +120,8 @@ class LoRAConfig:
         if self.exclude_modules is not None:
             yield from _pattern_problems("exclude_modules", self.exclude_modules)
         yield from _index_problems(self.layers_to_transform)
-        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            if pattern is not None and not isinstance(pattern, dict):
-                yield f"{name} must map patterns to values, got {pattern!r}"
-        for key, rank in _items(self.rank_pattern):
-            if not _is_int(rank) or rank <= 0:
-                yield f"rank_pattern[{key!r}] must be a positive integer, got {rank!r}"
-        for key, alpha in _items(self.alpha_pattern):
-            if not _is_number(alpha) or not math.isfinite(alpha) or alpha == 0:
-                yield f"alpha_pattern[{key!r}] must be finite and not 0, got {alpha!r}"
-        for key in {**dict(_items(self.rank_pattern)), **dict(_items(self.alpha_pattern))}:
-            if key.startswith("re:"):
-                yield from _regex_problems("rank_pattern/alpha_pattern", key[3:])
+        yield from _mapping_problems("rank_pattern", self.rank_pattern, "a positive integer", _is_rank)
+        yield from _mapping_problems("alpha_pattern", self.alpha_pattern, "finite and not 0", _is_alpha)
         for flag in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, flag), bool):
                 yield f"{flag} must be true or false, got {getattr(self, flag)!r}"
@@ -139,9 +129,10 @@ class LoRAConfig:
         if self.dora_dropout == "lora" and not self.use_dora:
             yield "dora_dropout='lora' has no effect without use_dora=True"
         yield from _choice_problems("bias", self.bias, ("none", "all", "lora_only"))
-        if isinstance(self.init_lora_weights, (str, bool)) or not callable(self.init_lora_weights):
-            hint = " (PEFT's True is 'kaiming' here)" if self.init_lora_weights is True else ""
-            yield from (p + hint for p in _choice_problems("init_lora_weights", self.init_lora_weights, INITS))
+        init: Any = self.init_lora_weights
+        if not callable(init):
+            hint = " (PEFT's True is 'kaiming' here)" if init is True else ""
+            yield from (p + hint for p in _choice_problems("init_lora_weights", init, INITS))
         if self.modules_to_save not in ("auto", None):
             if isinstance(self.modules_to_save, str):
                 hint = did_you_mean(self.modules_to_save, ["auto"]) or f" For one module: [{self.modules_to_save!r}]."
@@ -202,8 +193,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _items(mapping: Any) -> Iterable[tuple[str, Any]]:
-    return mapping.items() if isinstance(mapping, dict) else ()
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value != 0
+
+
+def _mapping_problems(name: str, mapping: Any, wanted: str, is_right: Callable[[Any], bool]) -> Iterable[str]:
+    if not isinstance(mapping, dict):
+        if mapping is not None:
+            yield f"{name} must map patterns to values, got {mapping!r}"
+        return
+    for key, value in mapping.items():
+        if not isinstance(key, str) or not key:
+            yield f"{name} holds {key!r}, which is no pattern"
+        elif key.startswith("re:"):
+            yield from _regex_problems(name, key[3:])
+        if not is_right(value):
+            yield f"{name}[{key!r}] must be {wanted}, got {value!r}"
 
 
 def _choice_problems(name: str, value: Any, choices: tuple[Any, ...]) -> Iterable[str]:

@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.inject import MERGED
 from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.names import clean
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.probe import obstacle
@@ -37,16 +36,17 @@ def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         problems.append(f"adapters are merged into {listing(merged)} and would get no gradient: call ll.unmerge(model)")
     for name, layer in layers.items():
-        for adapter_name, adapter in layer.lora.items():
+        for adapter_name, adapter in layer.lora_adapters().items():
             if adapter.scaling == 0:
                 problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
             if adapter_name not in layer.lora_active and MERGED not in vars(layer):
                 problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
     verdicts: dict[type, str | None] = {}
-    problems += [f"{n.name}: {why}" for n in nodes(model).values() if n.name in layers and (why := obstacle(n, verdicts))]
+    adapted = [node for name, node in nodes(model).items() if name in layers]
+    problems += [f"{node.name}: {why}" for node in adapted if (why := obstacle(node, verdicts))]
     frozen = [name for name, p in trained_parameters(model) if not p.requires_grad]
     if frozen:
-        problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added, not after")
+        problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
     raise_all(DeadAdapterError, problems, "the adapters could not train")
     require_trained(model, optimizers)
 
@@ -65,15 +65,16 @@ def let_gradients_through(model: nn.Module) -> list[str]:
         nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
         if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
             if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
-                module.enable_input_require_grads()  # type: ignore[operator]
+                module.enable_input_require_grads()
             helped.append(name)
     return helped
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
-    keywords = getattr(function, "keywords", {})
-    return function is not None and getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant", True)
+    if function is None or not getattr(module, "gradient_checkpointing", False):
+        return False
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 class Watch:
@@ -144,7 +145,7 @@ class Watch:
             if verdict is True:
                 del self._names[id(parameter)]
                 self._moved.add(id(self._owners[id(parameter)][0]))
-            elif verdict is not None:
+            elif verdict:
                 dead.setdefault(verdict, []).append(self._names[id(parameter)])
         if not dead and self._steps[id(optimizer)] >= PATIENCE:
             late = [self._names.pop(id(p)) for p, _ in list(self._waiting(optimizer))]

@@ -6,19 +6,21 @@ after pickling.
 """
 
 import os
-import re
 import warnings
 import zlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter, variant_class
+from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.inits import resolve
 from lightning_lora.layers import (
     LockedStatistics,
+    LoRALayer,
     attach,
     detach,
     kind_of,
@@ -69,13 +71,19 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
 
 
 def apply(
-    model: nn.Module, config: LoRAConfig, drafted: Plan, adapter_name: str, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoRAConfig,
+    drafted: Plan,
+    adapter_name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
 ) -> None:
     """Carries out a plan. New adapters are all zero; `initialise` gives them their values."""
     _check_adapter(model, config, adapter_name)
     tree = nodes(model)
     targets = [(tree[t.name].module, t) for t in drafted.targets if adapter_name not in _held(tree[t.name].module)]
-    created = [(layer, _create(layer, config, t.r, t.lora_alpha, dtype)) for layer, t in targets]
+    seed = default_seed() if seed is None else seed
+    created = [(layer, _create(layer, config, t.r, t.lora_alpha, dtype, seed)) for layer, t in targets]
     attached = []
     try:
         for layer, adapter in created:
@@ -83,7 +91,7 @@ def apply(
             attached.append(layer)
     except Exception:
         for layer in attached:
-            detach(layer, adapter_name)
+            detach(cast(LoRALayer, layer), adapter_name)
         raise
     for saved in drafted.modules_to_save:
         _mark_trained(tree, saved.name, adapter_name)
@@ -128,7 +136,7 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     A model may be built in several steps, and what its parts are for is clear only when it is complete.
     """
     for _, layer in list(lora_layers(model)):
-        if adapter_name in layer.lora and layer.lora[adapter_name].fresh:
+        if adapter_name in layer.lora and layer.lora_adapters()[adapter_name].fresh:
             detach(layer, adapter_name)
     if not any(True for _ in lora_layers(model)):
         eject(model)
@@ -140,16 +148,19 @@ def initialise(model: nn.Module) -> None:
     The values depend on the seed and on the layer's name alone: they are the same on every rank and for every
     strategy, and the user's random stream is not touched.
     """
-    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
     for layer_name, layer in lora_layers(model):
-        for name, adapter in layer.lora.items():
-            assert isinstance(adapter, Adapter)
+        for name, adapter in layer.lora_adapters().items():
             if adapter.fresh and not adapter.A.is_meta:
                 key = f"{clean(layer_name)}.lora.{name}".encode()
-                generator = torch.Generator().manual_seed((seed + zlib.crc32(key)) % (1 << 63))
+                generator = torch.Generator().manual_seed((adapter.seed + zlib.crc32(key)) % (1 << 63))
                 init = resolve(adapter.config.init_lora_weights)
                 A, B, _ = layer.initial_factors(init, adapter.r, adapter.scaling, generator)
                 adapter.initialise(layer.matrix(), A, B)
+
+
+def default_seed() -> int:
+    """The seed of Lightning's ``seed_everything``, or that of torch."""
+    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
 
 
 def settle(model: nn.Module) -> None:
@@ -160,7 +171,7 @@ def settle(model: nn.Module) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Puts what is trained into train mode: a pretrained model comes in eval mode, in which dropout would do nothing."""
+    """Puts what is trained into train mode: pretrained models come in eval mode, in which dropout does nothing."""
     for module in model.modules():
         if isinstance(module, Adapter):
             module.train()
@@ -187,14 +198,6 @@ def freeze(model: nn.Module) -> None:
             unlock_statistics(module)
 
 
-def name_problems(adapter_name: object) -> list[str]:
-    """What is wrong with an adapter's name: it is a key of a ModuleDict and a part of checkpoint keys."""
-    if isinstance(adapter_name, str) and re.fullmatch(r"\w[\w-]*", adapter_name):
-        if not hasattr(nn.ModuleDict, adapter_name):
-            return []
-    return [f"adapter_name={adapter_name!r} can't be used: letters, digits, '_' and '-', and no method of a ModuleDict"]
-
-
 def _held(layer: nn.Module) -> tuple[str, ...]:
     held = layer._modules.get("lora")
     return tuple(held) if isinstance(held, nn.ModuleDict) else ()
@@ -205,7 +208,7 @@ def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
     raise_all(TargetError, _merged(model, "call ll.unmerge before adapters are added"), "LoRA")
     for layer_name, layer in lora_layers(model):
         if name in layer.lora:
-            old, new = layer.lora[name].config.to_dict(), config.to_dict()
+            old, new = layer.lora_adapters()[name].config.to_dict(), config.to_dict()
             changes = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
             if changes:
                 raise ConfigError(
@@ -220,7 +223,7 @@ def _merged(model: nn.Module, way_out: str) -> list[str]:
     return [f"adapters are merged into {listing(names)}: {way_out}"] if names else []
 
 
-def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype) -> Adapter:
+def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype, seed: int) -> Adapter:
     kind, weight = kind_of(original_type(layer)), layer.weight
     assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
     return variant_class(config.variant)(
@@ -228,6 +231,7 @@ def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: t
         r=r,
         scaling=config.scaling(r, alpha),
         config=config,
+        seed=seed,
         dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
         device=weight.device,
     )

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.inject import MERGED, eject
 from lightning_lora.layers import LoRALayer, is_quantized, lora_layers
@@ -51,7 +50,8 @@ class MergeReport:
         if changed:
             worst = min(changed, key=lambda name: changed[name].survived)
             mean = sum(layer.survived for layer in changed.values()) / len(changed)
-            lines.append(f"of the updates {mean:.1%} survived rounding; least in {worst}: {changed[worst].survived:.1%}")
+            least = f"least in {worst}: {changed[worst].survived:.1%}"
+            lines.append(f"of the updates {mean:.1%} survived rounding; {least}")
         if untied := [name for name, layer in self.layers.items() if layer.untied]:
             lines.append(f"tied weights were untied: {listing(untied)}")
         return "\n".join(lines)
@@ -90,11 +90,9 @@ def merge(
     layers = dict(lora_layers(model))
     wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names and list(adapter_names)
     known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
-    raise_all(
-        ConfigError,
-        [f"there is no adapter {n!r}.{did_you_mean(n, known)} Known: {[*known]}" for n in wanted or () if n not in known],
-        "merge",
-    )
+    unknown = [name for name in wanted or () if name not in known]
+    hints = [f"there is no adapter {name!r}.{did_you_mean(name, known)} Known: {[*known]}" for name in unknown]
+    raise_all(ConfigError, hints, "merge")
     problems = [] if layers else ["the model has no adapters"]
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         problems.append(f"adapters are merged already into {listing(merged)}: call ll.unmerge first")
@@ -169,14 +167,13 @@ def _merge_layer(
     assert isinstance(old, nn.Parameter)
     new = torch.empty_like(old, dtype=dtype or old.dtype)
     W, merged = layer.as_matrix(old), layer.as_matrix(new)
-    adapters = [layer.lora[name] for name in names]
+    adapters = [layer.lora_adapters()[name] for name in names]
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     wanted = kept = missed = torch.zeros((), dtype=torch.float64, device=W.device)
     for rows in row_chunks(W):
         w = W[rows].to(accumulate)
         update = torch.zeros_like(w)
         for adapter in adapters:
-            assert isinstance(adapter, Adapter)
             update += adapter.merged(w, rows).sub_(w)
         merged[rows] = (w + update).to(merged.dtype)
         change = merged[rows].to(accumulate) - w

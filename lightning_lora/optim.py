@@ -6,11 +6,10 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
 from lightning_lora.layers import lora_layers
-from lightning_lora.state import adapter_modules
 from lightning_lora.names import clean
+from lightning_lora.state import adapter_modules
 
 RATIO = "lora_lr_ratio"  # in a parameter group of B's: its learning rate over that of the group it was split from
 SPLIT_FROM = "lora_split_from"  # ... and that group's index
@@ -68,8 +67,9 @@ def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
     group_of = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for name, layer in lora_layers(model):
         group = group_of.get(id(layer.weight)) or group_of.get(id(layer._parameters.get("bias")))
-        for adapter_name, adapter in layer.lora.items() if group is not None else ():
-            assert isinstance(adapter, Adapter)
+        if group is None:
+            continue
+        for adapter_name, adapter in layer.lora_adapters().items():
             for key, parameter in adapter.named_parameters():
                 if id(parameter) not in group_of:
                     group["params"].append(parameter)
@@ -78,7 +78,7 @@ def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 def drop_frozen(optimizer: Optimizer) -> None:
-    """Takes frozen parameters, and state kept for them, out of an optimizer. Empty groups stay: schedulers count them."""
+    """Takes frozen parameters, and what is kept for them, out of an optimizer. Empty groups stay: schedulers count."""
     for group in optimizer.param_groups:
         keep = [i for i, p in enumerate(group["params"]) if p.requires_grad]
         for parameter in group["params"]:

@@ -25,8 +25,7 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
     """
     found: dict[str, LoRAConfig] = {}
     for _, layer in lora_layers(model):
-        for name, adapter in layer.lora.items():
-            assert isinstance(adapter, Adapter)
+        for name, adapter in layer.lora_adapters().items():
             found.setdefault(name, adapter.config)
     return found
 
@@ -35,9 +34,7 @@ def adapter_modules(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """The adapters of that name."""
     for _, layer in lora_layers(model):
         if adapter_name in layer.lora:
-            adapter = layer.lora[adapter_name]
-            assert isinstance(adapter, Adapter)
-            yield adapter
+            yield layer.lora_adapters()[adapter_name]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
@@ -112,7 +109,7 @@ def _trained(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, 
 
 def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, LoRALayer):
-        for name, adapter in module.lora.items():
+        for name, adapter in module.lora_adapters().items():
             if adapter_name in (None, name):
                 yield from ((f"lora.{name}.{key}", parameter) for key, parameter in adapter.named_parameters())
     if (trained := vars(module).get(TRAINED)) is not None:

@@ -1,6 +1,6 @@
 """Which adapters take part in a forward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -42,7 +42,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         _swap_weights(merged)
 
 
-def _swap_weights(layers: list[nn.Module]) -> None:
+def _swap_weights(layers: Sequence[nn.Module]) -> None:
     for layer in layers:
         state = vars(layer)[MERGED]
         layer._parameters["weight"], state.weight = state.weight, layer._parameters["weight"]

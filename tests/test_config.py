@@ -55,6 +55,7 @@ def test_all_problems_are_reported_at_once():
         ({"layers_to_transform": {"tower": []}}, "tower"),
         ({"rank_pattern": ["q"]}, "must map patterns"),
         ({"rank_pattern": {"re:(": 2}}, "not a valid regex"),
+        ({"alpha_pattern": {3: 2.0}}, "holds 3, which is no pattern"),
         ({"use_dora": 1}, "true or false"),
         ({"dora_dropout": "lora"}, "no effect without use_dora"),
         ({"init_lora_weights": True}, "PEFT's True is 'kaiming'"),

@@ -38,7 +38,11 @@ class Plain(nn.Module):
 
 def test_plan_changes_nothing():
     model = llama()
-    before, modules, rng = copy.deepcopy(model.state_dict()), [vars(m).copy() for m in model.modules()], torch.get_rng_state()
+    before, modules, rng = (
+        copy.deepcopy(model.state_dict()),
+        [vars(m).copy() for m in model.modules()],
+        torch.get_rng_state(),
+    )
     ll.plan(model, ll.LoRAConfig())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [vars(m) for m in model.modules()] == modules
@@ -54,7 +58,10 @@ def test_plan_changes_nothing():
         ({"target_modules": ["blocks.*.q"]}, ["blocks.0.attn.q", "blocks.1.attn.q", "blocks.2.attn.q"]),
         ({"target_modules": ["blocks.[02].attn.q"]}, ["blocks.0.attn.q", "blocks.2.attn.q"]),
         ({"target_modules": [r"re:blocks\.\d\.attn\.v"]}, ["blocks.0.attn.v", "blocks.1.attn.v", "blocks.2.attn.v"]),
-        ({"target_modules": r"blocks\.0\..*"}, ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"]),
+        (
+            {"target_modules": r"blocks\.0\..*"},
+            ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"],
+        ),
         ({"target_modules": "attention"}, [f"blocks.{i}.attn.{n}" for i in range(3) for n in "qv"]),
         ({"target_modules": "mlp"}, [f"blocks.{i}.mlp.{n}" for i in range(3) for n in (0, 2)]),
         ({"target_modules": ["embed", "attention"], "layers_to_transform": 1}, ["blocks.1.attn.q", "blocks.1.attn.v"]),
@@ -62,7 +69,10 @@ def test_plan_changes_nothing():
         ({"target_modules": ["head"], "modules_to_save": None}, ["head"]),
         ({"exclude_modules": ["mlp"]}, [f"blocks.{i}.attn.{n}" for i in range(3) for n in "qv"]),
         ({"exclude_modules": "attention"}, [f"blocks.{i}.mlp.{n}" for i in range(3) for n in (0, 2)]),
-        ({"exclude_modules": r"blocks\.[12]"}, ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"]),
+        (
+            {"exclude_modules": r"blocks\.[12]"},
+            ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"],
+        ),
         ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, ["blocks.0.attn.q", "blocks.2.attn.q"]),
         ({"target_modules": ["q"], "layers_to_transform": {"blocks": [2]}}, ["blocks.2.attn.q"]),
     ],
@@ -94,7 +104,10 @@ def test_ranks_and_alphas_by_pattern():
     ("options", "messages"),
     [
         ({"target_modules": ["qq"]}, [r"target_modules: 'qq' matches nothing", "Did you mean 'q'"]),
-        ({"target_modules": ["q", "blocks.0.attn.z"]}, [r"'blocks.0.attn.z' matches nothing. Did you mean 'blocks.0.attn"]),
+        (
+            {"target_modules": ["q", "blocks.0.attn.z"]},
+            [r"'blocks.0.attn.z' matches nothing. Did you mean 'blocks.0.attn"],
+        ),
         ({"target_modules": "q"}, [r"As a string it is a regex of the whole name; as a suffix it is \['q'\]"]),
         ({"target_modules": ["norm"]}, ["'norm' matches nothing that can be adapted", "LayerNorm"]),
         ({"exclude_modules": ["atn"]}, ["exclude_modules: 'atn' matches nothing. Did you mean 'attn'"]),
@@ -105,8 +118,14 @@ def test_ranks_and_alphas_by_pattern():
         ({"layers_to_transform": [1, 7]}, ["there is no block 7; the model has blocks 0 to 2"]),
         ({"layers_to_transform": {"vision": [0]}}, ["no module is named 'vision'"]),
         ({"exclude_modules": ["blocks"]}, ["leaves no layer to adapt", "exclude_modules"]),
-        ({"target_modules": ["head"], "modules_to_save": ["head"]}, ["in target_modules and, by 'head', in modules_to_save"]),
-        ({"target_modules": ["qq"], "exclude_modules": ["zz"], "rank_pattern": {"yy": 1}}, ["2 problems", "'qq'", "'zz'"]),
+        (
+            {"target_modules": ["head"], "modules_to_save": ["head"]},
+            ["in target_modules and, by 'head', in modules_to_save"],
+        ),
+        (
+            {"target_modules": ["qq"], "exclude_modules": ["zz"], "rank_pattern": {"yy": 1}},
+            ["2 problems", "'qq'", "'zz'"],
+        ),
     ],
 )
 def test_what_matches_nothing_is_an_error(options, messages):
@@ -346,7 +365,16 @@ def test_the_table():
     text = str(ll.plan(FAMILIES["bert"].make(), ll.LoRAConfig(r=4, rank_pattern={"pooler.dense": 2})))
     lines = [line.split() for line in text.splitlines()]
     assert lines[0] == ["layer", "type", "shape", "rank", "parameters", "remark"]
-    assert ["bert.encoder.layer.{0-1}.attention.self.query", "(2x)", "Linear", "32x32", "4", "512", "alpha", "16"] in lines
+    assert [
+        "bert.encoder.layer.{0-1}.attention.self.query",
+        "(2x)",
+        "Linear",
+        "32x32",
+        "4",
+        "512",
+        "alpha",
+        "16",
+    ] in lines
     assert ["bert.pooler.dense", "Linear", "32x32", "2", "128", "alpha", "16"] in lines
     assert any(line[:3] == ["classifier", "Linear", "99"] and "full:" in line for line in lines)
     assert lines[-1] == ["total", "6,499", "trainable"] or lines[-1][0] == "total"

@@ -45,6 +45,7 @@ class Adapter(nn.Module):
         r: Rank.
         scaling: The factor s of the update s B A.
         config: The configuration that this adapter belongs to.
+        seed: What its first values are drawn from, together with its name.
         dtype: Dtype of the master copies; a float64 layer gets float64.
         device: Where to create them; may be meta.
     """
@@ -61,11 +62,12 @@ class Adapter(nn.Module):
         r: int,
         scaling: float,
         config: LoRAConfig,
+        seed: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.config, self.scaling, self.master_dtype = config, scaling, dtype
+        self.config, self.scaling, self.seed, self.master_dtype = config, scaling, seed, dtype
         self.fresh = True  # nothing was trained or loaded into it yet: it may be initialised (again)
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
@@ -137,13 +139,14 @@ class Adapter(nn.Module):
             dtype = torch.float64 if moved.dtype == torch.float64 else self.master_dtype
             return moved if moved.dtype == dtype else tensor.to(device=moved.device, dtype=dtype)
 
-        return super()._apply(keep_master_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+        super()._apply(keep_master_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the bare base loads strictly into an adapted model: its adapters are not missed in it."""
         own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if any(key in state_dict for key in own):
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *args)
             self.fresh = False
 
 

@@ -41,7 +41,7 @@ class DoRAAdapter(Adapter):
         self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
 
     def gain(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        """g for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
+        """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
         norms = merged_row_norms(W, self.A, self.B[rows], self.scaling)
         zero = norms == 0
         return torch.where(zero, 1.0, self.magnitude[rows].to(norms.dtype) / norms.masked_fill_(zero, 1.0))

@@ -2,9 +2,9 @@
 
 import sysconfig
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override

@@ -88,7 +88,7 @@ def _quiet() -> None:
     """Only what the demonstration has to show: no notices of libraries about hardware, workers and weight files."""
     warnings.filterwarnings("ignore", module=r"lightning\.")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _bits_per_byte(module: ByteLM, data: DataLoader[Any]) -> float:

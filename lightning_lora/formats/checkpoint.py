@@ -133,6 +133,13 @@ def keep_weights_only(checkpoint: dict[str, Any]) -> None:
     checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
 
 
+def complete_averages(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Puts the base into a loaded checkpoint of weight averaging, in place: that loads whole models."""
+    if "averaging_state" in checkpoint:
+        for part in ("state_dict", "current_model_state"):
+            checkpoint[part] = {**model.state_dict(), **checkpoint[part]}
+
+
 def _adapter_keys(model: nn.Module) -> set[str]:
     return {key for key in adapter_state_dict(model) if ".lora." in key}
 

@@ -80,7 +80,7 @@ def _share_storage(checkpoint: dict[str, Any]) -> dict[str, Any]:
     views: dict[int, Tensor] = {}
     for group in small.values():
         flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in group.values()])
-        parts = flat.split([tensor.numel() for tensor in group.values()])
+        parts = torch.split(flat, [tensor.numel() for tensor in group.values()])
         views |= {key: part.view(group[key].shape) for key, part in zip(group, parts, strict=True)}
     shared: dict[str, Any] = _map_tensors(checkpoint, lambda tensor: views.get(id(tensor), tensor))
     return shared

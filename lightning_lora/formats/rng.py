@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 
 def collect_rng() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and this device's generators, readable with ``torch.load(weights_only=True)``."""
+    """The states of Python's, NumPy's, torch's and this device's generators, in types that ``weights_only`` loads."""
     version, internal, gauss = random.getstate()
     algorithm, keys, *rest = numpy.random.get_state(legacy=True)
     return {
@@ -27,6 +27,11 @@ def gather_rng() -> list[dict[str, Any]]:
     states: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(states, collect_rng())
     return states
+
+
+def own_rng(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any] | None:
+    """This rank's state among those of a checkpoint; None if that is from another number of ranks."""
+    return states[rank] if len(states) == world_size else None
 
 
 def restore_rng(state: dict[str, Any]) -> None:

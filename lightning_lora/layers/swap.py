@@ -7,7 +7,7 @@ no key of the state dict changes. This is the only file that assigns ``__class__
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Base = nn.Module
 else:
     Base = object
+
 
 class LoRALayer(Base):
     """A layer with adapters, by name, in ``lora``; those in ``lora_active`` take part in its forward.
@@ -41,9 +42,13 @@ class LoRALayer(Base):
             out = self.lora[name](self, input, base, out)
         return out
 
+    def lora_adapters(self) -> dict[str, "Adapter"]:
+        """The adapters by name."""
+        return dict(self.lora.items())  # type: ignore[arg-type]
+
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the layer as it was."""
-        out = super().forward(input, *args, **kwargs)  # type: ignore[safe-super]
+        out = super().forward(input, *args, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"{type(self).plain_class.__name__}.forward returned {type(out).__name__}; an adapter needs a Tensor. "
@@ -58,7 +63,8 @@ class LoRALayer(Base):
 
     def matrix(self) -> Tensor:
         """The weight as that matrix: a view."""
-        return self.as_matrix(self.weight)
+        weight: Any = self.weight
+        return self.as_matrix(weight)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight, as that matrix: a view, through which it can be written."""
@@ -90,7 +96,7 @@ class LoRALayer(Base):
         return ", ".join(filter(None, [super().extra_repr(), f"lora_active={list(self.lora_active)}"]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).plain_class, lora_class), self.__getstate__()
+        return _rebuild, (type(self).plain_class, lora_class), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class LockedStatistics(Base):
@@ -103,13 +109,14 @@ class LockedStatistics(Base):
         return super().train(False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).plain_class, locked_class), self.__getstate__()
+        return _rebuild, (type(self).plain_class, locked_class), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 # ---- which mixin a layer type gets --------------------------------------------------------------------------------
 
 _KINDS: dict[str, type[LoRALayer]] = {}
 _MixinT = TypeVar("_MixinT", bound=type[LoRALayer])
+_FamilyT = TypeVar("_FamilyT", LoRALayer, LockedStatistics)
 
 
 def adapts(*qualified_names: str) -> Callable[[_MixinT], _MixinT]:
@@ -159,32 +166,40 @@ def is_quantized(layer: nn.Module) -> bool:
 # ---- the classes --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def lora_class(cls: type[nn.Module]) -> type[LoRALayer]:
+def lora_class(cls: type) -> type[LoRALayer]:
     """The subclass of ``cls`` with adapters. One per class, so that equal blocks compile once."""
+    return _lora_class(cls)
+
+
+def locked_class(cls: type) -> type[LockedStatistics]:
+    """The subclass of ``cls`` whose statistics are locked."""
+    return _locked_class(cls)
+
+
+@cache
+def _lora_class(cls: type) -> type[LoRALayer]:
     base, mixin = _registered_base(cls), kind_of(cls)
     if base is None or mixin is None:
         raise TypeError(f"{_qualified_name(cls)} is no layer that can have an adapter")
     if cls is not base and reaches_base_forward(cls):
-        return _subclass("LoRA", cls, (cls, lora_class(base)))
-    return _subclass("LoRA", cls, (mixin, cls))
+        return _subclass(LoRALayer, "LoRA", cls, (cls, lora_class(base)))
+    return _subclass(LoRALayer, "LoRA", cls, (mixin, cls))
 
 
-@lru_cache(maxsize=None)
-def locked_class(cls: type[nn.Module]) -> type[LockedStatistics]:
-    """The subclass of ``cls`` whose statistics are locked."""
-    return _subclass("Locked", cls, (LockedStatistics, cls))
+@cache
+def _locked_class(cls: type) -> type[LockedStatistics]:
+    return _subclass(LockedStatistics, "Locked", cls, (LockedStatistics, cls))
 
 
-def _subclass(prefix: str, cls: type, bases: tuple[type, ...]) -> Any:
+def _subclass(family: type[_FamilyT], prefix: str, cls: type, bases: tuple[type, ...]) -> type[_FamilyT]:
     names = {"__module__": cls.__module__, "__qualname__": prefix + cls.__qualname__, "plain_class": cls}
-    return type(cls)(prefix + cls.__name__, bases, names)
+    swapped: type[_FamilyT] = type(cls)(prefix + cls.__name__, bases, names)
+    return swapped
 
 
-def _rebuild(cls: type[nn.Module], family: Callable[[type[nn.Module]], type]) -> Any:
+def _rebuild(cls: type, swapped: Callable[[type], Any]) -> Any:
     """Unpickles (and deep-copies) a swapped module from its plain class: dynamic classes have no import path."""
-    swapped = family(cls)
-    return swapped.__new__(swapped)
+    return object.__new__(swapped(cls))
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
@@ -197,11 +212,12 @@ def original_type(module: nn.Module) -> type[nn.Module]:
 
 def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
     """Puts an adapter on a layer and makes it active."""
+    swapped: Any = layer
     if not isinstance(layer, LoRALayer):
-        layer.__class__ = lora_class(type(layer))
-        layer.lora, layer.lora_active = nn.ModuleDict(), ()
-    layer.lora[name] = adapter.train(layer.training)
-    layer.lora_active = (*layer.lora_active, name)
+        swapped.__class__ = lora_class(type(layer))
+        swapped.lora, swapped.lora_active = nn.ModuleDict(), ()
+    swapped.lora[name] = adapter.train(layer.training)
+    swapped.lora_active = (*swapped.lora_active, name)
 
 
 def detach(layer: LoRALayer, name: str) -> None:
@@ -210,7 +226,7 @@ def detach(layer: LoRALayer, name: str) -> None:
     del layer.lora[name]
     if not layer.lora:
         del layer.lora, layer.lora_active
-        layer.__class__ = type(layer).plain_class
+        layer.__class__ = type(layer).plain_class  # type: ignore[assignment]
 
 
 def lock_statistics(module: nn.Module) -> None:
@@ -221,7 +237,7 @@ def lock_statistics(module: nn.Module) -> None:
 
 def unlock_statistics(module: LockedStatistics) -> None:
     """Undoes `lock_statistics`; the module stays in eval mode until the next ``.train()``."""
-    module.__class__ = type(module).plain_class
+    module.__class__ = type(module).plain_class  # type: ignore[assignment]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

@@ -1,11 +1,11 @@
 """Single device and DDP: every rank holds whole tensors."""
 
-import logging
 import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError
@@ -21,8 +21,6 @@ from lightning_lora.formats.checkpoint import (
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.inject import initialise
 from lightning_lora.state import adapter_state_dict
-
-log = logging.getLogger("lightning_lora")
 
 _AdapterT = TypeVar("_AdapterT", bound=type["StrategyAdapter"])
 _ADAPTERS: dict[str, type["StrategyAdapter"] | None] = {}
@@ -108,7 +106,9 @@ class StrategyAdapter:
         elif self.strategy.is_global_zero:
             files.write(checkpoint, os.fspath(filepath))
 
-    def load_model_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(
+        self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
+    ) -> None:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
             load_adapters(self.model, checkpoint, self.base)
@@ -119,7 +119,9 @@ class StrategyAdapter:
             keep_weights_only(checkpoint)
             initialise(self.model)
             self.base = fingerprint(self.model)
-            log.info("The checkpoint holds a full model without adapters: it was loaded as the base, and a new run starts")
+            rank_zero_info(
+                "The checkpoint holds a model without adapters: it was loaded as the base, and a new run starts"
+            )
 
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Loads optimizer states after a check that they are for these parameters."""

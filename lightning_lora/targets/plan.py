@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapters import variant_class
@@ -72,10 +71,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         TargetError: With every pattern that matches nothing, and everything about the model that stands in the way.
 
     Example:
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> print(plan(nn.Sequential(nn.Linear(16, 4)), LoRAConfig(r=2)).targets[0].parameters)
         40
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     result, problems = draft(model, config)
     raise_all(TargetError, problems, "LoRA")
     return result
@@ -83,8 +84,6 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
 def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
     """The plan as far as it goes, and what is wrong with it: for models that are not complete yet."""
-    if not isinstance(model, nn.Module):
-        return Plan(targets=()), [f"the model must be an nn.Module, got {type(model).__name__}"]
     tree = nodes(model)
     peft = [n.name or type(n.module).__name__ for n in tree.values() if _is_peft(n.module)]
     if peft:
@@ -92,7 +91,7 @@ def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
             f"the model already has PEFT adapters ({listing(peft)}); take them off first (PeftModel.unload() gives the "
             "base model, merge_and_unload() the merged one)"
         ]
-    roles, skipped, problems = find_roles(model), {}, list[str]()
+    roles, skipped, problems = find_roles(model), dict[str, str](), list[str]()
     saved = saved_modules(tree, config, roles, problems)
     chosen = _choose(tree, config, roles, saved, skipped, problems)
     problems += filter(None, (weight_problem(node) for node in chosen))
@@ -176,8 +175,8 @@ def _named(
         if not hits:
             problems.append(unmatched("target_modules", pattern, _all_names(tree)))
         elif not usable:
-            reasons = [f"{node.name}: {obstacles[node.name]}" for node in (kinds or hits)]
-            problems.append(f"target_modules: {pattern.text!r} matches nothing that can be adapted ({listing(reasons, 3)})")
+            reasons = listing([f"{node.name}: {obstacles[node.name]}" for node in (kinds or hits)], 3)
+            problems.append(f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons})")
         named.update((node.name, True) for node in kinds)
     return named
 
@@ -222,6 +221,7 @@ def _targets(model: nn.Module, chosen: list[Node], config: LoRAConfig, problems:
         r = next((rank for key, rank in ranks if any(key.within(name) for name in node.names)), config.r)
         alpha = next((a for key, a in alphas if any(key.within(name) for name in node.names)), config.lora_alpha)
         weight = node.module.weight
+        assert isinstance(weight, Tensor)
         shape = matrix if is_quantized(node.module) else tuple(weight.shape)
         targets.append(
             Target(

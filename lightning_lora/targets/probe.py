@@ -54,7 +54,7 @@ def weight_problem(node: Node) -> str | None:
         return f"{node.name} has a sparse weight ({weight.layout}): make it dense, or name it in exclude_modules"
     if not weight.is_floating_point():
         what = "complex" if weight.is_complex() else "integer"
-        return f"{node.name} has a {what} weight ({weight.dtype}), which an adapter can't add to: name it in exclude_modules"
+        return f"{node.name} has a {what} weight ({weight.dtype}), to which an adapter can't add: use exclude_modules"
     return None
 
 
@@ -93,12 +93,17 @@ def _copy_for_probing(layer: nn.Module) -> Any:
     """A copy that shares nothing that a forward could write to, small and on the CPU."""
     probe = copy.copy(layer)
     vars(probe).update({key: value.copy() for key, value in vars(layer).items() if isinstance(value, dict)})
-    for tensors in (probe._parameters, probe._buffers):
-        for key, tensor in tensors.items():
-            if tensor is not None:
-                new = torch.randn(tensor.shape) if tensor.is_floating_point() else torch.zeros_like(tensor, device="cpu")
-                tensors[key] = nn.Parameter(new, requires_grad=False) if tensors is probe._parameters else new
+    for key, parameter in probe._parameters.items():
+        probe._parameters[key] = None if parameter is None else nn.Parameter(_stand_in(parameter), requires_grad=False)
+    for key, buffer in probe._buffers.items():
+        probe._buffers[key] = None if buffer is None else _stand_in(buffer)
     return probe
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape)
+    return torch.zeros_like(tensor, device="cpu")
 
 
 def _small_input(layer: Any, base: type[nn.Module]) -> Tensor:

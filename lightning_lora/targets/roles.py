@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.layers import kind_of, original_type
@@ -102,7 +103,7 @@ def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str]) -> dict[s
     if guessed and tables and not found and not answered and not _numbered(guessed[-1].name):
         last, table = guessed[-1], max(tables, key=lambda t: t.num_embeddings)
         shape = (table.num_embeddings, table.embedding_dim)
-        if shape[0] != shape[1] and shape == tuple(last.module.weight.shape):
+        if shape[0] != shape[1] and shape == tuple(getattr(last.module, "weight", torch.empty(0)).shape):
             found[last.name] = "output embedding: the last linear, shaped like the token embedding"
     return found
 

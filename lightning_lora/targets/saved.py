@@ -57,7 +57,7 @@ def _saved(
     name: str, reason: str, tree: dict[str, Node], parameters: dict[str, nn.Parameter], problems: list[str]
 ) -> SavedModule | None:
     if name not in tree:
-        owned, kind, aliases = [parameters[name]], "Parameter", ()
+        owned, kind, aliases = [parameters[name]], "Parameter", tuple[str, ...]()
     else:
         module = tree[name].module
         owned, kind, aliases = list(module.parameters()), original_type(module).__name__, tuple(tree[name].aliases)

@@ -1,6 +1,5 @@
 """A plan as a table: equal layers of numbered blocks share a line."""
 
-import re
 from collections.abc import Iterable
 from io import StringIO
 from typing import TYPE_CHECKING

@@ -12,7 +12,16 @@ from tests.helpers.layers import CASES, VARIANTS, adapted
 
 # PEFT renormalises A's own table under max_norm, has other (unmergeable) factors for grouped convolutions, and loses
 # dilation and padding_mode in its convolutions' A: there ours follow the equation, see test_properties.
-PARITY = ["linear", "linear-no-bias", "gpt2-conv1d", "embedding", "embedding-padding", "embedding-scaled", "conv1d", "conv3d"]
+PARITY = [
+    "linear",
+    "linear-no-bias",
+    "gpt2-conv1d",
+    "embedding",
+    "embedding-padding",
+    "embedding-scaled",
+    "conv1d",
+    "conv3d",
+]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
@@ -71,9 +80,7 @@ def test_merged_weights(variant, name):
     model = adapted(case, variant)
     twin = peft_twin(case, model, variant)
     ll.merge_and_unload(model)
-    torch.testing.assert_close(
-        model[0].weight.data, twin.merge_and_unload()[0].weight.data, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(model[0].weight.data, twin.merge_and_unload()[0].weight.data, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

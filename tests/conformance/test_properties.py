@@ -146,7 +146,9 @@ def test_state_round_trip(variant, case):
 
 
 @each_layer
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_independent(variant, case, duplicate):
     model, x = adapted(case, variant), case.input()
     before, twin = model(x), duplicate(model)
@@ -195,7 +197,9 @@ def test_dropout_acts_in_train_mode_only(variant, case):
         assert not torch.equal(dropped[0], dropped[1])
 
 
-@pytest.mark.parametrize("name", ["linear", "linear-user-scaled", "gpt2-conv1d", "embedding", "conv2d", "conv2d-groups"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-user-scaled", "gpt2-conv1d", "embedding", "conv2d", "conv2d-groups"]
+)
 def test_compiles_without_graph_breaks(variant, name):
     model, x = adapted(CASES[name], variant), CASES[name].input()
     torch.compiler.reset()

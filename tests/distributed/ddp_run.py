@@ -1,5 +1,6 @@
 """Run by test_ddp.py in processes of its own: python -m tests.distributed.ddp_run STRATEGY FOLDER [CKPT]."""
 
+import os
 import sys
 import warnings
 
@@ -18,7 +19,7 @@ from tests.helpers.toy import Lit, data
 
 def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
     # Ranks get different seeds on purpose: adapters must start equal all the same, and dropout must differ.
-    torch.manual_seed(int(ckpt_path is not None))
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)) + 10 * (ckpt_path is not None))
     module = Lit()
     if strategy == "ddp_fork":
         ll.inject(module, ll.LoRAConfig(r=4, lora_dropout=0.2))
@@ -30,7 +31,11 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ll.LoRA(r=4, lora_dropout=0.2), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), SeedByRank()],
+        callbacks=[
+            ll.LoRA(r=4, lora_dropout=0.2),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+            SeedByRank(),
+        ],
     )
     trainer.fit(module, data(batch_size=4, shuffle=True), ckpt_path=ckpt_path)
     state = {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}

@@ -9,7 +9,14 @@ import transformers as tf
 from torch import Tensor, nn
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SMALL, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {
+    **SMALL,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 KV = {"num_key_value_heads": 2}
 
 
@@ -92,7 +99,10 @@ FAMILIES = {
         ("classifier",),
     ),
     "llama-classifier": Family(
-        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, **KV, num_labels=3)), classes, 14, ("score",)
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, **KV, num_labels=3)),
+        classes,
+        14,
+        ("score",),
     ),
     "t5": Family(
         lambda: tf.T5ForConditionalGeneration(

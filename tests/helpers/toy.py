@@ -14,7 +14,12 @@ WIDTH = 16
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.q, self.o, self.drop = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)
+        self.norm, self.q, self.o, self.drop = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Dropout(0.1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.o(self.drop(torch.relu(self.q(self.norm(x)))))
@@ -69,7 +74,10 @@ class Steps:
 
 def adamw_with_schedule(module: Any) -> Any:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"}}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
+    }
 
 
 class Lit(Steps, pl.LightningModule):

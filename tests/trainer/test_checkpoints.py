@@ -275,7 +275,10 @@ def test_the_same_base_in_another_precision_is_the_same_base(tmp_path):
     [
         (lambda c: c["state_dict"].popitem(), "missing in the file: net.blocks.1.o.lora.default.B|missing in the file"),
         (lambda c: c["state_dict"].update(extra=torch.ones(1)), "not in the model: extra"),
-        (lambda c: c["state_dict"].update({"net.head.bias": torch.ones(5)}), r"net.head.bias: \(5,\) in the file -> \(4,\)"),
+        (
+            lambda c: c["state_dict"].update({"net.head.bias": torch.ones(5)}),
+            r"net.head.bias: \(5,\) in the file -> \(4,\)",
+        ),
         (lambda c: c["lightning_lora"].update(format=2), "reads adapter checkpoints of format 1, the file has 2"),
     ],
 )
@@ -312,9 +315,11 @@ def test_a_full_checkpoint_loads_as_the_base(tmp_path, use_dora, caplog):
     run.save_checkpoint(tmp_path / "full.ckpt")
     plain = trainer().validate(pretrained, data(), verbose=False)
     lora = ll.LoRA(r=4, use_dora=use_dora)
-    assert trainer(lora).validate(Lit(), data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)[0]["val_loss"] == pytest.approx(plain[0]["val_loss"], abs=1e-6)
+    assert trainer(lora).validate(Lit(), data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)[0][
+        "val_loss"
+    ] == pytest.approx(plain[0]["val_loss"], abs=1e-6)
     module = Lit()
-    with caplog.at_level("INFO", logger="lightning_lora"):
+    with caplog.at_level("INFO"):
         run, _ = trainer(lora := ll.LoRA(r=4, use_dora=use_dora)), lora
         run.fit(module, data(), ckpt_path=tmp_path / "full.ckpt")
     assert "it was loaded as the base, and a new run starts" in caplog.text
@@ -324,7 +329,9 @@ def test_a_full_checkpoint_loads_as_the_base(tmp_path, use_dora, caplog):
     assert all(torch.equal(state[key], base[key]) for key in base if "head" not in key)
     run.save_checkpoint(tmp_path / "adapter.ckpt")
     with pytest.raises(ll.BaseMismatchError):
-        trainer(ll.LoRA(r=4, use_dora=use_dora)).validate(Lit(), data(), ckpt_path=tmp_path / "adapter.ckpt", verbose=False)
+        trainer(ll.LoRA(r=4, use_dora=use_dora)).validate(
+            Lit(), data(), ckpt_path=tmp_path / "adapter.ckpt", verbose=False
+        )
 
 
 def test_a_full_checkpoint_of_another_model_is_refused(tmp_path):
@@ -386,7 +393,9 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, "evil", [1]], ids=["empty", "text", "cut", "code", "list"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", None, "evil", [1]], ids=["empty", "text", "cut", "code", "list"]
+)
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "a.ckpt"
     if content is None:

@@ -13,6 +13,7 @@ import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.toy import Steps, build, data
 
+
 @pytest.fixture(autouse=True)
 def _no_arguments_of_pytest(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program"])
@@ -43,7 +44,9 @@ class CLIModule(Steps, pl.LightningModule):
 
 
 def run(*arguments: str, module=CLIModule, cli=LightningCLI, **options):
-    return cli(module, args=["fit", *QUIET, *arguments], save_config_callback=None, seed_everything_default=1, **options)
+    return cli(
+        module, args=["fit", *QUIET, *arguments], save_config_callback=None, seed_everything_default=1, **options
+    )
 
 
 def assert_trained(cli) -> None:
@@ -83,14 +86,23 @@ def test_a_yaml_file(tmp_path):
     ranks = {name: layer.lora["default"].r for name, layer in lora_layers(cli.model)}
     assert ranks == {"net.blocks.0.q": 2, "net.blocks.0.o": 2, "net.blocks.1.q": 3, "net.blocks.1.o": 4}
     (optimizer,) = cli.trainer.optimizers
-    assert [(len(g["params"]), g["lr"]) for g in optimizer.param_groups] == [(6, pytest.approx(1e-3)), (4, pytest.approx(4e-3))]
+    assert [(len(g["params"]), g["lr"]) for g in optimizer.param_groups] == [
+        (6, pytest.approx(1e-3)),
+        (4, pytest.approx(4e-3)),
+    ]
     assert len(torch.load("saved/only.ckpt", weights_only=True)["state_dict"]) == 10
     again = run("--config", str(tmp_path / "config.yaml"), "--ckpt_path=saved/only.ckpt", "--trainer.max_epochs=2")
     assert again.trainer.current_epoch == 2
 
 
 def test_appended_by_name():
-    cli = run("--trainer.callbacks+=LoRA", "--trainer.callbacks.r=4", "--trainer.callbacks.use_dora=true", "--optimizer=AdamW", "--optimizer.lr=0.01")
+    cli = run(
+        "--trainer.callbacks+=LoRA",
+        "--trainer.callbacks.r=4",
+        "--trainer.callbacks.use_dora=true",
+        "--optimizer=torch.optim.AdamW",
+        "--optimizer.lr=0.01",
+    )
     assert_trained(cli)
     assert cli.trainer.callbacks[0].config.use_dora
 
@@ -100,7 +112,9 @@ def test_appended_by_name():
     [("all-linear", "all-linear"), ("[q, o]", ["q", "o"]), (r"net\.blocks\.0\..*", r"net\.blocks\.0\..*")],
 )
 def test_forms_of_target_modules(value, expected):
-    cli = run("--trainer.callbacks+=LoRA", f"--trainer.callbacks.target_modules={value}", "--optimizer=Adam")
+    cli = run(
+        "--trainer.callbacks+=LoRA", f"--trainer.callbacks.target_modules={value}", "--optimizer=torch.optim.Adam"
+    )
     assert cli.trainer.callbacks[0].config.target_modules == expected
 
 
@@ -120,7 +134,7 @@ def test_print_config_round_trip(tmp_path, capsys):
 
 def test_wrong_values_are_refused_with_their_name(capsys):
     with pytest.raises(SystemExit):
-        run("--trainer.callbacks+=LoRA", "--trainer.callbacks.bias=most", "--optimizer=Adam")
+        run("--trainer.callbacks+=LoRA", "--trainer.callbacks.bias=most", "--optimizer=torch.optim.Adam")
     assert "bias" in capsys.readouterr().err
 
 
@@ -139,7 +153,9 @@ def test_the_other_package():
 
         val_dataloader = train_dataloader
 
-    cli = run("--trainer.callbacks+=lightning_lora.LoRA", "--optimizer=Adam", module=OtherModule, cli=OtherCLI)
+    cli = run(
+        "--trainer.callbacks+=lightning_lora.LoRA", "--optimizer=torch.optim.Adam", module=OtherModule, cli=OtherCLI
+    )
     assert_trained(cli)
 
 

@@ -54,7 +54,9 @@ class Holder(nn.Module):
 
 
 def test_a_weight_that_is_read():
-    with pytest.raises(ll.DeadAdapterError, match=r"(?s)net.holder.read.lora.default.A.*its weight is read|weight is read"):
+    with pytest.raises(
+        ll.DeadAdapterError, match=r"(?s)net.holder.read.lora.default.A.*its weight is read|weight is read"
+    ):
         fit(ReadsWeight())
     fit(ReadsWeight(), lora={"exclude_modules": ["holder"]}, steps=3)
 
@@ -71,7 +73,9 @@ class UnusedOutput(nn.Module):
 
 
 def test_an_output_that_is_not_used():
-    with pytest.raises(ll.DeadAdapterError, match=r"net.pooler.lora.default.A.*called, but no gradient.*exclude_modules"):
+    with pytest.raises(
+        ll.DeadAdapterError, match=r"net.pooler.lora.default.A.*called, but no gradient.*exclude_modules"
+    ):
         fit(UnusedOutput())
 
 
@@ -183,7 +187,11 @@ def test_a_warm_up_from_zero_may_wait():
 
 def test_a_learning_rate_of_zero_for_ever():
     with pytest.raises(ll.DeadAdapterError, match=f"did not move in {PATIENCE} steps"):
-        fit(nn.Sequential(nn.Linear(16, 4)), steps=PATIENCE + 1, optimizers_=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+        fit(
+            nn.Sequential(nn.Linear(16, 4)),
+            steps=PATIENCE + 1,
+            optimizers_=lambda m: torch.optim.SGD(m.parameters(), lr=0.0),
+        )
 
 
 def test_a_zero_initialised_head_may_wait():

@@ -145,9 +145,9 @@ def test_injected_by_hand_before():
 
 def test_the_role_of_parts_is_decided_when_the_model_is_complete():
     """A linear that is alone in __init__ turns out to be a new head beside the transformers model of configure_model."""
-    from tests.helpers.families import DECODER
-
     import transformers as tf
+
+    from tests.helpers.families import DECODER
 
     class Late(Lit):
         def __init__(self) -> None:
@@ -178,7 +178,9 @@ def test_precisions(precision, use_dora):
     wanted = torch.float64 if precision == "64-true" else torch.float32
     for _, layer in lora_layers(module):
         assert {p.dtype for p in layer.lora.parameters()} == {wanted}
-        assert {v.dtype for p in layer.lora.parameters() for v in run.optimizers[0].state[p].values() if v.ndim} == {wanted}
+        assert {v.dtype for p in layer.lora.parameters() for v in run.optimizers[0].state[p].values() if v.ndim} == {
+            wanted
+        }
         assert layer.lora["default"].B.count_nonzero()
     base = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, wanted)
     assert module.net.blocks[0].q.weight.dtype == base
@@ -254,7 +256,11 @@ class WithStatistics(Lit):
                 return x
 
         self.net = nn.Sequential(
-            nn.Linear(16, 16), nn.BatchNorm1d(16), Counter(), nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 4)
+            nn.Linear(16, 16),
+            nn.BatchNorm1d(16),
+            Counter(),
+            nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)),
+            nn.Linear(16, 4),
         )
         self.register_buffer("own", torch.zeros(()))
 
@@ -313,7 +319,9 @@ def test_table_and_lines(capsys, caplog, tmp_path):
     for text in ("net.blocks.{0-1}.q (2x)", "trained in full", "LoRA adapter 'default'"):
         assert text in " ".join(out.split())
     (line,) = [r.getMessage() for r in caplog.records if "LoRA adapter" in r.getMessage()]
-    assert line.startswith("LoRA adapter 'default' on 4 layers and 1 modules in full: trainable 580 of 1,732 parameters (33.49 %)")
+    assert line.startswith(
+        "LoRA adapter 'default' on 4 layers and 1 modules in full: trainable 580 of 1,732 parameters (33.49 %)"
+    )
     hparams = next(tmp_path.rglob("hparams.yaml")).read_text()
     assert "lora/default/trainable: 580" in hparams
 
@@ -365,7 +373,10 @@ def test_two_adapters_in_one_run(tmp_path):
     assert all(value.count_nonzero() for value in state.values())
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = Lit()
-    lora = [ll.LoRA(r=4, target_modules=["q"], adapter_name="first"), ll.LoRA(r=2, target_modules=["q", "o"], adapter_name="second", use_dora=True)]
+    lora = [
+        ll.LoRA(r=4, target_modules=["q"], adapter_name="first"),
+        ll.LoRA(r=2, target_modules=["q", "o"], adapter_name="second", use_dora=True),
+    ]
     out = trainer(*lora).predict(again, data(), ckpt_path=tmp_path / "a.ckpt")
     assert torch.equal(out[0], module.eval().net(next(iter(data()))[0]))
 

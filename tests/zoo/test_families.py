@@ -43,7 +43,9 @@ def test_train_save_load_merge(family, use_dora, tmp_path):
     assert after.loss < before.loss
 
     other = Wrapped(family.make)
-    (predicted,) = trainer(ll.LoRA(**lora_arguments(lora))).predict(other, one_batch(batch, 1), ckpt_path=tmp_path / "a.ckpt")
+    (predicted,) = trainer(ll.LoRA(**lora_arguments(lora))).predict(
+        other, one_batch(batch, 1), ckpt_path=tmp_path / "a.ckpt"
+    )
     assert torch.equal(predicted, after.logits)
 
     report = ll.merge(module)

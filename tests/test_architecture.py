@@ -1,0 +1,136 @@
+"""Imports point one way, and what is public is what is said to be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_lora as ll
+
+PACKAGE = Path(ll.__file__).parent
+# From below to above: a module imports only from its own level and from levels before it.
+LEVELS = [
+    {"errors", "names", "lightning_packages", "patches"},
+    {"config", "arguments"},
+    {"ops"},
+    {"quantization", "adapters", "inits"},
+    {"layers"},
+    {"targets"},
+    {"inject"},
+    {"merge", "compose", "switch", "state"},
+    {"optim"},
+    {"formats"},
+    {"strategies", "analysis"},
+    {"health", "frozen", "company", "recipes"},
+    {"callback"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of this package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("lightning_lora.")}
+        found |= {"__init__" for name in names if name == "lightning_lora"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_imports_point_one_way(path):
+    own = part(path)
+    assert own in LEVEL, f"give {own} a level"
+    above = {name for name in imports(path) if name != own and LEVEL[name] >= LEVEL[own]}
+    assert not above, f"{own} may not import {above}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if part(p) in {n for names in LEVELS[:10] for n in names}], ids=str)
+def test_only_the_upper_levels_know_lightning(path):
+    if part(path) == "lightning_packages":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names)
+
+
+def test_only_one_file_assigns_classes():
+    def assigns(path: Path) -> bool:
+        targets = [t for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assign) for t in n.targets]
+        return any(isinstance(t, ast.Attribute) and t.attr == "__class__" for t in targets)
+
+    assert [p.name for p in FILES if assigns(p)] == ["swap.py"]
+
+
+def test_files_hold_one_concept():
+    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text().splitlines())) > 260}
+    assert not long
+
+
+def test_all_is_complete_sorted_and_public():
+    assert ll.__all__ == sorted(ll.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(ll.__all__)
+    assert all(getattr(ll, name).__doc__ for name in ll.__all__)
+
+
+def test_signatures_of_the_contract():
+    """Names and defaults as the design has them."""
+    import inspect
+
+    parameters = inspect.signature(ll.LoRA).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert defaults == {
+        "r": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "exclude_modules": None,
+        "target_parameters": None,
+        "layers_to_transform": None,
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "dora_dropout": "input",
+        "init_lora_weights": "kaiming",
+        "bias": "none",
+        "modules_to_save": "auto",
+        "trainable_token_indices": None,
+        "loraplus_lr_ratio": None,
+        "quantization": None,
+        "gradient_checkpointing": False,
+        "adapter_name": "default",
+        "adapter_dtype": "float32",
+        "init_from": None,
+        "save_peft": False,
+    }
+    config = {name: p.default for name, p in inspect.signature(ll.LoRAConfig).parameters.items()}
+    assert config == {name: defaults[name] for name in list(defaults)[:16]}
+    assert str(inspect.signature(ll.inject)).startswith("(model: ")
+    for function, names in {
+        ll.plan: ["model", "config"],
+        ll.inject: ["model", "config", "adapter_name"],
+        ll.eject: ["model"],
+        ll.adapters: ["model"],
+        ll.disable_adapters: ["model"],
+        ll.merge: ["model", "adapter_names", "dtype"],
+        ll.unmerge: ["model"],
+        ll.merge_and_unload: ["model", "dequantize"],
+        ll.adapter_state_dict: ["model", "adapter_name"],
+        ll.load_from_checkpoint: ["module_class", "path", "init_kwargs"],
+        ll.summary: ["model"],
+    }.items():
+        assert list(inspect.signature(function).parameters) == names

@@ -1,0 +1,248 @@
+"""Injection: initial values, names, freezing, failure, and the way back."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.layers import lora_layers
+from tests.helpers.families import DECODER, FAMILIES, KV
+from tests.helpers.toy import build
+
+CONFIG = ll.LoRAConfig(r=4)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in ll.adapter_state_dict(model).items()}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_initial_values(init):
+    model = nn.Sequential(nn.Linear(400, 300))
+    ll.inject(model, ll.LoRAConfig(r=50, init_lora_weights=init))
+    adapter = model[0].lora["default"]
+    assert adapter.B.count_nonzero() == 0
+    if init == "kaiming":  # uniform in ±1/sqrt(in), as PEFT has it
+        assert adapter.A.abs().max() <= 400**-0.5
+        assert adapter.A.std().item() == pytest.approx(400**-0.5 / 3**0.5, rel=0.02)
+    else:
+        assert adapter.A.std().item() == pytest.approx(1 / 50, rel=0.02)
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    first, second = build(), build()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    ll.inject(first, CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)  # the user's random stream is not touched
+    torch.randn(10)
+    ll.inject(second, CONFIG)
+    assert all(torch.equal(value, values(second)[key]) for key, value in values(first).items())
+    assert not torch.equal(values(first)["blocks.0.q.lora.default.A"], values(first)["blocks.1.q.lora.default.A"])
+    torch.manual_seed(8)
+    third = build()
+    ll.inject(third, CONFIG)
+    assert not torch.equal(values(first)["blocks.0.q.lora.default.A"], values(third)["blocks.0.q.lora.default.A"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_magnitudes_are_the_norms_of_the_rows(dtype):
+    model = nn.Sequential(nn.Linear(2000, 700)).to(dtype)
+    ll.inject(model, ll.LoRAConfig(use_dora=True))
+    magnitude = model[0].lora["default"].magnitude
+    torch.testing.assert_close(magnitude.double(), model[0].weight.double().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_zero_rows_stay_finite_and_can_learn():
+    """Llama-3.1-8B has hundreds of rows of zeros in o_proj; PEFT's DoRA gives NaN there."""
+    model = nn.Sequential(nn.Linear(8, 6))
+    model[0].weight.data[2:4] = 0
+    ll.inject(model, ll.LoRAConfig(r=2, use_dora=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(5, 8)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+    adapter = model[0].lora["default"]
+    assert all(torch.isfinite(p).all() for p in adapter.parameters())
+    assert adapter.B[2:4].count_nonzero() == 4
+    assert adapter.magnitude[2:4].count_nonzero() == 2
+    ll.merge(model)
+    assert torch.isfinite(model(x)).all()
+
+
+def test_idempotent_and_incremental():
+    model = build()
+    plan = ll.inject(model, CONFIG)
+    nn.init.ones_(model.blocks[0].q.lora["default"].B)
+    trained = values(model)
+    assert ll.inject(model, CONFIG) == plan
+    assert all(torch.equal(value, trained[key]) for key, value in values(model).items())
+    model.blocks.append(copy.deepcopy(build().blocks[0]))
+    ll.inject(model, CONFIG)
+    assert len(dict(lora_layers(model))) == 6
+    assert all(torch.equal(values(model)[key], value) for key, value in trained.items())
+
+
+def test_a_name_belongs_to_one_configuration():
+    model = build()
+    ll.inject(model, CONFIG)
+    with pytest.raises(ll.ConfigError, match=r"'default' \(on blocks.0.q\) with another configuration: r: 4 -> 2"):
+        ll.inject(model, ll.LoRAConfig(r=2))
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"]), "other")
+    assert {name: config.r for name, config in ll.adapters(model).items()} == {"default": 4, "other": 2}
+    assert model.blocks[0].q.lora_active == ("default", "other")
+    assert len(ll.adapter_state_dict(model, "other")) == 4
+    with pytest.raises(ll.ConfigError, match="there is no adapter 'othre'. Did you mean 'other'"):
+        ll.adapter_state_dict(model, "othre")
+
+
+def test_several_adapters_add_up():
+    """W + sum of what each makes of W, whatever their ranks and variants."""
+    from tests.helpers.layers import randomise
+
+    model, x = build().double(), torch.randn(3, 16, dtype=torch.float64)
+    ll.inject(model, ll.LoRAConfig(r=4, target_modules=["q"]), "a")
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q", "o"], use_dora=True), "b")
+    randomise(model)
+    layer = model.blocks[0].q
+    W = layer.weight.detach()
+    expected = W + sum(layer.lora[name].merged(W.clone()).detach() - W for name in ("a", "b"))
+    before = layer(x)
+    torch.testing.assert_close(before, nn.functional.linear(x, expected, layer.bias))
+    ll.merge(model)
+    torch.testing.assert_close(layer.weight.data, expected)
+    ll.unmerge(model)
+    ll.merge(model, "a")
+    torch.testing.assert_close(layer.weight.data, layer.lora["a"].merged(W.clone()).detach())
+    ll.unmerge(model)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("name", ["lora", "default", "blocks", "q", "weight", "A", "my-adapter", "0"])
+def test_names_like_parts_of_paths(name):
+    """PEFT edits keys as strings, and truncates what is named like a module."""
+    model = build()
+    ll.inject(model, CONFIG, name)
+    keys = ll.adapter_state_dict(model).keys()
+    assert len(keys) == 10
+    assert f"blocks.0.q.lora.{name}.A" in keys
+    other = build()
+    ll.inject(other, CONFIG, name)
+    other.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_works_on_a_part_of_the_model():
+    model = build()
+    ll.inject(model.blocks, ll.LoRAConfig(r=4))
+    assert next(iter(ll.adapter_state_dict(model.blocks))) == "0.q.lora.default.A"
+    assert next(iter(ll.adapter_state_dict(model))) == "blocks.0.q.lora.default.A"
+    assert model.head.weight.requires_grad
+    assert ll.adapters(model) == ll.adapters(model.blocks)
+    ll.eject(model.blocks)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_eject_restores_flags_classes_and_modes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0].bias.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+    assert not model.train()[1].training
+    ll.eject(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert [type(m) for m in model] == [nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert model[1].training
+
+
+def test_a_failure_half_way_leaves_nothing(monkeypatch):
+    model = build()
+    inject = importlib.import_module("lightning_lora.inject")  # ll.inject is the function
+    real, calls = inject.attach, []
+
+    def fails_at_the_third(layer, name, adapter):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        real(layer, name, adapter)
+
+    monkeypatch.setattr(inject, "attach", fails_at_the_third)
+    with pytest.raises(MemoryError):
+        ll.inject(model, CONFIG)
+    assert not dict(lora_layers(model))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_meta_models():
+    with torch.device("meta"):
+        model = build_llama()
+    ll.inject(model, ll.LoRAConfig(r=4, use_dora=True))
+    assert all(p.is_meta for p in model.parameters())
+    real = build_llama()
+    model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict(), strict=True)
+    ll.inject(model, ll.LoRAConfig(r=4, use_dora=True))  # gives the adapters their values, now that there is a base
+    ll.inject(real, ll.LoRAConfig(r=4, use_dora=True))
+    assert all(torch.equal(value, values(real)[key]) for key, value in values(model).items())
+
+
+def build_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, **KV))
+
+
+def test_users_hooks_and_references_stay():
+    model, seen = build(), []
+    layer = model.blocks[0].q
+    layer.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    ll.inject(model, CONFIG)
+    assert model.blocks[0].q is layer
+    assert isinstance(layer, nn.Linear)
+    model(torch.randn(2, 16))
+    layer.forward(torch.randn(2, 16))
+    layer(input=torch.randn(2, 16))
+    assert len(seen) == 2
+
+
+def test_equal_blocks_share_a_class():
+    model = build()
+    ll.inject(model, CONFIG)
+    assert len({type(layer) for _, layer in lora_layers(model)}) == 1
+
+
+def test_frozen_statistics_stay_in_eval_mode():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    ll.inject(model, ll.LoRAConfig(r=2))
+    model.train()
+    assert [m.training for m in model] == [True, False, True]
+    assert isinstance(model[1], nn.BatchNorm1d)
+    twin = copy.deepcopy(model)
+    assert not twin.train()[1].training
+
+
+def test_tied_weights(tmp_path):
+    """Both ends keep working: an adapter on one end does not change the other, merged or not, saved or not."""
+    model = FAMILIES["qwen2-tied"].make().eval()
+    tokens = torch.randint(3, 61, (2, 7))
+    ll.inject(model, ll.LoRAConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]))
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora["default"].A)
+        nn.init.normal_(layer.lora["default"].B, std=0.02)
+    active, head = model(tokens).logits, model.lm_head.weight
+    report = ll.merge(model)
+    assert report.layers["model.embed_tokens"].untied == ("lm_head.weight",)
+    assert "tied weights were untied: model.embed_tokens" in str(report)
+    assert model.lm_head.weight is head
+    torch.testing.assert_close(model(tokens).logits, active, rtol=1e-4, atol=1e-5)
+    ll.unmerge(model)
+    assert model.model.embed_tokens.weight is model.lm_head.weight
+    ll.merge_and_unload(model)
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(tokens).logits, active, rtol=1e-4, atol=1e-5)
