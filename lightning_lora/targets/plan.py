@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
-        """Parameters that will be trained: of adapters, and of modules trained in full."""
+        """How many parameters will be trained, those of modules trained in full included."""
         return sum(t.parameters for t in self.targets) + sum(m.parameters for m in self.modules_to_save)
 
     @override

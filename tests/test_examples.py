@@ -1,0 +1,50 @@
+"""Every example runs as it stands, on little data, and is short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COMMANDS = {
+    "finetune.py": ["4"],
+    "plain_pytorch.py": ["4"],
+    "cli.py": [
+        "fit",
+        "--config",
+        str(EXAMPLES / "configs" / "lora.yaml"),
+        "--data.examples=64",
+        "--trainer.max_steps=2",
+    ],
+}
+
+
+def test_every_example_is_run_and_short():
+    scripts = sorted(p.name for p in EXAMPLES.glob("*.py"))
+    assert scripts == sorted(COMMANDS)
+    assert all(len((EXAMPLES / name).read_text().splitlines()) <= 80 for name in scripts)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_example(name, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *COMMANDS[name]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if name == "finetune.py":
+        assert "largest change of a logit" in done.stdout
+        assert (tmp_path / "runs/finetune/merged/model.safetensors").exists()
+    if name == "plain_pytorch.py":
+        assert "Linear again" in done.stdout
+        assert len(torch.load(tmp_path / "adapter.pt", weights_only=True)) == 2 * 16
+    if name == "cli.py":
+        assert list((tmp_path / "runs/cli").rglob("*.ckpt"))
