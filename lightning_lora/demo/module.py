@@ -47,9 +47,11 @@ class ByteLM(LightningModule):
 
     @torch.inference_mode()
     def continue_text(self, prompt: str, length: int = 160, seed: int = 0) -> str:
-        """Samples a continuation, byte by byte."""
+        """Samples a continuation, byte by byte, in eval mode."""
         text = torch.frombuffer(bytearray(prompt.encode()), dtype=torch.uint8).long()[None]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            self.model.eval()
             ids = self.model.generate(text, max_new_tokens=length, do_sample=True, temperature=0.7, pad_token_id=0)
+            self.model.train()
         return bytes(ids[0].tolist()).decode(errors="replace")
