@@ -6,13 +6,16 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.inject import TRAINED
 from lightning_lora.state import own_state_modules, persistent_buffers
 
+PACKED = 1 << 20  # bytes
+
 
 class FrozenBuffers:
     """Remembers the persistent buffers of a frozen base, and puts them back where a training step changed them.
 
     Running statistics are locked (`lightning_lora.layers.lock_statistics`); this is for what can't be known by type: a
     codebook with moving averages, an observer, a counter. They are in no adapter checkpoint, so that without this
-    the saved adapter would not be the one that was validated.
+    the saved adapter would not be the one that was validated. Large integer buffers are packed weights of quantised
+    layers, which training does not change, and are not copied.
 
     Args:
         model: The model; a LightningModule's own buffers, and those of modules trained in full, are not touched.
@@ -24,6 +27,8 @@ class FrozenBuffers:
         for module in model.modules():
             if id(module) not in own and not isinstance(module, Adapter) and TRAINED not in vars(module):
                 for key, buffer in persistent_buffers(module):
+                    if not buffer.is_floating_point() and buffer.nbytes > PACKED:
+                        continue
                     self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
 
     def restore(self) -> list[str]:

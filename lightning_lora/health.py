@@ -18,8 +18,8 @@ from lightning_lora.inject import MERGED
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.probe import obstacle
-from lightning_lora.targets.roles import is_pretrained
 from lightning_lora.targets.walk import nodes
 
 PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
@@ -135,7 +135,7 @@ class Watch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, _ in self._waiting(optimizer):
-            self._before[id(parameter)] = parameter.detach().clone()
+            self._before[id(parameter)] = _mark(parameter)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
@@ -171,11 +171,18 @@ class Watch:
             if any(id(parent) in self._called for parent in parents):
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
             return None
-        if not torch.equal(parameter.detach(), before):
+        if not torch.equal(_mark(parameter), before):
             return True
         if lr and parameter.grad.any() and not before.any():
             return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
         return None
+
+
+@torch.no_grad()
+def _mark(parameter: Tensor) -> Tensor:
+    """Sum and norm in float64: they tell a tensor that moved from one that did not, without a copy of it."""
+    values = parameter.detach()
+    return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)])
 
 
 _WAYS_OUT = {

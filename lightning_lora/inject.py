@@ -142,15 +142,19 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         eject(model)
 
 
-def initialise(model: nn.Module) -> None:
-    """Gives every fresh adapter on real weights its first values, from a generator of its own.
+def initialise(model: nn.Module, again: bool = False) -> None:
+    """Gives adapters on real weights their first values, from a generator of their own.
 
     The values depend on the seed and on the layer's name alone: they are the same on every rank and for every
     strategy, and the user's random stream is not touched.
+
+    Args:
+        model: The model.
+        again: Also those that have them and are still fresh: the base has other weights now.
     """
     for layer_name, layer in lora_layers(model):
         for name, adapter in layer.lora_adapters().items():
-            if adapter.fresh and not adapter.A.is_meta:
+            if (not adapter.initialised or (again and adapter.fresh)) and not adapter.A.is_meta:
                 key = f"{clean(layer_name)}.lora.{name}".encode()
                 generator = torch.Generator().manual_seed((adapter.seed + zlib.crc32(key)) % (1 << 63))
                 init = resolve(adapter.config.init_lora_weights)
@@ -164,10 +168,10 @@ def default_seed() -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Ends the time in which adapters may be initialised again; those on the meta device still wait."""
+    """Ends the time in which adapters are fresh; those on the meta device still wait for their values."""
     for module in model.modules():
-        if isinstance(module, Adapter) and not module.A.is_meta:
-            module.fresh = False
+        if isinstance(module, Adapter) and module.initialised:
+            module.settle()
 
 
 def train_mode(model: nn.Module) -> None:
@@ -181,21 +185,25 @@ def train_mode(model: nn.Module) -> None:
 
 def freeze(model: nn.Module) -> None:
     """Makes the adapters and what is trained in full trainable and nothing else; frozen statistics stop moving."""
+    trained = trained_in_full(model)
     for module in model.modules():
         if isinstance(module, Adapter):
             module.requires_grad_(True)
             continue
-        trained, thawed = vars(module).get(TRAINED), dict[str, bool]()
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad != (key in (trained or ())):
-                thawed[key] = parameter.requires_grad
+            if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
+                vars(module).setdefault(THAWED, {}).setdefault(key, parameter.requires_grad)
                 parameter.requires_grad_(not parameter.requires_grad)
-        if thawed:
-            vars(module)[THAWED] = {**thawed, **vars(module).get(THAWED, {})}
-        if trained is None and _keeps_statistics(module) and not isinstance(module, LockedStatistics):
+        marked = TRAINED in vars(module)
+        if not marked and _keeps_statistics(module) and not isinstance(module, LockedStatistics):
             lock_statistics(module)
-        elif trained is not None and isinstance(module, LockedStatistics):
+        elif marked and isinstance(module, LockedStatistics):
             unlock_statistics(module)
+
+
+def trained_in_full(model: nn.Module) -> set[int]:
+    """The parameters that are trained in full, by identity: a tied one is, whichever end was named."""
+    return {id(module._parameters[key]) for module in model.modules() for key in vars(module).get(TRAINED, ())}
 
 
 def _held(layer: nn.Module) -> tuple[str, ...]:

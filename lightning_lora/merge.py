@@ -13,7 +13,7 @@ from lightning_lora.inject import MERGED, eject
 from lightning_lora.layers import LoRALayer, is_quantized, lora_layers
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
-from lightning_lora.targets.roles import is_pretrained
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import parameter_owners
 
 

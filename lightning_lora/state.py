@@ -92,7 +92,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[key])
     for module in model.modules():
         if isinstance(module, Adapter):
-            module.fresh = False
+            module.settle()
 
 
 def is_lightning_module(model: nn.Module) -> bool:

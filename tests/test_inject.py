@@ -11,6 +11,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.families import DECODER, FAMILIES, KV
+from tests.helpers.modules import Wrapped, one_batch, trainer
 from tests.helpers.toy import build
 
 CONFIG = ll.LoRAConfig(r=4)
@@ -223,6 +224,24 @@ def test_frozen_statistics_stay_in_eval_mode():
     assert isinstance(model[1], nn.BatchNorm1d)
     twin = copy.deepcopy(model)
     assert not twin.train()[1].training
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_is_trained_in_full(end, tmp_path):
+    """It is trained whichever end is named, saved once, and no part of the base."""
+    module = Wrapped(FAMILIES["qwen2-tied"].make)
+    batch = FAMILIES["qwen2-tied"].batch(module.net)
+    run = trainer(ll.LoRA(r=4, target_modules=["q_proj"], modules_to_save=[end]), max_steps=2)
+    run.fit(module, one_batch(batch))
+    assert module.net.lm_head.weight is module.net.model.embed_tokens.weight
+    assert module.net.lm_head.weight.requires_grad
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    keys = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"].keys()
+    assert sum(end in key for key in keys) == 1
+    other = Wrapped(FAMILIES["qwen2-tied"].make)
+    lora = ll.LoRA(r=4, target_modules=["q_proj"], modules_to_save=[end])
+    (out,) = trainer(lora).predict(other, one_batch(batch, 1), ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(out, module.eval().net(**batch).logits)
 
 
 def test_tied_weights(tmp_path):

@@ -207,6 +207,8 @@ def test_new_heads_are_trained_in_full(build, heads):
 def test_a_network_without_dense_linears():
     with pytest.raises(ll.TargetError, match=r"leaves no layer to adapt. Left out: head: trained in full"):
         ll.plan(ConvNet(), ll.LoRAConfig())
+    with pytest.raises(ll.TargetError, match="A list or a regex can name others: 2 of type Conv"):
+        ll.plan(ConvNet(), ll.LoRAConfig())
 
 
 def test_heads_of_a_lightning_module_beside_a_pretrained_model():
@@ -251,6 +253,46 @@ def test_llama4_does_not_crash():
     plan = ll.plan(tf.Llama4ForCausalLM(config), ll.LoRAConfig())
     assert not any("router" in t.name for t in plan.targets)
     assert any("shared_expert" in t.name for t in plan.targets)
+
+
+def test_a_base_models_own_head_is_its_pooler():
+    config = tf.SiglipVisionConfig(**SMALL, image_size=8, patch_size=4)
+    assert saved(tf.SiglipVisionModel(config)) == []
+    assert "head.mlp.fc1" in names(tf.SiglipVisionModel(config))
+
+    class Own(tf.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert, self.tagger = tf.BertModel(config), nn.Linear(32, 3)
+
+    assert saved(Own(tf.BertConfig(**DECODER))) == ["tagger"]
+
+
+def test_large_custom_embeddings_cost_nothing(monkeypatch):
+    """Gemma's embedding is a subclass with half a billion weights: the plan must not make random ones to try it."""
+    with torch.device("meta"):
+        model = tf.GemmaForCausalLM(tf.GemmaConfig())
+    monkeypatch.setattr(torch, "randn", None)
+    assert len(names(model)) == 196
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+def test_scripted_parts_are_left_alone():
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "scripted": torch.jit.script(nn.Linear(4, 4))})
+    ll.inject(model, ll.LoRAConfig(r=2))
+    assert list(ll.adapter_state_dict(model)) == ["plain.lora.default.A", "plain.lora.default.B"]
+    assert not model["scripted"].weight.requires_grad
+    model["scripted"](model["plain"](torch.ones(1, 4)))
+    ll.eject(model)
+    assert model["scripted"].weight.requires_grad
+
+
+def test_compiled_models_have_their_usual_names():
+    plain, compiled = Wrapped(FAMILIES["bert"].make), Wrapped(FAMILIES["bert"].make)
+    compiled.net = torch.compile(compiled.net, backend="eager")
+    assert ll.plan(compiled, ll.LoRAConfig()) == ll.plan(plain, ll.LoRAConfig())
+    compiled.net._orig_mod.bert = torch.compile(compiled.net._orig_mod.bert, backend="eager")
+    assert ll.plan(compiled, ll.LoRAConfig()) == ll.plan(plain, ll.LoRAConfig())
 
 
 def test_mamba_can_be_planned():
@@ -311,8 +353,9 @@ def test_parametrized_weight():
         (lambda: _with_weight(torch.zeros(4, 4, dtype=torch.int8)), "integer weight"),
         (lambda: nn.Linear(4, 4).to(torch.complex64), "complex weight"),
         (lambda: _with_weight(torch.eye(4).to_sparse()), "sparse weight"),
+        (lambda: _quantised(), "quantised by bitsandbytes.*not built yet"),
     ],
-    ids=["lazy", "integer", "complex", "sparse"],
+    ids=["lazy", "integer", "complex", "sparse", "quantised"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:Complex modules are a new feature")
 def test_weights_that_cannot_be_adapted(make, message):
@@ -320,6 +363,12 @@ def test_weights_that_cannot_be_adapted(make, message):
     with pytest.raises(ll.TargetError, match=message):
         ll.plan(model, ll.LoRAConfig())
     assert [t.name for t in ll.plan(model, ll.LoRAConfig(exclude_modules=["1"])).targets] == ["0"]
+
+
+def _quantised() -> nn.Module:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Linear4bit(4, 4)
 
 
 def _with_weight(weight: torch.Tensor) -> nn.Linear:

@@ -68,7 +68,8 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.scaling, self.seed, self.master_dtype = config, scaling, seed, dtype
-        self.fresh = True  # nothing was trained or loaded into it yet: it may be initialised (again)
+        self.initialised = False  # it has its first values
+        self.fresh = True  # ... and nothing was trained or loaded into it yet: it may still be taken off or get others
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
         # nn.TransformerEncoderLayer reads its linears' weights in a fused path, unless one of its modules has a hook.
@@ -89,6 +90,11 @@ class Adapter(nn.Module):
         """Takes the initial factors; variants derive from W what else they need."""
         self.A.copy_(A)
         self.B.copy_(B)
+        self.initialised = True
+
+    def settle(self) -> None:
+        """Its values count from now on."""
+        self.initialised, self.fresh = True, False
 
     @abstractmethod
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -129,7 +135,7 @@ class Adapter(nn.Module):
         """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
-        self.fresh = True
+        self.initialised = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
@@ -147,7 +153,7 @@ class Adapter(nn.Module):
         own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if any(key in state_dict for key in own):
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self.fresh = False
+            self.settle()
 
 
 def _computes_more_than_its_weight(module: nn.Module, args: Any) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.inject import TRAINED
+from lightning_lora.inject import trained_in_full
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ def summary(model: nn.Module) -> Summary:
         16384
     """
     counts = {"base": [0, 0], "adapters": [0, 0], "in_full": [0, 0]}
-    seen, trainable = set[int](), 0
+    in_full, seen, trainable = trained_in_full(model), set[int](), 0
     for module in model.modules():
-        trained = vars(module).get(TRAINED, ())
-        for key, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            part = counts["adapters" if isinstance(module, Adapter) else "in_full" if key in trained else "base"]
+            part = counts[
+                "adapters" if isinstance(module, Adapter) else "in_full" if id(parameter) in in_full else "base"
+            ]
             part[0] += (numel := _numel(parameter))
             part[1] += parameter.numel() * parameter.element_size()
             trainable += numel * parameter.requires_grad

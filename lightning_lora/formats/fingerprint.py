@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import BaseMismatchError, listing
-from lightning_lora.inject import TRAINED
+from lightning_lora.inject import trained_in_full
 from lightning_lora.layers import LoRALayer, is_quantized
 from lightning_lora.names import clean
 
@@ -28,13 +28,13 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     quantised) count with name and shape only: their samples are nan.
     """
     names, shapes, dtypes, samples = [], [], [], []
-    seen: set[int] = set()
+    seen = trained_in_full(model)
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             continue
-        trained, quantized = vars(module).get(TRAINED, ()), is_quantized(module)
+        quantized = is_quantized(module)
         for key, parameter in module._parameters.items():
-            if parameter is not None and key not in trained and id(parameter) not in seen:
+            if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 names.append(clean(f"{name}.{key}" if name else key))
                 packed = quantized and key == "weight" and isinstance(module, LoRALayer)

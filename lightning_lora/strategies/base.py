@@ -20,6 +20,7 @@ from lightning_lora.formats.checkpoint import (
 )
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.inject import initialise
+from lightning_lora.names import clean
 from lightning_lora.state import adapter_state_dict
 
 _AdapterT = TypeVar("_AdapterT", bound=type["StrategyAdapter"])
@@ -96,10 +97,11 @@ class StrategyAdapter:
     ) -> None:
         """Adds what the file holds, and writes it so that a failure destroys nothing."""
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
-        own = adapter_state_dict(self.model)
+        base = {clean(key) for key in self.model.state_dict()} - adapter_state_dict(self.model).keys()
         for part in ("state_dict", "current_model_state"):  # weight averaging puts the full averaged model there
             if part in checkpoint:
-                checkpoint[part] = {key: tensor for key, tensor in checkpoint[part].items() if key in own}
+                tensors = {clean(key): tensor for key, tensor in checkpoint[part].items()}
+                checkpoint[part] = {key: tensor for key, tensor in tensors.items() if key not in base}
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
         if not plain or storage_options is not None:
             original(checkpoint, filepath, storage_options=storage_options)
@@ -117,7 +119,7 @@ class StrategyAdapter:
         original(checkpoint, strict=strict)
         if is_base:
             keep_weights_only(checkpoint)
-            initialise(self.model)
+            initialise(self.model, again=True)
             self.base = fingerprint(self.model)
             rank_zero_info(
                 "The checkpoint holds a model without adapters: it was loaded as the base, and a new run starts"

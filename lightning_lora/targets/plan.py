@@ -11,9 +11,10 @@ from lightning_lora.config import KEYWORDS, LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.layers import is_quantized, kind_of, original_type
 from lightning_lora.targets.blocks import BlockFilter
+from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.patterns import Pattern, parse, parse_key, unmatched
 from lightning_lora.targets.probe import obstacle, weight_problem
-from lightning_lora.targets.roles import Roles, find_roles, in_attention, in_mlp
+from lightning_lora.targets.roles import Roles, find_roles
 from lightning_lora.targets.saved import SavedModule, saved_modules
 from lightning_lora.targets.table import render
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
@@ -150,8 +151,18 @@ def _choose(
         problems.append(
             f"target_modules={config.target_modules!r} leaves no layer to adapt. "
             + (f"Left out: {listing(reasons)}" if reasons else "The model has no layer of that kind")
+            + _other_layers(tree)
         )
     return chosen
+
+
+def _other_layers(tree: dict[str, Node]) -> str:
+    """What else could be named."""
+    kinds = [
+        kind.__name__ for n in tree.values() if (kind := kind_of(original_type(n.module))) and not kind.dense_linear
+    ]
+    counts = [f"{kinds.count(kind)} of type {kind.removeprefix('LoRA')}" for kind in dict.fromkeys(kinds)]
+    return f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
 
 
 def _has_keyword(node: Node, tree: dict[str, Node], config: LoRAConfig) -> bool:

@@ -48,7 +48,9 @@ def weight_problem(node: Node) -> str | None:
     weight: Any = getattr(node.module, "weight", None)
     if is_lazy(weight):
         return f"{node.name} is a lazy layer without a shape: run one forward before adapters are added"
-    if weight is None or is_quantized(node.module):
+    if is_quantized(node.module):
+        return f"{node.name} is quantised by bitsandbytes; adapters on a quantised base are not built yet"
+    if weight is None:
         return None
     if weight.layout is not torch.strided:
         return f"{node.name} has a sparse weight ({weight.layout}): make it dense, or name it in exclude_modules"
@@ -71,7 +73,7 @@ def _custom_forward_obstacle(layer: nn.Module, cls: type[nn.Module]) -> str | No
         return f"{cls.__name__}.forward does not call super().forward, so that the look-up can't be adapted"
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            probe, x = _copy_for_probing(layer), _small_input(layer, base)
+            probe, x = _copy_for_probing(layer, random=not cooperative), _small_input(layer, base)
             before = cls.forward(probe, x)
             if not isinstance(before, Tensor):
                 return f"{cls.__name__}.forward returns {type(before).__name__}, not a tensor"
@@ -89,21 +91,23 @@ def _custom_forward_obstacle(layer: nn.Module, cls: type[nn.Module]) -> str | No
     return None
 
 
-def _copy_for_probing(layer: nn.Module) -> Any:
-    """A copy that shares nothing that a forward could write to, small and on the CPU."""
+def _copy_for_probing(layer: nn.Module, random: bool) -> Any:
+    """A copy on the CPU that shares nothing that a forward could write to; without random values it takes no memory."""
     probe = copy.copy(layer)
     vars(probe).update({key: value.copy() for key, value in vars(layer).items() if isinstance(value, dict)})
     for key, parameter in probe._parameters.items():
-        probe._parameters[key] = None if parameter is None else nn.Parameter(_stand_in(parameter), requires_grad=False)
+        if parameter is not None:
+            probe._parameters[key] = nn.Parameter(_stand_in(parameter, random), requires_grad=False)
     for key, buffer in probe._buffers.items():
-        probe._buffers[key] = None if buffer is None else _stand_in(buffer)
+        if buffer is not None:
+            probe._buffers[key] = _stand_in(buffer, random)
     return probe
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
+def _stand_in(tensor: Tensor, random: bool) -> Tensor:
+    if random and tensor.is_floating_point():
         return torch.randn(tensor.shape)
-    return torch.zeros_like(tensor, device="cpu")
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _small_input(layer: Any, base: type[nn.Module]) -> Tensor:

@@ -5,23 +5,25 @@ shapes have to tell, and the plan's table shows what was concluded.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_lora.layers import kind_of, original_type
-from lightning_lora.targets.walk import Node, nodes
+from lightning_lora.targets.kinds import (
+    is_dense_linear,
+    is_inside,
+    is_numbered,
+    is_pretrained,
+    is_router,
+    last_part,
+)
+from lightning_lora.targets.walk import Node, nodes, unwrapped
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
 _HEAD = re.compile(r"heads|(?:.+_)?(?:head|classifier|regressor)|score")
-_ROUTER = re.compile(r"(?:.*_)?(?:gate|router|gating)|wg")
-_ROUTER_CLASS = re.compile(r"Router|Gating|(?:TopK|MoE)Gate")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"(?:.*_)?(?:mlp|ffn?|feed_?forward|intermediate|output|experts?|fc\d|linear\d|DenseReluDense)")
-_MLP_CLASS = re.compile(r"MLP|FFN|Feed_?Forward|Intermediate|DenseAct|Experts?$")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Roles:
         """Why a layer does not count as a dense linear of the backbone; None when it does."""
         for role in (self.routers, self.outside, self.heads):
             for outer, reason in role.items():
-                if name == outer or name.startswith(f"{outer}."):
+                if name == outer or is_inside(name, outer):
                     return reason
         return None
 
@@ -44,168 +46,119 @@ class Roles:
 def find_roles(model: nn.Module) -> Roles:
     """The roles of all parts of a model."""
     tree = nodes(model)
-    roles = Roles()
     name_of = {id(node.module): name for name, node in tree.items()}
-    pretrained = [n for n in tree.values() if is_pretrained(n.module)]
-    roles.outside |= _output_embeddings(tree, name_of)
-    roles.routers |= {n.name: "MoE router" for n in tree.values() if _is_router(n)}
+    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
+    pretrained = [node for node in pretrained if not any(is_inside(node.name, other.name) for other in pretrained)]
+    roles = Roles(routers={node.name: "MoE router" for node in tree.values() if is_router(node)})
+    roles.outside |= _output_embeddings(tree, name_of, pretrained)
     for node in pretrained:
-        _heads_of_pretrained(node, name_of, roles)
+        _heads_of_pretrained(node, tree, name_of, roles)
     if pretrained:
-        _outside_of_pretrained(model, pretrained, name_of, roles)
+        _outside_of_pretrained(pretrained, tree, roles)
     else:
-        _heads_by_name(tree, name_of, roles)
-    roles.heads = {n: why for n, why in roles.heads.items() if not any(_inside(n, other) for other in roles.heads)}
+        _heads_of_plain_modules(tree, name_of, roles)
+    roles.heads = {n: why for n, why in roles.heads.items() if not any(is_inside(n, other) for other in roles.heads)}
     return roles
 
 
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether it is a transformers model, told by name so that transformers need not be imported."""
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in type(module).__mro__
-    )
-
-
-def in_attention(node: Node, tree: dict[str, Node]) -> bool:
-    """Whether a layer belongs to an attention block, by the names and classes around it."""
-    return _around(node, tree, _ATTENTION.search, _ATTENTION.search)
-
-
-def in_mlp(node: Node, tree: dict[str, Node]) -> bool:
-    """Whether a layer belongs to a feed-forward block."""
-    return not in_attention(node, tree) and _around(node, tree, _MLP.fullmatch, _MLP_CLASS.search)
-
-
-def _around(node: Node, tree: dict[str, Node], by_name: Callable[..., Any], by_class: Callable[..., Any]) -> bool:
-    parts = node.name.split(".")
-    outer = [tree.get(".".join(parts[:n])) for n in range(1, len(parts))]
-    return any(by_name(part) for part in parts) or any(
-        by_class(type(n.module).__name__) for n in outer if n is not None and not is_pretrained(n.module)
-    )
-
-
-def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str]) -> dict[str, str]:
+def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretrained: list[Node]) -> dict[str, str]:
     found = {}
     for node in tree.values():
-        output = _ask(node.module, "get_output_embeddings")
-        if isinstance(output, nn.Module) and id(output) in name_of:
-            found[name_of[id(output)]] = "output embedding"
-    answered = [n.name for n in tree.values() if is_pretrained(n.module)]  # these know, and need no guesses
-    tables: list[Any] = [n.module for n in tree.values() if kind_name(n.module) == "Embedding"]
-    linears = [n for n in tree.values() if _is_dense_linear(n.module)]
-    guessed = [n for n in linears if not any(not a or _inside(n.name, a) for a in answered)]
-    for node in guessed:
-        if _LM_HEAD.fullmatch(_last(node.name)) and not _numbered(node.name):
-            found[node.name] = "output embedding"
+        output = _ask(node.module, "get_output_embeddings", name_of)
+        if output is not None:
+            found[output] = "output embedding"
+    tables: list[Any] = [n.module for n in tree.values() if isinstance(n.module, nn.Embedding)]
+    linears = [n for n in tree.values() if is_dense_linear(n.module)]
     for node in linears:
-        if any(getattr(node.module, "weight", None) is getattr(table, "weight", 0) for table in tables):
+        if any(node.module._parameters.get("weight") is table.weight for table in tables):
             found.setdefault(node.name, "output embedding, tied to the input embedding")
-    if guessed and tables and not found and not answered and not _numbered(guessed[-1].name):
-        last, table = guessed[-1], max(tables, key=lambda t: t.num_embeddings)
-        shape = (table.num_embeddings, table.embedding_dim)
-        if shape[0] != shape[1] and shape == tuple(getattr(last.module, "weight", torch.empty(0)).shape):
-            found[last.name] = "output embedding: the last linear, shaped like the token embedding"
+    # transformers models know their own; elsewhere a name or a shape has to do.
+    unknown = [n for n in linears if not any(n is p or is_inside(n.name, p.name) for p in pretrained)]
+    unknown = [n for n in unknown if not is_numbered(n.name)]
+    for node in unknown:
+        if _LM_HEAD.fullmatch(last_part(node.name)):
+            found[node.name] = "output embedding"
+    if unknown and tables and not found and not pretrained and unknown[-1] is linears[-1]:
+        table, weight = max(tables, key=lambda t: t.num_embeddings), linears[-1].module._parameters.get("weight")
+        if weight is not None and weight.shape == table.weight.shape and weight.shape[0] != weight.shape[1]:
+            found[linears[-1].name] = "output embedding: the last linear, shaped like the token embedding"
     return found
 
 
-def _is_router(node: Node) -> bool:
-    if not _is_dense_linear(node.module):
-        return False
-    classes = [original_type(node.module).__name__, *(type(parent).__name__ for parent in node.parents)]
-    beside_experts = any("expert" in child for parent in node.parents for child in parent._modules)
-    by_name = bool(_ROUTER.fullmatch(_last(node.name)))
-    return any(_ROUTER_CLASS.search(c) for c in classes) or (by_name and beside_experts)
+def _heads_of_pretrained(node: Node, tree: dict[str, Node], name_of: dict[int, str], roles: Roles) -> None:
+    """What lies outside ``base_model``: a new head, or the pretrained head of a language model.
 
-
-def _heads_of_pretrained(node: Node, name_of: dict[int, str], roles: Roles) -> None:
-    """What lies outside ``base_model``: a new head, or the pretrained head of a language model."""
+    Of transformers' own classes only those that are called ``...For...`` have heads; a base model may have a part that
+    is called head (SigLIP's pooler), and parts outside what it calls its base.
+    """
     model: Any = node.module
-    base = model.base_model
-    reads_out_tokens = any(_inside(out, node.name) or not node.name for out in roles.outside)
-    if base is not model:
-        for name, _ in _parts_without(model, [base], name_of):
-            if reads_out_tokens:
-                roles.outside.setdefault(name, "part of the pretrained language-model head")
-            else:
-                roles.heads[name] = "outside the pretrained backbone"
-    elif not reads_out_tokens:
-        for child in model.children():
-            if _HEAD.fullmatch(_last(name_of[id(child)])):
-                roles.heads[name_of[id(child)]] = "named like a head"
+    base, cls = name_of[id(unwrapped(model.base_model))], original_type(model)
+    if any(is_inside(output, node.name) for output in roles.outside):
+        for name, _ in _parts_without(node.name, [base], tree):
+            roles.outside.setdefault(name, "part of the pretrained language-model head")
+    elif "For" in cls.__name__ or not cls.__module__.startswith("transformers."):
+        for name, _ in _parts_without(node.name, [base], tree):
+            roles.heads[name] = "outside the pretrained backbone"
+        if base == node.name:
+            children = [tree[name] for name in _children(node.name, tree)]
+            roles.heads |= _named_like_heads(children, [n for n in tree.values() if is_inside(n.name, node.name)])
 
 
-def _outside_of_pretrained(model: nn.Module, pretrained: list[Node], name_of: dict[int, str], roles: Roles) -> None:
+def _outside_of_pretrained(pretrained: list[Node], tree: dict[str, Node], roles: Roles) -> None:
     """What a LightningModule has beside its transformers models."""
-    for name, frozen in _parts_without(model, [n.module for n in pretrained], name_of):
+    for name, frozen in _parts_without("", [node.name for node in pretrained], tree):
         if frozen:
             roles.outside[name] = "outside the pretrained backbone, and frozen before LoRA came"
         elif not roles.reason_against(name):
             roles.heads[name] = "outside the pretrained backbone"
 
 
-def _parts_without(model: nn.Module, inner: list[nn.Module], name_of: dict[int, str]) -> Iterator[tuple[str, bool]]:
-    """The largest parts of a model that hold parameters and none of the inner modules, and whether they are frozen."""
-    if any(model is module for module in inner):
-        return
-    if not any(module is i for module in model.modules() for i in inner):
-        if parameters := list(model.parameters()):
-            yield name_of[id(model)], not any(p.requires_grad for p in parameters)
-        return
-    prefix = f"{name_of[id(model)]}." if name_of[id(model)] else ""
-    for key, parameter in model._parameters.items():
-        if parameter is not None:
-            yield prefix + key, not parameter.requires_grad
-    for child in model.children():
-        yield from _parts_without(child, inner, name_of)
-
-
-def _heads_by_name(tree: dict[str, Node], name_of: dict[int, str], roles: Roles) -> None:
+def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], roles: Roles) -> None:
     """Plain torch modules: what is named like a head, unless nothing would be left to adapt."""
-    linears = [n.name for n in tree.values() if _is_dense_linear(n.module) and n.name not in roles.outside]
-    heads = {}
+    candidates = [n for n in tree.values() if not is_numbered(n.name) and n.name not in roles.outside]
+    heads = _named_like_heads(candidates, list(tree.values()))
     for node in tree.values():
-        classifier = _ask(node.module, "get_classifier")  # timm
-        if isinstance(classifier, nn.Module) and id(classifier) in name_of:
-            heads[name_of[id(classifier)]] = "the classifier of a timm model"
-        last = _last(node.name)
-        named = _HEAD.fullmatch(last) or (last == "fc" and linears[-1:] == [node.name])
-        if named and not _numbered(node.name) and node.name not in roles.outside and _has_parameters(node.module):
-            heads[node.name] = "named like a head"
-    covered = [name for name in linears if any(name == h or _inside(name, h) for h in heads)]
-    if len(covered) < sum(kind_of(original_type(n.module)) is not None for n in tree.values()):
+        if (classifier := _ask(node.module, "get_classifier", name_of)) is not None:
+            heads[classifier] = "the classifier of a timm model"
+    layers = [n.name for n in tree.values() if kind_of(original_type(n.module)) is not None]
+    if not all(any(name == h or is_inside(name, h) for h in heads) for name in layers):
         roles.heads |= heads
 
 
-def kind_name(module: nn.Module) -> str:
-    """The kind of layer, as far as adapters go: Linear, Conv1D, Conv, Embedding, or an empty string."""
-    kind = kind_of(original_type(module))
-    return "" if kind is None else kind.__name__.removeprefix("LoRA")
+def _named_like_heads(candidates: list[Node], among: list[Node]) -> dict[str, str]:
+    """Modules that are called head, classifier, score, ..., or fc if that is the last linear."""
+    linears = [node for node in among if is_dense_linear(node.module)]
+    return {
+        node.name: "named like a head"
+        for node in candidates
+        if next(node.module.parameters(), None) is not None
+        and (_HEAD.fullmatch(last_part(node.name)) or (last_part(node.name) == "fc" and node is linears[-1]))
+    }
 
 
-def _is_dense_linear(module: nn.Module) -> bool:
-    kind = kind_of(original_type(module))
-    return kind is not None and kind.dense_linear
+def _parts_without(name: str, inner: list[str], tree: dict[str, Node]) -> Iterator[tuple[str, bool]]:
+    """The largest parts of a module that hold parameters and none of the inner ones, and whether they are frozen."""
+    if name in inner:
+        return
+    module = tree[name].module
+    if not any(is_inside(i, name) for i in inner):
+        if parameters := list(module.parameters()):
+            yield name, not any(p.requires_grad for p in parameters)
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield f"{name}.{key}".lstrip("."), not parameter.requires_grad
+    for child in _children(name, tree):
+        yield from _parts_without(child, inner, tree)
 
 
-def _ask(module: nn.Module, method: str) -> object:
-    """Calls a method that not every model has, and that some have but refuse to answer."""
+def _children(name: str, tree: dict[str, Node]) -> list[str]:
+    return [child for child in tree if child and child.rpartition(".")[0] == name]
+
+
+def _ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:
+    """The name of the module that a method returns which not every model has, and some refuse to answer."""
     try:
-        return getattr(type(module), method)(module)
+        return name_of.get(id(getattr(type(module), method)(module)))
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _numbered(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name != outer and name.startswith(f"{outer}.")

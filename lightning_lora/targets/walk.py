@@ -25,7 +25,7 @@ class Node:
 
 
 def nodes(model: nn.Module) -> dict[str, Node]:
-    """Every module once, by its first name and in order; adapters are left out."""
+    """Every module once, by its first name and in order, without adapters and the wrappers of ``torch.compile``."""
     found: dict[int, Node] = {}
     for name, module, parent in _paths(model, "", None, ()):
         node = found.setdefault(id(module), Node(clean(name), module))
@@ -36,9 +36,16 @@ def nodes(model: nn.Module) -> dict[str, Node]:
     return {node.name: node for node in found.values()}
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
 def _paths(
     module: nn.Module, name: str, parent: nn.Module | None, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    module = unwrapped(module)
     yield name, module, parent
     for child_name, child in module._modules.items():
         is_adapter = isinstance(module, LoRALayer) and child_name == "lora"

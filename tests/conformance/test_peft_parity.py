@@ -20,6 +20,7 @@ PARITY = [
     "embedding-padding",
     "embedding-scaled",
     "conv1d",
+    "conv2d-plain",
     "conv3d",
 ]
 

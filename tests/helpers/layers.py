@@ -72,6 +72,7 @@ CASES = {
     "embedding-max-norm": Case(lambda: nn.Embedding(11, 9, max_norm=1.0), (3, 5), ids=True),
     "embedding-scaled": Case(lambda: ScaledEmbedding(11, 9), (3, 5), ids=True),
     "conv1d": Case(lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 13)),
+    "conv2d-plain": Case(lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 8)),
     "conv2d": Case(lambda: nn.Conv2d(6, 8, (3, 2), stride=(1, 2), dilation=(2, 1)), (2, 6, 9, 8)),
     "conv2d-same-reflect": Case(lambda: nn.Conv2d(6, 8, 3, padding="same", padding_mode="reflect"), (2, 6, 7, 7)),
     "conv2d-groups": Case(lambda: nn.Conv2d(6, 9, 3, groups=3, padding=1, bias=False), (2, 6, 7, 7)),

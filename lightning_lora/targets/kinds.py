@@ -1,0 +1,72 @@
+"""What a single module is, told by its type, its name and what is around it."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers import kind_of, original_type
+from lightning_lora.targets.walk import Node
+
+_ROUTER = re.compile(r"(?:.*_)?(?:gate|router|gating)|wg")
+_ROUTER_CLASS = re.compile(r"Router|Gating|(?:TopK|MoE)Gate")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"(?:.*_)?(?:mlp|ffn?|feed_?forward|intermediate|output|experts?|fc\d|linear\d|DenseReluDense)")
+_MLP_CLASS = re.compile(r"MLP|FFN|Feed_?Forward|Intermediate|DenseAct|Experts?$")
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether it is what "all-linear" means, if it is in the backbone."""
+    kind = kind_of(original_type(module))
+    return kind is not None and kind.dense_linear
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a transformers model, told by name so that transformers need not be imported."""
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in type(module).__mro__
+    )
+
+
+def is_router(node: Node) -> bool:
+    """Whether a linear chooses experts: by its class, or by its name beside experts."""
+    if not is_dense_linear(node.module):
+        return False
+    classes = [original_type(node.module).__name__, *(type(parent).__name__ for parent in node.parents)]
+    beside_experts = any("expert" in child for parent in node.parents for child in parent._modules)
+    by_name = bool(_ROUTER.fullmatch(last_part(node.name)))
+    return any(_ROUTER_CLASS.search(c) for c in classes) or (by_name and beside_experts)
+
+
+def in_attention(node: Node, tree: dict[str, Node]) -> bool:
+    """Whether a layer belongs to an attention block, by the names and classes around it."""
+    return _around(node, tree, _ATTENTION.search, _ATTENTION.search)
+
+
+def in_mlp(node: Node, tree: dict[str, Node]) -> bool:
+    """Whether a layer belongs to a feed-forward block."""
+    return not in_attention(node, tree) and _around(node, tree, _MLP.fullmatch, _MLP_CLASS.search)
+
+
+def last_part(name: str) -> str:
+    """``q_proj`` of ``layers.0.q_proj``."""
+    return name.rpartition(".")[2]
+
+
+def is_numbered(name: str) -> bool:
+    """Whether the name leads through a numbered block."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a module lies in another one; everything lies in the root, whose name is empty."""
+    return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def _around(node: Node, tree: dict[str, Node], by_name: Callable[..., Any], by_class: Callable[..., Any]) -> bool:
+    parts = node.name.split(".")
+    outer = [tree.get(".".join(parts[:n])) for n in range(1, len(parts))]
+    return any(by_name(part) for part in parts) or any(
+        by_class(type(n.module).__name__) for n in outer if n is not None and not is_pretrained(n.module)
+    )
