@@ -35,9 +35,9 @@ class FrozenBuffers:
         """Puts changed buffers back; returns the names (class and key) of those."""
         changed = []
         for i, (module, key, buffer, version, value) in enumerate(self._kept):
-            if module._buffers.get(key) is not buffer or buffer._version != version:
+            if getattr(module, key, None) is not buffer or buffer._version != version:
                 changed.append(f"{type(module).__name__}.{key}")
                 buffer.copy_(value)
-                module._buffers[key] = buffer
+                setattr(module, key, buffer)
                 self._kept[i] = (module, key, buffer, buffer._version, value)
         return changed

@@ -124,9 +124,10 @@ def eject(model: nn.Module) -> None:
         if isinstance(module, LockedStatistics):
             unlock_statistics(module)
             module.train(model.training)
-        for key, required_grad in vars(module).pop(THAWED, {}).items():
-            if (parameter := module._parameters.get(key)) is not None:
-                parameter.requires_grad_(required_grad)
+        thawed = vars(module).pop(THAWED, {})
+        for key, parameter in module._parameters.items():
+            if parameter is not None and key in thawed:
+                parameter.requires_grad_(thawed[key])
         vars(module).pop(TRAINED, None)
 
 
@@ -260,4 +261,7 @@ def _mark_trained(tree: dict[str, Node], name: str, adapter_name: str) -> None:
 
 def _keeps_statistics(module: nn.Module) -> bool:
     """Whether train mode changes its buffers: running statistics, or the vectors of a spectral norm."""
-    return any(module._buffers.get(name) is not None for name in ("running_mean", "weight_u", "_u"))
+    names = ("running_mean", "weight_u", "_u")
+    if isinstance(module, torch.jit.ScriptModule):  # has no class of its own to extend; its buffers are put back
+        return False
+    return any(name in names and buffer is not None for name, buffer in module._buffers.items())

@@ -169,26 +169,29 @@ def _merge_layer(
     W, merged = layer.as_matrix(old), layer.as_matrix(new)
     adapters = [layer.lora_adapters()[name] for name in names]
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
-    wanted = kept = missed = torch.zeros((), dtype=torch.float64, device=W.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=W.device)  # |ΔW|², <change, ΔW>, |change - ΔW|²
     for rows in row_chunks(W):
         w = W[rows].to(accumulate)
-        update = torch.zeros_like(w)
-        for adapter in adapters:
-            update += adapter.merged(w, rows).sub_(w)
-        merged[rows] = (w + update).to(merged.dtype)
-        change = merged[rows].to(accumulate) - w
-        wanted = wanted + update.square().sum(dtype=torch.float64)
-        kept = kept + (change * update).sum(dtype=torch.float64)
-        missed = missed + change.sub_(update).square_().sum(dtype=torch.float64)
+        total = adapters[0].merged(w, rows)
+        for adapter in adapters[1:]:
+            total += adapter.merged(w, rows).sub_(w)
+        merged[rows] = total
+        update = total.sub_(w).flatten()
+        sums[0] += torch.dot(update, update)
+        if merged.dtype != accumulate:
+            change = merged[rows].to(accumulate).sub_(w).flatten()
+            sums[1] += torch.dot(change, update)
+            sums[2] += torch.dot(change.sub_(update), change)
+    size, part, error = sums.tolist()
+    rounded = size > 0 and merged.dtype != accumulate
     vars(layer)[MERGED] = _Merged(old, bias if dtype and bias is not None else None, layer.lora_active)
     layer._parameters["weight"], layer.lora_active = nn.Parameter(new, requires_grad=False), ()
     if dtype and bias is not None:
         layer._parameters["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
-    size, part, error = wanted.item(), kept.item(), missed.item()
     return LayerMerge(
         adapters=names,
         norm=math.sqrt(size),
-        survived=part / size if size else 1.0,
-        error=math.sqrt(error / size) if size else 0.0,
+        survived=part / size if rounded else 1.0,
+        error=math.sqrt(error / size) if rounded else 0.0,
         untied=tied,
     )

@@ -34,7 +34,7 @@ def is_router(node: Node) -> bool:
     if not is_dense_linear(node.module):
         return False
     classes = [original_type(node.module).__name__, *(type(parent).__name__ for parent in node.parents)]
-    beside_experts = any("expert" in child for parent in node.parents for child in parent._modules)
+    beside_experts = any("expert" in child for parent in node.parents for child, _ in parent.named_children())
     by_name = bool(_ROUTER.fullmatch(last_part(node.name)))
     return any(_ROUTER_CLASS.search(c) for c in classes) or (by_name and beside_experts)
 

@@ -38,8 +38,8 @@ def nodes(model: nn.Module) -> dict[str, Node]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _paths(
