@@ -410,6 +410,48 @@ def test_the_batch_size_finder():
     assert_trained(module)
 
 
+def test_given_by_the_module_itself():
+    class Own(Lit):
+        def configure_callbacks(self):
+            return [ll.LoRA(r=4)]
+
+    module = Own()
+    trainer().fit(module, data())
+    assert_trained(module)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log..` but")
+@pytest.mark.parametrize(
+    "options", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"barebones": True}, {"detect_anomaly": True}]
+)
+def test_kinds_of_runs(options):
+    module = Lit()
+    quiet = (
+        {}
+        if "barebones" not in options
+        else {"logger": None, "enable_progress_bar": None, "enable_model_summary": None, "enable_checkpointing": None}
+    )
+    trainer(ll.LoRA(r=4, use_dora=True), **options, **quiet).fit(module, data(), data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+def test_a_compiled_model(tmp_path):
+    """The same as uncompiled, with one graph for the whole network and the health checks on."""
+    torch.compiler.reset()
+    states = []
+    for compiled in (False, True):
+        module = Lit()
+        for drop in (m for m in module.modules() if isinstance(m, nn.Dropout)):
+            drop.p = 0.0
+        if compiled:
+            module.net = torch.compile(module.net, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(0)
+        trainer(ll.LoRA(r=4), max_epochs=2).fit(module, data(), data())
+        states.append(ll.adapter_state_dict(module))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_strategies_that_are_not_built_yet(strategy):
     from lightning_lora.strategies import strategy_adapter
