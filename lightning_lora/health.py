@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.inject import MERGED
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.names import ancestors
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.kinds import is_pretrained
@@ -96,7 +97,7 @@ class Watch:
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
         self._called: set[int] = set()
-        self._moved: set[int] = set()  # owners with a tensor that moved
+        self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
         self._handles: list[RemovableHandle] = []
         compiled = _below_compiled(model)
         for node in nodes(model).values():
@@ -131,7 +132,8 @@ class Watch:
         return [p for p in own if p is not None and id(p) in self._names]
 
     def _note_call(self, module: nn.Module, args: Any) -> None:
-        self._called.add(id(module))
+        if not torch.is_inference_mode_enabled():  # validation reaches what training may not
+            self._called.add(id(module))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, _ in self._waiting(optimizer):
@@ -141,22 +143,31 @@ class Watch:
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         dead: dict[str, list[str]] = {}
         for parameter, lr in list(self._waiting(optimizer)):
-            verdict = self._verdict(parameter, float(lr), self._before.pop(id(parameter)))
+            before = self._before.pop(id(parameter), None)
+            verdict = None if before is None else self._verdict(parameter, float(lr), before)
             if verdict is True:
-                del self._names[id(parameter)]
-                self._moved.add(id(self._owners[id(parameter)][0]))
+                self._moved[id(self._owners[id(parameter)][0])] = self._names.pop(id(parameter))
             elif verdict:
                 dead.setdefault(verdict, []).append(self._names[id(parameter)])
         if not dead and self._steps[id(optimizer)] >= PATIENCE:
-            late = [self._names.pop(id(p)) for p, _ in list(self._waiting(optimizer))]
-            if late := [name for name in late if "expert" not in name]:
-                dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = late
+            late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p)]
+            if late:
+                dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
         raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
         return not self._names
+
+    def _is_alternative(self, parameter: nn.Parameter) -> bool:
+        """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task."""
+        name = self._names[id(parameter)]
+        numbered = [prefix for prefix in ancestors(name) if prefix.rpartition(".")[2].isdigit()]
+        lists = {prefix.rpartition(".")[0] for prefix in numbered}
+        return parameter.grad is None and any(
+            moved.startswith(f"{outer}.") for outer in lists for moved in self._moved.values()
+        )
 
     def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
         for group in optimizer.param_groups:

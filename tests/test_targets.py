@@ -63,6 +63,7 @@ def test_plan_changes_nothing():
             ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.0.mlp.0", "blocks.0.mlp.2"],
         ),
         ({"target_modules": "attention"}, [f"blocks.{i}.attn.{n}" for i in range(3) for n in "qv"]),
+        ({"target_modules": ["re:.*q", "*head*"]}, ["blocks.0.attn.q", "blocks.1.attn.q", "blocks.2.attn.q"]),
         ({"target_modules": "mlp"}, [f"blocks.{i}.mlp.{n}" for i in range(3) for n in (0, 2)]),
         ({"target_modules": ["embed", "attention"], "layers_to_transform": 1}, ["blocks.1.attn.q", "blocks.1.attn.v"]),
         ({"target_modules": ["embed"]}, ["embed"]),
@@ -118,9 +119,10 @@ def test_ranks_and_alphas_by_pattern():
         ({"layers_to_transform": [1, 7]}, ["there is no block 7; the model has blocks 0 to 2"]),
         ({"layers_to_transform": {"vision": [0]}}, ["no module is named 'vision'"]),
         ({"exclude_modules": ["blocks"]}, ["leaves no layer to adapt", "exclude_modules"]),
+        ({"target_modules": ["q", "head"]}, [r"in modules_to_save \(that 'auto' found; give None or a list\)"]),
         (
             {"target_modules": ["head"], "modules_to_save": ["head"]},
-            ["in target_modules and, by 'head', in modules_to_save"],
+            ["head is in target_modules, and head in modules_to_save: choose one"],
         ),
         (
             {"target_modules": ["qq"], "exclude_modules": ["zz"], "rank_pattern": {"yy": 1}},

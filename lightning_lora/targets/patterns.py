@@ -12,10 +12,11 @@ from lightning_lora.names import ancestors
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern, as the user wrote it, and what it matches."""
+    """One pattern, as the user wrote it, and what it matches; ``plain`` if it is a name and not a glob or regex."""
 
     text: str
     matches: Callable[[str], bool]
+    plain: bool = False
 
     def within(self, name: str) -> bool:
         """Whether it matches the module or one that the module lies in."""
@@ -26,7 +27,7 @@ def parse(patterns: Patterns) -> list[Pattern]:
     """``"regex"`` (of the whole name, as in PEFT), or a list of suffixes, globs and ``"re:regex"``."""
     if isinstance(patterns, str):
         return [Pattern(patterns, _full_match(patterns))]
-    return [Pattern(text, _list_item(text)) for text in patterns]
+    return [Pattern(text, _list_item(text), plain=not _is_expression(text)) for text in patterns]
 
 
 def parse_key(text: str) -> Pattern:
@@ -55,9 +56,13 @@ def _full_match(regex: str) -> Callable[[str], bool]:
     return lambda name: compiled.fullmatch(name) is not None
 
 
+def _is_expression(text: str) -> bool:
+    return text.startswith("re:") or re.search(r"[*?\[]", text) is not None
+
+
 def _list_item(text: str) -> Callable[[str], bool]:
     if text.startswith("re:"):
         return _full_match(text[3:])
-    if re.search(r"[*?\[]", text):
+    if _is_expression(text):
         return _full_match(rf"(?:.*\.)?(?:{fnmatch.translate(text)})")
     return lambda name: name == text or name.endswith(f".{text}")

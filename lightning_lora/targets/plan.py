@@ -130,11 +130,14 @@ def _choose(
         keyword = config.target_modules if isinstance(config.target_modules, str) else "target_modules"
         dense, against = kind is not None and kind.dense_linear, roles.reason_against(node.name)
         trained = next((outer for outer in in_full if f"{node.name}.".startswith(f"{outer}.")), None)
-        wanted = named.get(node.name) or (dense and against is None and _has_keyword(node, tree, config))
+        wanted = node.name in named or (dense and against is None and _has_keyword(node, tree, config))
         if trained is not None and kind is not None and (wanted or dense):
             skipped[node.name] = "trained in full"
             if named.get(node.name):
-                problems.append(f"{node.name} is in target_modules and, by {trained!r}, in modules_to_save: choose one")
+                in_auto = " (that 'auto' found; give None or a list)" if config.modules_to_save == "auto" else ""
+                problems.append(
+                    f"{node.name} is in target_modules, and {trained} in modules_to_save{in_auto}: choose one"
+                )
         elif wanted and (why := obstacles[node.name]) is not None:
             skipped[node.name] = why
         elif wanted and node.name in excluded:
@@ -177,7 +180,10 @@ def _has_keyword(node: Node, tree: dict[str, Node], config: LoRAConfig) -> bool:
 def _named(
     tree: dict[str, Node], config: LoRAConfig, obstacles: dict[str, str | None], problems: list[str]
 ) -> dict[str, bool]:
-    """The nodes that a pattern (not a word such as "all-linear") names; every pattern must name one that can adapt."""
+    """The nodes that a pattern (not a word such as "all-linear") matches, and whether one names them plainly.
+
+    Every pattern must match a layer that can have an adapter.
+    """
     named: dict[str, bool] = {}
     for pattern in _patterns_only(config.target_modules):
         hits = [node for node in tree.values() if any(pattern.matches(name) for name in node.names)]
@@ -188,7 +194,7 @@ def _named(
         elif not usable:
             reasons = listing([f"{node.name}: {obstacles[node.name]}" for node in (kinds or hits)], 3)
             problems.append(f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons})")
-        named.update((node.name, True) for node in kinds)
+        named.update((node.name, pattern.plain or named.get(node.name, False)) for node in kinds)
     return named
 
 

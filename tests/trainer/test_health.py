@@ -171,9 +171,26 @@ class Experts(nn.Module):
         return sum(expert(x) for expert in self.experts[: self.reached])
 
 
-def test_layers_that_were_not_reached_may_wait():
+@pytest.mark.parametrize("steps", [3, PATIENCE + 2])
+def test_layers_that_were_not_reached_may_wait(steps):
+    """As long as one beside them was: that is what routing looks like."""
     with pytest.warns(UserWarning, match=r"4 trainable tensors never moved in this run: net.experts.1.lora"):
-        fit(Experts(), steps=3)
+        fit(Experts(), steps=steps)
+
+
+def test_a_tower_that_is_never_reached():
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.ModuleList([nn.Linear(16, 4)]), nn.ModuleList([nn.Linear(16, 4)])
+
+        def forward(self, x):
+            return self.first[0](x)
+
+    with pytest.raises(
+        ll.DeadAdapterError, match=r"net.second.0.lora.default.A.*did not move in 100 steps.*never reached"
+    ):
+        fit(Towers(), steps=PATIENCE + 1)
 
 
 def test_a_warm_up_from_zero_may_wait():

@@ -461,5 +461,14 @@ def test_strategies_that_are_not_built_yet(strategy):
         strategy_adapter(stand_in)
 
 
+@pytest.mark.parametrize("plugin", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
+def test_plugins_that_replace_layers_are_refused(plugin):
+    """They need a CUDA device to be made, hence a stand-in."""
+    run = trainer(ll.LoRA())
+    run.strategy._precision_plugin = type(plugin, (type(run.precision_plugin),), {})()
+    with pytest.raises(ll.UnsupportedError, match=f"{plugin} replaces the layers"):
+        run.fit(Lit(), data())
+
+
 def test_plain_model_is_not_touched_by_import():
     assert type(Net().head) is nn.Linear
