@@ -45,11 +45,22 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     dtype = accumulation_dtype(W, A)
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
-        parts = [_squares_and_cross(W[rows].to(dtype), A) for rows in row_chunks(W)]
-        squares, cross = (torch.cat(column) for column in zip(*parts, strict=True))
+        squares, cross = _squares_and_cross(W, A)
         quadratic = ((B @ (A @ A.T)) * B).sum(1)
         return (squares + 2 * scale * (cross * B).sum(1) + scale * scale * quadratic).clamp_min(0).sqrt()
 
 
-def _squares_and_cross(w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.linalg.vector_norm(w, dim=1).square(), w @ A.T
+def _squares_and_cross(W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    r""":math:`\|W\|^2` by row and :math:`W A^T`, in the dtype of A; what has to be converted is, piece by piece."""
+    if W.dtype == A.dtype:
+        return torch.linalg.vector_norm(W, dim=1).square(), W @ A.T
+    if W.stride(0) < W.stride(1):  # a transposed table or Conv1D: pieces of columns lie together
+        squares, cross = W.new_zeros(len(W), dtype=A.dtype), W.new_zeros(len(W), len(A), dtype=A.dtype)
+        for columns in row_chunks(W.T):
+            w = W[:, columns].to(A.dtype)
+            squares = squares + torch.linalg.vector_norm(w, dim=1).square()
+            cross = cross + w @ A[:, columns].T
+        return squares, cross
+    pieces = (W[rows].to(A.dtype) for rows in row_chunks(W))
+    parts = [(torch.linalg.vector_norm(w, dim=1).square(), w @ A.T) for w in pieces]
+    return torch.cat([square for square, _ in parts]), torch.cat([product for _, product in parts])

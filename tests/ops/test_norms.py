@@ -1,0 +1,55 @@
+"""Row norms without the matrix: against the dense formula, in pieces, in both layouts, under autocast."""
+
+import pytest
+import torch
+
+from lightning_lora.ops import norms
+from lightning_lora.ops.norms import merged_row_norms
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+def test_against_the_dense_formula(dtype, transposed, chunk, monkeypatch):
+    monkeypatch.setattr(norms, "CHUNK", chunk)
+    torch.manual_seed(0)
+    W = torch.randn(9, 14) if transposed else torch.randn(14, 9)
+    W = W.to(dtype).T if transposed else W.to(dtype)
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    A, B = torch.randn(3, 9).to(master), torch.randn(14, 3).to(master)
+    expected = (W.double() + 1.7 * B.double() @ A.double()).norm(dim=1)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    with torch.autocast("cpu", torch.bfloat16):  # which must not reach into the sums
+        got = merged_row_norms(W, A, B, 1.7)
+    assert got.dtype == master
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
+
+
+def test_a_cancelled_row_is_no_nan():
+    W = torch.ones(2, 4)
+    A, B = torch.ones(1, 4), torch.tensor([[-1.0], [1.0]])
+    torch.testing.assert_close(merged_row_norms(W, A, B, 1.0), torch.tensor([0.0, 4.0]), atol=1e-3, rtol=0)
+
+
+def test_no_temporary_of_the_size_of_the_matrix(monkeypatch):
+    """The largest tensor that is allocated is a piece, not W."""
+    W = torch.randn(4096, 512).bfloat16()
+    A, B = torch.randn(4, 512), torch.randn(4096, 4)
+    monkeypatch.setattr(norms, "CHUNK", 1 << 14)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
+                ):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Sizes():
+        merged_row_norms(W, A, B, 0.5)
+    assert largest <= 4096 * 4
