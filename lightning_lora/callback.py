@@ -12,27 +12,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from typing_extensions import override
 
 from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import figures, one_line, show
 from lightning_lora.arguments import check_arguments
-from lightning_lora.company import check_company, overrides_configure_model, warn_of_copies
+from lightning_lora.base_buffers import BaseBuffers
+from lightning_lora.compatibility import check_compatibility, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.errors import ConfigError, TargetError, listing, raise_all
+from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
-from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.rng import gather_rng, own_rng, restore_rng
-from lightning_lora.frozen import FrozenBuffers
+from lightning_lora.freeze import freeze, train_mode
 from lightning_lora.health import Watch, check_before, let_gradients_through
 from lightning_lora.inits import Init
-from lightning_lora.inject import apply, default_seed, freeze, initialise, settle, train_mode, withdraw
+from lightning_lora.inject import default_seed, initialise
 from lightning_lora.lightning_packages import CallbackBase
+from lightning_lora.marks import merged_layers
 from lightning_lora.optim import complete_optimizers, restore_ratios
 from lightning_lora.patches import Patches
-from lightning_lora.strategies import StrategyAdapter, strategy_adapter
-from lightning_lora.targets import Plan, draft
+from lightning_lora.phases import Phases, Request
+from lightning_lora.state import adapters
+from lightning_lora.strategies import strategy_adapter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -110,77 +111,93 @@ class LoRA(CallbackBase):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         own = {name: given.pop(name) for name in list(given) if name not in LoRAConfig.__dataclass_fields__}
+        error: LightningLoRAError | None = None
         try:
-            self.config, problems = LoRAConfig(**given), tuple[str, ...]()
-        except ConfigError as error:
-            problems = error.problems
-        check_arguments(own, problems)
+            self.config = LoRAConfig(**given)
+        except (ConfigError, UnsupportedError) as raised:
+            error = raised
+        check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
-        self._dtype: torch.dtype = getattr(torch, adapter_dtype)
+        self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype))
+        # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
+        self._family: list[LoRA] = []
         self._patches = Patches()
-        self._plan, self._seed = Plan(targets=()), 0
-        self._strategy: StrategyAdapter | None = None
+        self._phases: Phases | None = None
         self._watch: Watch | None = None
-        self._buffers: FrozenBuffers | None = None
+        self._buffers: BaseBuffers | None = None
         self._rng: dict[str, Any] | None = None
 
     @override
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Called when fit, validate, test or predict begins. Wraps what Lightning calls next, and injects.
-
-        Three times, as the model may be built in ``__init__``, in ``setup`` or in ``configure_model``: what is there
-        is adapted at once (callbacks behind this one may copy it), and what the parts are for is decided anew when
-        more has come.
-        """
+        """Called when fit, validate, test or predict begins. Injects, and wraps what Lightning calls next."""
         self._release()
-        check_company(trainer, self, self._family(trainer))
-        self._strategy = strategy_adapter(trainer.strategy)
-        self._strategy.install()
+        if not self._leads(trainer):
+            return
+        family = [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
+        check_compatibility(trainer, family)
+        merged = merged_layers(pl_module)
+        if merged and stage == "fit":
+            raise DeadAdapterError(
+                f"adapters are merged into {listing(merged)} and can't train: call ll.unmerge(model)"
+            )
+        strategy, seed = strategy_adapter(trainer.strategy), trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
-        self._seed = trainer.strategy.broadcast(default_seed())
-        lazy, inject = overrides_configure_model(pl_module), functools.partial(self._inject, pl_module)
-        inject(last=False)
-        self._patches.call_after(pl_module, "setup", functools.partial(inject, last=not lazy))
-        if lazy:
-            self._patches.call_after(pl_module, "configure_model", functools.partial(inject, last=True))
+        self._family, completed = family, functools.partial(strategy.remember_base, pl_module)
+        if merged:
+            completed()
+        else:
+            self._phases = Phases(pl_module, [lora._request for lora in family], seed, completed)
+            self._phases.begin(self._patches)
+        strategy.install()
         if stage == "fit":
             self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
+        if self._phases is None:
+            return
         initialise(pl_module)
-        settle(pl_module)
         train_mode(pl_module)
         counts = summary(pl_module)
-        if trainer.is_global_zero and not trainer.barebones:
-            show(self._plan, counts, self.adapter_name)
-        rank_zero_info(one_line(self._plan, counts, self.adapter_name))
-        for logger in trainer.loggers:
-            logger.log_hyperparams(figures(self._plan, counts, self.adapter_name))
+        for name, plan in self._phases.plans.items():
+            if trainer.is_global_zero and not trainer.barebones:
+                show(plan, counts, name)
+            rank_zero_info(one_line(plan, counts, name))
+            for logger in trainer.loggers:
+                logger.log_hyperparams(figures(plan, counts, name))
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
+        if not self._family:
+            return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         check_before(pl_module, optimizers)
         restore_ratios(optimizers)
-        if self._family(trainer)[0] is self:
-            self._watch = Watch(pl_module, optimizers)
-            self._buffers = FrozenBuffers(pl_module)
+        self._watch = Watch(pl_module, optimizers)
+        self._buffers = BaseBuffers(pl_module)
         loop = trainer.fit_loop
         if self._rng is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
             restore_rng(self._rng)  # again: making the iterator of the epoch's rest drew from it
         self._rng = None
 
     @override
+    def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
+        """Called when a training batch begins."""
+        if self._watch is not None:
+            self._watch.training = True
+
+    @override
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
-        if self._buffers is not None and (changed := self._buffers.restore()) and trainer.global_step <= 1:
-            rank_zero_info(f"Buffers of the frozen base changed in training and were put back: {listing(changed)}")
-        if self._watch is not None and self._watch.done:
-            self._watch.close()
-            self._watch = None
+        if self._buffers is not None and (changed := self._buffers.restore()):
+            rank_zero_info(f"Buffers of the frozen base change in training and are put back: {listing(changed)}")
+        if self._watch is not None:
+            self._watch.training = False
+            if self._watch.done:
+                self._watch.close()
+                self._watch = None
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -191,14 +208,17 @@ class LoRA(CallbackBase):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Called when a full checkpoint is saved. Adds the random states of all ranks."""
-        checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
+        """Called when a full checkpoint is saved, also after a run. Adds the random states of all ranks."""
+        if self._leads(trainer) and adapters(pl_module):
+            checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
 
     @override
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
-        complete_averages(pl_module, checkpoint)
         states = checkpoint.get(META, {}).get("rng")
+        if not self._leads(trainer):
+            return
+        complete_averages(pl_module, checkpoint)
         if states is None or trainer.state.fn != "fit":
             return
         self._rng = own_rng(states, trainer.global_rank, trainer.world_size)
@@ -211,46 +231,34 @@ class LoRA(CallbackBase):
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Called when fit, validate, test or predict ends. Takes the wrappers off the module."""
         self._release()
-        settle(pl_module)
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Called when a run is broken off, in which case teardown is not. Takes the wrappers off the module."""
+        """Called when a run is broken off; `teardown` is not called then. Takes the wrappers off the module."""
         self._release()
-        if isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
+        if self._leads(trainer) and isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
             exception.add_note(
                 "lightning_lora: only the adapters need gradients, and none reached the loss. If the layers lie in a "
                 "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
             )
 
-    def _family(self, trainer: "Trainer") -> list["LoRA"]:
-        """The LoRA callbacks of a Trainer; the first does what is to be done once."""
-        return [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
-
-    def _inject(self, model: nn.Module, last: bool) -> None:
-        withdraw(model, self.adapter_name)
-        drafted, problems = draft(model, self.config)
-        if last:
-            raise_all(TargetError, problems, "LoRA")
-        elif problems:
-            return
-        apply(model, self.config, drafted, self.adapter_name, self._dtype, self._seed)
-        initialise(model)
-        self._plan = drafted
-        if last and self._strategy is not None:
-            self._strategy.base = fingerprint(model)
+    def _leads(self, trainer: "Trainer") -> bool:
+        return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self  # type: ignore[attr-defined]
 
     def _configure_optimizers(self, model: "LightningModule") -> Callable[[], Any]:
         original = model.configure_optimizers
 
         @functools.wraps(original)
         def configure_optimizers() -> Any:
-            initialise(model)  # what was on the meta device until now
+            initialise(model)  # what was on the meta device until now, or was cast
             freeze(model)  # users freeze and thaw in their own hooks
             if helped := let_gradients_through(model):
                 rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
+            for undo in helped.values():
+                self._patches.later(undo)
             configured = original()
-            complete_optimizers(model, configured, self.adapter_name, self.loraplus_lr_ratio)
+            ratios = {lora.adapter_name: lora.loraplus_lr_ratio for lora in self._family}
+            complete_optimizers(model, configured, {name: ratio for name, ratio in ratios.items() if ratio is not None})
             return configured
 
         return configure_optimizers
@@ -259,4 +267,5 @@ class LoRA(CallbackBase):
         self._patches.release()
         if self._watch is not None:
             self._watch.close()
-        self._watch = self._buffers = None
+        self._watch = self._buffers = self._phases = None
+        self._family = []

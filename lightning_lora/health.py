@@ -4,8 +4,9 @@ Before the first step `check_before` refuses what could not train. During the fi
 every tensor that should: it must get a gradient, and it must move.
 """
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,16 +15,24 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
-from lightning_lora.inject import MERGED
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.names import ancestors
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.kinds import is_pretrained
-from lightning_lora.targets.probe import obstacle
+from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.walk import nodes
 
 PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
+_WAYS_OUT = {
+    "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
+    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
+    "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
+    "stuck": "Check the optimizer and what is done to gradients before its step",
+    "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
+    "small ones), or its layer was never reached (exclude_modules)",
+}
 
 
 def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -34,7 +43,7 @@ def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """
     problems = []
     layers = dict(lora_layers(model))
-    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
+    if merged := merged_layers(model):
         problems.append(f"adapters are merged into {listing(merged)} and would get no gradient: call ll.unmerge(model)")
     for name, layer in layers.items():
         for adapter_name, adapter in layer.lora_adapters().items():
@@ -42,9 +51,8 @@ def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
                 problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
             if adapter_name not in layer.lora_active and MERGED not in vars(layer):
                 problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
-    verdicts: dict[type, str | None] = {}
-    adapted = [node for name, node in nodes(model).items() if name in layers]
-    problems += [f"{node.name}: {why}" for node in adapted if (why := obstacle(node, verdicts))]
+    adapted = [node for node in nodes(model).values() if isinstance(node.module, LoRALayer)]
+    problems += [f"{node.name}: {why}" for node in adapted if (why := bypass(node))]
     frozen = [name for name, p in trained_parameters(model) if not p.requires_grad]
     if frozen:
         problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
@@ -52,22 +60,22 @@ def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
     require_trained(model, optimizers)
 
 
-def let_gradients_through(model: nn.Module) -> list[str]:
+def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:
     """Makes reentrant activation checkpointing of transformers models work behind a frozen embedding.
 
     A reentrant checkpoint gives no gradients to what is inside if none of its inputs needs one, and with a frozen
     embedding none does.
 
     Returns:
-        The names of these models; the embeddings' outputs now ask for gradients.
+        For each of these models, whose embeddings' outputs now ask for gradients, how to undo it.
     """
-    helped: list[str] = []
+    helped: dict[str, Callable[[], None]] = {}
     for name, module in model.named_modules():
         nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
         if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
             if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
                 module.enable_input_require_grads()
-            helped.append(name)
+                helped[name] = module.disable_input_require_grads
     return helped
 
 
@@ -81,10 +89,11 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
 class Watch:
     """Looks at every trained tensor during the first optimizer steps, and then goes away.
 
-    A tensor is well once an optimizer step found it with a gradient and changed it. It may wait for that as long as
-    its learning rate or its gradient is 0, or its layer was not reached (an expert without tokens, LayerDrop), for
-    `PATIENCE` steps. It is dead at once if its layer was called and no gradient came, or if the module around its
-    layer was called and the layer itself was not: then its weight is read instead.
+    A tensor is well once an optimizer step found it with a gradient that is not 0 and changed it. It may wait for that
+    as long as its learning rate or its gradient is 0, or its layer was not reached (an expert without tokens,
+    LayerDrop), for `PATIENCE` steps. It is dead at once if its layer was called since the optimizer's last step and no
+    gradient ever came, or if the module around its layer was called and the layer itself was not: then its weight is
+    read instead.
 
     Args:
         model: The model.
@@ -92,11 +101,15 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self.training = False  # a batch is being trained; what other loops call says nothing about gradients
         self._names = {id(p): name for name, p in trained_parameters(model)}
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
-        self._called: set[int] = set()
+        self._clock = 0  # counts the steps of all optimizers
+        self._called_at: dict[int, float] = {}  # by module
+        self._stepped_at: dict[int, int] = {}  # by optimizer
+        self._had_gradient: set[int] = set()
         self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
         self._handles: list[RemovableHandle] = []
         compiled = _below_compiled(model)
@@ -106,7 +119,7 @@ class Watch:
                 self._owners[id(parameter)] = node.module, parents
                 for module in (node.module, *parents):
                     if id(module) in compiled:  # a hook would be traced into the graph
-                        self._called.add(id(module))
+                        self._called_at[id(module)] = math.inf
                     else:
                         self._handles.append(module.register_forward_pre_hook(self._note_call))
         for optimizer in optimizers:
@@ -127,13 +140,22 @@ class Watch:
             )
         self._names, self._before = {}, {}
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
+        return not self._names
+
     def _watched_of(self, module: nn.Module) -> list[nn.Parameter]:
-        own = module.lora.parameters() if isinstance(module, LoRALayer) else module._parameters.values()
-        return [p for p in own if p is not None and id(p) in self._names]
+        adapters = list(module.lora.parameters()) if isinstance(module, LoRALayer) else []
+        return [p for p in [*module._parameters.values(), *adapters] if p is not None and id(p) in self._names]
 
     def _note_call(self, module: nn.Module, args: Any) -> None:
-        if not torch.is_inference_mode_enabled():  # validation reaches what training may not
-            self._called.add(id(module))
+        if self.training:
+            self._called_at[id(module)] = self._clock
+
+    def _was_called(self, module: nn.Module, optimizer: Optimizer) -> bool:
+        """Whether it was called since the optimizer's last step."""
+        return self._called_at.get(id(module), -1) >= self._stepped_at.get(id(optimizer), 0)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, _ in self._waiting(optimizer):
@@ -144,21 +166,18 @@ class Watch:
         dead: dict[str, list[str]] = {}
         for parameter, lr in list(self._waiting(optimizer)):
             before = self._before.pop(id(parameter), None)
-            verdict = None if before is None else self._verdict(parameter, float(lr), before)
+            verdict = None if before is None else self._verdict(parameter, optimizer, float(lr), before)
             if verdict is True:
                 self._moved[id(self._owners[id(parameter)][0])] = self._names.pop(id(parameter))
             elif verdict:
                 dead.setdefault(verdict, []).append(self._names[id(parameter)])
+        self._clock += 1
+        self._stepped_at[id(optimizer)] = self._clock
         if not dead and self._steps[id(optimizer)] >= PATIENCE:
             late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p)]
             if late:
                 dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
         raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
-        return not self._names
 
     def _is_alternative(self, parameter: nn.Parameter) -> bool:
         """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task."""
@@ -173,20 +192,27 @@ class Watch:
         for group in optimizer.param_groups:
             yield from ((p, group["lr"]) for p in group["params"] if id(p) in self._names)
 
-    def _verdict(self, parameter: nn.Parameter, lr: float, before: Tensor) -> bool | str | None:
+    def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: float, before: Tensor) -> bool | str | None:
         """True: well. None: it may wait. Otherwise why it is dead."""
         owner, parents = self._owners[id(parameter)]
         if parameter.grad is None:
-            if id(owner) in self._called:
+            if id(parameter) in self._had_gradient:
+                return None
+            if self._was_called(owner, optimizer):
                 return f"called, but no gradient came back. {_WAYS_OUT['called']}"
-            if any(id(parent) in self._called for parent in parents):
+            if any(self._was_called(parent, optimizer) for parent in parents):
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
+            return None
+        self._had_gradient.add(id(parameter))
+        if not parameter.grad.any():
             return None
         if not torch.equal(_mark(parameter), before):
             return True
-        if lr and parameter.grad.any() and not before.any():
-            return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
-        return None
+        return (
+            f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
+            if lr and not before.any()
+            else None
+        )
 
 
 @torch.no_grad()
@@ -194,16 +220,6 @@ def _mark(parameter: Tensor) -> Tensor:
     """Sum and norm in float64: they tell a tensor that moved from one that did not, without a copy of it."""
     values = parameter.detach()
     return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)])
-
-
-_WAYS_OUT = {
-    "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
-    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
-    "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
-    "stuck": "Check the optimizer and what is done to gradients before its step",
-    "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
-    "small ones), or its layer was never reached (exclude_modules)",
-}
 
 
 def _below_compiled(model: nn.Module) -> set[int]:

@@ -1,14 +1,12 @@
 """Putting adapters onto a model and taking them off again: the only mutation.
 
 `inject` freezes the base, attaches the adapters of a plan and initialises them; `eject` undoes all of it. What that
-takes is kept on the modules themselves (`TRAINED`, `THAWED`), so that it works on any part of a model, on copies and
-after pickling.
+takes is kept on the modules themselves (`lightning_lora.marks`).
 """
 
 import os
 import warnings
 import zlib
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +14,33 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, variant_class
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
-from lightning_lora.inits import resolve
-from lightning_lora.layers import (
-    LockedStatistics,
-    LoRALayer,
-    attach,
-    detach,
-    kind_of,
-    lock_statistics,
-    lora_class,
-    lora_layers,
-    original_type,
-    unlock_statistics,
-)
+from lightning_lora.errors import ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
+from lightning_lora.inits import plain_defaults, resolve
+from lightning_lora.layers import LoRALayer, attach, detach, kind_of, lora_class, lora_layers, original_type
+from lightning_lora.marks import merged_layers
 from lightning_lora.names import clean
 from lightning_lora.targets import Plan, plan
-from lightning_lora.targets.walk import Node, nodes
-
-TRAINED = "_lora_trained"  # on a module that is trained in full: {its own parameter: the adapter it is saved with}
-THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
-MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: see lightning_lora.merge
+from lightning_lora.targets.walk import nodes
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> Plan:
     """Adds an adapter to a model, freezes the base, and marks what is trained in full.
 
     Outputs stay what they were until something is trained: B starts at zero. Injecting the same configuration again
-    adapts what was added to the model in the meantime and leaves the rest as it is.
+    brings the model to what a single injection would have made of it as it is now.
 
     Args:
         model: A LightningModule or any other module.
-        config: Which layers get an adapter, and which.
+        config: Which layers get an adapter, and of what kind.
         adapter_name: The adapter's name in the model and in checkpoints.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        ConfigError: If the name is unusable, or taken by an adapter with another configuration.
+        ConfigError: If the name is unusable, or taken by an adapter with another configuration, or adapters are
+            merged.
         TargetError: As in `plan`. The model is what it was.
 
     Example:
@@ -64,13 +50,14 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         ['0.lora.default.A', '0.lora.default.B']
     """
     drafted = plan(model, config)
-    apply(model, config, drafted, adapter_name)
+    carry_out(model, config, drafted, adapter_name)
     initialise(model)
-    settle(model)
+    if drafted.notes:
+        warnings.warn("\n".join(drafted.notes), stacklevel=2)
     return drafted
 
 
-def apply(
+def carry_out(
     model: nn.Module,
     config: LoRAConfig,
     drafted: Plan,
@@ -78,33 +65,47 @@ def apply(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> None:
-    """Carries out a plan. New adapters are all zero; `initialise` gives them their values."""
+    """Brings a model to a plan: adapters that it has stay, those that it lacks come, all zero until `initialise`.
+
+    A model may be built in several steps, and what its parts are for is clear only when it is complete. So adapters
+    that the plan does not have (any more) are taken off, unless there is something in them.
+    """
     _check_adapter(model, config, adapter_name)
     tree = nodes(model)
-    targets = [(tree[t.name].module, t) for t in drafted.targets if adapter_name not in _held(tree[t.name].module)]
+    targets = {id(tree[target.name].module): target for target in drafted.targets}
+    held = [layer for _, layer in lora_layers(model) if adapter_name in layer.lora]
+    present = {id(layer) for layer in held}
     seed = default_seed() if seed is None else seed
-    created = [(layer, _create(layer, config, t.r, t.lora_alpha, dtype, seed)) for layer, t in targets]
-    attached = []
+    created = [
+        (tree[t.name].module, _create(tree[t.name].module, config, t.r, t.lora_alpha, dtype, seed))
+        for key, t in targets.items()
+        if key not in present
+    ]
+    attached: list[LoRALayer] = []
     try:
         for layer, adapter in created:
             attach(layer, adapter_name, adapter)
+            assert isinstance(layer, LoRALayer)
             attached.append(layer)
     except Exception:
         for layer in attached:
-            detach(cast(LoRALayer, layer), adapter_name)
+            detach(layer, adapter_name)
         raise
+    for layer in held:
+        if id(layer) not in targets and layer.lora_adapters()[adapter_name].untouched:
+            detach(layer, adapter_name)
+    unmark_trained(model, adapter_name)
     for saved in drafted.modules_to_save:
-        _mark_trained(tree, saved.name, adapter_name)
+        mark_trained(tree, saved.name, adapter_name)
     freeze(model)
-    for note in drafted.notes:
-        warnings.warn(note, stacklevel=3)
 
 
 def eject(model: nn.Module) -> None:
     """Takes all adapters off: the original classes, keys and ``requires_grad``. Trained adapters are lost.
 
     Raises:
-        UnsupportedError: If adapters are merged, or if a layer was wrapped by something else after it got its adapter.
+        ConfigError: If adapters are merged.
+        UnsupportedError: If a layer was wrapped by something else after it got its adapter.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 4))
@@ -114,53 +115,52 @@ def eject(model: nn.Module) -> None:
         ('Linear', True)
     """
     layers = dict(lora_layers(model))
-    wrapped = [name for name, layer in layers.items() if type(layer) is not lora_class(type(layer).plain_class)]
-    problems = [f"{listing(wrapped)}: wrapped (by FSDP2, say) after it got its adapter"] if wrapped else []
-    raise_all(UnsupportedError, problems + _merged(model, "call ll.unmerge first"), "eject")
+    raise_all(ConfigError, _merged_problems(model, "call ll.unmerge first"), "eject")
+    if wrapped := [name for name, layer in layers.items() if type(layer) is not lora_class(type(layer).plain_class)]:
+        raise UnsupportedError(f"eject: {listing(wrapped)}: wrapped (by FSDP2, say) after it got its adapter")
     for layer in layers.values():
         for name in list(layer.lora):
             detach(layer, name)
-    for module in model.modules():
-        if isinstance(module, LockedStatistics):
-            unlock_statistics(module)
-            module.train(model.training)
-        thawed = vars(module).pop(THAWED, {})
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key in thawed:
-                parameter.requires_grad_(thawed[key])
-        vars(module).pop(TRAINED, None)
+    thaw(model)
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Takes off adapters of that name that are still fresh, and with the last one everything else: as if never put on.
-
-    A model may be built in several steps, and what its parts are for is clear only when it is complete.
-    """
+    """Takes one adapter off, and with the last one everything else."""
     for _, layer in list(lora_layers(model)):
-        if adapter_name in layer.lora and layer.lora_adapters()[adapter_name].fresh:
+        if adapter_name in layer.lora:
             detach(layer, adapter_name)
-    if not any(True for _ in lora_layers(model)):
+    unmark_trained(model, adapter_name)
+    if any(True for _ in lora_layers(model)):
+        freeze(model)
+    else:
         eject(model)
 
 
-def initialise(model: nn.Module, again: bool = False) -> None:
+def initialise(model: nn.Module) -> None:
     """Gives adapters on real weights their first values, from a generator of their own.
 
     The values depend on the seed and on the layer's name alone: they are the same on every rank and for every
-    strategy, and the user's random stream is not touched.
-
-    Args:
-        model: The model.
-        again: Also those that have them and are still fresh: the base has other weights now.
+    strategy, and the user's random stream is not touched. Adapters that have values follow their layer's weight.
     """
     for layer_name, layer in lora_layers(model):
         for name, adapter in layer.lora_adapters().items():
-            if (not adapter.initialised or (again and adapter.fresh)) and not adapter.A.is_meta:
-                key = f"{clean(layer_name)}.lora.{name}".encode()
-                generator = torch.Generator().manual_seed((adapter.seed + zlib.crc32(key)) % (1 << 63))
+            if adapter.A.is_meta:
+                continue
+            if adapter.initialised:
+                adapter.follow(layer.matrix())
+                continue
+            generator = torch.Generator().manual_seed(
+                (adapter.seed + zlib.crc32(f"{clean(layer_name)}.lora.{name}".encode())) % (1 << 63)
+            )
+            with plain_defaults():
                 init = resolve(adapter.config.init_lora_weights)
-                A, B, _ = layer.initial_factors(init, adapter.r, adapter.scaling, generator)
-                adapter.initialise(layer.matrix(), A, B)
+                A, B, replacement = layer.initial_factors(init, adapter.r, adapter.scaling, generator)
+            if replacement is not None:
+                raise UnsupportedError(
+                    f"init_lora_weights: {type(init).__name__} gives {layer_name} another base weight, which is not "
+                    "built yet; return None for it"
+                )
+            adapter.initialise(layer.matrix(), A, B)
 
 
 def default_seed() -> int:
@@ -168,53 +168,9 @@ def default_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
 
 
-def settle(model: nn.Module) -> None:
-    """Ends the time in which adapters are fresh; those on the meta device still wait for their values."""
-    for module in model.modules():
-        if isinstance(module, Adapter) and module.initialised:
-            module.settle()
-
-
-def train_mode(model: nn.Module) -> None:
-    """Puts what is trained into train mode: pretrained models come in eval mode, in which dropout does nothing."""
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            module.train()
-        elif TRAINED in vars(module):
-            module.training = True
-
-
-def freeze(model: nn.Module) -> None:
-    """Makes the adapters and what is trained in full trainable and nothing else; frozen statistics stop moving."""
-    trained = trained_in_full(model)
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            module.requires_grad_(True)
-            continue
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
-                vars(module).setdefault(THAWED, {}).setdefault(key, parameter.requires_grad)
-                parameter.requires_grad_(not parameter.requires_grad)
-        marked = TRAINED in vars(module)
-        if not marked and _keeps_statistics(module) and not isinstance(module, LockedStatistics):
-            lock_statistics(module)
-        elif marked and isinstance(module, LockedStatistics):
-            unlock_statistics(module)
-
-
-def trained_in_full(model: nn.Module) -> set[int]:
-    """The parameters that are trained in full, by identity: a tied one is, whichever end was named."""
-    return {id(module._parameters[key]) for module in model.modules() for key in vars(module).get(TRAINED, ())}
-
-
-def _held(layer: nn.Module) -> tuple[str, ...]:
-    held = layer._modules.get("lora")
-    return tuple(held) if isinstance(held, nn.ModuleDict) else ()
-
-
 def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    raise_all(ConfigError, name_problems(name), "LoRA")
-    raise_all(TargetError, _merged(model, "call ll.unmerge before adapters are added"), "LoRA")
+    problems = [*name_problems(name), *_merged_problems(model, "call ll.unmerge before adapters are added")]
+    raise_all(ConfigError, problems, "LoRA")
     for layer_name, layer in lora_layers(model):
         if name in layer.lora:
             old, new = layer.lora_adapters()[name].config.to_dict(), config.to_dict()
@@ -227,8 +183,8 @@ def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
             return
 
 
-def _merged(model: nn.Module, way_out: str) -> list[str]:
-    names = [name for name, layer in lora_layers(model) if MERGED in vars(layer)]
+def _merged_problems(model: nn.Module, way_out: str) -> list[str]:
+    names = merged_layers(model)
     return [f"adapters are merged into {listing(names)}: {way_out}"] if names else []
 
 
@@ -244,24 +200,3 @@ def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: t
         dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
         device=weight.device,
     )
-
-
-def _mark_trained(tree: dict[str, Node], name: str, adapter_name: str) -> None:
-    """Marks a module and all below it, or one parameter, as trained in full."""
-    if name in tree:
-        owned = [(module, list(module._parameters)) for module in tree[name].module.modules()]
-    else:
-        owner, _, key = name.rpartition(".")
-        owned = [(tree[owner].module, [key])]
-    for module, keys in owned:
-        marks = vars(module).setdefault(TRAINED, {})
-        for key in keys:
-            marks.setdefault(key, adapter_name)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether train mode changes its buffers: running statistics, or the vectors of a spectral norm."""
-    names = ("running_mean", "weight_u", "_u")
-    if isinstance(module, torch.jit.ScriptModule):  # has no class of its own to extend; its buffers are put back
-        return False
-    return any(name in names and buffer is not None for name, buffer in module._buffers.items())

@@ -1,7 +1,7 @@
 """Adapters into the base weights and out again."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +9,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
-from lightning_lora.inject import MERGED, eject
+from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, is_quantized, lora_layers
+from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.targets.kinds import is_pretrained
-from lightning_lora.targets.walk import parameter_owners
+from lightning_lora.targets.walk import nodes, parameter_owners
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,22 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@dataclass
-class _Merged:
-    """Kept on a merged layer: the base's own parameters, and what to make active again."""
+class Originals(nn.Module):
+    """What a merged layer keeps: the base's own parameters, to be moved and cast with it, and what was active.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    active: tuple[str, ...]
+    It is no child of the layer, so that names and keys stay what they are.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], active: tuple[str, ...]) -> None:
+        super().__init__()
+        self.active = active
+        for key, parameter in parameters.items():
+            self.register_parameter(key, parameter)
+
+    def swap(self, layer: nn.Module) -> None:
+        """Exchanges the layer's parameters and those that are kept."""
+        for key in self._parameters:
+            layer._parameters[key], self._parameters[key] = self._parameters[key], layer._parameters[key]
 
 
 def merge(
@@ -75,6 +85,8 @@ def merge(
     `unmerge` is exact; merged layers take that much more memory meanwhile. A weight that is tied to another module is
     untied for as long as it is merged: the other end keeps the base's values.
 
+    Until `unmerge` the model computes with exactly the adapters that were merged: others are not active.
+
     Args:
         model: The model, or a part of it.
         adapter_names: Which adapters; the active ones by default.
@@ -84,28 +96,24 @@ def merge(
         How much of each layer's update survived rounding.
 
     Raises:
-        ConfigError: If there is no such adapter.
-        UnsupportedError: If adapters are merged already, or the base can't be written to.
+        ConfigError: If there is no such adapter, adapters are merged already, or ``dtype`` is none.
+        UnsupportedError: If the base can't be written to.
     """
     layers = dict(lora_layers(model))
-    wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names and list(adapter_names)
-    known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
-    unknown = [name for name in wanted or () if name not in known]
-    hints = [f"there is no adapter {name!r}.{did_you_mean(name, known)} Known: {[*known]}" for name in unknown]
-    raise_all(ConfigError, hints, "merge")
-    problems = [] if layers else ["the model has no adapters"]
-    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
-        problems.append(f"adapters are merged already into {listing(merged)}: call ll.unmerge first")
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    wanted = None if names is None else list(names)
+    raise_all(ConfigError, _problems(layers, wanted), "merge")
     if quantized := [name for name, layer in layers.items() if is_quantized(layer)]:
-        problems.append(f"merging into a quantised base is not built yet: {listing(quantized)}")
-    raise_all(UnsupportedError, problems, "merge")
-    owners, target = parameter_owners(model), getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    report = {}
+        raise UnsupportedError(f"merge: merging into a quantised base is not built yet: {listing(quantized)}")
+    owners, target, report = parameter_owners(nodes(model)), _dtype(dtype), {}
     for name, layer in layers.items():
         chosen = layer.lora_active if wanted is None else tuple(n for n in wanted if n in layer.lora)
         if chosen:
             tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
             report[clean(name)] = _merge_layer(layer, chosen, target, tied)
+        else:
+            vars(layer)[MERGED] = Originals({}, layer.lora_active)
+            layer.lora_active = ()
     return MergeReport(report)
 
 
@@ -113,16 +121,14 @@ def unmerge(model: nn.Module) -> None:
     """Puts the base's own weights back, bit for bit, and makes the adapters active that were.
 
     Raises:
-        UnsupportedError: If nothing is merged.
+        ConfigError: If nothing is merged.
     """
     merged = [layer for _, layer in lora_layers(model) if MERGED in vars(layer)]
-    if not merged:
-        raise UnsupportedError("unmerge: no adapter is merged")
+    raise_all(ConfigError, [] if merged else ["no adapter is merged"], "unmerge")
     for layer in merged:
-        state = vars(layer).pop(MERGED)
-        layer._parameters["weight"], layer.lora_active = state.weight, state.active
-        if state.bias is not None:
-            layer._parameters["bias"] = state.bias
+        originals = vars(layer).pop(MERGED)
+        originals.swap(layer)
+        layer.lora_active = originals.active
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
@@ -137,6 +143,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
 
     Raises:
+        ConfigError: If the model has no adapters.
         UnsupportedError: As `merge` and `eject` do.
 
     Example:
@@ -146,17 +153,36 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         >>> type(merge_and_unload(model)[0]).__name__
         'Linear'
     """
-    if not any(MERGED in vars(layer) for _, layer in lora_layers(model)):
+    if len(merged_layers(model)) < len(list(lora_layers(model))) or not merged_layers(model):
         merge(model)
-    untied = False
-    for _, layer in lora_layers(model):
-        state = vars(layer).pop(MERGED, None)
-        untied |= state is not None and any(p is state.weight for p in model.parameters())
+    replaced = [p for _, layer in lora_layers(model) for p in vars(layer).pop(MERGED).parameters()]
     eject(model)
+    left = {id(parameter) for parameter in model.parameters()}
+    untied = any(id(parameter) in left for parameter in replaced)
     for module in model.modules() if untied else ():
         if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):
             module.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return model
+
+
+def _problems(layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
+    if not layers:
+        yield "the model has no adapters"
+    elif wanted is not None and not wanted:
+        yield f"adapter_names is empty. Known: {[*known]}"
+    for name in wanted or ():
+        if name not in known:
+            yield f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {[*known]}"
+    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
+        yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
+
+
+def _dtype(spec: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = getattr(torch, spec, None) if isinstance(spec, str) else spec
+    if spec is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"merge: dtype must be a floating-point dtype such as 'bfloat16', got {spec!r}")
+    return dtype
 
 
 @torch.no_grad()
@@ -184,10 +210,12 @@ def _merge_layer(
             sums[2] += torch.dot(change.sub_(update), change)
     size, part, error = sums.tolist()
     rounded = size > 0 and merged.dtype != accumulate
-    vars(layer)[MERGED] = _Merged(old, bias if dtype and bias is not None else None, layer.lora_active)
-    layer._parameters["weight"], layer.lora_active = nn.Parameter(new, requires_grad=False), ()
+    changed = {"weight": nn.Parameter(new, requires_grad=False)}
     if dtype and bias is not None:
-        layer._parameters["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
+        changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
+    originals = Originals(changed, layer.lora_active)
+    originals.swap(layer)
+    vars(layer)[MERGED], layer.lora_active = originals, ()
     return LayerMerge(
         adapters=names,
         norm=math.sqrt(size),

@@ -1,6 +1,6 @@
 """Optimizers that hold exactly what is trained, whoever built them and when."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,14 +14,12 @@ from lightning_lora.state import adapter_modules
 RATIO = "lora_lr_ratio"  # in a parameter group of B's: its learning rate over that of the group it was split from
 SPLIT_FROM = "lora_split_from"  # ... and that group's index
 
-_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")  # of a group, as optimizers and OneCycleLR keep them
+_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # of a group, as optimizers and schedulers keep them
 _LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # of a scheduler, one entry per group
 _LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 
 
-def complete_optimizers(
-    model: nn.Module, configured: Any, adapter_name: str, loraplus_lr_ratio: float | None = None
-) -> None:
+def complete_optimizers(model: nn.Module, configured: Any, lr_ratios: Mapping[str, float] | None = None) -> None:
     """Makes what ``configure_optimizers`` returned train this model, in place.
 
     Frozen parameters leave their groups. An adapter that is in no group joins the one that holds the weight it
@@ -31,8 +29,7 @@ def complete_optimizers(
     Args:
         model: The model.
         configured: Whatever ``configure_optimizers`` returned.
-        adapter_name: The adapter that LoRA+ is for.
-        loraplus_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4).
+        lr_ratios: By adapter, learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4).
 
     Raises:
         DeadAdapterError: If a trainable parameter is in no optimizer.
@@ -40,15 +37,15 @@ def complete_optimizers(
     """
     parts = list(_flatten(configured))
     optimizers = list(dict.fromkeys(part for part in parts if isinstance(part, Optimizer)))
-    schedulers = [part for part in parts if not isinstance(part, Optimizer)]
+    schedulers = list({id(part): part for part in parts if not isinstance(part, Optimizer)}.values())
     adopt_adapters(model, optimizers)
     for optimizer in optimizers:
         drop_frozen(optimizer)
     require_trained(model, optimizers)
-    if loraplus_lr_ratio is not None:
+    for adapter_name, ratio in (lr_ratios or {}).items():
         pairs = {id(adapter.B) for adapter in adapter_modules(model, adapter_name)}
         for optimizer in optimizers:
-            _split_groups(optimizer, schedulers, pairs, loraplus_lr_ratio)
+            _split_groups(optimizer, schedulers, pairs, ratio)
 
 
 def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:

@@ -34,6 +34,10 @@ class Patches:
 
         self.replace(obj, name, wrapped)
 
+    def later(self, undo: Callable[[], None]) -> None:
+        """Something else to do at `release`."""
+        self._undo.append(undo)
+
     def release(self) -> None:
         """Puts everything back, the last first."""
         while self._undo:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
-from lightning_lora.inject import TRAINED
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.marks import TRAINED, WHOLE, merged_layers
 from lightning_lora.names import clean
 
 
@@ -39,6 +39,9 @@ def adapter_modules(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """What a run trains: tensors of adapters, and parameters and buffers of what is trained in full.
+
+    Of a LightningModule also its own buffers, and those of children without parameters (metrics): they are not the
+    base's.
 
     Args:
         model: The model, or a part of it; keys are relative to it.
@@ -78,8 +81,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies exactly the tensors of `adapter_state_dict` into a model.
 
     Raises:
-        CheckpointError: If keys or shapes differ. Nothing was copied.
+        CheckpointError: If keys or shapes differ, or adapters are merged. Nothing was copied.
     """
+    if merged := merged_layers(model):
+        raise CheckpointError(f"adapters are merged into {listing(merged)}: call ll.unmerge before others are loaded")
     own = adapter_state_dict(model)
     problems = [f"missing in the file: {listing(missing)}"] if (missing := [k for k in own if k not in state]) else []
     problems += [f"not in the model: {listing(extra)}"] if (extra := [k for k in state if k not in own]) else []
@@ -92,7 +97,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[key])
     for module in model.modules():
         if isinstance(module, Adapter):
-            module.settle()
+            module.initialised = True
 
 
 def is_lightning_module(model: nn.Module) -> bool:
@@ -112,11 +117,10 @@ def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple
         for name, adapter in module.lora_adapters().items():
             if adapter_name in (None, name):
                 yield from ((f"lora.{name}.{key}", parameter) for key, parameter in adapter.named_parameters())
-    if (trained := vars(module).get(TRAINED)) is not None:
-        own = [key for key, name in trained.items() if adapter_name in (None, name)]
-        yield from ((key, p) for key in own if (p := module._parameters[key]) is not None)
-        if own or not trained:
-            yield from persistent_buffers(module)
+    own = [key for key, name in vars(module).get(TRAINED, {}).items() if adapter_name in (None, name)]
+    yield from ((key, p) for key in own if (p := module._parameters.get(key)) is not None)
+    if WHOLE in own:
+        yield from persistent_buffers(module)
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -126,7 +130,7 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, buffer
 
 
-def own_state_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def modules_beside_the_base(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Where a LightningModule keeps state that is not the base's: itself, and children without any parameter."""
     if not is_lightning_module(model):
         return []
@@ -135,5 +139,5 @@ def own_state_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _own_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, module in own_state_modules(model):
+    for name, module in modules_beside_the_base(model):
         yield from ((clean(f"{name}.{key}".lstrip(".")), buffer) for key, buffer in persistent_buffers(module))

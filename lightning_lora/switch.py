@@ -1,12 +1,12 @@
 """Which adapters take part in a forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.inject import MERGED
 from lightning_lora.layers import lora_layers
+from lightning_lora.marks import MERGED
 
 
 @contextmanager
@@ -31,7 +31,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in lora_layers(model)]
     active = [layer.lora_active for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
-    _swap_weights(merged)
+    for layer in merged:
+        vars(layer)[MERGED].swap(layer)
     try:
         for layer in layers:
             layer.lora_active = ()
@@ -39,10 +40,5 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, names in zip(layers, active, strict=True):
             layer.lora_active = names
-        _swap_weights(merged)
-
-
-def _swap_weights(layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        state = vars(layer)[MERGED]
-        layer._parameters["weight"], state.weight = state.weight, layer._parameters["weight"]
+        for layer in merged:
+            vars(layer)[MERGED].swap(layer)

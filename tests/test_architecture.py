@@ -10,18 +10,21 @@ import lightning_lora as ll
 PACKAGE = Path(ll.__file__).parent
 # From below to above: a module imports only from its own level and from levels before it.
 LEVELS = [
-    {"errors", "names", "lightning_packages", "patches"},
+    {"errors", "names", "marks", "lightning_packages", "patches"},
+    {"checks"},
     {"config", "arguments"},
     {"ops"},
     {"quantization", "adapters", "inits"},
     {"layers"},
     {"targets"},
+    {"freeze"},
     {"inject"},
     {"merge", "compose", "switch", "state"},
     {"optim"},
     {"formats"},
     {"strategies", "analysis"},
-    {"health", "frozen", "company", "recipes"},
+    {"health", "base_buffers", "compatibility", "recipes"},
+    {"phases"},
     {"callback"},
     {"demo"},
     {"cli"},

@@ -72,12 +72,12 @@ def test_rows_are_merged_in_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
-        (lambda m: (ll.merge(m), ll.merge(m)), ll.UnsupportedError, "merged already.*ll.unmerge"),
-        (lambda m: ll.unmerge(m), ll.UnsupportedError, "no adapter is merged"),
-        (lambda m: ll.merge(build()), ll.UnsupportedError, "no adapters"),
+        (lambda m: (ll.merge(m), ll.merge(m)), ll.ConfigError, "merged already.*ll.unmerge"),
+        (lambda m: ll.unmerge(m), ll.ConfigError, "no adapter is merged"),
+        (lambda m: ll.merge(build()), ll.ConfigError, "no adapters"),
         (lambda m: ll.merge(m, "defualt"), ll.ConfigError, "Did you mean 'default'"),
-        (lambda m: (ll.merge(m), ll.eject(m)), ll.UnsupportedError, "ll.unmerge first"),
-        (lambda m: (ll.merge(m), ll.inject(m, ll.LoRAConfig(), "new")), ll.TargetError, "ll.unmerge before"),
+        (lambda m: (ll.merge(m), ll.eject(m)), ll.ConfigError, "ll.unmerge first"),
+        (lambda m: (ll.merge(m), ll.inject(m, ll.LoRAConfig(), "new")), ll.ConfigError, "ll.unmerge before"),
     ],
 )
 def test_in_the_wrong_order(act, error, message):

@@ -17,7 +17,7 @@ class Host(Protocol):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product with the matrix B A, without scale and bias."""
 
-    def base_forward(self, x: Tensor) -> Tensor:
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the frozen layer, bias included."""
 
     def matrix(self) -> Tensor:
@@ -68,8 +68,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.scaling, self.seed, self.master_dtype = config, scaling, seed, dtype
-        self.initialised = False  # it has its first values
-        self.fresh = True  # ... and nothing was trained or loaded into it yet: it may still be taken off or get others
+        self.initialised = False  # not until `initialise` or a checkpoint gave it values
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
         # nn.TransformerEncoderLayer reads its linears' weights in a fused path, unless one of its modules has a hook.
@@ -85,6 +84,11 @@ class Adapter(nn.Module):
         """Trainable parameters of an adapter of this rank on a matrix of this shape."""
         return r * (shape[0] + shape[1])
 
+    @property
+    def untouched(self) -> bool:
+        """Whether B A is still 0, so that nothing is lost with it."""
+        return self.A.is_meta or not (self.A.any() and self.B.any())
+
     @torch.no_grad()
     def initialise(self, W: Tensor, A: Tensor, B: Tensor) -> None:
         """Takes the initial factors; variants derive from W what else they need."""
@@ -92,9 +96,8 @@ class Adapter(nn.Module):
         self.B.copy_(B)
         self.initialised = True
 
-    def settle(self) -> None:
-        """Its values count from now on."""
-        self.initialised, self.fresh = True, False
+    def follow(self, W: Tensor) -> None:
+        """The layer may have got another weight: an untouched adapter derives from it again what it needs."""
 
     @abstractmethod
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -109,7 +112,7 @@ class Adapter(nn.Module):
         """
 
     @abstractmethod
-    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds this adapter's part to ``out``.
 
         Args:
@@ -117,6 +120,8 @@ class Adapter(nn.Module):
             x: Its input.
             base: The frozen layer's output for x.
             out: ``base`` plus what other active adapters added.
+            *args: What else the layer was called with; goes to ``host.base_forward``.
+            **kwargs: Likewise.
 
         Returns:
             ``out`` plus the product of x with ``merged(W) - W``, in the dtype of ``out``.
@@ -153,7 +158,7 @@ class Adapter(nn.Module):
         own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if any(key in state_dict for key in own):
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self.settle()
+            self.initialised = True
 
 
 def _computes_more_than_its_weight(module: nn.Module, args: Any) -> None:

@@ -40,6 +40,12 @@ class DoRAAdapter(Adapter):
         super().initialise(W, A, B)
         self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
 
+    @override
+    @torch.no_grad()
+    def follow(self, W: Tensor) -> None:
+        if self.initialised and self.untouched:
+            self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
+
     def gain(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
         norms = merged_row_norms(W, self.A, self.B[rows], self.scaling)
@@ -52,12 +58,13 @@ class DoRAAdapter(Adapter):
         return direction.mul_(self.gain(W, rows).to(W.dtype)[:, None])
 
     @override
-    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.factors(x, out)
         gain = self.gain(host.matrix())
         dropped = host.drop(x, self.config.lora_dropout, self.training)
         bias = host.bias_per_row()
-        product = base if dropped is x or self.config.dora_dropout == "lora" else host.base_forward(dropped)
+        again = dropped is not x and self.config.dora_dropout == "input"
+        product = host.base_forward(dropped, *args, **kwargs) if again else base
         product = product if bias is None else product - bias.to(product.dtype)
         # g - 1 is taken before the cast: rounding g itself to bfloat16 would erase changes below 0.4 %.
         out = out + product * host.per_row((gain - 1).to(out.dtype))

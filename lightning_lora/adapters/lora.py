@@ -1,5 +1,7 @@
 """LoRA: a low-rank update beside a frozen weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -19,7 +21,7 @@ class LoRAAdapter(Adapter):
         return torch.addmm(W, self.B[rows].to(W.dtype), self.A.to(W.dtype), alpha=self.scaling)
 
     @override
-    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.factors(x, out)
         update = host.low_rank(host.drop(x, self.config.lora_dropout, self.training), A, B)
         return torch.add(out, update.to(out.dtype), alpha=self.scaling)

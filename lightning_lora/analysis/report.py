@@ -11,12 +11,12 @@ from lightning_lora.targets.table import table
 
 
 def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
-    """Prints the plan as a table, and the counts below it."""
+    """Prints the plan as a table, with the counts below it."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     grid = table(plan)
     grid.title, grid.title_justify = f"LoRA adapter {adapter_name!r}", "left"
+    grid.caption, grid.caption_justify = str(counts), "left"
     console.print(grid)
-    console.print(one_line(plan, counts, adapter_name), highlight=False)
 
 
 def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.inject import trained_in_full
+from lightning_lora.marks import trained_in_full
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, listing, raise_all
 from lightning_lora.formats.files import read
 from lightning_lora.formats.fingerprint import compare, fingerprint
-from lightning_lora.inject import apply, initialise, settle
+from lightning_lora.inject import carry_out
+from lightning_lora.layers import lora_layers
+from lightning_lora.names import clean
 from lightning_lora.state import adapter_state_dict, adapters, load_adapter_state
-from lightning_lora.targets import plan
+from lightning_lora.targets import draft
 
 META = "lightning_lora"
 FORMAT = 1
@@ -72,7 +74,9 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
             "lightning-lora that wrote it, or a newer one"
         )
     saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
-    raise_all(CheckpointError, _differences(saved, current, _MATHEMATICS), "the checkpoint holds another adapter")
+    if differences := _differences(saved, current, _MATHEMATICS):
+        if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
+            raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
     compare(meta["base"], base, trained=checkpoint["state_dict"].keys() | adapter_state_dict(model).keys())
     try:
         load_adapter_state(model, checkpoint["state_dict"])
@@ -96,7 +100,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
         The module on the CPU, adapters active.
 
     Raises:
-        CheckpointError: If the file holds no adapters or does not fit.
+        CheckpointError: If the file holds no adapters, or they do not fit what the class builds.
         BaseMismatchError: If the class builds another base than the adapters were trained on.
     """
     checkpoint = read(path)
@@ -111,11 +115,15 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
         model: _ModuleT = loader(stripped, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
     for name, values in checkpoint[META]["adapters"].items():
         config = LoRAConfig.from_dict(values)
+        drafted, problems = draft(model, config)
+        if problems:
+            raise CheckpointError(
+                f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
+                f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
+            )
         dtypes = [t.dtype for key, t in checkpoint["state_dict"].items() if key.endswith(f".lora.{name}.A")]
-        apply(model, config, plan(model, config), name, *dtypes[:1])
-    initialise(model)
+        carry_out(model, config, drafted, name, *dtypes[:1])
     load_adapters(model, checkpoint, fingerprint(model))
-    settle(model)
     return model
 
 
@@ -127,7 +135,10 @@ def is_base_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> bool:
 
 
 def keep_weights_only(checkpoint: dict[str, Any]) -> None:
-    """Takes out of a loaded checkpoint, in place, what belongs to the run that wrote it."""
+    """Takes out of a loaded checkpoint, in place, what belongs to the run that wrote it.
+
+    In place, since Lightning goes on with this dict: it restores loops, callbacks and optimizers from it.
+    """
     for key in ("loops", "callbacks"):
         checkpoint.pop(key, None)
     checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
@@ -140,8 +151,26 @@ def complete_averages(model: nn.Module, checkpoint: dict[str, Any]) -> None:
             checkpoint[part] = {**model.state_dict(), **checkpoint[part]}
 
 
+def leave_out_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Takes the base out of a checkpoint that is to be saved, in place: weight averaging puts whole models there."""
+    if "averaging_state" in checkpoint:
+        base = {clean(key) for key in model.state_dict()} - adapter_state_dict(model).keys()
+        for part in ("state_dict", "current_model_state"):
+            tensors = {clean(key): tensor for key, tensor in checkpoint[part].items()}
+            checkpoint[part] = {key: tensor for key, tensor in tensors.items() if key not in base}
+
+
 def _adapter_keys(model: nn.Module) -> set[str]:
     return {key for key in adapter_state_dict(model) if ".lora." in key}
+
+
+def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
+    """Whether a configuration that is written in another way means the same for this model."""
+    config = LoRAConfig.from_dict(saved)
+    drafted, problems = draft(model, config)
+    wanted = {t.name: (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
+    held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
+    return not problems and wanted == {clean(n): (a.variant, a.r, a.scaling) for n, a in held.items()}
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], fields: tuple[str, ...]) -> list[str]:

@@ -72,7 +72,8 @@ def _share_storage(checkpoint: dict[str, Any]) -> dict[str, Any]:
     small: dict[torch.dtype, dict[int, Tensor]] = {}
 
     def collect(tensor: Tensor) -> Tensor:
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.nbytes <= SMALL and tensor.layout is torch.strided:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+        if plain and tensor.nbytes <= SMALL:
             small.setdefault(tensor.dtype, {})[id(tensor)] = tensor
         return tensor
 

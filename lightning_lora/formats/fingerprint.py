@@ -5,7 +5,10 @@ base loaded in another dtype is recognised: values are compared after rounding t
 """
 
 import hashlib
+import json
+import zlib
 from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import BaseMismatchError, listing
-from lightning_lora.inject import trained_in_full
-from lightning_lora.layers import LoRALayer, is_quantized
+from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
 
 SAMPLES = 4  # values per parameter
@@ -22,29 +24,36 @@ SAMPLES = 4  # values per parameter
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """The fingerprint of the frozen weights, as plain types and one tensor: ``torch.load(weights_only=True)`` reads it.
+    """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
-    Merged layers count with the base's own weights. Parameters that hold no comparable values (on the meta device,
-    quantised) count with name and shape only: their samples are nan.
+    Merged layers count with the base's own weights. Parameters without comparable values (on the meta device,
+    integers) count with name and shape only: their samples are nan. Names, shapes and dtypes are compressed: of a
+    model with hundreds of small blocks they would be the larger part of a checkpoint.
+
+    Returns:
+        ``{"sha256": of everything, "parameters": zlib-compressed JSON as uint8, "samples": (parameters, SAMPLES)}``
     """
-    names, shapes, dtypes, samples = [], [], [], []
+    described, samples = [], []
     seen = trained_in_full(model)
     for name, module in model.named_modules():
-        if isinstance(module, Adapter):
-            continue
-        quantized = is_quantized(module)
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
+        for key, parameter in () if isinstance(module, Adapter) else base_parameters(module):
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                names.append(clean(f"{name}.{key}" if name else key))
-                packed = quantized and key == "weight" and isinstance(module, LoRALayer)
-                shapes.append([] if packed else list(parameter.shape))
-                dtypes.append(str(parameter.dtype).removeprefix("torch."))
-                samples.append(_sample(parameter, packed or not parameter.is_floating_point()))
-    values = torch.stack(samples).cpu() if samples else torch.empty(0, SAMPLES)
-    structure = repr(sorted(zip(names, shapes, strict=True)))
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                described.append((clean(f"{name}.{key}" if name else key), list(parameter.shape), dtype))
+                samples.append(_sample(parameter))
+    values = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
+    structure = repr(sorted((name, shape) for name, shape, _ in described))
     digest = hashlib.sha256(structure.encode() + values.numpy().tobytes()).hexdigest()
-    return {"sha256": digest, "names": names, "shapes": shapes, "dtypes": dtypes, "samples": values}
+    packed = zlib.compress(json.dumps(described, separators=(",", ":")).encode(), 9)
+    return {"sha256": digest, "parameters": _bytes_tensor(packed), "samples": values}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    shape: list[int]
+    dtype: str
+    samples: Tensor
 
 
 def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = ()) -> None:
@@ -60,16 +69,16 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     """
     if saved["sha256"] == current["sha256"]:
         return
-    old, new = ({name: i for i, name in enumerate(f["names"]) if name not in trained} for f in (saved, current))
+    old, new = _weights(saved, trained), _weights(current, trained)
     problems = []
     if missing := [name for name in old if name not in new]:
         problems.append(f"it has no {listing(missing, 3)}")
     if extra := [name for name in new if name not in old]:
         problems.append(f"it has {listing(extra, 3)}, which the adapter's base had not")
     both = [name for name in old if name in new]
-    shapes = [n for n in both if saved["shapes"][old[n]] != current["shapes"][new[n]]]
-    problems += [f"{n} is {saved['shapes'][old[n]]} -> {current['shapes'][new[n]]}" for n in shapes[:3]]
-    if values := [n for n in both if n not in shapes and not _same(saved, old[n], current, new[n])]:
+    shapes = [name for name in both if old[name].shape != new[name].shape]
+    problems += [f"{name} is {old[name].shape} -> {new[name].shape}" for name in shapes[:3]]
+    if values := [name for name in both if name not in shapes and not _same(old[name], new[name])]:
         problems.append(f"{len(values)} of {len(both)} weights have other values: {listing(values, 3)}")
     if problems:
         raise BaseMismatchError(
@@ -78,22 +87,32 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
         )
 
 
-def _sample(parameter: Tensor, opaque: bool) -> Tensor:
-    if opaque or parameter.is_meta or parameter.numel() == 0:
-        return torch.full((SAMPLES,), torch.nan, device="cpu")
-    flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
-    index = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64).long()
+def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, _Weight]:
+    described = json.loads(zlib.decompress(fingerprint["parameters"].numpy().tobytes()))
+    rows = zip(described, fingerprint["samples"], strict=True)
+    return {name: _Weight(shape, dtype, samples) for (name, shape, dtype), samples in rows if name not in without}
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
+        return torch.full((SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
+    flat = parameter.detach().reshape(-1)
+    index = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     return flat[index.to(flat.device)].float().cpu()
 
 
-def _same(saved: dict[str, Any], i: int, current: dict[str, Any], j: int) -> bool:
-    a, b = saved["samples"][i], current["samples"][j]
+def _same(old: _Weight, new: _Weight) -> bool:
+    a, b = old.samples, new.samples
     if a.isnan().any() or b.isnan().any():
         return True
-    coarse = [d for d in (saved["dtypes"][i], current["dtypes"][j]) if d in ("bfloat16", "float16")]
+    coarse = {d for d in (old.dtype, new.dtype) if d in ("bfloat16", "float16")}
     if not coarse:
         return torch.equal(a, b)
-    if len(set(coarse)) > 1:  # bfloat16 against float16: neither can be rounded to the other exactly
+    if len(coarse) > 1:  # bfloat16 against float16: neither can be rounded to the other exactly
         return torch.allclose(a, b, rtol=2**-7, atol=1e-6)
-    dtype = getattr(torch, coarse[0])
+    dtype = getattr(torch, coarse.pop())
     return torch.equal(a.to(dtype), b.to(dtype))

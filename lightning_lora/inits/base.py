@@ -1,15 +1,20 @@
 """What an initialisation is, and how one is found by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_lora.config import INITS
+
 
 class Init(ABC):
     """Gives an adapter its first factors. Options are arguments of the subclass, so that YAML can name them."""
+
+    name: ClassVar[str]
 
     @abstractmethod
     def __call__(
@@ -30,14 +35,14 @@ class Init(ABC):
 
 
 _InitT = TypeVar("_InitT", bound=type[Init])
-_INITS: dict[str, type[Init]] = {}
 
 
 def init(name: str) -> Callable[[_InitT], _InitT]:
-    """Registers an initialisation under the name that ``init_lora_weights`` takes."""
+    """Registers an initialisation under the name that ``init_lora_weights`` takes and checkpoints record."""
 
     def register(cls: _InitT) -> _InitT:
-        _INITS[name] = cls
+        cls.name = name
+        INITS[name] = cls
         return cls
 
     return register
@@ -45,4 +50,17 @@ def init(name: str) -> Callable[[_InitT], _InitT]:
 
 def resolve(spec: str | Callable[..., Any]) -> Callable[..., Any]:
     """The initialisation that ``init_lora_weights`` names, or the object that it is."""
-    return _INITS[spec]() if isinstance(spec, str) else spec
+    initialisation: Callable[..., Any] = INITS[spec]() if isinstance(spec, str) else spec
+    return initialisation
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """The CPU and float32 as defaults: Lightning builds models under the run's device and dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -18,4 +18,5 @@ class Gaussian(Init):
     def __call__(
         self, W: Tensor, r: int, scale: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return torch.randn(r, W.shape[1], generator=generator) / r, torch.zeros(W.shape[0], r), None
+        A = torch.randn(r, W.shape[1], generator=generator) / r
+        return A, torch.zeros(W.shape[0], r), None

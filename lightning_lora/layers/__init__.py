@@ -1,18 +1,15 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
 from lightning_lora.layers import activation, conv, conv1d, embedding  # noqa: F401  (registers the layer types)
+from lightning_lora.layers.base import LoRALayer, is_quantized, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
-    LoRALayer,
     attach,
     detach,
-    is_quantized,
-    kind_of,
     lock_statistics,
     lora_class,
     lora_layers,
     original_type,
-    reaches_base_forward,
     unlock_statistics,
 )
 
@@ -28,5 +25,6 @@ __all__ = [
     "lora_layers",
     "original_type",
     "reaches_base_forward",
+    "registered_base",
     "unlock_statistics",
 ]

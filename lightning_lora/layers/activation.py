@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.layers.swap import LoRALayer, adapts
+from lightning_lora.layers.base import LoRALayer, adapts
 
 
 @adapts("torch.nn.modules.linear.Linear")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.layers.swap import LoRALayer, adapts
+from lightning_lora.layers.base import LoRALayer, adapts
 
 
 @adapts("torch.nn.modules.sparse.Embedding")
@@ -57,7 +57,8 @@ class LoRAEmbedding(LoRALayer):
     def initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
         """A zero and B normal, whatever the initialisation, as in PEFT: a look-up of a random A is not small."""
         dim, tokens = self.matrix_shape(self)
-        return torch.zeros(r, tokens), torch.randn(dim, r, generator=generator), None
+        A, B = torch.zeros(r, tokens), torch.randn(dim, r, generator=generator)
+        return A, B, None
 
     def _look_up(self, ids: Tensor, table: Any) -> Tensor:
         layer: Any = self

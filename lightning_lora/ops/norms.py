@@ -51,7 +51,7 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def _squares_and_cross(W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    r""":math:`\|W\|^2` by row and :math:`W A^T`, in the dtype of A; what has to be converted is, piece by piece."""
+    r""":math:`\|W\|^2` by row and :math:`W A^T`, in the dtype of A. A weight of another dtype is cast in pieces."""
     if W.dtype == A.dtype:
         return torch.linalg.vector_norm(W, dim=1).square(), W @ A.T
     if W.stride(0) < W.stride(1):  # a transposed table or Conv1D: pieces of columns lie together

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,12 +17,13 @@ from lightning_lora.formats.checkpoint import (
     is_adapter_checkpoint,
     is_base_checkpoint,
     keep_weights_only,
+    leave_out_base,
     load_adapters,
 )
 from lightning_lora.formats.fingerprint import fingerprint
-from lightning_lora.inject import initialise
-from lightning_lora.names import clean
-from lightning_lora.state import adapter_state_dict
+from lightning_lora.state import adapter_state_dict, adapters
+
+ENTRY_POINTS = "lightning_lora.strategies"
 
 _AdapterT = TypeVar("_AdapterT", bound=type["StrategyAdapter"])
 _ADAPTERS: dict[str, type["StrategyAdapter"] | None] = {}
@@ -40,9 +42,15 @@ def handles(*strategy_classes: str) -> Callable[[_AdapterT], _AdapterT]:
 def strategy_adapter(strategy: Any) -> "StrategyAdapter":
     """The adapter for a strategy or its nearest known ancestor.
 
+    Other packages add their own by an entry point of the group ``lightning_lora.strategies``, which has the name of
+    the strategy's class and loads a subclass of `StrategyAdapter`.
+
     Raises:
         UnsupportedError: If adapters can't be saved and loaded under this strategy yet.
     """
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name not in _ADAPTERS:
+            _ADAPTERS[entry.name] = entry.load()
     known = next((c.__name__ for c in type(strategy).__mro__ if c.__name__ in _ADAPTERS), None)
     if known is None or (adapter := _ADAPTERS[known]) is None:
         raise UnsupportedError(
@@ -56,8 +64,8 @@ class StrategyAdapter:
     """Makes a strategy save and load adapters instead of the whole model.
 
     It replaces methods on the strategy *instance*, and leaves them there after the run, so that
-    ``trainer.save_checkpoint`` works then too. The strategy's own strictness is not touched: adapters are compared
-    key by key.
+    ``trainer.save_checkpoint`` works then too; for a model without adapters they do what they did before. The
+    strategy's own strictness is not touched: adapters are compared key by key.
 
     Args:
         strategy: A Lightning strategy.
@@ -77,10 +85,15 @@ class StrategyAdapter:
     def install(self) -> None:
         """Puts the methods in place; in a second run it replaces those of the first."""
         for name in self.REPLACED:
-            original = vars(self.strategy).get(name)
-            if original is None or isinstance(getattr(original, "func", None), type(self.install)):
-                original = getattr(type(self.strategy), name).__get__(self.strategy)
-            setattr(self.strategy, name, partial(getattr(self, name), original))
+            previous = getattr(self.strategy, name)
+            original = vars(previous).get("lora_original", previous) if isinstance(previous, partial) else previous
+            replacement = partial(self._call, getattr(self, name), original)
+            replacement.lora_original = original  # type: ignore[attr-defined]
+            setattr(self.strategy, name, replacement)
+
+    def remember_base(self, model: nn.Module) -> None:
+        """Takes the fingerprint of the base, which is complete now and not yet cast, quantised or sharded."""
+        self.base = fingerprint(model)
 
     @property
     def model(self) -> nn.Module:
@@ -88,8 +101,13 @@ class StrategyAdapter:
         model: nn.Module = self.strategy.lightning_module
         return model
 
+    def _call(self, replacement: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not adapters(self.model):
+            return original(*args, **kwargs)
+        return replacement(original, *args, **kwargs)
+
     def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
-        """What ``dump_checkpoint`` calls for the model's part."""
+        """The ``state_dict`` of a checkpoint."""
         return adapter_state_dict(self.model)
 
     def save_checkpoint(
@@ -97,11 +115,7 @@ class StrategyAdapter:
     ) -> None:
         """Adds what the file holds, and writes it so that a failure destroys nothing."""
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
-        base = {clean(key) for key in self.model.state_dict()} - adapter_state_dict(self.model).keys()
-        for part in ("state_dict", "current_model_state"):  # weight averaging puts the full averaged model there
-            if part in checkpoint:
-                tensors = {clean(key): tensor for key, tensor in checkpoint[part].items()}
-                checkpoint[part] = {key: tensor for key, tensor in tensors.items() if key not in base}
+        leave_out_base(self.model, checkpoint)
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
         if not plain or storage_options is not None:
             original(checkpoint, filepath, storage_options=storage_options)
@@ -119,7 +133,6 @@ class StrategyAdapter:
         original(checkpoint, strict=strict)
         if is_base:
             keep_weights_only(checkpoint)
-            initialise(self.model, again=True)
             self.base = fingerprint(self.model)
             rank_zero_info(
                 "The checkpoint holds a model without adapters: it was loaded as the base, and a new run starts"
@@ -138,4 +151,5 @@ class StrategyAdapter:
         original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
 
 
+# Known, so that a subclass of SingleDeviceStrategy or DDPStrategy among them is not taken for its parent.
 _ADAPTERS.update(dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")))

@@ -34,9 +34,10 @@ def is_router(node: Node) -> bool:
     if not is_dense_linear(node.module):
         return False
     classes = [original_type(node.module).__name__, *(type(parent).__name__ for parent in node.parents)]
-    beside_experts = any("expert" in child for parent in node.parents for child, _ in parent.named_children())
-    by_name = bool(_ROUTER.fullmatch(last_part(node.name)))
-    return any(_ROUTER_CLASS.search(c) for c in classes) or (by_name and beside_experts)
+    if any(_ROUTER_CLASS.search(name) for name in classes):
+        return True
+    by_name = _ROUTER.fullmatch(last_part(node.name)) is not None
+    return by_name and any("expert" in child for parent in node.parents for child in parent._modules)
 
 
 def in_attention(node: Node, tree: dict[str, Node]) -> bool:

@@ -2,45 +2,75 @@
 
 import copy
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.layers import LoRALayer, is_quantized, kind_of, original_type, reaches_base_forward
+from lightning_lora.adapters import variant_class
+from lightning_lora.config import LoRAConfig
+from lightning_lora.inits import plain_defaults
+from lightning_lora.layers import LoRALayer, attach, detach, is_quantized, kind_of, original_type, registered_base
 from lightning_lora.targets.walk import Node
 
+TOLERANCE = 0.02  # of the output's norm: layers may round to bfloat16, and an update that is lost is of its size
+ROWS = 8  # of an embedding that is tried
 
-def obstacle(node: Node, verdicts: dict[type, str | None]) -> str | None:
-    """Why this layer cannot have an adapter; None when it can. ``verdicts`` keeps what was found for a class."""
-    layer, cls = node.module, original_type(node.module)
-    kind = kind_of(cls)
-    if kind is None:
+
+class Probe:
+    """Finds out which layers can have an adapter of a config. Remembers what it found for a class.
+
+    Args:
+        config: What is asked for.
+    """
+
+    def __init__(self, config: LoRAConfig) -> None:
+        self._config = config
+        self._wrong: dict[type, str | None] = {}
+        self._untried: dict[type, str | None] = {}
+
+    def obstacle(self, node: Node) -> str | None:
+        """Why this layer cannot have an adapter; None when it can."""
+        layer, cls = node.module, original_type(node.module)
+        if (why := bypass(node)) is not None:
+            return why
+        if not isinstance(layer, LoRALayer) and hasattr(layer, "lora"):
+            return "it has an attribute 'lora' of its own"
+        if layer._parameters.get("weight") is None:
+            return "its weight is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
+        if is_quantized(layer):
+            kind = kind_of(cls)
+            return None if kind and kind.dense_linear else "a quantised layer of this type can't have an adapter"
+        self._try(layer, cls)
+        return self._wrong[cls]
+
+    def doubt(self, node: Node) -> str | None:
+        """Why it is not known whether an adapter on this layer would do what it should."""
+        return self._untried.get(original_type(node.module))
+
+    def _try(self, layer: nn.Module, cls: type[nn.Module]) -> None:
+        if cls not in self._wrong:
+            wrong = untried = None
+            if cls.forward is not registered_base(cls).forward and not is_lazy(cast(Tensor, layer.weight)):
+                try:
+                    wrong = _difference(layer, cls, self._config)
+                except Exception as error:  # whatever a user's forward may raise on a tensor that it is not made for
+                    untried = f"{cls.__name__}.forward could not be tried on a small tensor ({_in_a_line(error)})"
+            self._wrong[cls], self._untried[cls] = wrong, untried
+
+
+def bypass(node: Node) -> str | None:
+    """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
+    cls = original_type(node.module)
+    if kind_of(cls) is None:
         return f"{cls.__name__} is no layer type that can have an adapter"
     readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
     if readers:
         return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
-    if "forward" in vars(layer):
+    if "forward" in vars(node.module):
         return "its forward was replaced on the instance (by accelerate hooks, say), which bypasses an adapter"
-    if not isinstance(layer, LoRALayer) and hasattr(layer, "lora"):
-        return "it has an attribute 'lora' of its own"
-    if layer._parameters.get("weight") is None:
-        return "its weight is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
-    if is_quantized(layer):
-        return None if kind.dense_linear else "a quantised layer of this type can't have an adapter"
-    if cls.forward is kind_base(cls).forward:
-        return None
-    if cls not in verdicts:
-        verdicts[cls] = _custom_forward_obstacle(layer, cls)
-    return verdicts[cls]
-
-
-def _reads(parent: nn.Module, child: str) -> bool:
-    """Whether a module is known to use a child's weight without calling the child; others show in the first step."""
-    return isinstance(parent, nn.MultiheadAttention) or (
-        child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None
-    )
+    return None
 
 
 def weight_problem(node: Node) -> str | None:
@@ -60,60 +90,95 @@ def weight_problem(node: Node) -> str | None:
     return None
 
 
-def kind_base(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class, known to `layers`, that this layer class is or descends from."""
-    kind = kind_of(cls)
-    return next(base for base in reversed(cls.__mro__) if issubclass(base, nn.Module) and kind_of(base) is kind)
+def _reads(parent: nn.Module, child: str) -> bool:
+    """Whether a module uses a child's weight without calling the child.
+
+    Told by type where that is certain; others show in the first training step.
+    """
+    return isinstance(parent, nn.MultiheadAttention) or (
+        child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None
+    )
 
 
-def _custom_forward_obstacle(layer: nn.Module, cls: type[nn.Module]) -> str | None:
-    """Tries the layer's own forward on a small input, on a copy: it must give a tensor that is linear in the weight."""
-    base, cooperative = kind_base(cls), reaches_base_forward(cls)
-    if not cooperative and base is nn.Embedding:
-        return f"{cls.__name__}.forward does not call super().forward, so that the look-up can't be adapted"
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            probe, x = _copy_for_probing(layer, random=not cooperative), _small_input(layer, base)
-            before = cls.forward(probe, x)
-            if not isinstance(before, Tensor):
-                return f"{cls.__name__}.forward returns {type(before).__name__}, not a tensor"
-            if cooperative:
-                return None
-            step = torch.randn_like(probe.weight)
-            probe._parameters["weight"] = nn.Parameter(probe.weight + step, requires_grad=False)
-            change = cls.forward(probe, x) - before
-            probe._parameters["weight"], probe._parameters["bias"] = nn.Parameter(step, requires_grad=False), None
-            expected = base.forward(probe, x)
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None  # it wants other arguments than a small tensor: its first real call will tell
-    if change.shape != expected.shape or not torch.allclose(change, expected, rtol=1e-2, atol=1e-4):
-        return f"{cls.__name__}.forward is not W x + b in its own weight, which an adapter takes it to be"
+@torch.no_grad()
+def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> str | None:
+    """Compares the forward with an adapter and the forward with the merged weight, on a copy with random values."""
+    kind, base = kind_of(cls), registered_base(cls)
+    assert kind is not None
+    with torch.random.fork_rng(devices=[]), plain_defaults():
+        probe = _copy_for_probing(layer, base)
+        x = _small_input(probe, base)
+        before = cls.forward(probe, x)
+        if not isinstance(before, Tensor):
+            return f"{cls.__name__}.forward returns {type(before).__name__}, not a tensor"
+        adapter = variant_class(config.variant)(
+            kind.matrix_shape(probe), r=1, scaling=0.5, config=LoRAConfig(), seed=0,
+            dtype=torch.float32, device=torch.device("cpu"),
+        )  # fmt: skip
+        for parameter in adapter.parameters():
+            parameter.normal_()
+        attach(probe, "probe", adapter)
+        merged = torch.empty_like(probe.weight)
+        probe.as_matrix(merged).copy_(adapter.merged(probe.matrix()))
+        adapted = [_seeded_forward(probe, x, mode) for mode in (False, True)]
+        detach(probe, "probe")
+        probe._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        expected = [_seeded_forward(probe, x, mode) for mode in (False, True)]
+    for got, wanted in zip(adapted, expected, strict=True):
+        if got.shape != wanted.shape or not (got - wanted).norm() <= TOLERANCE * wanted.norm():
+            return f"{cls.__name__}.forward with an adapter would not be its forward with the merged weight"
     return None
 
 
-def _copy_for_probing(layer: nn.Module, random: bool) -> Any:
-    """A copy on the CPU that shares nothing that a forward could write to; without random values it takes no memory."""
-    probe = copy.copy(layer)
+def _seeded_forward(probe: nn.Module, x: Tensor, training: bool) -> Tensor:
+    torch.manual_seed(0)
+    probe.training = training
+    out: Tensor = type(probe).forward(probe, x)
+    return out.clone()
+
+
+def _copy_for_probing(layer: nn.Module, base: type[nn.Module]) -> Any:
+    """A copy on the CPU with random weights that shares nothing that a forward could write to."""
+    probe: Any = copy.copy(layer)
     vars(probe).update({key: value.copy() for key, value in vars(layer).items() if isinstance(value, dict)})
+    if isinstance(layer, LoRALayer):
+        del probe._modules["lora"], vars(probe)["lora_active"]
+        probe = _plain(probe)
+    if base is nn.Embedding:
+        probe.num_embeddings = min(probe.num_embeddings, ROWS)
+        probe.padding_idx = None
+        probe._parameters["weight"] = torch.empty(probe.num_embeddings, probe.embedding_dim)
+    for tensors in (probe._parameters, probe._buffers):
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                tensors[key] = _stand_in(tensor)
     for key, parameter in probe._parameters.items():
-        if parameter is not None:
-            probe._parameters[key] = nn.Parameter(_stand_in(parameter, random), requires_grad=False)
-    for key, buffer in probe._buffers.items():
-        if buffer is not None:
-            probe._buffers[key] = _stand_in(buffer, random)
+        probe._parameters[key] = parameter if parameter is None else nn.Parameter(parameter, requires_grad=False)
+    for key, child in probe._modules.items():
+        probe._modules[key] = child if child is None else copy.deepcopy(child).cpu()
     return probe
 
 
-def _stand_in(tensor: Tensor, random: bool) -> Tensor:
-    if random and tensor.is_floating_point():
+def _plain(probe: Any) -> Any:
+    plain = object.__new__(original_type(probe))
+    vars(plain).update(vars(probe))
+    return plain
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
         return torch.randn(tensor.shape)
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 def _small_input(layer: Any, base: type[nn.Module]) -> Tensor:
     if base is nn.Embedding:
-        return torch.zeros(1, 1, dtype=torch.long)
+        return torch.arange(2)[None]
     if hasattr(layer, "kernel_size"):
         sides = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return torch.randn(1, layer.in_channels, *sides)
     return torch.randn(1, layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0])
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import kind_of, original_type
+from lightning_lora.marks import was_trainable
 from lightning_lora.targets.kinds import (
     is_dense_linear,
     is_inside,
@@ -20,7 +21,7 @@ from lightning_lora.targets.kinds import (
     is_router,
     last_part,
 )
-from lightning_lora.targets.walk import Node, nodes, unwrapped
+from lightning_lora.targets.walk import Node, base_modules, own_parameters, unwrapped
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
 _HEAD = re.compile(r"heads|(?:.+_)?(?:head|classifier|regressor)|score")
@@ -43,9 +44,8 @@ class Roles:
         return None
 
 
-def find_roles(model: nn.Module) -> Roles:
+def find_roles(tree: dict[str, Node]) -> Roles:
     """The roles of all parts of a model."""
-    tree = nodes(model)
     name_of = {id(node.module): name for name, node in tree.items()}
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     pretrained = [node for node in pretrained if not any(is_inside(node.name, other.name) for other in pretrained)]
@@ -142,18 +142,17 @@ def _parts_without(name: str, inner: list[str], tree: dict[str, Node]) -> Iterat
         return
     module = tree[name].module
     if not any(is_inside(i, name) for i in inner):
-        if parameters := list(module.parameters()):
-            yield name, not any(p.requires_grad for p in parameters)
+        if trainable := [was_trainable(m, key) for m in base_modules(module) for key, _ in own_parameters(m)]:
+            yield name, not any(trainable)
         return
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield f"{name}.{key}".lstrip("."), not parameter.requires_grad
+    for key, _ in own_parameters(module):
+        yield f"{name}.{key}".lstrip("."), not was_trainable(module, key)
     for child in _children(name, tree):
         yield from _parts_without(child, inner, tree)
 
 
 def _children(name: str, tree: dict[str, Node]) -> list[str]:
-    return [child for child in tree if child and child.rpartition(".")[0] == name]
+    return [child for key in tree[name].module._modules if (child := f"{name}.{key}".lstrip(".")) in tree]
 
 
 def _ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:

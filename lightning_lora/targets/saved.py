@@ -8,7 +8,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import original_type
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
-from lightning_lora.targets.walk import Node
+from lightning_lora.targets.walk import Node, base_modules, own_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ def _bare_parameters(tree: dict[str, Node]) -> dict[str, nn.Parameter]:
     return {
         f"{node.name}.{key}" if node.name else key: parameter
         for node in tree.values()
-        for key, parameter in node.module._parameters.items()
-        if parameter is not None
+        for key, parameter in own_parameters(node.module)
     }
 
 
@@ -60,7 +59,8 @@ def _saved(
         owned, kind, aliases = [parameters[name]], "Parameter", tuple[str, ...]()
     else:
         module = tree[name].module
-        owned, kind, aliases = list(module.parameters()), original_type(module).__name__, tuple(tree[name].aliases)
+        owned = list({id(p): p for m in base_modules(module) for _, p in own_parameters(m)}.values())
+        kind, aliases = original_type(module).__name__, tuple(tree[name].aliases)
     if not owned:
         problems.append(f"modules_to_save: {name} ({kind}) has no parameters to train")
         return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_lora.adapters import Adapter
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import clean
 
@@ -36,6 +37,16 @@ def nodes(model: nn.Module) -> dict[str, Node]:
     return {node.name: node for node in found.values()}
 
 
+def base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, without adapters."""
+    return (m for m in module.modules() if not isinstance(m, Adapter))
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters, not those below it."""
+    return ((key, parameter) for key, parameter in module._parameters.items() if parameter is not None)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
     inner = getattr(module, "_orig_mod", None)
@@ -53,11 +64,10 @@ def _paths(
             yield from _paths(child, f"{name}.{child_name}" if name else child_name, module, (*above, module))
 
 
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+def parameter_owners(tree: dict[str, Node]) -> dict[int, list[str]]:
     """The names of every parameter, by identity: more than one name means that it is tied."""
     owners: dict[int, list[str]] = {}
-    for node in nodes(model).values():
-        for key, parameter in node.module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{node.name}.{key}" if node.name else key)
+    for node in tree.values():
+        for key, parameter in own_parameters(node.module):
+            owners.setdefault(id(parameter), []).append(f"{node.name}.{key}" if node.name else key)
     return owners

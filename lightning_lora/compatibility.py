@@ -1,4 +1,4 @@
-"""What else is in a Trainer, and how it gets on with adapters."""
+"""What else a Trainer may hold, and what of it adapters can't work with."""
 
 from typing import Any
 
@@ -11,26 +11,25 @@ from lightning_lora.state import adapters
 REPLACING_PLUGINS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
 
 
-def check_company(trainer: Any, own: Any, family: list[Any]) -> None:
+def check_compatibility(trainer: Any, family: list[Any]) -> None:
     """Refuses what would undo the adapters.
 
     Args:
         trainer: A Trainer of either package.
-        own: The LoRA callback that asks.
-        family: All LoRA callbacks of the Trainer.
+        family: All LoRA callbacks of the Trainer, in order.
 
     Raises:
         ConfigError: For two adapters of one name, or a callback that copies the model too early.
         UnsupportedError: For what can't be used with adapters.
     """
     problems, unsupported = [], []
-    if (twins := sum(other.adapter_name == own.adapter_name for other in family)) > 1:
-        problems.append(f"{twins} LoRA callbacks have adapter_name={own.adapter_name!r}: give each its own name")
-    before = True
-    for callback in trainer.callbacks:
-        before &= callback is not own
+    names = [callback.adapter_name for callback in family]
+    twins = {name: names.count(name) for name in names if names.count(name) > 1}
+    problems += [f"{n} LoRA callbacks have adapter_name={name!r}: give each its own name" for name, n in twins.items()]
+    first = trainer.callbacks.index(family[0])
+    for place, callback in enumerate(trainer.callbacks):
         bases = {cls.__name__ for cls in type(callback).__mro__}
-        if "WeightAveraging" in bases and before:
+        if "WeightAveraging" in bases and place < first:
             problems.append(f"{type(callback).__name__} copies the model before adapters are added: put LoRA first")
         if "StochasticWeightAveraging" in bases:
             unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")

@@ -1,0 +1,91 @@
+"""What values arguments may have: each check yields what is wrong."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning_lora.errors import did_you_mean
+
+MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+KEYWORDS = ("all-linear", "attention", "mlp")
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an integer, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_rank(value: Any) -> bool:
+    """Whether it can be a rank."""
+    return is_int(value) and value > 0
+
+
+def is_alpha(value: Any) -> bool:
+    """Whether it can be a lora_alpha."""
+    return is_number(value) and math.isfinite(value) and value != 0
+
+
+def mapping_problems(name: str, mapping: Any, wanted: str, is_right: Callable[[Any], bool]) -> Iterable[str]:
+    """What is wrong with a mapping from patterns to values."""
+    if not isinstance(mapping, dict):
+        if mapping is not None:
+            yield f"{name} must map patterns to values, got {mapping!r}"
+        return
+    for key, value in mapping.items():
+        if not isinstance(key, str) or not key:
+            yield f"{name} holds {key!r}, which is no pattern"
+        elif key.startswith("re:"):
+            yield from regex_problems(name, key[3:])
+        if not is_right(value):
+            yield f"{name}[{key!r}] must be {wanted}, got {value!r}"
+
+
+def choice_problems(name: str, value: Any, choices: tuple[Any, ...]) -> Iterable[str]:
+    """What is wrong with a value that must be one of some."""
+    if value not in choices:
+        hint = did_you_mean(value, [c for c in choices if c]) if isinstance(value, str) else ""
+        yield f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}"
+
+
+def regex_problems(name: str, regex: str) -> Iterable[str]:
+    """What is wrong with a regex."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        yield f"{name}: {regex!r} is not a valid regex: {error}"
+
+
+def pattern_problems(name: str, patterns: Any) -> Iterable[str]:
+    """What is wrong with target_modules and its like."""
+    if isinstance(patterns, str) and patterns:
+        if patterns not in KEYWORDS:
+            hint = did_you_mean(patterns, KEYWORDS) if not re.search(r"[.*\\(\[|]", patterns) else ""
+            yield from (p + hint for p in regex_problems(name, patterns))
+    elif not patterns or not isinstance(patterns, list):
+        yield f"{name} is empty or no pattern: {patterns!r}. Give 'all-linear', a regex, or a list of names"
+    else:
+        for item in patterns:
+            if not isinstance(item, str) or not item:
+                yield f"{name} holds {item!r}, which is not a name"
+            elif item.startswith("re:"):
+                yield from regex_problems(name, item[3:])
+
+
+def index_problems(layers: Any) -> Iterable[str]:
+    """What is wrong with layers_to_transform."""
+    towers = layers if isinstance(layers, dict) else {"": [layers] if is_int(layers) else layers}
+    if layers is None:
+        return
+    for tower, indices in towers.items():
+        where = f"layers_to_transform[{tower!r}]" if tower else "layers_to_transform"
+        if not isinstance(indices, list) or not indices or not all(is_int(i) and i >= 0 for i in indices):
+            yield f"{where} must hold layer indices (0, 1, ...), got {indices!r}"
+    if not towers:
+        yield "layers_to_transform is empty"

@@ -1,0 +1,81 @@
+"""What is trained and what stays: freezing the base, and modules that are trained in full."""
+
+import torch
+from torch import nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.layers import LockedStatistics, LoRALayer, lock_statistics, unlock_statistics
+from lightning_lora.marks import THAWED, TRAINED, WHOLE, is_whole, trained_in_full
+from lightning_lora.targets.walk import Node, base_modules
+
+
+def freeze(model: nn.Module) -> None:
+    """Makes the adapters and what is trained in full trainable and nothing else; frozen statistics stop moving."""
+    trained = trained_in_full(model)
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.requires_grad_(True)
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
+                vars(module).setdefault(THAWED, {}).setdefault(key, parameter.requires_grad)
+                parameter.requires_grad_(not parameter.requires_grad)
+        if isinstance(module, LockedStatistics):
+            if is_whole(module):
+                unlock_statistics(module)
+        elif not is_whole(module) and _keeps_statistics(module):
+            lock_statistics(module)
+
+
+def thaw(model: nn.Module) -> None:
+    """Undoes `freeze` and all marks: ``requires_grad`` and modes are what they were before adapters came."""
+    for module in model.modules():
+        if isinstance(module, LockedStatistics):
+            unlock_statistics(module)
+        before = vars(module).pop(THAWED, {})
+        for key, parameter in module._parameters.items():
+            if parameter is not None and key in before:
+                parameter.requires_grad_(before[key])
+        vars(module).pop(TRAINED, None)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Puts adapters, and modules that are trained in full, into train mode.
+
+    A pretrained model comes in eval mode, and Lightning keeps that: dropout of the frozen base stays off, as the user
+    left it. But an adapter without its dropout, or a new head whose running statistics stand still, is not meant to be.
+    """
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.train()
+        elif is_whole(module):
+            module.training = True
+
+
+def mark_trained(tree: dict[str, Node], name: str, adapter_name: str) -> None:
+    """Marks a module and all below it, or one parameter, as trained in full."""
+    if name in tree:
+        owned = [(module, [WHOLE, *module._parameters]) for module in base_modules(tree[name].module)]
+    else:
+        owner, _, key = name.rpartition(".")
+        owned = [(tree[owner].module, [key])]
+    for module, keys in owned:
+        marks = vars(module).setdefault(TRAINED, {})
+        for key in keys:
+            marks.setdefault(key, adapter_name)
+
+
+def unmark_trained(model: nn.Module, adapter_name: str) -> None:
+    """Undoes `mark_trained` for one adapter."""
+    for module in model.modules():
+        if marks := vars(module).pop(TRAINED, None):
+            if left := {key: name for key, name in marks.items() if name != adapter_name}:
+                vars(module)[TRAINED] = left
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether train mode changes its buffers: running statistics, or the vectors of a spectral norm."""
+    names = ("running_mean", "weight_u", "_u")
+    if isinstance(module, (torch.jit.ScriptModule, LoRALayer)):  # their buffers are put back instead
+        return False
+    return any(name in names and buffer is not None for name, buffer in module._buffers.items())

@@ -1,0 +1,160 @@
+"""What a layer with adapters is, and which layer types there are."""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.marks import MERGED
+
+if TYPE_CHECKING:
+    from lightning_lora.adapters import Adapter
+
+    Base = nn.Module
+else:
+    Base = object
+
+
+class LoRALayer(Base):
+    """A layer with adapters, by name, in ``lora``; those in ``lora_active`` take part in its forward.
+
+    Subclasses are mixins, one per layer type. They say how the layer's weight is seen as a matrix and how its kind of
+    product is taken with a low-rank matrix.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    dense_linear: ClassVar[bool] = False  # what "all-linear" means
+
+    lora: nn.ModuleDict
+    lora_active: tuple[str, ...]
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = out = self.base_forward(input, *args, **kwargs)
+        for name in self.lora_active:
+            out = self.lora[name](self, input, base, out, *args, **kwargs)
+        return out
+
+    def lora_adapters(self) -> dict[str, "Adapter"]:
+        """The adapters by name."""
+        return dict(self.lora.items())  # type: ignore[arg-type]
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the layer as it was."""
+        out = super().forward(input, *args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"{type(self).plain_class.__name__}.forward returned {type(out).__name__}; an adapter needs a Tensor. "
+                "Name this layer in exclude_modules."
+            )
+        return out
+
+    @staticmethod
+    def matrix_shape(layer: Any) -> tuple[int, int]:
+        """(out, in) of the layer's weight seen as a matrix, also for a layer without adapters."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The weight as that matrix: a view."""
+        weight: Any = self.weight
+        return self.as_matrix(weight)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight, as that matrix: a view, through which it can be written."""
+        return weight.detach()
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The layer's own kind of product of x with the matrix B A."""
+        raise NotImplementedError
+
+    def per_row(self, vector: Tensor) -> Tensor:
+        """A vector (out,) in the shape that broadcasts over the layer's output."""
+        return vector
+
+    def bias_per_row(self) -> Tensor | None:
+        """The bias in that shape, or None."""
+        bias = getattr(self, "bias", None)
+        return None if bias is None else self.per_row(bias)
+
+    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout on an adapter's input."""
+        return torch.dropout(x, p, training) if p and training else x
+
+    def initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
+        """The first A and B, and a new weight or None: what the initialisation says for this matrix."""
+        return init(self.matrix(), r, scale, generator)
+
+    @override
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), f"lora_active={list(self.lora_active)}"]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
+        """What a merge keeps moves and is cast with the layer."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if (kept := vars(self).get(MERGED)) is not None:
+            kept._apply(fn)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A new weight is told to the adapters on it, and refused while it would overwrite a merged one."""
+        loads = [key for key in self._parameters if prefix + key in state_dict]
+        if loads and MERGED in vars(self):
+            args[-1].append(f"adapters are merged into {prefix.rstrip('.')}: call ll.unmerge before loading weights")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if "weight" in loads and not self.matrix().is_meta:
+            for adapter in self.lora_adapters().values():
+                adapter.follow(self.matrix())
+
+
+_KINDS: dict[str, type[LoRALayer]] = {}
+_MixinT = TypeVar("_MixinT", bound=type[LoRALayer])
+
+
+def adapts(*qualified_names: str) -> Callable[[_MixinT], _MixinT]:
+    """Registers a mixin for layer classes, by qualified name: the library that defines them need not be imported."""
+
+    def register(mixin: _MixinT) -> _MixinT:
+        _KINDS.update(dict.fromkeys(qualified_names, mixin))
+        return mixin
+
+    return register
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def registered_base(cls: type) -> Any:
+    """The nearest class with a mixin that a layer class is or descends from; None where there is none."""
+    return next((base for base in cls.__mro__ if qualified_name(base) in _KINDS), None)
+
+
+def kind_of(cls: type) -> type[LoRALayer] | None:
+    """The mixin for a layer class; None where there is none."""
+    base = registered_base(cls)
+    return None if base is None else _KINDS[qualified_name(base)]
+
+
+def reaches_base_forward(cls: type) -> bool:
+    """Whether every forward between the class and its registered base seems to hand over by ``super().forward``.
+
+    Where it does, the adapter is placed below the user's class, so that what the class does to the product (scale it,
+    say) is done to the adapter's part too. `lightning_lora.targets.probe` tries whether that is so.
+    """
+    base = registered_base(cls)
+    for ancestor in cls.__mro__[: cls.__mro__.index(base)] if base else ():
+        if "forward" in vars(ancestor):
+            code = getattr(inspect.unwrap(vars(ancestor)["forward"]), "__code__", None)
+            if code is None or not {"super", "forward"} <= set(code.co_names):
+                return False
+    return True
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer holds its weight packed, as bitsandbytes does, so that its shape and dtype say little."""
+    return any(base.__module__.partition(".")[0] == "bitsandbytes" for base in type(layer).__mro__)

@@ -1,0 +1,121 @@
+"""Which layers get an adapter, and why the others do not."""
+
+from dataclasses import dataclass, field
+
+from lightning_lora.checks import KEYWORDS
+from lightning_lora.config import LoRAConfig, Patterns
+from lightning_lora.errors import listing
+from lightning_lora.layers import kind_of, original_type
+from lightning_lora.targets.blocks import BlockFilter
+from lightning_lora.targets.kinds import in_attention, in_mlp, is_dense_linear
+from lightning_lora.targets.patterns import Pattern, parse, unmatched
+from lightning_lora.targets.probe import Probe
+from lightning_lora.targets.roles import Roles
+from lightning_lora.targets.saved import SavedModule
+from lightning_lora.targets.walk import Node
+
+
+@dataclass
+class Choice:
+    """The layers that were chosen, in the model's order, and what there is to say about the others."""
+
+    chosen: list[Node] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple[SavedModule, ...]) -> Choice:
+    """Applies target_modules, exclude_modules, layers_to_transform and what each layer can have."""
+    choice, probe = Choice(), Probe(config)
+    names = [name for node in tree.values() for name in node.names]
+    words, patterns = _split(config.target_modules)
+    hits = {pattern.text: [n for n in tree.values() if any(map(pattern.matches, n.names))] for pattern in patterns}
+    named = {node.name for nodes in hits.values() for node in nodes}
+    plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
+    in_full = {name for module in saved for name in (module.name, *module.aliases)}
+    excluded = _excluded(tree, config.exclude_modules, roles, names, choice.problems)
+    blocks = BlockFilter(config.layers_to_transform, names)
+    for node in tree.values():
+        if (kind := kind_of(original_type(node.module))) is None:
+            continue
+        against = roles.reason_against(node.name)
+        by_word = kind.dense_linear and against is None and _is_meant(node, tree, words)
+        trained = next((outer for outer in in_full if f"{node.name}.".startswith(f"{outer}.")), None)
+        if node.name not in named and not by_word:
+            if kind.dense_linear:
+                keyword = config.target_modules if isinstance(config.target_modules, str) else "target_modules"
+                reason = "trained in full" if trained is not None else against or f"not in {keyword}"
+                choice.skipped[node.name] = reason
+        elif trained is not None:
+            choice.skipped[node.name] = "trained in full"
+            if node.name in plainly:
+                auto = " (that 'auto' found; give None or a list)" if config.modules_to_save == "auto" else ""
+                choice.problems.append(
+                    f"{node.name} is in target_modules, and {trained} in modules_to_save{auto}: choose one"
+                )
+        elif (why := probe.obstacle(node)) is not None:
+            choice.skipped[node.name] = why
+        elif node.name in excluded:
+            choice.skipped[node.name] = "exclude_modules"
+        elif not blocks.admits(node.names):
+            choice.skipped[node.name] = "layers_to_transform"
+        elif (doubt := probe.doubt(node)) is not None and node.name not in named:
+            choice.skipped[node.name] = f"{doubt}; name it in target_modules to adapt it all the same"
+        else:
+            choice.chosen.append(node)
+            choice.notes += [f"{node.name}: {doubt}. It was named, and gets an adapter"] if doubt else []
+    choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
+    choice.problems += blocks.problems()
+    if not choice.chosen and not choice.problems:
+        choice.problems.append(_nothing_left(config, choice.skipped, tree))
+    return choice
+
+
+def _split(patterns: Patterns) -> tuple[set[str], list[Pattern]]:
+    """The words ("all-linear", ...) in it, and its patterns."""
+    if isinstance(patterns, str):
+        return ({patterns}, []) if patterns in KEYWORDS else (set(), parse(patterns))
+    return {p for p in patterns if p in KEYWORDS}, parse([p for p in patterns if p not in KEYWORDS])
+
+
+def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:
+    return (
+        "all-linear" in words
+        or ("attention" in words and in_attention(node, tree))
+        or ("mlp" in words and in_mlp(node, tree))
+    )
+
+
+def _excluded(
+    tree: dict[str, Node], wanted: Patterns | None, roles: Roles, names: list[str], problems: list[str]
+) -> set[str]:
+    words, patterns = _split(wanted) if wanted is not None else (set[str](), [])
+    excluded = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
+    for pattern in patterns:
+        hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
+        problems += [] if hits else [unmatched("exclude_modules", pattern, names)]
+        excluded |= hits
+    return excluded
+
+
+def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) -> str | None:
+    """Every pattern of target_modules must match a layer that can have an adapter."""
+    if not hits:
+        return unmatched("target_modules", pattern, names)
+    kinds = [node for node in hits if kind_of(original_type(node.module)) is not None] or hits
+    obstacles = {node.name: probe.obstacle(node) for node in kinds}
+    if None in obstacles.values():
+        return None
+    reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
+    return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons})"
+
+
+def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
+    reasons = [f"{name}: {why}" for name, why in skipped.items()]
+    left_out = f"Left out: {listing(reasons)}" if reasons else "The model has no layer of that kind"
+    others = [n.module for n in tree.values() if kind_of(original_type(n.module)) and not is_dense_linear(n.module)]
+    kinds = [original_type(module).__name__ for module in others]
+    counts = [f"{kinds.count(kind)} of type {kind}" for kind in dict.fromkeys(kinds)]
+    could = f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
+    return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could}"
