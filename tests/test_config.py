@@ -105,6 +105,44 @@ def test_callback_reports_its_own_problems_together_with_those_of_the_config():
     assert "Did you mean 'float32'" in str(caught.value)
 
 
+@pytest.mark.parametrize("unbuilt", [{"bias": "all"}, {"quantization": "nf4"}])
+def test_what_is_wrong_comes_before_what_is_not_built(unbuilt):
+    with pytest.raises(ll.ConfigError, match="loraplus_lr_ratio must be a positive number, got True"):
+        ll.LoRA(loraplus_lr_ratio=True, **unbuilt)
+
+
+def test_configs_share_nothing_with_what_they_came_from_or_give():
+    towers, patterns = {"vision": (0, 1)}, {"q": 2}
+    config = ll.LoRAConfig(layers_to_transform=towers, rank_pattern=patterns, target_modules=["q"])
+    assert config.layers_to_transform == {"vision": [0, 1]}
+    given = config.to_dict()
+    for mutable in (patterns, given["rank_pattern"], given["layers_to_transform"]):
+        mutable.clear()
+    given["target_modules"].append("v")
+    assert config.rank_pattern == {"q": 2}
+    assert config.target_modules == ["q"]
+    assert config.layers_to_transform == {"vision": [0, 1]}
+
+
+def test_registered_inits_are_known_by_their_name():
+    from lightning_lora.config import INITS
+    from lightning_lora.inits import init
+
+    @init("my-own")
+    class Mine(Gaussian):
+        pass
+
+    try:
+        assert ll.LoRAConfig(init_lora_weights="my-own").to_dict()["init_lora_weights"] == "my-own"
+        assert ll.LoRAConfig(init_lora_weights=Mine()).to_dict()["init_lora_weights"] == "my-own"
+    finally:
+        del INITS["my-own"]
+    loaded = ll.LoRAConfig.from_dict({"init_lora_weights": "my-own"})
+    assert loaded.to_dict()["init_lora_weights"] == "my-own"
+    with pytest.raises(ll.UnsupportedError, match="'my-own' is known by name only"):
+        loaded.init_lora_weights()
+
+
 @pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "forward", "..", "a/b", 3])
 def test_adapter_names_that_cannot_be_keys(name):
     with pytest.raises(ll.ConfigError, match="adapter_name"):

@@ -161,6 +161,94 @@ def test_eject_restores_flags_classes_and_modes():
     assert model[1].training
 
 
+def test_eject_gives_statistics_the_mode_that_was_asked_for():
+    """Of the layer itself, not of the model: users put a BatchNorm into eval mode alone."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model[1].eval()
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.eject(model)
+    assert [m.training for m in model] == [True, False, True]
+    ll.inject(model, ll.LoRAConfig(r=2))
+    model.eval()
+    ll.eject(model)
+    assert [m.training for m in model] == [False, False, False]
+
+
+def test_a_linear_that_keeps_statistics():
+    class Standardised(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("running_mean", torch.zeros(4))
+
+    model = nn.Sequential(Standardised(), nn.Linear(4, 4))
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.eject(copy.deepcopy(model))
+    assert model.train()[0].training
+    assert set(dict(lora_layers(model))) == {"0", "1"}
+
+
+def test_modules_with_statistics_keep_the_mode_of_their_children():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(4))
+            self.drop = nn.Dropout(0.5)
+
+    model = nn.Sequential(nn.Linear(4, 4), Normalised())
+    ll.inject(model, ll.LoRAConfig(r=2))
+    model.train()
+    assert (model[1].training, model[1].drop.training) == (False, True)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_defaults_of_the_surroundings_do_not_matter(init):
+    """Models are built within ``torch.device`` and under other default dtypes; adapters are drawn as ever."""
+    plain, other = build(), build()
+    config = ll.LoRAConfig(r=4, init_lora_weights=init)
+    ll.inject(plain, config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            ll.inject(other, config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def test_an_init_that_wants_another_weight_is_refused():
+    class Residual(ll.inits.Init):
+        def __call__(self, W, r, scale, generator):
+            return torch.ones(r, W.shape[1]), torch.ones(W.shape[0], r), W - scale * r
+
+    with pytest.raises(ll.UnsupportedError, match="Residual gives blocks.0.q another base weight"):
+        ll.inject(build(), ll.LoRAConfig(init_lora_weights=Residual()))
+
+
+def test_roles_may_change_while_a_model_grows():
+    """What is injected twice is what one injection would have made of the whole."""
+    model = nn.ModuleDict({"classifier": nn.Linear(8, 3)})
+    ll.inject(model, ll.LoRAConfig(r=2))
+    assert list(dict(lora_layers(model))) == ["classifier"]
+    model["body"] = nn.Linear(8, 8)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    assert list(dict(lora_layers(model))) == ["body"]
+    assert model["classifier"].weight.requires_grad
+    assert set(ll.adapter_state_dict(model)) == {
+        "classifier.weight", "classifier.bias", "body.lora.default.A", "body.lora.default.B"
+    }  # fmt: skip
+
+
+def test_dora_follows_weights_until_it_is_trained():
+    model, other = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    ll.inject(model, ll.LoRAConfig(r=2, use_dora=True))
+    magnitude = model[0].lora["default"].magnitude
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(magnitude.data, other[0].weight.norm(dim=1))
+    nn.init.ones_(model[0].lora["default"].B)
+    model.load_state_dict(nn.Sequential(nn.Linear(8, 8)).state_dict())
+    torch.testing.assert_close(magnitude.data, other[0].weight.norm(dim=1))
+
+
 def test_a_failure_half_way_leaves_nothing(monkeypatch):
     model = build()
     inject = importlib.import_module("lightning_lora.inject")  # ll.inject is the function
@@ -173,9 +261,10 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch):
         real(layer, name, adapter)
 
     monkeypatch.setattr(inject, "attach", fails_at_the_third)
+    before = {name: (type(m), vars(m).keys()) for name, m in copy.deepcopy(model).named_modules()}
     with pytest.raises(MemoryError):
         ll.inject(model, CONFIG)
-    assert not dict(lora_layers(model))
+    assert {name: (type(m), vars(m).keys()) for name, m in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -1,6 +1,7 @@
 """The plan: every form of pattern, every role, every message."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -325,9 +326,109 @@ def test_custom_linears():
     plan = ll.plan(model, ll.LoRAConfig())
     assert [t.name for t in plan.targets] == ["a", "b"]
     assert plan.skipped["c"] == "TupleLinear.forward returns tuple, not a tensor"
-    assert "is not W x + b in its own weight" in plan.skipped["d"]
+    assert plan.skipped["d"] == "SquaredWeight.forward with an adapter would not be its forward with the merged weight"
     with pytest.raises(ll.TargetError, match="c: TupleLinear.forward returns tuple"):
         ll.plan(model, ll.LoRAConfig(target_modules=["c"]))
+
+
+class OnlyInTraining(nn.Linear):
+    """Calls ``super().forward`` in train mode alone: an adapter below it would be lost in eval mode."""
+
+    def forward(self, input):
+        return super().forward(input) if self.training else nn.functional.linear(input, self.weight, self.bias)
+
+
+class TwiceTheBias(nn.Linear):
+    """Linear in its weight, which is enough for LoRA and not for DoRA."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, 2 * self.bias)
+
+
+class WantsMore(nn.Linear):
+    def forward(self, input, scale):
+        return nn.functional.linear(input, self.weight, self.bias) * scale
+
+
+class Asserts(nn.Linear):
+    def forward(self, input):
+        assert input.shape[0] == 3, "three of them"
+        return super().forward(input)
+
+
+def test_custom_forwards_are_tried_in_both_modes_and_for_the_variant():
+    model = nn.ModuleDict({"a": OnlyInTraining(8, 8), "b": TwiceTheBias(8, 8), "c": nn.Linear(8, 8)})
+    assert [t.name for t in ll.plan(model, ll.LoRAConfig()).targets] == ["b", "c"]
+    assert [t.name for t in ll.plan(model, ll.LoRAConfig(use_dora=True)).targets] == ["c"]
+
+
+@pytest.mark.parametrize(("layer", "error"), [(WantsMore, "TypeError.*'scale'"), (Asserts, "AssertionError: three")])
+def test_forwards_that_cannot_be_tried_are_adapted_only_if_named(layer, error):
+    model = nn.ModuleDict({"a": layer(8, 8), "b": nn.Linear(8, 8)})
+    plan = ll.plan(model, ll.LoRAConfig())
+    assert [t.name for t in plan.targets] == ["b"]
+    assert re.search(f"could not be tried on a small tensor .{error}.*name it in target_modules", plan.skipped["a"])
+    named = ll.plan(model, ll.LoRAConfig(target_modules=["a"]))
+    assert [t.name for t in named.targets] == ["a"]
+    assert "It was named, and gets an adapter" in named.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*It was named")
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_other_arguments_reach_the_layer(use_dora):
+    """Also the second base product of DoRA with dropout."""
+    model = nn.Sequential(WantsMore(8, 8, bias=False))
+    ll.inject(
+        model, ll.LoRAConfig(r=2, target_modules=["0"], use_dora=use_dora, lora_dropout=0.5, modules_to_save=None)
+    )
+    adapter, x = model[0].lora["default"], torch.randn(4, 8)
+    nn.init.normal_(adapter.B)
+    model.train()
+    torch.manual_seed(0)
+    out = model[0](x, 3.0)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    gain = adapter.gain(model[0].weight) if use_dora else torch.ones(8)
+    base = 3 * x @ model[0].weight.T + (gain - 1) * (3 * dropped @ model[0].weight.T)
+    torch.testing.assert_close(out, base + gain * adapter.scaling * (dropped @ adapter.A.T @ adapter.B.T))
+
+
+def test_probing_leaves_no_trace():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.register_buffer("calls", torch.zeros(()))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, input):
+            self.calls += 1
+            return super().forward(self.drop(input))
+
+    model = nn.Sequential(Counts(), nn.Linear(8, 8)).train()
+    before, random = copy.deepcopy(vars(model[0])), torch.get_rng_state()
+    assert "0" in [t.name for t in ll.plan(model, ll.LoRAConfig()).targets]
+    assert model[0].calls == 0
+    assert model[0].drop.training
+    assert vars(model[0]).keys() == before.keys()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_roles_do_not_depend_on_adapters_that_are_there():
+    """A frozen part beside a transformers model stays frozen and a new one new, whatever was injected before."""
+    bert = FAMILIES["bert"].make().base_model
+
+    def build():
+        model = nn.ModuleDict({"bert": copy.deepcopy(bert), "old": nn.Linear(8, 8), "new": nn.Linear(8, 8)})
+        model["old"].requires_grad_(False)
+        return model
+
+    alone, behind = build(), build()
+    ll.inject(behind, ll.LoRAConfig(target_modules=["query"], modules_to_save=None), "first")
+    expected = ll.plan(alone, ll.LoRAConfig())
+    assert [m.name for m in expected.modules_to_save] == ["new"]
+    assert ll.plan(behind, ll.LoRAConfig()) == expected
+    ll.inject(behind, ll.LoRAConfig(), "second")
+    assert ll.plan(behind, ll.LoRAConfig()) == expected
 
 
 def test_weights_that_are_read_and_not_called():
@@ -407,7 +508,7 @@ def test_shared_modules_are_planned_once_and_known_by_all_names():
 
 def test_rank_above_the_layers_is_a_warning():
     plan = ll.plan(Plain(), ll.LoRAConfig(r=12, target_modules=["q"]))
-    assert "r=12 is more than the rank a 8x8 weight can have" in plan.notes[0]
+    assert "r=12 is more than the rank that a 8x8 weight can have" in plan.notes[0]
     with pytest.warns(UserWarning, match="more than the rank"):
         ll.inject(Plain(), ll.LoRAConfig(r=12, target_modules=["blocks.0.attn.q"]))
 

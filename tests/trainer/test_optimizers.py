@@ -160,10 +160,11 @@ def test_loraplus_splits_groups():
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
         lambda o: lr_scheduler.PolynomialLR(o, 10),
         lambda o: lr_scheduler.LinearLR(o, 0.1, 1, 3),
+        lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=3),
         lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o, 0.1, 1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]),
         lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o, 0.1, 1, 2), lr_scheduler.ExponentialLR(o, 0.9)]),
     ],
-    ids=["step", "lambda", "lambdas", "multiplicative", "onecycle", "cyclic", "cosine", "restarts", "polynomial", "linear", "sequential", "chained"],
+    ids=["step", "lambda", "lambdas", "multiplicative", "onecycle", "cyclic", "cosine", "restarts", "polynomial", "linear", "swa", "sequential", "chained"],
 )  # fmt: skip
 def test_loraplus_keeps_schedulers_right(schedule, early):
     def config(optimizer):

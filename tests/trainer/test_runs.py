@@ -1,10 +1,15 @@
 """The callback in a Trainer: wherever the model is built, whatever is run, in whatever order."""
 
+import copy
+import pickle
+import types
+
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
@@ -28,7 +33,7 @@ def assert_trained(module: Lit, seed: int = 1) -> None:
         assert torch.equal(state[key], value) != key.startswith("head"), key
     assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
     assert {n for n, p in module.named_parameters() if p.requires_grad} == ll.adapter_state_dict(module).keys()
-    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+    assert not WRAPPED & vars(module).keys()
 
 
 @pytest.mark.parametrize("built", ["init", "setup", "configure_model", "meta"])
@@ -119,16 +124,33 @@ def test_an_exception_leaves_no_wrapper():
     module = Fails()
     with pytest.raises(ArithmeticError):
         trainer(ll.LoRA(r=4)).fit(module, data())
-    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+    assert not WRAPPED & vars(module).keys()
 
 
 def test_a_failed_injection_leaves_the_model_as_it_was():
     module = Lit()
-    modules = {name: (type(m), set(vars(m))) for name, m in module.named_modules()}
+    before = {name: (type(m), vars(m).keys()) for name, m in copy.deepcopy(module).named_modules()}
     with pytest.raises(ll.TargetError, match="'z_proj' matches nothing"):
         trainer(ll.LoRA(target_modules=["q", "z_proj"])).fit(module, data())
-    after = {name: (type(m), set(vars(m)) & modules[name][1]) for name, m in module.named_modules()}
-    assert {n: t for n, (t, _) in after.items()} == {n: t for n, (t, _) in modules.items()}
+    assert {name: (type(m), vars(m).keys()) for name, m in module.named_modules()} == before
+    assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_an_injection_that_fails_in_its_last_phase_is_undone():
+    """``__init__`` built something that could be adapted; what ``configure_model`` added could not."""
+
+    class Lazy(Lit):
+        def configure_model(self):
+            self.extra = nn.LazyLinear(4)
+
+    module = Lazy()
+    with pytest.raises(ll.TargetError, match="extra is a lazy layer"):
+        trainer(ll.LoRA(r=4, target_modules=["q", "extra"])).fit(module, data())
+    with pytest.raises(ll.TargetError, match="extra is a lazy layer"):
+        trainer(ll.LoRA(r=4, target_modules=["q", "re:.*extra"], modules_to_save=None)).fit(module, data())
+    assert not ll.adapters(module)
+    assert [type(m) for m in module.net.blocks[0].children()][1] is nn.Linear
     assert all(p.requires_grad for p in module.parameters())
 
 
@@ -315,13 +337,12 @@ def test_table_and_lines(capsys, caplog, tmp_path):
 
     with caplog.at_level("INFO"):
         trainer(ll.LoRA(r=4), logger=CSVLogger(tmp_path)).fit(Lit(), data())
-    out = capsys.readouterr().out
-    for text in ("net.blocks.{0-1}.q (2x)", "trained in full", "LoRA adapter 'default'"):
-        assert text in " ".join(out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    counts = "trainable 580 of 1,732 parameters (33.49 %)"
+    for text in ("net.blocks.{0-1}.q (2x)", "trained in full", "LoRA adapter 'default'", counts):
+        assert out.count(text) == 1
     (line,) = [r.getMessage() for r in caplog.records if "LoRA adapter" in r.getMessage()]
-    assert line.startswith(
-        "LoRA adapter 'default' on 4 layers and 1 modules in full: trainable 580 of 1,732 parameters (33.49 %)"
-    )
+    assert line.startswith(f"LoRA adapter 'default' on 4 layers and 1 modules in full: {counts}")
     hparams = next(tmp_path.rglob("hparams.yaml")).read_text()
     assert "lora/default/trainable: 580" in hparams
 
@@ -381,6 +402,110 @@ def test_two_adapters_in_one_run(tmp_path):
     assert torch.equal(out[0], module.eval().net(next(iter(data()))[0]))
 
 
+WRAPPED = {"setup", "configure_model", "configure_optimizers"}
+
+
+def test_two_adapters_over_several_runs(tmp_path):
+    """The first callback leads: one wrapper each, one fingerprint, nothing left behind."""
+    module = Lit("configure_model")
+    callbacks = [
+        ll.LoRA(r=4, target_modules=["q"], adapter_name="first"),
+        ll.LoRA(r=2, target_modules=["o"], adapter_name="second", use_dora=True),
+    ]
+    run = trainer(*callbacks, ModelCheckpoint(tmp_path))
+    for _ in range(2):
+        run.fit(module, data(), data())
+        run.fit_loop.max_epochs += 1
+        assert not WRAPPED & vars(module).keys()
+    run.validate(module, data(), ckpt_path="best")
+    run.test(module, data(), ckpt_path=run.checkpoint_callback.best_model_path)
+    assert not WRAPPED & vars(module).keys()
+    assert list(ll.adapters(pickle.loads(pickle.dumps(module)))) == ["first", "second"]
+    lora = [ll.LoRA(r=4, target_modules=["nothing"], adapter_name="third"), ll.LoRA(r=0 + 1, adapter_name="fourth")]
+    with pytest.raises(ll.TargetError, match="'nothing' matches nothing"):
+        trainer(*lora).fit(module, data())
+    assert not WRAPPED & vars(module).keys()
+    assert list(ll.adapters(module)) == ["first", "second"]
+
+
+def test_saving_when_the_adapters_are_gone(tmp_path):
+    """After merge_and_unload, or a run that failed, a checkpoint is the whole model again."""
+    module = Lit()
+    run = trainer(ll.LoRA(r=4))
+    run.fit(module, data())
+    ll.merge_and_unload(module)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    saved = torch.load(tmp_path / "merged.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == Lit().state_dict().keys()
+    assert "lightning_lora" not in saved
+    again = Lit.load_from_checkpoint(tmp_path / "merged.ckpt")
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in again.state_dict().items())
+    run.callbacks.remove(next(c for c in run.callbacks if isinstance(c, ll.LoRA)))
+    run.fit_loop.max_epochs += 1
+    run.fit(module, data(), ckpt_path=tmp_path / "merged.ckpt")
+
+
+def test_a_merged_model_can_be_evaluated():
+    module = Lit()
+    run = trainer(ll.LoRA(r=4))
+    run.fit(module, data())
+    before = run.validate(module, data(), verbose=False)[0]["val_loss"]
+    ll.merge(module)
+    assert run.validate(module, data(), verbose=False)[0]["val_loss"] == pytest.approx(before, rel=1e-5)
+    assert not ll.adapters(module)["default"].use_dora
+    with pytest.raises(ll.DeadAdapterError, match="can't train: call ll.unmerge"):
+        run.fit(module, data())
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_an_optimizer_that_is_built_in_setup(selected):
+    """Adapters that are on the model keep their tensors through all phases, so what holds them trains them."""
+
+    class Early(Lit):
+        def setup(self, stage):
+            parameters = [p for p in self.parameters() if p.requires_grad or not selected]
+            self.made = torch.optim.AdamW(parameters, lr=1e-2)
+
+        def configure_model(self):
+            self.metric = nn.Identity()
+
+        def configure_optimizers(self):
+            return self.made
+
+    module = Early()
+    trainer(ll.LoRA(r=4)).fit(module, data())
+    assert_trained(module)
+    held = [p for group in module.made.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+def test_dora_follows_a_base_that_is_loaded_later():
+    module = Lit()
+    trainer(ll.LoRA(r=4, use_dora=True)).validate(module, data(), verbose=False)
+    module.net.load_state_dict(build(seed=7).state_dict())
+    x = next(iter(data()))[0]
+    torch.testing.assert_close(module.eval().net(x), build(seed=7).eval()(x))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_models_that_are_built_under_a_default_dtype(precision, tmp_path):
+    """Lightning calls configure_model with the run's dtype as default; adapters are drawn in float32 all the same."""
+    module, plain = Lit("configure_model"), Lit()
+    pl.seed_everything(3, verbose=False)
+    trainer(ll.LoRA(r=4), precision=precision).validate(module, data(), verbose=False)
+    pl.seed_everything(3, verbose=False)
+    trainer(ll.LoRA(r=4)).validate(plain, data(), verbose=False)
+    a, b = module.net.blocks[0].q.lora["default"].A, plain.net.blocks[0].q.lora["default"].A
+    assert a.dtype == torch.float32
+    assert torch.equal(a, b)
+
+
+def test_ranks_that_are_too_high_are_told_once():
+    with pytest.warns(UserWarning, match=r"r=17 is more than the rank that a 16x16 weight can have") as caught:
+        trainer(ll.LoRA(r=17)).fit(Lit("configure_model"), data())
+    assert sum("r=17" in str(w.message) for w in caught) == 1
+
+
 def test_the_learning_rate_finder_leaves_adapters_where_they_were():
     module = Lit()
     module.lr = 1e-3
@@ -388,7 +513,7 @@ def test_the_learning_rate_finder_leaves_adapters_where_they_were():
     run = trainer(ll.LoRA(r=4, loraplus_lr_ratio=8.0), max_epochs=3, enable_progress_bar=False)
     Tuner(run).lr_find(module, data(batch_size=2), num_training=12)
     assert all(not layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
-    assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
+    assert not WRAPPED & vars(module).keys()
     run.fit(module, data())
     assert_trained(module)
 
@@ -452,13 +577,29 @@ def test_a_compiled_model(tmp_path):
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
-def test_strategies_that_are_not_built_yet(strategy):
-    from lightning_lora.strategies import strategy_adapter
+def test_strategies_that_are_not_built_yet():
+    run = trainer(ll.LoRA(), strategy=ModelParallelStrategy(), devices=1)
+    module = Lit("configure_model")
+    with pytest.raises(ll.UnsupportedError, match="ModelParallelStrategy is not built yet. Use one device"):
+        run.strategy.launcher.launch = lambda function, *args, **kwargs: function(*args)
+        run.fit(module, data())
+    assert module.net is None
 
-    stand_in = type({"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy"}[strategy], (), {})()
-    with pytest.raises(ll.UnsupportedError, match="not built yet"):
-        strategy_adapter(stand_in)
+
+def test_strategies_of_other_packages(monkeypatch):
+    from lightning_lora import strategies
+    from lightning_lora.strategies import base
+
+    class Theirs(strategies.StrategyAdapter):
+        pass
+
+    class SomeStrategy(SingleDeviceStrategy):
+        pass
+
+    entry = types.SimpleNamespace(name="SomeStrategy", load=lambda: Theirs)
+    monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
+    monkeypatch.setattr(base, "entry_points", lambda group: [entry] if group == "lightning_lora.strategies" else [])
+    assert type(strategies.strategy_adapter(SomeStrategy())) is Theirs
 
 
 @pytest.mark.parametrize("plugin", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
