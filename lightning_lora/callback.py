@@ -118,9 +118,8 @@ class LoRA(CallbackBase):
             error = raised
         check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
-        self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype))
+        self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
-        self._family: list[LoRA] = []
         self._patches = Patches()
         self._phases: Phases | None = None
         self._watch: Watch | None = None
@@ -142,7 +141,7 @@ class LoRA(CallbackBase):
             )
         strategy, seed = strategy_adapter(trainer.strategy), trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
-        self._family, completed = family, functools.partial(strategy.remember_base, pl_module)
+        completed = functools.partial(strategy.remember_base, pl_module)
         if merged:
             completed()
         else:
@@ -150,7 +149,8 @@ class LoRA(CallbackBase):
             self._phases.begin(self._patches)
         strategy.install()
         if stage == "fit":
-            self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module))
+            ratios = {name: ratio for _, name, _, ratio in (lora._request for lora in family) if ratio is not None}
+            self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module, ratios))
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -170,7 +170,7 @@ class LoRA(CallbackBase):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
-        if not self._family:
+        if self._phases is None:
             return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         check_before(pl_module, optimizers)
@@ -245,7 +245,7 @@ class LoRA(CallbackBase):
     def _leads(self, trainer: "Trainer") -> bool:
         return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self  # type: ignore[attr-defined]
 
-    def _configure_optimizers(self, model: "LightningModule") -> Callable[[], Any]:
+    def _configure_optimizers(self, model: "LightningModule", lr_ratios: dict[str, float]) -> Callable[[], Any]:
         original = model.configure_optimizers
 
         @functools.wraps(original)
@@ -257,8 +257,7 @@ class LoRA(CallbackBase):
             for undo in helped.values():
                 self._patches.later(undo)
             configured = original()
-            ratios = {lora.adapter_name: lora.loraplus_lr_ratio for lora in self._family}
-            complete_optimizers(model, configured, {name: ratio for name, ratio in ratios.items() if ratio is not None})
+            complete_optimizers(model, configured, lr_ratios)
             return configured
 
         return configure_optimizers
@@ -268,4 +267,3 @@ class LoRA(CallbackBase):
         if self._watch is not None:
             self._watch.close()
         self._watch = self._buffers = self._phases = None
-        self._family = []

@@ -116,7 +116,9 @@ def eject(model: nn.Module) -> None:
     """
     layers = dict(lora_layers(model))
     raise_all(ConfigError, _merged_problems(model, "call ll.unmerge first"), "eject")
-    if wrapped := [name for name, layer in layers.items() if type(layer) is not lora_class(type(layer).plain_class)]:
+    if wrapped := [
+        name for name, layer in layers.items() if type(layer) is not lora_class(type(layer).lora_plain_class)
+    ]:
         raise UnsupportedError(f"eject: {listing(wrapped)}: wrapped (by FSDP2, say) after it got its adapter")
     for layer in layers.values():
         for name in list(layer.lora):
@@ -147,20 +149,20 @@ def initialise(model: nn.Module) -> None:
             if adapter.A.is_meta:
                 continue
             if adapter.initialised:
-                adapter.follow(layer.matrix())
+                adapter.follow(layer.lora_matrix())
                 continue
             generator = torch.Generator().manual_seed(
                 (adapter.seed + zlib.crc32(f"{clean(layer_name)}.lora.{name}".encode())) % (1 << 63)
             )
             with plain_defaults():
                 init = resolve(adapter.config.init_lora_weights)
-                A, B, replacement = layer.initial_factors(init, adapter.r, adapter.scaling, generator)
+                A, B, replacement = layer.lora_initial_factors(init, adapter.r, adapter.scaling, generator)
             if replacement is not None:
                 raise UnsupportedError(
                     f"init_lora_weights: {type(init).__name__} gives {layer_name} another base weight, which is not "
                     "built yet; return None for it"
                 )
-            adapter.initialise(layer.matrix(), A, B)
+            adapter.initialise(layer.lora_matrix(), A, B)
 
 
 def default_seed() -> int:
@@ -192,7 +194,7 @@ def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: t
     kind, weight = kind_of(original_type(layer)), layer.weight
     assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
     return variant_class(config.variant)(
-        kind.matrix_shape(layer),
+        kind.lora_matrix_shape(layer),
         r=r,
         scaling=config.scaling(r, alpha),
         config=config,

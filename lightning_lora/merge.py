@@ -192,7 +192,7 @@ def _merge_layer(
     old, bias = layer.weight, layer._parameters.get("bias")
     assert isinstance(old, nn.Parameter)
     new = torch.empty_like(old, dtype=dtype or old.dtype)
-    W, merged = layer.as_matrix(old), layer.as_matrix(new)
+    W, merged = layer.lora_as_matrix(old), layer.lora_as_matrix(new)
     adapters = [layer.lora_adapters()[name] for name in names]
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     sums = torch.zeros(3, dtype=torch.float64, device=W.device)  # |ΔW|², <change, ΔW>, |change - ΔW|²

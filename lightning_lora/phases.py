@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,13 +17,13 @@ from lightning_lora.state import adapters
 from lightning_lora.targets import Plan, draft
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """An adapter that a callback asks for."""
 
     config: LoRAConfig
     adapter_name: str
     dtype: torch.dtype
+    lr_ratio: float | None
 
 
 class Phases:

@@ -75,6 +75,15 @@ def test_only_one_file_assigns_classes():
     assert [p.name for p in FILES if assigns(p)] == ["swap.py"]
 
 
+def test_what_layers_gain_can_hide_nothing_of_the_users():
+    from lightning_lora.layers.base import _KINDS
+
+    for mixin in _KINDS.values():
+        for cls in mixin.__mro__[:-1]:
+            public = {name for name in vars(cls) if not name.startswith("_")}
+            assert all(name.startswith("lora_") for name in public - {"forward", "extra_repr"}), cls
+
+
 def test_files_hold_one_concept():
     long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text().splitlines())) > 270}
     assert not long

@@ -14,22 +14,22 @@ from lightning_lora.config import LoRAConfig
 class Host(Protocol):
     """How the layer that an adapter sits on meets it; `layers` has one implementation per layer type."""
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product with the matrix B A, without scale and bias."""
 
-    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the frozen layer, bias included."""
 
-    def matrix(self) -> Tensor:
+    def lora_matrix(self) -> Tensor:
         """The frozen weight as a matrix (out, in): a view."""
 
-    def per_row(self, vector: Tensor) -> Tensor:
+    def lora_per_row(self, vector: Tensor) -> Tensor:
         """A vector (out,) in the shape that broadcasts over the layer's output."""
 
-    def bias_per_row(self) -> Tensor | None:
+    def lora_bias_per_row(self) -> Tensor | None:
         """The layer's bias in that shape, or None."""
 
-    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on the adapter's input; the identity where the input can't be dropped (token ids)."""
 
 
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
             x: Its input.
             base: The frozen layer's output for x.
             out: ``base`` plus what other active adapters added.
-            *args: What else the layer was called with; goes to ``host.base_forward``.
+            *args: What else the layer was called with; goes to ``host.lora_base_forward``.
             **kwargs: Likewise.
 
         Returns:

@@ -60,12 +60,14 @@ class DoRAAdapter(Adapter):
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.factors(x, out)
-        gain = self.gain(host.matrix())
-        dropped = host.drop(x, self.config.lora_dropout, self.training)
-        bias = host.bias_per_row()
+        gain = self.gain(host.lora_matrix())
+        dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
+        bias = host.lora_bias_per_row()
         again = dropped is not x and self.config.dora_dropout == "input"
-        product = host.base_forward(dropped, *args, **kwargs) if again else base
+        product = host.lora_base_forward(dropped, *args, **kwargs) if again else base
         product = product if bias is None else product - bias.to(product.dtype)
         # g - 1 is taken before the cast: rounding g itself to bfloat16 would erase changes below 0.4 %.
-        out = out + product * host.per_row((gain - 1).to(out.dtype))
-        return out + host.low_rank(dropped, A, B).to(out.dtype) * host.per_row((gain * self.scaling).to(out.dtype))
+        out = out + product * host.lora_per_row((gain - 1).to(out.dtype))
+        return out + host.lora_low_rank(dropped, A, B).to(out.dtype) * host.lora_per_row(
+            (gain * self.scaling).to(out.dtype)
+        )

@@ -1,7 +1,7 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
 from lightning_lora.layers import activation, conv, conv1d, embedding  # noqa: F401  (registers the layer types)
-from lightning_lora.layers.base import LoRALayer, is_quantized, kind_of, reaches_base_forward, registered_base
+from lightning_lora.layers.base import GAINED, LoRALayer, is_quantized, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -14,6 +14,7 @@ from lightning_lora.layers.swap import (
 )
 
 __all__ = [
+    "GAINED",
     "LoRALayer",
     "LockedStatistics",
     "attach",

@@ -13,13 +13,13 @@ from lightning_lora.layers.base import LoRALayer, adapts
 class LoRALinear(LoRALayer):
     """x (..., in) meets A (r, in) and B (out, r)."""
 
-    dense_linear = True
+    lora_dense_linear = True
 
     @override
     @staticmethod
-    def matrix_shape(layer: Any) -> tuple[int, int]:
+    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
         return layer.out_features, layer.in_features
 
     @override
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)

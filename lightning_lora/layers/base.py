@@ -22,18 +22,19 @@ class LoRALayer(Base):
     """A layer with adapters, by name, in ``lora``; those in ``lora_active`` take part in its forward.
 
     Subclasses are mixins, one per layer type. They say how the layer's weight is seen as a matrix and how its kind of
-    product is taken with a low-rank matrix.
+    product is taken with a low-rank matrix. All that a layer gains is called ``lora...``, so that nothing hides what
+    a user's class or its children are called.
     """
 
-    plain_class: ClassVar[type[nn.Module]]
-    dense_linear: ClassVar[bool] = False  # what "all-linear" means
+    lora_plain_class: ClassVar[type[nn.Module]]
+    lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
 
     lora: nn.ModuleDict
     lora_active: tuple[str, ...]
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = out = self.base_forward(input, *args, **kwargs)
+        base = out = self.lora_base_forward(input, *args, **kwargs)
         for name in self.lora_active:
             out = self.lora[name](self, input, base, out, *args, **kwargs)
         return out
@@ -42,50 +43,50 @@ class LoRALayer(Base):
         """The adapters by name."""
         return dict(self.lora.items())  # type: ignore[arg-type]
 
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the layer as it was."""
         out = super().forward(input, *args, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"{type(self).plain_class.__name__}.forward returned {type(out).__name__}; an adapter needs a Tensor. "
+                f"{type(self).lora_plain_class.__name__}.forward returned {type(out).__name__}; an adapter needs a Tensor. "
                 "Name this layer in exclude_modules."
             )
         return out
 
     @staticmethod
-    def matrix_shape(layer: Any) -> tuple[int, int]:
+    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
         """(out, in) of the layer's weight seen as a matrix, also for a layer without adapters."""
         raise NotImplementedError
 
-    def matrix(self) -> Tensor:
+    def lora_matrix(self) -> Tensor:
         """The weight as that matrix: a view."""
         weight: Any = self.weight
-        return self.as_matrix(weight)
+        return self.lora_as_matrix(weight)
 
-    def as_matrix(self, weight: Tensor) -> Tensor:
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight, as that matrix: a view, through which it can be written."""
         return weight.detach()
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product of x with the matrix B A."""
         raise NotImplementedError
 
-    def per_row(self, vector: Tensor) -> Tensor:
+    def lora_per_row(self, vector: Tensor) -> Tensor:
         """A vector (out,) in the shape that broadcasts over the layer's output."""
         return vector
 
-    def bias_per_row(self) -> Tensor | None:
+    def lora_bias_per_row(self) -> Tensor | None:
         """The bias in that shape, or None."""
         bias = getattr(self, "bias", None)
-        return None if bias is None else self.per_row(bias)
+        return None if bias is None else self.lora_per_row(bias)
 
-    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on an adapter's input."""
         return torch.dropout(x, p, training) if p and training else x
 
-    def initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
+    def lora_initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
         """The first A and B, and a new weight or None: what the initialisation says for this matrix."""
-        return init(self.matrix(), r, scale, generator)
+        return init(self.lora_matrix(), r, scale, generator)
 
     @override
     def extra_repr(self) -> str:
@@ -105,10 +106,12 @@ class LoRALayer(Base):
             args[-1].append(f"adapters are merged into {prefix.rstrip('.')}: call ll.unmerge before loading weights")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if "weight" in loads and not self.matrix().is_meta:
+        if "weight" in loads and not self.lora_matrix().is_meta:
             for adapter in self.lora_adapters().values():
-                adapter.follow(self.matrix())
+                adapter.follow(self.lora_matrix())
 
+
+GAINED = ("lora", "lora_active", *(name for name in dir(LoRALayer) if name.startswith("lora_")))
 
 _KINDS: dict[str, type[LoRALayer]] = {}
 _MixinT = TypeVar("_MixinT", bound=type[LoRALayer])

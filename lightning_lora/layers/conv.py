@@ -22,15 +22,15 @@ class LoRAConv(LoRALayer):
 
     @override
     @staticmethod
-    def matrix_shape(layer: Any) -> tuple[int, int]:
+    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
         return layer.out_channels, layer.in_channels // layer.groups * prod(layer.kernel_size)
 
     @override
-    def as_matrix(self, weight: Tensor) -> Tensor:
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().flatten(1)
 
     @override
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         layer: Any = self
         down = A.view(A.shape[0], *layer.weight.shape[1:])
         down = down.repeat(layer.groups, *[1] * (down.dim() - 1)) if layer.groups > 1 else down
@@ -39,6 +39,6 @@ class LoRAConv(LoRALayer):
         return _POINTWISE[len(layer.kernel_size)](h, up, groups=layer.groups)
 
     @override
-    def per_row(self, vector: Tensor) -> Tensor:
+    def lora_per_row(self, vector: Tensor) -> Tensor:
         layer: Any = self
         return vector.view(-1, *[1] * len(layer.kernel_size))

@@ -15,9 +15,9 @@ class LoRAConv1D(LoRALinear):
 
     @override
     @staticmethod
-    def matrix_shape(layer: Any) -> tuple[int, int]:
+    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
         return layer.weight.shape[1], layer.weight.shape[0]
 
     @override
-    def as_matrix(self, weight: Tensor) -> Tensor:
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().T

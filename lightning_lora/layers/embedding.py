@@ -21,11 +21,11 @@ class LoRAEmbedding(LoRALayer):
 
     @override
     @staticmethod
-    def matrix_shape(layer: Any) -> tuple[int, int]:
+    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
         return layer.embedding_dim, layer.num_embeddings
 
     @override
-    def as_matrix(self, weight: Tensor) -> Tensor:
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().T
 
     @override
@@ -42,24 +42,24 @@ class LoRAEmbedding(LoRALayer):
         return out + (shrunk - rows)  # as in torch, the gradient passes as if the row had had this norm before
 
     @override
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._look_up(input, self.weight)
+    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.lora_look_up(input, self.weight)
 
     @override
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(self._look_up(x, A.T), B)
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(self.lora_look_up(x, A.T), B)
 
     @override
-    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         return x
 
     @override
-    def initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
+    def lora_initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
         """A zero and B normal, whatever the initialisation, as in PEFT: a look-up of a random A is not small."""
-        dim, tokens = self.matrix_shape(self)
+        dim, tokens = self.lora_matrix_shape(self)
         A, B = torch.zeros(r, tokens), torch.randn(dim, r, generator=generator)
         return A, B, None
 
-    def _look_up(self, ids: Tensor, table: Any) -> Tensor:
+    def lora_look_up(self, ids: Tensor, table: Any) -> Tensor:
         layer: Any = self
         return F.embedding(ids, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)

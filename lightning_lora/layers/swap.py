@@ -23,7 +23,7 @@ _ASKED = "_lora_asked_mode"  # on a module with locked statistics: the mode that
 class LockedStatistics(Base):
     """A module with running statistics that stays in eval mode itself: a frozen base must not drift."""
 
-    plain_class: ClassVar[type[nn.Module]]
+    lora_plain_class: ClassVar[type[nn.Module]]
 
     @override
     def train(self, mode: bool = True) -> "LockedStatistics":
@@ -64,7 +64,7 @@ def _subclass(prefix: str, cls: type, bases: tuple[type, ...], family: Callable[
         return _rebuild, (cls, family), self.__getstate__()  # type: ignore[no-untyped-call]
 
     names = {"__module__": cls.__module__, "__qualname__": prefix + cls.__qualname__, "__reduce_ex__": reduce}
-    return type(cls)(prefix + cls.__name__, bases, {**names, "plain_class": cls})
+    return type(cls)(prefix + cls.__name__, bases, {**names, "lora_plain_class": cls})
 
 
 def _rebuild(cls: type, family: Callable[[type], Any]) -> Any:
@@ -74,7 +74,7 @@ def _rebuild(cls: type, family: Callable[[type], Any]) -> Any:
 
 def original_type(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave the module."""
-    return type(module).plain_class if isinstance(module, (LoRALayer, LockedStatistics)) else type(module)
+    return type(module).lora_plain_class if isinstance(module, (LoRALayer, LockedStatistics)) else type(module)
 
 
 def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
@@ -94,7 +94,7 @@ def detach(layer: LoRALayer, name: str) -> None:
     del layer.lora[name]
     if not layer.lora:
         del layer.lora, layer.lora_active
-        layer.__class__ = type(layer).plain_class  # type: ignore[assignment]
+        layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
 
 
 def lock_statistics(module: nn.Module) -> None:
@@ -105,7 +105,7 @@ def lock_statistics(module: nn.Module) -> None:
 
 def unlock_statistics(module: LockedStatistics) -> None:
     """Undoes `lock_statistics`; the module gets the mode that it would have without it."""
-    module.__class__ = type(module).plain_class  # type: ignore[assignment]
+    module.__class__ = type(module).lora_plain_class  # type: ignore[assignment]
     module.training = vars(module).pop(_ASKED)
 
 

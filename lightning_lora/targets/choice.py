@@ -40,10 +40,10 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
         if (kind := kind_of(original_type(node.module))) is None:
             continue
         against = roles.reason_against(node.name)
-        by_word = kind.dense_linear and against is None and _is_meant(node, tree, words)
+        by_word = kind.lora_dense_linear and against is None and _is_meant(node, tree, words)
         trained = next((outer for outer in in_full if f"{node.name}.".startswith(f"{outer}.")), None)
         if node.name not in named and not by_word:
-            if kind.dense_linear:
+            if kind.lora_dense_linear:
                 keyword = config.target_modules if isinstance(config.target_modules, str) else "target_modules"
                 reason = "trained in full" if trained is not None else against or f"not in {keyword}"
                 choice.skipped[node.name] = reason

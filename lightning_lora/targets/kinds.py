@@ -19,7 +19,7 @@ _MLP_CLASS = re.compile(r"MLP|FFN|Feed_?Forward|Intermediate|DenseAct|Experts?$"
 def is_dense_linear(module: nn.Module) -> bool:
     """Whether it is what "all-linear" means, if it is in the backbone."""
     kind = kind_of(original_type(module))
-    return kind is not None and kind.dense_linear
+    return kind is not None and kind.lora_dense_linear
 
 
 def is_pretrained(module: nn.Module) -> bool:

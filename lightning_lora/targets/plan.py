@@ -119,7 +119,7 @@ def _targets(
     for node in chosen:
         kind, weight = kind_of(original_type(node.module)), node.module.weight
         assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (`choose` takes no others)
-        matrix = kind.matrix_shape(node.module)
+        matrix = kind.lora_matrix_shape(node.module)
         r = next((rank for key, rank in ranks if any(map(key.within, node.names))), config.r)
         alpha = next((a for key, a in alphas if any(map(key.within, node.names))), config.lora_alpha)
         targets.append(

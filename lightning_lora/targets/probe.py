@@ -11,7 +11,16 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inits import plain_defaults
-from lightning_lora.layers import LoRALayer, attach, detach, is_quantized, kind_of, original_type, registered_base
+from lightning_lora.layers import (
+    GAINED,
+    LoRALayer,
+    attach,
+    detach,
+    is_quantized,
+    kind_of,
+    original_type,
+    registered_base,
+)
 from lightning_lora.targets.walk import Node
 
 TOLERANCE = 0.02  # of the output's norm: layers may round to bfloat16, and an update that is lost is of its size
@@ -35,13 +44,13 @@ class Probe:
         layer, cls = node.module, original_type(node.module)
         if (why := bypass(node)) is not None:
             return why
-        if not isinstance(layer, LoRALayer) and hasattr(layer, "lora"):
-            return "it has an attribute 'lora' of its own"
+        if not isinstance(layer, LoRALayer) and (taken := [name for name in GAINED if hasattr(layer, name)]):
+            return f"it has an attribute {taken[0]!r} of its own"
         if layer._parameters.get("weight") is None:
             return "its weight is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
         if is_quantized(layer):
             kind = kind_of(cls)
-            return None if kind and kind.dense_linear else "a quantised layer of this type can't have an adapter"
+            return None if kind and kind.lora_dense_linear else "a quantised layer of this type can't have an adapter"
         self._try(layer, cls)
         return self._wrong[cls]
 
@@ -112,14 +121,14 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
         if not isinstance(before, Tensor):
             return f"{cls.__name__}.forward returns {type(before).__name__}, not a tensor"
         adapter = variant_class(config.variant)(
-            kind.matrix_shape(probe), r=1, scaling=0.5, config=LoRAConfig(), seed=0,
+            kind.lora_matrix_shape(probe), r=1, scaling=0.5, config=LoRAConfig(), seed=0,
             dtype=torch.float32, device=torch.device("cpu"),
         )  # fmt: skip
         for parameter in adapter.parameters():
             parameter.normal_()
         attach(probe, "probe", adapter)
         merged = torch.empty_like(probe.weight)
-        probe.as_matrix(merged).copy_(adapter.merged(probe.matrix()))
+        probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix()))
         adapted = [_seeded_forward(probe, x, mode) for mode in (False, True)]
         detach(probe, "probe")
         probe._parameters["weight"] = nn.Parameter(merged, requires_grad=False)

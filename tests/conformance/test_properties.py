@@ -18,9 +18,9 @@ each_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def merged_model(model: nn.Sequential, case) -> nn.Sequential:
     """The plain layer with merged(W) as its weight, formed from the equation and independently of `ll.merge`."""
     plain, layer = case.model(), model[0]
-    matrix = layer.lora["default"].merged(layer.matrix().clone())
+    matrix = layer.lora["default"].merged(layer.lora_matrix().clone())
     with torch.no_grad():
-        layer.as_matrix(plain[0].weight).copy_(matrix)
+        layer.lora_as_matrix(plain[0].weight).copy_(matrix)
     return plain
 
 
@@ -45,7 +45,7 @@ def test_the_equation(variant, case):
     """merged(W) against the papers' formulas, written out with dense matrices."""
     model = adapted(case, variant)
     layer, adapter = model[0], model[0].lora["default"]
-    W, A, B = layer.matrix(), adapter.A.detach(), adapter.B.detach()
+    W, A, B = layer.lora_matrix(), adapter.A.detach(), adapter.B.detach()
     scale = 5.0 / (3**0.5 if variant == "rslora" else 3)
     expected = W + scale * (B @ A)
     if variant == "dora":
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_equation(variant, case):
     cotangent = torch.randn_like(model(x))
     got = torch.autograd.grad(model(x), wanted, cotangent)
 
-    merged = layer.matrix() + adapter.scaling * (adapter.B @ adapter.A)
+    merged = layer.lora_matrix() + adapter.scaling * (adapter.B @ adapter.A)
     if variant == "dora":
         merged = (adapter.magnitude / merged.detach().norm(dim=1))[:, None] * merged
     out = torch.func.functional_call(plain, {"0.weight": as_weight(layer, merged)}, (x,))

@@ -67,6 +67,11 @@ def test_size(tmp_path, use_dora):
     assert size <= 1.2 * (adapter + optimizer) + 64 * 1024
 
 
+class Residual(torch.nn.Linear):
+    def forward(self, input):
+        return input + super().forward(input) / 400
+
+
 @pytest.mark.parametrize(("layers", "width"), [(50, 16), (400, 64)])
 def test_size_with_many_small_layers(tmp_path, layers, width):
     """Of rank 1: what a file costs per tensor must not outweigh the tensors."""
@@ -74,7 +79,7 @@ def test_size_with_many_small_layers(tmp_path, layers, width):
     class Deep(Lit):
         def __init__(self):
             super().__init__()
-            self.net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+            self.net = torch.nn.Sequential(*(Residual(width, width) for _ in range(layers)))
 
     module = Deep()
     x = torch.randn(4, width)
@@ -214,7 +219,7 @@ def test_load_from_checkpoint(tmp_path, built, use_dora):
 def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
     fit(tmp_path, epochs=1)
     path = tmp_path / "epoch=0-step=4.ckpt"
-    with pytest.raises(ll.BaseMismatchError, match=r"10 of 10 weights have other values"):
+    with pytest.raises(ll.BaseMismatchError, match="8 of 12 weights have other values: net.blocks.0.q.weight"):
         ll.load_from_checkpoint(Lit, path, seed=2)
     run = trainer(max_steps=1)
     run.fit(Lit(), data())

@@ -265,7 +265,7 @@ def test_an_adapter_on_what_another_trains_in_full():
 @pytest.mark.parametrize("fails", [False, True])
 def test_help_for_reentrant_checkpoints_ends_with_the_run(fails):
     module = Wrapped(FAMILIES["llama"].make)
-    module.net.gradient_checkpointing_enable({"use_reentrant": True})
+    module.net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     batch = one_batch(FAMILIES["llama"].batch(module.net))
     callbacks = [ll.LoRA(r=4)]
     if fails:
