@@ -39,7 +39,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         epilog="example: lightning-lora demo --use-dora --r 4 --steps 100 --output runs/dora",
     )
     parser.add_argument("--r", type=int, default=8, help="rank of the adapters (default: 8)")
-    parser.add_argument("--steps", type=_positive, default=250, help="optimizer steps (default: 250)")
+    parser.add_argument("--steps", type=positive_int, default=250, help="optimizer steps (default: 250)")
     parser.add_argument("--use-dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--output", default="runs/demo", help="folder for checkpoint and metrics (default: runs/demo)")
     parser.set_defaults(run=_demo)
@@ -52,12 +52,9 @@ def _demo(**options: object) -> None:
     demo(**options)  # type: ignore[arg-type]
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
+    """An argument that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-if __name__ == "__main__":
-    main()

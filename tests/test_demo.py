@@ -40,14 +40,13 @@ def test_the_demonstration_as_it_is(tmp_path):
     values = figures(out)
     assert values["before"] == pytest.approx(3.0, abs=0.01)
     assert values["after"] <= 2.38
-    assert re.search(rf"^ adapter off again +{values['before']:.4f}", out, re.MULTILINE)
+    assert re.search(rf"^ adapter off again +{values['before']:.4f} +exactly as before", out, re.MULTILINE)
     assert "model.model.layers.{0-3}.self_attn.q_proj (4x)" in out
     assert "trainable 94,208 of 1,176,704 parameters" in out
     for line in ("base model +4.33 MB", "checkpoint of full fine-tuning +13 MB", "checkpoint of this run +1.1"):
         assert re.search(line, out), line
     assert re.search(r"^before: The value of the expression is ", out, re.MULTILINE)
     assert re.search(r"^after: The value of the expression is ", out, re.MULTILINE)
-    assert int(re.search(r"\((\d+) s in all\)", out)[1]) < 250
     assert len(torch.load(tmp_path / "adapter.ckpt", weights_only=True)["state_dict"]) == 56
 
 

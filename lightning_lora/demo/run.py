@@ -94,9 +94,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _print_results(console: Console, bits: dict[str, float], samples: dict[str, str], checkpoint: Path) -> None:
-    quality = Table("bits per byte, held-out prose", "", box=None)
-    for label, key in (("before", "before"), ("after", "after"), ("adapter off again", "off")):
-        quality.add_row(label, f"{bits[key]:.4f}")
+    quality = Table("bits per byte, held-out prose", "", "", box=None)
+    off = "exactly as before" if bits["off"] == bits["before"] else f"{bits['off'] - bits['before']:+g} to before!"
+    for label, key, remark in (("before", "before", ""), ("after", "after", ""), ("adapter off again", "off", off)):
+        quality.add_row(label, f"{bits[key]:.4f}", remark)
     sizes = Table("on disk", "size", box=None)
     sizes.add_row("base model", format_bytes((BASE / "model.safetensors").stat().st_size))
     sizes.add_row("checkpoint of full fine-tuning", format_bytes(_full_checkpoint_size()))

@@ -47,9 +47,10 @@ class LoRALayer(Base):
         """The forward of the layer as it was."""
         out = super().forward(input, *args, **kwargs)
         if not isinstance(out, Tensor):
+            cls = type(self).lora_plain_class.__name__
             raise TypeError(
-                f"{type(self).lora_plain_class.__name__}.forward returned {type(out).__name__}; an adapter needs a Tensor. "
-                "Name this layer in exclude_modules."
+                f"{cls}.forward returned {type(out).__name__}; an adapter needs a Tensor. Name this layer in "
+                "exclude_modules."
             )
         return out
 

@@ -61,5 +61,6 @@ class LoRAEmbedding(LoRALayer):
         return A, B, None
 
     def lora_look_up(self, ids: Tensor, table: Any) -> Tensor:
+        """Rows of a table of this kind."""
         layer: Any = self
         return F.embedding(ids, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)

@@ -1,4 +1,4 @@
-"""One Lightning strategy per file: how adapters are saved and loaded there."""
+"""Saving and loading adapters under a Lightning strategy: one file per kind of strategy, chosen by its class."""
 
 from lightning_lora.strategies.base import StrategyAdapter, strategy_adapter
 

@@ -44,6 +44,12 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
             both = [torch.empty_like(value) for _ in range(2)]
             distributed.all_gather(both, value)
             assert torch.equal(*both), "ranks differ"
+    if strategy == "ddp":
+        for stage in ("validate", "test", "predict"):  # of a module that has no adapters yet
+            other = Lit()
+            getattr(trainer, stage)(other, data(batch_size=4), ckpt_path=f"{folder}/epoch=2.ckpt")
+            loaded = ll.adapter_state_dict(other)
+            assert all(torch.equal(value, state[key]) for key, value in loaded.items()), stage
     if trainer.is_global_zero:
         torch.save(state, f"{folder}/state.pt")
     if distributed.is_initialized():

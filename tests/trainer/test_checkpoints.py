@@ -72,7 +72,7 @@ class Residual(torch.nn.Linear):
         return input + super().forward(input) / 400
 
 
-@pytest.mark.parametrize(("layers", "width"), [(50, 16), (400, 64)])
+@pytest.mark.parametrize(("layers", "width"), [(50, 16), (400, 128)])
 def test_size_with_many_small_layers(tmp_path, layers, width):
     """Of rank 1: what a file costs per tensor must not outweigh the tensors."""
 

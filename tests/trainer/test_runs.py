@@ -442,8 +442,7 @@ def test_saving_when_the_adapters_are_gone(tmp_path):
     again = Lit.load_from_checkpoint(tmp_path / "merged.ckpt")
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in again.state_dict().items())
     run.callbacks.remove(next(c for c in run.callbacks if isinstance(c, ll.LoRA)))
-    run.fit_loop.max_epochs += 1
-    run.fit(module, data(), ckpt_path=tmp_path / "merged.ckpt")
+    run.validate(module, data(), ckpt_path=tmp_path / "merged.ckpt", verbose=False)
 
 
 def test_a_merged_model_can_be_evaluated():
