@@ -6,6 +6,7 @@ from torch import nn
 from lightning_lora.adapters import Adapter
 from lightning_lora.layers import LockedStatistics, LoRALayer, lock_statistics, unlock_statistics
 from lightning_lora.marks import THAWED, TRAINED, WHOLE, is_whole, trained_in_full
+from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.walk import Node, base_modules
 
 
@@ -34,7 +35,7 @@ def thaw(model: nn.Module) -> None:
             unlock_statistics(module)
         before = vars(module).pop(THAWED, {})
         for key, parameter in module._parameters.items():
-            if parameter is not None and key in before:
+            if parameter is not None and key in before and not (key == "weight" and is_quantized(module)):
                 parameter.requires_grad_(before[key])
         vars(module).pop(TRAINED, None)
 

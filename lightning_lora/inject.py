@@ -20,6 +20,7 @@ from lightning_lora.inits import plain_defaults, resolve
 from lightning_lora.layers import LoRALayer, attach, detach, kind_of, lora_class, lora_layers, original_type
 from lightning_lora.marks import merged_layers
 from lightning_lora.names import clean
+from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, plan
 from lightning_lora.targets.walk import nodes
 
@@ -71,6 +72,7 @@ def carry_out(
     that the plan does not have (any more) are taken off, unless there is something in them.
     """
     _check_adapter(model, config, adapter_name)
+    guard(model)
     tree = nodes(model)
     targets = {id(tree[target.name].module): target for target in drafted.targets}
     held = [layer for _, layer in lora_layers(model) if adapter_name in layer.lora]

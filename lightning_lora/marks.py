@@ -9,6 +9,9 @@ WHOLE = ""  # ... and the key for the module itself, with its buffers and its mo
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
 
+DENSE_CLASS = "_lora_dense_class"  # on a layer that was quantised: (its class, whether its weight is transposed)
+BROKEN = "_lora_broken"  # on a model whose quantisation broke off: the layer
+
 
 def trained_in_full(model: nn.Module) -> set[int]:
     """The parameters that are trained in full, by identity: a tied one is, whichever end was named."""

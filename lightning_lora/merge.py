@@ -5,15 +5,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.adapters import Adapter
+from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.inject import eject
-from lightning_lora.layers import LoRALayer, is_quantized, lora_layers
+from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
+from lightning_lora.quantization import quantizer_of
+from lightning_lora.quantize import dequantize_
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
 
@@ -72,8 +75,12 @@ class Originals(nn.Module):
 
     def swap(self, layer: nn.Module) -> None:
         """Exchanges the layer's parameters and those that are kept."""
+        if (quantizer := quantizer_of(layer)) is not None:
+            quantizer.pack_up(layer)
         for key in self._parameters:
             layer._parameters[key], self._parameters[key] = self._parameters[key], layer._parameters[key]
+        if quantizer is not None:
+            quantizer.put_in(layer)
 
 
 def merge(
@@ -96,16 +103,19 @@ def merge(
         How much of each layer's update survived rounding.
 
     Raises:
-        ConfigError: If there is no such adapter, adapters are merged already, or ``dtype`` is none.
-        UnsupportedError: If the base can't be written to.
+        ConfigError: If there is no such adapter, adapters are merged already, or ``dtype`` is no
+            dtype, or one for quantised layers.
     """
     layers = dict(lora_layers(model))
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     wanted = None if names is None else list(names)
     raise_all(ConfigError, _problems(layers, wanted), "merge")
-    if quantized := [name for name, layer in layers.items() if is_quantized(layer)]:
-        raise UnsupportedError(f"merge: merging into a quantised base is not built yet: {listing(quantized)}")
     owners, target, report = parameter_owners(nodes(model)), _dtype(dtype), {}
+    if target and (packed := [name for name, layer in layers.items() if layer.lora_packed]):
+        raise ConfigError(
+            f"merge: dtype is for dense layers, and {listing(packed, 3)} are quantised: leave it out, or get dense "
+            "layers by ll.merge_and_unload(model)"
+        )
     for name, layer in layers.items():
         chosen = layer.lora_active if wanted is None else tuple(n for n in wanted if n in layer.lora)
         if chosen:
@@ -136,15 +146,16 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
 
     Args:
         model: The model, or a part of it.
-        dequantize: A 4-bit base becomes dense first.
+        dequantize: A quantised base becomes dense first, so that the result is the unpacked base plus ΔW, rounded
+            once. Otherwise the merged weights are packed again, with what `merge` reports as error.
 
     Returns:
         The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
         ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
 
     Raises:
-        ConfigError: If the model has no adapters.
-        UnsupportedError: As `merge` and `eject` do.
+        ConfigError: If the model has no adapters, or they are merged into a quantised base that is to become dense.
+        UnsupportedError: As `eject` does.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject
@@ -153,6 +164,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         >>> type(merge_and_unload(model)[0]).__name__
         'Linear'
     """
+    if dequantize and not merged_layers(model):
+        dequantize_(model)
     if len(merged_layers(model)) < len(list(lora_layers(model))) or not merged_layers(model):
         merge(model)
     replaced = [p for _, layer in lora_layers(model) for p in vars(layer).pop(MERGED).parameters()]
@@ -189,37 +202,51 @@ def _dtype(spec: torch.dtype | str | None) -> torch.dtype | None:
 def _merge_layer(
     layer: LoRALayer, names: tuple[str, ...], dtype: torch.dtype | None, tied: tuple[str, ...]
 ) -> LayerMerge:
-    old, bias = layer.weight, layer._parameters.get("bias")
+    old, bias, quantizer = layer.weight, layer._parameters.get("bias"), quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
-    new = torch.empty_like(old, dtype=dtype or old.dtype)
-    W, merged = layer.lora_as_matrix(old), layer.lora_as_matrix(new)
     adapters = [layer.lora_adapters()[name] for name in names]
+    W = layer.lora_matrix()
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
-    sums = torch.zeros(3, dtype=torch.float64, device=W.device)  # |ΔW|², <change, ΔW>, |change - ΔW|²
-    for rows in row_chunks(W):
-        w = W[rows].to(accumulate)
-        total = adapters[0].merged(w, rows)
-        for adapter in adapters[1:]:
-            total += adapter.merged(w, rows).sub_(w)
-        merged[rows] = total
-        update = total.sub_(w).flatten()
-        sums[0] += torch.dot(update, update)
-        if merged.dtype != accumulate:
-            change = merged[rows].to(accumulate).sub_(w).flatten()
-            sums[1] += torch.dot(change, update)
-            sums[2] += torch.dot(change.sub_(update), change)
-    size, part, error = sums.tolist()
-    rounded = size > 0 and merged.dtype != accumulate
-    changed = {"weight": nn.Parameter(new, requires_grad=False)}
+    if quantizer is None:
+        new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
+        result = layer.lora_as_matrix(new)
+        for rows in row_chunks(W):
+            result[rows] = _merged(adapters, W[rows].to(accumulate), rows)
+    else:
+        new = quantizer.repack(layer, torch.cat([_merged(adapters, W[r].to(accumulate), r) for r in row_chunks(W)]))
+    changed = {"weight": new}
     if dtype and bias is not None:
         changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
     originals = Originals(changed, layer.lora_active)
     originals.swap(layer)
     vars(layer)[MERGED], layer.lora_active = originals, ()
+    size, part, error = _measure(adapters, W, layer.lora_matrix(), accumulate)
     return LayerMerge(
         adapters=names,
         norm=math.sqrt(size),
-        survived=part / size if rounded else 1.0,
-        error=math.sqrt(error / size) if rounded else 0.0,
+        survived=part / size if size else 1.0,
+        error=math.sqrt(error / size) if size else 0.0,
         untied=tied,
     )
+
+
+def _merged(adapters: Sequence[Adapter], w: Tensor, rows: slice) -> Tensor:
+    """These rows of the merged matrix."""
+    total = adapters[0].merged(w, rows)
+    for adapter in adapters[1:]:
+        total += adapter.merged(w, rows).sub_(w)
+    return total
+
+
+def _measure(adapters: Sequence[Adapter], W: Tensor, result: Tensor, dtype: torch.dtype) -> list[float]:
+    """|ΔW|², <change, ΔW> and |change - ΔW|², where the change is what rounding or packing left of ΔW."""
+    sums = torch.zeros(3, dtype=torch.float64, device=W.device)
+    for rows in row_chunks(W):
+        w = W[rows].to(dtype)
+        update = _merged(adapters, w, rows).sub_(w).flatten()
+        change = (result[rows].to(dtype) - w).flatten()
+        sums[0] += torch.dot(update, update)
+        sums[1] += torch.dot(change, update)
+        sums[2] += torch.dot(change.sub_(update), change)
+    values: list[float] = sums.tolist()
+    return values

@@ -19,6 +19,7 @@ LEVELS = [
     {"targets"},
     {"freeze"},
     {"inject"},
+    {"quantize"},
     {"merge", "compose", "switch", "state"},
     {"optim"},
     {"formats"},

@@ -1,7 +1,7 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
-from lightning_lora.layers import activation, conv, conv1d, embedding  # noqa: F401  (registers the layer types)
-from lightning_lora.layers.base import GAINED, LoRALayer, is_quantized, kind_of, reaches_base_forward, registered_base
+from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
+from lightning_lora.layers.base import GAINED, LoRALayer, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -10,6 +10,7 @@ from lightning_lora.layers.swap import (
     lora_class,
     lora_layers,
     original_type,
+    rebase,
     unlock_statistics,
 )
 
@@ -19,13 +20,13 @@ __all__ = [
     "LockedStatistics",
     "attach",
     "detach",
-    "is_quantized",
     "kind_of",
     "lock_statistics",
     "lora_class",
     "lora_layers",
     "original_type",
     "reaches_base_forward",
+    "rebase",
     "registered_base",
     "unlock_statistics",
 ]

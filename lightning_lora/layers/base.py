@@ -28,6 +28,7 @@ class LoRALayer(Base):
 
     lora_plain_class: ClassVar[type[nn.Module]]
     lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
+    lora_packed: ClassVar[bool] = False  # the weight can't be read without unpacking it
 
     lora: nn.ModuleDict
     lora_active: tuple[str, ...]
@@ -157,8 +158,3 @@ def reaches_base_forward(cls: type) -> bool:
             if code is None or not {"super", "forward"} <= set(code.co_names):
                 return False
     return True
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether the layer holds its weight packed, as bitsandbytes does, so that its shape and dtype say little."""
-    return any(base.__module__.partition(".")[0] == "bitsandbytes" for base in type(layer).__mro__)

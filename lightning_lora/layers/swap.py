@@ -97,6 +97,11 @@ def detach(layer: LoRALayer, name: str) -> None:
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
 
 
+def rebase(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a layer another class of its own, below its adapters if it has any."""
+    layer.__class__ = lora_class(cls) if isinstance(layer, LoRALayer) else cls
+
+
 def lock_statistics(module: nn.Module) -> None:
     """Keeps a module in eval mode under ``.train()``."""
     vars(module)[_ASKED], module.training = module.training, False

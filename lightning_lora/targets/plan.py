@@ -9,7 +9,8 @@ from typing_extensions import override
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
-from lightning_lora.layers import is_quantized, kind_of, original_type
+from lightning_lora.layers import kind_of, original_type
+from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
@@ -21,7 +22,10 @@ from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A layer that gets an adapter. ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it."""
+    """A layer that gets an adapter.
+
+    ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it; ``bits`` is what each weight takes.
+    """
 
     name: str
     type: str
@@ -30,6 +34,7 @@ class Target:
     r: int
     lora_alpha: float
     parameters: int
+    bits: float = 32.0
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
 
@@ -126,10 +131,11 @@ def _targets(
             Target(
                 name=node.name,
                 type=original_type(node.module).__name__,
-                shape=matrix if is_quantized(node.module) else tuple(weight.shape),
+                shape=matrix if kind.lora_packed else tuple(weight.shape),
                 matrix=matrix,
                 r=r,
                 lora_alpha=float(alpha),
+                bits=bits_per_weight(node.module),
                 parameters=variant_class(config.variant).parameter_count(matrix, r),
                 aliases=tuple(node.aliases),
                 tied=tuple(n for n in owners.get(id(weight), ()) if n != f"{node.name}.weight"),

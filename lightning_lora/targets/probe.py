@@ -16,11 +16,11 @@ from lightning_lora.layers import (
     LoRALayer,
     attach,
     detach,
-    is_quantized,
     kind_of,
     original_type,
     registered_base,
 )
+from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.walk import Node
 
 TOLERANCE = 0.02  # of the output's norm: layers may round to bfloat16, and an update that is lost is of its size
@@ -49,8 +49,7 @@ class Probe:
         if layer._parameters.get("weight") is None:
             return "its weight is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
         if is_quantized(layer):
-            kind = kind_of(cls)
-            return None if kind and kind.lora_dense_linear else "a quantised layer of this type can't have an adapter"
+            return None
         self._try(layer, cls)
         return self._wrong[cls]
 
@@ -87,9 +86,7 @@ def weight_problem(node: Node) -> str | None:
     weight: Any = getattr(node.module, "weight", None)
     if is_lazy(weight):
         return f"{node.name} is a lazy layer without a shape: run one forward before adapters are added"
-    if is_quantized(node.module):
-        return f"{node.name} is quantised by bitsandbytes; adapters on a quantised base are not built yet"
-    if weight is None:
+    if weight is None or is_quantized(node.module):
         return None
     if weight.layout is not torch.strided:
         return f"{node.name} has a sparse weight ({weight.layout}): make it dense, or name it in exclude_modules"

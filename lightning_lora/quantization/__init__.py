@@ -1,0 +1,23 @@
+"""Layers that hold their weight packed: what they stand for, and how a dense layer becomes one."""
+
+from lightning_lora.quantization.base import (
+    Quantizer,
+    bits_per_weight,
+    dense,
+    guard,
+    is_quantized,
+    quantizer_for,
+    quantizer_of,
+    quantizes,
+)
+
+__all__ = [
+    "Quantizer",
+    "bits_per_weight",
+    "dense",
+    "guard",
+    "is_quantized",
+    "quantizer_for",
+    "quantizer_of",
+    "quantizes",
+]

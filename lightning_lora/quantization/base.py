@@ -1,0 +1,124 @@
+"""What a quantised layer is, whoever quantised it, and how the right quantiser is found."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import Quantization
+from lightning_lora.errors import UnsupportedError
+
+_BACKENDS = {"bitsandbytes": "lightning_lora.quantization.bitsandbytes"}  # by the package that defines the layers
+
+
+class Quantizer(ABC):
+    """How one class of layers packs its weight. It has no state of its own."""
+
+    @abstractmethod
+    def mode(self, layer: Any) -> str:
+        """The name of what was done to the weight: a mode of `Quantization`."""
+
+    @abstractmethod
+    def dense(self, layer: Any) -> Tensor:
+        """The weight (out, in) that the packed values stand for, in the dtype that it was quantised from."""
+
+    @abstractmethod
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        """The layer's product. Nothing dense is kept for the backward pass."""
+
+    @abstractmethod
+    def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
+        """Another weight, packed with the layer's own settings; the layer is not changed."""
+
+    @abstractmethod
+    def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
+        """Packs a dense weight (out, in).
+
+        Returns:
+            The class that a layer with it has, and the attributes that this class needs beside those of nn.Linear;
+            the packed parameter among them, as ``weight``.
+        """
+
+    @abstractmethod
+    def nbytes(self, layer: Any) -> int:
+        """Bytes that the packed weight takes, with everything that is needed to unpack it."""
+
+    @abstractmethod
+    def pack_up(self, layer: Any) -> None:
+        """Puts all that unpacks the weight onto the parameter itself, before that is moved or exchanged."""
+
+    @abstractmethod
+    def put_in(self, layer: Any) -> None:
+        """Makes the layer use the parameter that it has now."""
+
+    @abstractmethod
+    def guard(self, layer: Any) -> None:
+        """Turns off what would harm training."""
+
+
+_QUANTIZERS: dict[str, Quantizer] = {}
+_QuantizerT = TypeVar("_QuantizerT", bound=type[Quantizer])
+
+
+def quantizes(*names: str) -> Callable[[_QuantizerT], _QuantizerT]:
+    """Registers a quantiser: for modes, and for layer classes by qualified name."""
+
+    def register(cls: _QuantizerT) -> _QuantizerT:
+        _QUANTIZERS.update(dict.fromkeys(names, cls()))
+        return cls
+
+    return register
+
+
+def quantizer_of(layer: nn.Module) -> Quantizer | None:
+    """The quantiser of a layer that holds its weight packed; None for others."""
+    for cls in type(layer).__mro__:
+        if (backend := _BACKENDS.get(cls.__module__.partition(".")[0])) is not None:
+            importlib.import_module(backend)
+            return _QUANTIZERS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return None
+
+
+def quantizer_for(settings: Quantization) -> Quantizer:
+    """The quantiser of a mode.
+
+    Raises:
+        UnsupportedError: If bitsandbytes is missing or too old.
+    """
+    try:
+        importlib.import_module(_BACKENDS["bitsandbytes"])
+    except ImportError as error:
+        raise UnsupportedError(
+            f"quantization={settings.mode!r} needs bitsandbytes 0.48 or newer (pip install -U bitsandbytes): {error}"
+        ) from error
+    return _QUANTIZERS[settings.mode]
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer holds its weight packed, so that the parameter's shape and dtype say little."""
+    return quantizer_of(layer) is not None
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """The weight of a layer, unpacked where it is packed."""
+    quantizer, weight = quantizer_of(layer), layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if quantizer is None else quantizer.dense(layer)
+
+
+def bits_per_weight(layer: Any) -> float:
+    """Bits that the layer's weight takes for each value that it stands for."""
+    quantizer = quantizer_of(layer)
+    if quantizer is None:
+        return float(8 * layer.weight.element_size())
+    return 8.0 * quantizer.nbytes(layer) / int(layer.in_features * layer.out_features)
+
+
+def guard(model: nn.Module) -> None:
+    """Turns off, in all quantised layers of a model, what would harm training."""
+    for module in model.modules():
+        if (quantizer := quantizer_of(module)) is not None:
+            quantizer.guard(module)

@@ -1,0 +1,194 @@
+"""The 4- and 8-bit layers of bitsandbytes (QLoRA, arXiv:2305.14314, section 3; LLM.int8(), arXiv:2208.07339).
+
+Layers that transformers or Lightning's BitsandbytesPrecision quantised are of the same classes. Imported only when
+there is such a layer, or one is asked for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as F4
+from bitsandbytes.nn import Int8Params, Params4bit
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.config import Quantization
+from lightning_lora.ops.packed import packed_linear
+from lightning_lora.quantization.base import Quantizer, quantizes
+
+_THRESHOLD = 6.0  # of outliers that LLM.int8() keeps in 16 bits (section 3.2)
+
+
+class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A 4-bit linear without memory: bitsandbytes' own keeps the dtype of its first input, and casts its bias to it."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return _FOUR_BIT.forward(self, x)
+
+
+class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """An 8-bit linear whose scales follow it to another device, and whose bias keeps its dtype."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return _EIGHT_BIT.forward(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear8bit":
+        _EIGHT_BIT.pack_up(self)
+        super()._apply(fn, recurse)
+        return self
+
+
+@quantizes("nf4", "nf4-dq", "fp4", "fp4-dq", "bitsandbytes.nn.modules.Linear4bit")
+class FourBit(Quantizer):
+    """NF4 and FP4, in blocks with one scale each; with double quantisation (-dq) the scales are 8-bit."""
+
+    @override
+    def mode(self, layer: Any) -> str:
+        return f"{layer.weight.quant_type}{'-dq' if layer.weight.compress_statistics else ''}"
+
+    @override
+    def dense(self, layer: Any) -> Tensor:
+        packed: Tensor = layer.weight.data
+        state = _state(layer)  # none yet where it is packed when it is moved to its device
+        return packed if state is None else F4.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+
+    @override
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        compute = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
+        if _state(layer) is None:
+            return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+        return packed_linear(x, lambda: self.dense(layer), layer.bias, compute)
+
+    @override
+    def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
+        old = layer.weight
+        packed = Params4bit(
+            W.to(_state(layer).dtype),
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        return packed.to(W.device)  # type: ignore[no-any-return]
+
+    @override
+    def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
+        storage: torch.dtype = getattr(torch, settings.quant_storage)
+        packed = Params4bit(
+            weight,
+            blocksize=settings.blocksize,
+            compress_statistics=settings.mode.endswith("-dq"),
+            quant_type=settings.mode.removesuffix("-dq"),
+            quant_storage=storage,
+        ).to(device)
+        compute = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+        return Linear4bit, {
+            "weight": packed,
+            "quant_state": packed.quant_state,
+            "quant_storage": storage,
+            "compute_dtype": compute,
+            "compute_type_is_set": True,
+            "support_avx512bf16_for_cpu": False,
+        }
+
+    @override
+    def pack_up(self, layer: Any) -> None:
+        if (state := _state(layer)) is not None:
+            layer.weight.quant_state = state
+
+    @override
+    def put_in(self, layer: Any) -> None:
+        layer.quant_state = layer.weight.quant_state
+
+    @override
+    def nbytes(self, layer: Any) -> int:
+        state = _state(layer)
+        if state is None:
+            return int(layer.weight.nbytes)
+        parts = [layer.weight.data, state.absmax, state.offset]
+        parts += [state.state2.absmax] if state.state2 is not None else []
+        return sum(part.nbytes for part in parts if part is not None)  # the codes are constants of all layers
+
+    @override
+    def guard(self, layer: Any) -> None:
+        """On CPUs with AVX512-bf16 an eval forward repacks the weight for a kernel without a backward pass."""
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(_state(layer), "packing_format_for_cpu", False):
+            unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
+            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
+            layer.quant_state = layer.weight.quant_state
+
+
+@quantizes("int8", "bitsandbytes.nn.modules.Linear8bitLt")
+class EightBit(Quantizer):
+    """Rows of int8 with one scale each. In eval mode the input is quantised too, but for outliers."""
+
+    @override
+    def mode(self, layer: Any) -> str:
+        return "int8"
+
+    @override
+    def dense(self, layer: Any) -> Tensor:
+        rows, scales = self._rows_and_scales(layer)
+        if rows is None or scales is None:
+            unpacked: Tensor = layer.weight.data
+            return unpacked
+        return rows * (scales / 127).unsqueeze(1)
+
+    @override
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        layer.state.is_training = layer.training
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        out: Tensor = bnb.matmul(x, layer.weight, bias=None, state=layer.state)
+        return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+    @override
+    def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
+        return Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False).to(W.device)  # type: ignore[no-any-return]
+
+    @override
+    def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
+        state = bnb.MatmulLtState()
+        state.threshold, state.has_fp16_weights, state.use_pool = _THRESHOLD, False, True
+        packed = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        return Linear8bit, {"weight": packed, "state": state, "index": None}
+
+    @override
+    def pack_up(self, layer: Any) -> None:
+        """The first forward moves rows and scales from the parameter to the layer's state, where nothing moves them."""
+        if layer.state.CB is not None:
+            layer.weight.CB, layer.weight.SCB = layer.weight.data, layer.state.SCB
+            layer.state.CB = layer.state.SCB = None
+
+    @override
+    def put_in(self, layer: Any) -> None:
+        layer.init_8bit_state()
+
+    @override
+    def guard(self, layer: Any) -> None:
+        pass
+
+    @override
+    def nbytes(self, layer: Any) -> int:
+        rows, scales = self._rows_and_scales(layer)
+        return layer.weight.nbytes if rows is None or scales is None else rows.nbytes + scales.nbytes
+
+    @staticmethod
+    def _rows_and_scales(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+        holder = layer.weight if layer.weight.SCB is not None else layer.state
+        return holder.CB, holder.SCB
+
+
+_FOUR_BIT, _EIGHT_BIT = FourBit(), EightBit()
+
+
+def _state(layer: Any) -> Any:
+    """What unpacks the weight; it survives on the layer when a parameter lost it (FSDP2, pickle)."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state

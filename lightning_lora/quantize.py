@@ -1,0 +1,171 @@
+"""Quantising a frozen base in place, layer by layer, and back (QLoRA, arXiv:2305.14314)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import Quantization
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, raise_all
+from lightning_lora.inject import eject
+from lightning_lora.layers import kind_of, lora_layers, original_type, rebase, registered_base
+from lightning_lora.marks import BROKEN, DENSE_CLASS, MERGED, trained_in_full
+from lightning_lora.names import clean
+from lightning_lora.quantization import quantizer_for, quantizer_of
+from lightning_lora.targets.kinds import is_pretrained
+from lightning_lora.targets.patterns import parse, unmatched
+from lightning_lora.targets.probe import bypass
+from lightning_lora.targets.roles import find_roles
+from lightning_lora.targets.walk import Node, nodes, parameter_owners
+
+
+def quantize(
+    model: nn.Module, quantization: str | Quantization = "nf4-dq", device: torch.device | str | None = None
+) -> None:
+    """Quantises the dense linears of a frozen base in place, with or without adapters on them.
+
+    One layer after the other is packed, on the device, and its dense weight freed at once. Left dense: adapters, what
+    is trained in full, heads and output embeddings, MoE routers, tied weights, weights that are read and not called,
+    linears with a forward of their own. Layers that are quantised already in this mode stay as they are.
+
+    Args:
+        model: A LightningModule or any other module; its weights are on a real device.
+        quantization: A mode (``"nf4"``, ``"nf4-dq"``, ``"fp4"``, ``"fp4-dq"``, ``"int8"``) or a `Quantization`.
+        device: Where the packed weights shall be; where the dense ones are by default.
+
+    Raises:
+        ConfigError: For an unknown mode.
+        TargetError: If there is nothing to quantise, a pattern matches nothing, or a layer can't be quantised.
+        UnsupportedError: If bitsandbytes is missing or too old, or memory ran out: then the adapters were taken off,
+            and the model has to be built anew.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> quantize(model, "nf4")
+        >>> model[0].weight.dtype
+        torch.uint8
+    """
+    settings = Quantization(mode=quantization) if isinstance(quantization, str) else quantization  # type: ignore[arg-type]
+    quantizer, chosen = quantizer_for(settings), choose(model, settings)
+    for node in chosen:
+        layer: Any = node.module
+        place = layer.weight.device if device is None else torch.device(device)
+        try:
+            _pack(layer, *quantizer.convert(_as_linear(layer), settings, place))
+        except (RuntimeError, MemoryError) as error:
+            eject(model)
+            vars(model)[BROKEN] = node.name
+            raise UnsupportedError(
+                f"quantising {node.name} failed ({type(error).__name__}: {error}). The layers before it are packed "
+                "already: the adapters were taken off, build the model anew"
+            ) from error
+    for _, adapted in lora_layers(model):
+        for adapter in adapted.lora_adapters().values() if not adapted.weight.is_meta else ():
+            adapter.follow(adapted.lora_matrix())
+
+
+def choose(model: nn.Module, settings: Quantization) -> list[Node]:
+    """The layers to quantise.
+
+    Raises:
+        TargetError: If there are none, or one can't be quantised.
+    """
+    if (name := vars(model).get(BROKEN)) is not None:
+        raise TargetError(f"quantising this model broke off at {name}: build it anew")
+    tree = nodes(model)
+    roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
+    names, ignored, problems = [name for node in tree.values() for name in node.names], set[str](), list[str]()
+    for pattern in parse(settings.ignore_modules or []):
+        hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
+        problems += [] if hits else [unmatched("ignore_modules", pattern, names)]
+        ignored |= hits
+    chosen, packed = [], 0
+    for node in tree.values():
+        if (kind := kind_of(original_type(node.module))) is None or not kind.lora_dense_linear:
+            continue
+        if (quantizer := quantizer_of(node.module)) is not None:
+            mode, packed = quantizer.mode(node.module), packed + 1
+            if mode != settings.mode:
+                problems.append(f"{node.name} is quantised already, as {mode!r}: {settings.mode!r} needs dense weights")
+        elif node.name not in ignored and roles.reason_against(node.name) is None and bypass(node) is None:
+            weight = node.module._parameters.get("weight")
+            own = original_type(node.module).forward is not registered_base(original_type(node.module)).forward
+            if weight is None or own or id(weight) in trained or len(owners[id(weight)]) > 1:
+                continue
+            problems += _weight_problems(node.name, weight, settings)
+            chosen.append(node)
+    if not chosen and not packed and not problems:
+        problems.append(
+            "the model has no linear that can be quantised: all are heads, tied, trained in full or ignored"
+        )
+    raise_all(TargetError, problems, "quantization")
+    return chosen
+
+
+def dequantize_(model: nn.Module) -> None:
+    """Makes quantised layers dense again, with the weights that the packed values stand for. Adapters stay.
+
+    Raises:
+        ConfigError: If adapters are merged.
+    """
+    for name, module in model.named_modules():
+        if (quantizer := quantizer_of(module)) is None or not isinstance(module, nn.Linear):
+            continue
+        if MERGED in vars(module):
+            raise ConfigError(f"adapters are merged into {clean(name)}, which is quantised: call ll.unmerge first")
+        layer: Any = module
+        weight = quantizer.dense(layer)
+        for key in ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "state", "index"):
+            vars(layer).pop(key, None)
+        vars(layer).pop("support_avx512bf16_for_cpu", None)
+        dense_class, transposed = vars(layer).pop(DENSE_CLASS, (nn.Linear, False))
+        if transposed:
+            del layer.in_features, layer.out_features
+        layer._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
+        rebase(layer, dense_class)
+    for module in model.modules():
+        if is_pretrained(module):
+            _forget_quantization(module)
+
+
+def _as_linear(layer: Any) -> Tensor:
+    """The weight as (out, in)."""
+    kind = kind_of(original_type(layer))
+    assert kind is not None
+    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T.contiguous()
+
+
+def _pack(layer: Any, cls: type, attributes: dict[str, Any]) -> None:
+    """Makes a dense linear, or GPT-2's Conv1D, a quantised one, with the packed weight."""
+    old, transposed = layer._parameters["weight"], not isinstance(layer, nn.Linear)
+    if transposed:
+        layer.in_features, layer.out_features = layer.weight.shape
+    vars(layer)[DENSE_CLASS] = (original_type(layer), transposed)
+    layer._parameters["weight"] = attributes.pop("weight")
+    vars(layer).update(attributes)
+    rebase(layer, cls)
+    old.data = torch.empty(0, dtype=old.dtype)  # an optimizer that was built before may hold it
+
+
+def _weight_problems(name: str, weight: Tensor, settings: Quantization) -> Iterator[str]:
+    if type(weight.data).__name__ == "DTensor":
+        yield f"{name} is sharded already: call ll.quantize(model, {settings.mode!r}) before fully_shard"
+    elif weight.is_meta:
+        yield f"{name} is on the meta device: give it its values in configure_model"
+    elif weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"{name} is {weight.dtype}, which bitsandbytes can't quantise: cast it, or name it in ignore_modules"
+    elif settings.mode != "int8":
+        packs = 2 * torch.empty(0, dtype=getattr(torch, settings.quant_storage)).element_size()
+        if weight.numel() % packs and packs > 2:
+            yield (
+                f"{name} has {weight.numel()} weights, which do not fill {settings.quant_storage} (a multiple of "
+                f"{packs}): use quant_storage='uint8', or name it in ignore_modules"
+            )
+
+
+def _forget_quantization(model: Any) -> None:
+    """Takes off what transformers remember of a quantised model, so that it saves and moves as a dense one."""
+    for name in ("quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
