@@ -15,6 +15,7 @@ from lightning_lora.errors import (
 from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.inject import eject, inject
 from lightning_lora.merge import MergeReport, merge, merge_and_unload, unmerge
+from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
 from lightning_lora.switch import disable_adapters
 from lightning_lora.targets import Plan, plan
@@ -42,6 +43,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "plan",
+    "quantize",
     "summary",
     "unmerge",
 ]

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.checks import DTYPES, MODES
+from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, UnsupportedError, did_you_mean, raise_all
 
-UNBUILT = ("quantization", "gradient_checkpointing", "init_from", "save_peft")
+UNBUILT = ("init_from", "save_peft")
 
 
 def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None) -> None:
@@ -32,6 +33,10 @@ def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None
         problems.append(f"adapter_dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{hint}")
     if isinstance(mode, str) and mode not in MODES:
         problems.append(f"quantization must be one of {', '.join(MODES)}, got {mode!r}.{did_you_mean(mode, MODES)}")
+    elif mode is not None and not isinstance(mode, (str, Quantization)):
+        problems.append(f"quantization must be a mode, a Quantization or None, got {mode!r}")
+    if not isinstance(own["gradient_checkpointing"], bool):
+        problems.append(f"gradient_checkpointing must be true or false, got {own['gradient_checkpointing']!r}")
     raise_all(ConfigError, problems, "LoRA")
     unbuilt += [f"{name} is not built yet" for name in UNBUILT if own[name]]
     raise_all(UnsupportedError, unbuilt, "LoRA")

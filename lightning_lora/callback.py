@@ -18,7 +18,7 @@ from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import figures, one_line, show
 from lightning_lora.arguments import check_arguments
 from lightning_lora.base_buffers import BaseBuffers
-from lightning_lora.compatibility import check_compatibility, warn_of_copies
+from lightning_lora.compatibility import check_compatibility, quantization_of, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
@@ -32,6 +32,8 @@ from lightning_lora.marks import merged_layers
 from lightning_lora.optim import complete_optimizers, restore_ratios
 from lightning_lora.patches import Patches
 from lightning_lora.phases import Phases, Request
+from lightning_lora.quantize import choose, quantize
+from lightning_lora.recompute import checkpoint_activations
 from lightning_lora.state import adapters
 from lightning_lora.strategies import strategy_adapter
 
@@ -118,6 +120,8 @@ class LoRA(CallbackBase):
             error = raised
         check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
+        self.quantization = Quantization(mode=quantization) if isinstance(quantization, str) else quantization
+        self.gradient_checkpointing, self._recompute = gradient_checkpointing, False
         self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
         self._patches = Patches()
@@ -141,14 +145,24 @@ class LoRA(CallbackBase):
             )
         strategy, seed = strategy_adapter(trainer.strategy), trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
-        completed = functools.partial(strategy.remember_base, pl_module)
+        settings = quantization_of(family)
+
+        def completed() -> None:
+            strategy.remember_base(pl_module, settings)
+            if settings is not None:
+                choose(pl_module, settings)  # what can't be quantised shall be known now, and not half-way
+
         if merged:
             completed()
         else:
             self._phases = Phases(pl_module, [lora._request for lora in family], seed, completed)
             self._phases.begin(self._patches)
+            if settings is not None:
+                pack = functools.partial(self._quantize, pl_module, settings, trainer.strategy.root_device)
+                self._patches.call_after(trainer.precision_plugin, "convert_module", pack)
         strategy.install()
         if stage == "fit":
+            self._recompute = any(lora.gradient_checkpointing for lora in family)
             ratios = {name: ratio for _, name, _, ratio in (lora._request for lora in family) if ratio is not None}
             self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module, ratios))
 
@@ -252,6 +266,8 @@ class LoRA(CallbackBase):
         def configure_optimizers() -> Any:
             initialise(model)  # what was on the meta device until now, or was cast
             freeze(model)  # users freeze and thaw in their own hooks
+            if self._recompute:
+                rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, self._patches))}")
             if helped := let_gradients_through(model):
                 rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
             for undo in helped.values():
@@ -261,6 +277,15 @@ class LoRA(CallbackBase):
             return configured
 
         return configure_optimizers
+
+    def _quantize(self, model: "LightningModule", settings: Quantization, device: torch.device) -> None:
+        assert self._phases is not None
+        try:
+            quantize(model, settings, device)
+        except LightningLoRAError:
+            self._phases.undo()
+            raise
+        self._phases.plan_again()
 
     def _release(self) -> None:
         self._patches.release()

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.state import adapters
 
@@ -37,6 +38,20 @@ def check_compatibility(trainer: Any, family: list[Any]) -> None:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
     raise_all(ConfigError, problems, "LoRA")
     raise_all(UnsupportedError, unsupported, "LoRA")
+
+
+def quantization_of(family: list[Any]) -> Quantization | None:
+    """What the LoRA callbacks of a Trainer want the base to be.
+
+    Raises:
+        ConfigError: If they want different things.
+    """
+    wanted = {callback.adapter_name: callback.quantization for callback in family if callback.quantization is not None}
+    different = {str(settings) for settings in wanted.values()}
+    if len(different) > 1:
+        each = ", ".join(f"{name!r}: {settings.mode}" for name, settings in wanted.items())
+        raise ConfigError(f"LoRA: one base can't be quantised in several ways ({each}): give one of them")
+    return next(iter(wanted.values()), None)
 
 
 def warn_of_copies(trainer: Any, model: nn.Module) -> None:

@@ -53,6 +53,16 @@ class Phases:
         if lazy:
             patches.call_after(self._model, "configure_model", functools.partial(self._run, last=True))
 
+    def undo(self) -> None:
+        """Takes off the adapters that were not there before this run."""
+        for name in {request.adapter_name for request in self._requests} - self._had:
+            withdraw(self._model, name)
+
+    def plan_again(self) -> None:
+        """Refreshes the plans after the base was quantised: the targets are the same, their weights are not."""
+        for request in self._requests:
+            self.plans[request.adapter_name], _ = draft(self._model, request.config)
+
     def _run(self, last: bool) -> None:
         try:
             drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
@@ -64,8 +74,7 @@ class Phases:
                     self.plans[request.adapter_name] = plan
             initialise(self._model)
         except Exception:
-            for name in {request.adapter_name for request in self._requests} - self._had:
-                withdraw(self._model, name)
+            self.undo()
             raise
         if last:
             self._completed()

@@ -10,10 +10,11 @@ from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import kind_of, lora_layers, original_type, rebase, registered_base
-from lightning_lora.marks import BROKEN, DENSE_CLASS, MERGED, trained_in_full
+from lightning_lora.marks import BROKEN, DENSE, MERGED, trained_in_full
 from lightning_lora.names import clean
+from lightning_lora.ops.samples import sample
 from lightning_lora.quantization import quantizer_for, quantizer_of
-from lightning_lora.targets.kinds import is_pretrained
+from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles
@@ -27,7 +28,7 @@ def quantize(
 
     One layer after the other is packed, on the device, and its dense weight freed at once. Left dense: adapters, what
     is trained in full, heads and output embeddings, MoE routers, tied weights, weights that are read and not called,
-    linears with a forward of their own. Layers that are quantised already in this mode stay as they are.
+    linears with a forward of their own, and what a transformers model asks to keep in float32. Layers that are quantised already in this mode stay as they are.
 
     Args:
         model: A LightningModule or any other module; its weights are on a real device.
@@ -75,6 +76,10 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
         raise TargetError(f"quantising this model broke off at {name}: build it anew")
     tree = nodes(model)
     roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
+    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
+    dense_by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
+        (n.name, part) for n in tree.values() if is_pretrained(n.module) for part in _kept_dense(n.module)
+    ]
     names, ignored, problems = [name for node in tree.values() for name in node.names], set[str](), list[str]()
     for pattern in parse(settings.ignore_modules or []):
         hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
@@ -91,6 +96,9 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
         elif node.name not in ignored and roles.reason_against(node.name) is None and bypass(node) is None:
             weight = node.module._parameters.get("weight")
             own = original_type(node.module).forward is not registered_base(original_type(node.module)).forward
+            parts = node.name.split(".")
+            if any(is_inside(node.name, outer) and part in parts for outer, part in dense_by_design):
+                continue
             if weight is None or own or id(weight) in trained or len(owners[id(weight)]) > 1:
                 continue
             problems += _weight_problems(node.name, weight, settings)
@@ -101,6 +109,19 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
         )
     raise_all(TargetError, problems, "quantization")
     return chosen
+
+
+def _kept_dense(model: Any) -> set[str]:
+    """Names of modules that a transformers model needs in float32, such as T5's ``wo``: it looks at their dtype."""
+    kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) for suffix in ("", "_strict"))
+    return {name for names in kept for name in names or ()}
+
+
+def dense_record(layer: Any) -> tuple[list[int], torch.dtype, Tensor]:
+    """What is known of the dense weight of a quantised layer: shape, dtype, and some values, or nan."""
+    _, transposed, values = vars(layer).get(DENSE, (None, False, sample(torch.empty(0))))
+    shape = [layer.out_features, layer.in_features]
+    return shape[::-1] if transposed else shape, _dense_dtype(layer), values
 
 
 def dequantize_(model: nn.Module) -> None:
@@ -119,7 +140,7 @@ def dequantize_(model: nn.Module) -> None:
         for key in ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "state", "index"):
             vars(layer).pop(key, None)
         vars(layer).pop("support_avx512bf16_for_cpu", None)
-        dense_class, transposed = vars(layer).pop(DENSE_CLASS, (nn.Linear, False))
+        dense_class, transposed, _ = vars(layer).pop(DENSE, (nn.Linear, False, None))
         if transposed:
             del layer.in_features, layer.out_features
         layer._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
@@ -127,6 +148,12 @@ def dequantize_(model: nn.Module) -> None:
     for module in model.modules():
         if is_pretrained(module):
             _forget_quantization(module)
+
+
+def _dense_dtype(layer: Any) -> torch.dtype:
+    state = getattr(layer.weight, "quant_state", None)
+    dtype: torch.dtype = torch.float16 if state is None else state.dtype
+    return dtype
 
 
 def _as_linear(layer: Any) -> Tensor:
@@ -141,7 +168,7 @@ def _pack(layer: Any, cls: type, attributes: dict[str, Any]) -> None:
     old, transposed = layer._parameters["weight"], not isinstance(layer, nn.Linear)
     if transposed:
         layer.in_features, layer.out_features = layer.weight.shape
-    vars(layer)[DENSE_CLASS] = (original_type(layer), transposed)
+    vars(layer)[DENSE] = (original_type(layer), transposed, sample(layer.weight))
     layer._parameters["weight"] = attributes.pop("weight")
     vars(layer).update(attributes)
     rebase(layer, cls)

@@ -25,6 +25,7 @@ LEVELS = [
     {"formats"},
     {"strategies", "analysis"},
     {"health", "base_buffers", "compatibility", "recipes"},
+    {"recompute"},
     {"phases"},
     {"callback"},
     {"demo"},

@@ -54,13 +54,16 @@ def is_adapter_checkpoint(checkpoint: dict[str, Any]) -> bool:
     return META in checkpoint
 
 
-def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> None:
+def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
     """Loads an adapter checkpoint into a model that has the same adapters.
 
     Args:
         model: The model.
         checkpoint: What the file holds.
         base: The fingerprint of the model's frozen weights.
+
+    Returns:
+        What may differ and does.
 
     Raises:
         CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
@@ -77,12 +80,13 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
     if differences := _differences(saved, current, _MATHEMATICS):
         if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
             raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
-    compare(meta["base"], base, trained=checkpoint["state_dict"].keys() | adapter_state_dict(model).keys())
+    notes = compare(meta["base"], base, trained=checkpoint["state_dict"].keys() | adapter_state_dict(model).keys())
     try:
         load_adapter_state(model, checkpoint["state_dict"])
     except CheckpointError as error:
         hints = _differences(saved, current, _PLACES)
         raise CheckpointError("\n".join([str(error), *hints])) from None
+    return notes
 
 
 def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[str], **init_kwargs: Any) -> _ModuleT:
@@ -123,7 +127,8 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
             )
         dtypes = [t.dtype for key, t in checkpoint["state_dict"].items() if key.endswith(f".lora.{name}.A")]
         carry_out(model, config, drafted, name, *dtypes[:1])
-    load_adapters(model, checkpoint, fingerprint(model))
+    for note in load_adapters(model, checkpoint, fingerprint(model)):
+        warnings.warn(note, stacklevel=2)
     return model
 
 

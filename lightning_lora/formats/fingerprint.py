@@ -15,38 +15,50 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.config import Quantization
 from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
-
-SAMPLES = 4  # values per parameter
+from lightning_lora.ops.samples import SAMPLES, sample
+from lightning_lora.quantization import quantizer_of
+from lightning_lora.quantize import dense_record
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module, quantization: Quantization | None = None) -> dict[str, Any]:
     """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
-    Merged layers count with the base's own weights. Parameters without comparable values (on the meta device,
+    Merged layers count with the base's own weights, quantised ones with those that they were quantised from, as far as
+    these were seen. Parameters without comparable values (on the meta device,
     integers) count with name and shape only: their samples are nan. Names, shapes and dtypes are compressed: of a
     model with hundreds of small blocks they would be the larger part of a checkpoint.
 
+    Args:
+        model: The model.
+        quantization: How the base is going to be quantised.
+
     Returns:
-        ``{"sha256": of everything, "parameters": zlib-compressed JSON as uint8, "samples": (parameters, SAMPLES)}``
+        ``{"quantization": mode or None, "sha256": of everything, "parameters": zlib-compressed JSON as uint8,
+        "samples": (parameters, SAMPLES)}``
     """
-    described, samples = [], []
+    described, samples, modes = [], [], list[str]([quantization.mode] if quantization else [])
     seen = trained_in_full(model)
     for name, module in model.named_modules():
         for key, parameter in () if isinstance(module, Adapter) else base_parameters(module):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                dtype = str(parameter.dtype).removeprefix("torch.")
-                described.append((clean(f"{name}.{key}" if name else key), list(parameter.shape), dtype))
-                samples.append(_sample(parameter))
-    values = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
+                shape, dtype, values = list(parameter.shape), parameter.dtype, None
+                if key == "weight" and (quantizer := quantizer_of(module)) is not None:
+                    shape, dtype, values = dense_record(module)
+                    modes.append(quantizer.mode(module))
+                described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
+                samples.append(sample(parameter) if values is None else values)
+    stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     structure = repr(sorted((name, shape) for name, shape, _ in described))
-    digest = hashlib.sha256(structure.encode() + values.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(structure.encode() + stacked.numpy().tobytes()).hexdigest()
     packed = zlib.compress(json.dumps(described, separators=(",", ":")).encode(), 9)
-    return {"sha256": digest, "parameters": _bytes_tensor(packed), "samples": values}
+    mode = modes[0] if modes else None
+    return {"quantization": mode, "sha256": digest, "parameters": _bytes_tensor(packed), "samples": stacked}
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class _Weight:
     samples: Tensor
 
 
-def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = ()) -> None:
+def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = ()) -> list[str]:
     """Checks that an adapter's base is this model's.
 
     Args:
@@ -64,11 +76,18 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
         current: The model's.
         trained: Names that are trained in one of the two runs, and so not of the base.
 
+    Returns:
+        What differs and may differ: whether and how the base is quantised.
+
     Raises:
         BaseMismatchError: Naming what differs.
     """
+    modes = [fingerprint.get("quantization") or "dense" for fingerprint in (saved, current)]
+    notes = (
+        [f"the adapter was trained on a base that is {modes[0]}, this one is {modes[1]}"] if len({*modes}) > 1 else []
+    )
     if saved["sha256"] == current["sha256"]:
-        return
+        return notes
     old, new = _weights(saved, trained), _weights(current, trained)
     problems = []
     if missing := [name for name in old if name not in new]:
@@ -85,6 +104,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
             "the adapter was trained on another base model than this one: " + "; ".join(problems) + ". Load the base "
             "that it was trained on (the same checkpoint, or the same seed before the model is built)"
         )
+    return notes
 
 
 def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, _Weight]:
@@ -95,14 +115,6 @@ def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, 
 
 def _bytes_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
-        return torch.full((SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
-    flat = parameter.detach().reshape(-1)
-    index = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
-    return flat[index.to(flat.device)].float().cpu()
 
 
 def _same(old: _Weight, new: _Weight) -> bool:

@@ -55,7 +55,7 @@ class FourBit(Quantizer):
     def dense(self, layer: Any) -> Tensor:
         packed: Tensor = layer.weight.data
         state = _state(layer)  # none yet where it is packed when it is moved to its device
-        return packed if state is None else F4.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+        return packed if state is None else F4.dequantize_4bit(packed, state)
 
     @override
     def forward(self, layer: Any, x: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ class FourBit(Quantizer):
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
         old = layer.weight
-        packed = Params4bit(
+        packed: nn.Parameter = Params4bit(
             W.to(_state(layer).dtype),
             blocksize=old.blocksize,
             compress_statistics=old.compress_statistics,
             quant_type=old.quant_type,
             quant_storage=old.quant_storage,
-        )
-        return packed.to(W.device)  # type: ignore[no-any-return]
+        ).to(W.device)
+        return packed
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
@@ -150,7 +150,8 @@ class EightBit(Quantizer):
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
-        return Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False).to(W.device)  # type: ignore[no-any-return]
+        packed: nn.Parameter = Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False).to(W.device)
+        return packed
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:

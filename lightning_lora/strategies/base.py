@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_lora.config import Quantization
 from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
@@ -91,9 +92,9 @@ class StrategyAdapter:
             replacement.lora_original = original  # type: ignore[attr-defined]
             setattr(self.strategy, name, replacement)
 
-    def remember_base(self, model: nn.Module) -> None:
+    def remember_base(self, model: nn.Module, quantization: Quantization | None) -> None:
         """Takes the fingerprint of the base, which is complete now and not yet cast, quantised or sharded."""
-        self.base = fingerprint(model)
+        self.base = fingerprint(model, quantization)
 
     @property
     def model(self) -> nn.Module:
@@ -127,13 +128,14 @@ class StrategyAdapter:
     ) -> None:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
-            load_adapters(self.model, checkpoint, self.base)
+            for note in load_adapters(self.model, checkpoint, self.base):
+                rank_zero_info(note)
             return
         is_base = is_base_checkpoint(self.model, checkpoint)
         original(checkpoint, strict=strict)
         if is_base:
             keep_weights_only(checkpoint)
-            self.base = fingerprint(self.model)
+            self.base = {**fingerprint(self.model), "quantization": self.base.get("quantization")}
             rank_zero_info(
                 "The checkpoint holds a model without adapters: it was loaded as the base, and a new run starts"
             )

@@ -63,7 +63,8 @@ def _span(numbers: list[int]) -> str:
 
 
 def _cells(target: "Target") -> tuple[str, ...]:
-    remark = f"alpha {target.lora_alpha:g}{_remark(target.aliases, target.tied)}"
+    packed = "" if target.bits in (16, 32, 64) else f"; {target.bits:.4g} bit per weight"
+    remark = f"alpha {target.lora_alpha:g}{packed}{_remark(target.aliases, target.tied)}"
     return target.type, "x".join(map(str, target.shape)), str(target.r), remark
 
 

@@ -1,0 +1,165 @@
+"""QLoRA and QDoRA in the real Trainer: quantised by the callback, trained, saved, resumed, merged."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.layers import lora_layers
+from lightning_lora.quantization import bits_per_weight, is_quantized
+from tests.helpers.families import FAMILIES
+from tests.helpers.modules import Wrapped, one_batch, trainer
+from tests.helpers.toy import Lit, data
+
+MODES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
+LAYERS = [f"net.blocks.{i}.{n}" for i in range(2) for n in ("q", "o")]
+
+
+def fit(module, folder=None, *, epochs=2, lora=None, ckpt_path=None, callbacks=(), **options):
+    pl.seed_everything(5, verbose=False)
+    saver = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
+    run = trainer(
+        ll.LoRA(**{"r": 4, "quantization": "nf4-dq", **(lora or {})}), *saver, *callbacks, max_epochs=epochs, **options
+    )
+    run.fit(module, data(shuffle=True), data(), ckpt_path=ckpt_path)
+    return run
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode, use_dora, capsys):
+    module = Lit()
+    dense = {name: dict(module.named_modules())[name].weight.clone() for name in LAYERS}
+    run = fit(module, lora={"quantization": mode, "use_dora": use_dora})
+    assert [name for name, m in module.named_modules() if is_quantized(m)] == LAYERS
+    for name, layer in lora_layers(module):
+        adapter = layer.lora["default"]
+        assert adapter.A.dtype == torch.float32
+        assert adapter.B.count_nonzero()
+        error = (layer.lora_matrix() - dense[name]).norm() / dense[name].norm()
+        assert 0 < error < (0.02 if mode == "int8" else 0.2)
+    assert not is_quantized(module.net.head)
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters() if p.requires_grad}
+    assert f"{bits_per_weight(module.net.blocks[0].q):.4g} bit per weight" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("built", ["init", "setup", "configure_model", "meta"])
+def test_wherever_the_model_is_built(built):
+    module = Lit(built)
+    fit(module, epochs=1)
+    assert [name for name, m in module.named_modules() if is_quantized(m)] == LAYERS
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true", "64-true"])
+def test_precisions(precision):
+    module = Lit()
+    if precision == "64-true":
+        with pytest.raises(ll.TargetError, match="net.blocks.0.q is torch.float64, which bitsandbytes can't quantise"):
+            fit(module, precision=precision)
+        assert not ll.adapters(module)
+        return
+    fit(module, precision=precision)
+    for _, layer in lora_layers(module):
+        assert layer.lora["default"].B.dtype == torch.float32
+        assert layer.lora["default"].B.count_nonzero()
+        assert layer.bias.dtype == {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_from_fit_to_a_dense_model(tmp_path, mode, use_dora):
+    """Fit, killed, resumed, tested, merged: the base is nowhere in the files, and resuming is bit for bit."""
+    lora = {"quantization": mode, "use_dora": use_dora, "lora_dropout": 0.2}
+    whole = Lit()
+    fit(whole, tmp_path / "whole", epochs=3, lora=lora)
+    saved = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == ll.adapter_state_dict(whole).keys()
+    assert saved["lightning_lora"]["base"]["quantization"] == mode
+
+    class Kill(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    killed = Lit()
+    with pytest.raises(SystemExit):
+        fit(killed, tmp_path / "killed", epochs=3, lora=lora, callbacks=[Kill()])
+    resumed = Lit()
+    run = fit(resumed, tmp_path / "rest", epochs=3, lora=lora, ckpt_path=tmp_path / "killed" / "epoch=0.ckpt")
+    for key, value in ll.adapter_state_dict(whole).items():
+        assert torch.equal(ll.adapter_state_dict(resumed)[key], value), key
+    loss = run.test(resumed, data(), ckpt_path=tmp_path / "rest" / "epoch=2.ckpt", verbose=False)[0]["test_loss"]
+    x = next(iter(data()))[0]
+    expected = resumed.eval().net(x)
+    ll.merge_and_unload(resumed)
+    assert [type(m) for _, m in resumed.net.blocks[0].named_children()][1] is nn.Linear
+    torch.testing.assert_close(
+        resumed.net(x), expected, rtol=2e-2 if mode == "int8" else 1e-4, atol=2e-3 if mode == "int8" else 1e-5
+    )
+    assert loss == pytest.approx(trainer().test(resumed, data(), verbose=False)[0]["test_loss"], rel=1e-2)
+    assert resumed.state_dict().keys() == Lit().state_dict().keys()
+
+
+def test_a_base_of_another_kind_is_fine_and_said(tmp_path, caplog):
+    module = Lit()
+    fit(module, tmp_path, epochs=1)
+    for lora, kind in ((ll.LoRA(r=4), "dense"), (ll.LoRA(r=4, quantization="fp4"), "fp4")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer(lora).validate(Lit(), data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+        assert f"trained on a base that is nf4-dq, this one is {kind}" in caplog.text
+    with pytest.warns(UserWarning, match="trained on a base that is nf4-dq, this one is dense"):
+        ll.load_from_checkpoint(Lit, tmp_path / "epoch=0.ckpt")
+    with pytest.raises(ll.BaseMismatchError, match="of 12 weights have other values"):
+        trainer(ll.LoRA(r=4, quantization="nf4-dq")).validate(Lit(seed=2), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    with pytest.raises(
+        ll.BaseMismatchError, match="of 12 weights have other values"
+    ):  # known from before it was packed
+        trainer(ll.LoRA(r=4)).fit(other := Lit(seed=2), data())
+        ll.quantize(other)
+        trainer(ll.LoRA(r=4)).validate(other, data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_several_runs_pack_once():
+    module = Lit()
+    run = fit(module, epochs=1)
+    packed = [layer.weight for _, layer in lora_layers(module)]
+    run.validate(module, data(), verbose=False)
+    run.fit_loop.max_epochs += 1
+    run.fit(module, data())
+    assert all(layer.weight is weight for (_, layer), weight in zip(lora_layers(module), packed, strict=True))
+    assert not {"convert_module"} & vars(run.precision_plugin).keys()
+
+
+def test_evaluation_in_between_does_not_harm_training():
+    """bitsandbytes repacks weights in eval mode on CPUs with AVX512-bf16, which would cut the backward pass."""
+    gradients = []
+    for evaluated in (False, True):
+        module = Wrapped(FAMILIES["llama"].make)
+        batch = FAMILIES["llama"].batch(module.net)
+        ll.inject(module, ll.LoRAConfig(r=4))
+        ll.quantize(module, "nf4")
+        if evaluated:
+            with torch.inference_mode():
+                module.eval().bfloat16().net(**batch)
+            module.float().train()
+        module.net(**batch).loss.backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert all(g is not None for g in gradients[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit", "mixtral", "whisper"])
+def test_families(family):
+    module = Wrapped(FAMILIES[family].make)
+    batch = FAMILIES[family].batch(module.net)
+    trainer(ll.LoRA(r=4, quantization="nf4"), max_epochs=2).fit(module, one_batch(batch))
+    adapted = [layer for _, layer in lora_layers(module)]
+    dense = {name.rpartition(".")[2] for name, layer in lora_layers(module) if not is_quantized(layer)}
+    assert dense == ({"wo"} if family == "t5" else set())  # T5 casts what comes in to the dtype of this weight
+    assert all(layer.lora["default"].B.count_nonzero() for layer in adapted)
+    merged = ll.merge_and_unload(module)
+    assert not any(is_quantized(m) for m in merged.modules())
+    merged.net(**batch)
