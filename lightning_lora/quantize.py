@@ -28,7 +28,8 @@ def quantize(
 
     One layer after the other is packed, on the device, and its dense weight freed at once. Left dense: adapters, what
     is trained in full, heads and output embeddings, MoE routers, tied weights, weights that are read and not called,
-    linears with a forward of their own, and what a transformers model asks to keep in float32. Layers that are quantised already in this mode stay as they are.
+    linears with a forward of their own, and what a transformers model asks to keep in float32. Layers that are
+    quantised already in this mode stay as they are.
 
     Args:
         model: A LightningModule or any other module; its weights are on a real device.
@@ -78,8 +79,6 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
     roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     dense_by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
-        (n.name, part) for n in tree.values() if is_pretrained(n.module) for part in _kept_dense(n.module)
-    ]
     names, ignored, problems = [name for node in tree.values() for name in node.names], set[str](), list[str]()
     for pattern in parse(settings.ignore_modules or []):
         hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}

@@ -78,7 +78,8 @@ def quantizer_of(layer: nn.Module) -> Quantizer | None:
     for cls in type(layer).__mro__:
         if (backend := _BACKENDS.get(cls.__module__.partition(".")[0])) is not None:
             importlib.import_module(backend)
-            return _QUANTIZERS.get(f"{cls.__module__}.{cls.__qualname__}")
+            if (quantizer := _QUANTIZERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+                return quantizer
     return None
 
 

@@ -19,6 +19,9 @@ from lightning_lora.config import Quantization
 from lightning_lora.ops.packed import packed_linear
 from lightning_lora.quantization.base import Quantizer, quantizes
 
+if tuple(int(part) for part in bnb.__version__.split(".")[:2]) < (0, 48):
+    raise ImportError(f"version {bnb.__version__} is installed")
+
 _THRESHOLD = 6.0  # of outliers that LLM.int8() keeps in 16 bits (section 3.2)
 
 

@@ -10,6 +10,7 @@ from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.layers import kind_of, original_type
+from lightning_lora.marks import BROKEN
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
 from lightning_lora.targets.patterns import parse_key, unmatched
@@ -96,6 +97,8 @@ def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
             f"the model already has PEFT adapters ({listing(peft)}); take them off first (PeftModel.unload() gives the "
             "base model, merge_and_unload() the merged one)"
         ]
+    if (broken := vars(model).get(BROKEN)) is not None:
+        return Plan(targets=()), [f"quantising this model broke off at {broken}: build it anew"]
     roles, problems = find_roles(tree), list[str]()
     saved = saved_modules(tree, config, roles, problems)
     choice = choose(tree, config, roles, saved)

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import original_type
+from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
 from lightning_lora.targets.walk import Node, base_modules, own_parameters
@@ -63,6 +64,10 @@ def _saved(
         kind, aliases = original_type(module).__name__, tuple(tree[name].aliases)
     if not owned:
         problems.append(f"modules_to_save: {name} ({kind}) has no parameters to train")
+        return None
+    inside = list(base_modules(tree[name].module)) if name in tree else []
+    if packed := [type(m).__name__ for m in inside if is_quantized(m)]:
+        problems.append(f"modules_to_save: {name} ({packed[0]}) is quantised, and can't be trained in full")
         return None
     if any(not p.is_floating_point() for p in owned):
         dtype = next(p.dtype for p in owned if not p.is_floating_point())

@@ -1,0 +1,278 @@
+"""`quantize`: what it packs, what it leaves, what it costs, and what it refuses."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.layers import lora_layers
+from lightning_lora.quantization import bits_per_weight, dense, is_quantized
+from lightning_lora.quantize import dequantize_
+from tests.helpers.families import FAMILIES
+from tests.helpers.layers import randomise
+from tests.helpers.toy import build
+
+MODES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+
+
+def packed(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if is_quantized(module)]
+
+
+# ---- what is packed ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_dense():
+    """Heads, output embeddings, tied weights, routers, weights that are read, forwards of their own."""
+
+    class Own(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = nn.ModuleDict({"body": nn.Linear(64, 64), "own": Own(64, 64), "attention": nn.MultiheadAttention(64, 2)})
+    model["one"], model["other"] = nn.Linear(64, 64), nn.Linear(64, 64)
+    model["other"].weight = model["one"].weight
+    model["classifier"] = nn.Linear(64, 3)
+    ll.quantize(model)
+    assert packed(model) == ["body"]
+    for family, left in (("mixtral", "gate"), ("qwen2-tied", "lm_head"), ("llama-classifier", "score"), ("t5", "wo")):
+        model = FAMILIES[family].make()
+        ll.quantize(model)
+        assert packed(model)
+        assert not any(name.endswith(left) for name in packed(model)), family
+
+
+def test_ignored_modules():
+    model = build()
+    ll.quantize(model, ll.Quantization(mode="nf4", ignore_modules=["blocks.0", "re:.*1.o"]))
+    assert packed(model) == ["blocks.1.q"]
+    with pytest.raises(ll.TargetError, match="ignore_modules: 'bloks' matches nothing. Did you mean 'blocks'"):
+        ll.quantize(build(), ll.Quantization(ignore_modules=["bloks"]))
+
+
+def test_bits_per_weight():
+    """QLoRA, section 3: 32/64 bits for the scales, with double quantisation 8/64 + 32/(64·256)."""
+    for mode, bits in (("nf4", 4.5), ("nf4-dq", 4.127), ("fp4-dq", 4.127), ("int8", 8.008)):
+        model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
+        ll.quantize(model, mode)
+        assert bits_per_weight(model[0]) == pytest.approx(bits, abs=1e-3)
+        state = model[0].weight.quant_state if mode != "int8" else None
+        if state is not None:
+            kept = [state.code, *([state.state2.code, state.offset] if state.state2 else [])]
+            assert sum(t.nbytes for t in kept) <= 1e-3 * model[0].weight.nbytes
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_settings(blocksize, storage):
+    model = nn.Sequential(nn.Linear(64, 48))
+    before = model[0].weight.clone()
+    settings = ll.Quantization(mode="nf4", blocksize=blocksize, quant_storage=storage, compute_dtype="bfloat16")
+    ll.quantize(model, settings)
+    assert model[0].weight.dtype == getattr(torch, storage)
+    assert model[0].weight.blocksize == blocksize
+    assert (dense(model[0]) - before).norm() < 0.25 * before.norm()
+    x = torch.randn(3, 64)
+    expected = nn.functional.linear(x.bfloat16(), dense(model[0]).bfloat16(), model[0].bias.bfloat16()).float()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_casts_do_not_touch_what_is_packed(storage):
+    model = build()
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.quantize(model, ll.Quantization(mode="nf4-dq", quant_storage=storage))
+    before = dense(model.blocks[0].q)
+    for cast in (torch.float16, torch.bfloat16, torch.float32):
+        model.to(cast)
+        assert torch.equal(dense(model.blocks[0].q), before)
+        model(torch.randn(2, 16, dtype=cast))
+
+
+# ---- numbers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_computes_what_it_computes_on_the_unpacked_base(mode, variant):
+    """Outputs, gradients and merged weights; then merged into the packed base, and back bit for bit."""
+    model = build().train()
+    ll.inject(model, ll.LoRAConfig(r=3, lora_alpha=5, modules_to_save=None, **variant))
+    ll.quantize(model, mode)
+    for module in model.modules():
+        module.training = not isinstance(module, nn.Dropout)
+    x = torch.randn(5, 16, requires_grad=True)
+    with ll.disable_adapters(model):
+        base = model(x)
+    torch.testing.assert_close(model(x), base, rtol=1e-5, atol=1e-5)  # magnitudes are those of the packed weight
+    randomise(model)
+    unpacked = copy.deepcopy(model)
+    dequantize_(unpacked)
+    results = []
+    for each in (model, unpacked):
+        x.grad = None
+        out = each(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    keys = {key: value.clone() for key, value in model.state_dict().items()}
+    report = ll.merge(model)
+    assert all(layer.error > 0 for layer in report.layers.values())
+    with ll.disable_adapters(model):
+        assert torch.equal(model(x), base) or mode == "int8"
+    ll.unmerge(model)
+    assert all(torch.equal(value, keys[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), results[0][0])
+    ll.merge_and_unload(model)
+    torch.testing.assert_close(model(x), results[0][0], rtol=1e-4, atol=1e-5)
+    assert not packed(model)
+    assert model.state_dict().keys() == build().state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_copies_and_pickles(mode):
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2, use_dora=True))
+    ll.quantize(model, mode)
+    randomise(model)
+    out = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), out)
+        nn.init.zeros_(twin.blocks[0].q.lora["default"].B)
+        assert torch.equal(model(x), out)
+        ll.merge_and_unload(twin)
+
+
+def test_merging_a_packed_base_for_good():
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.quantize(model, "nf4")
+    randomise(model)
+    merged = ll.merge_and_unload(model, dequantize=False)
+    assert packed(merged) == ["blocks.0.q", "blocks.0.o", "blocks.1.q", "blocks.1.o"]
+    assert not list(lora_layers(merged))
+    assert not [key for key in merged.state_dict() if "lora" in key]
+    merged(x)
+
+
+def test_nothing_dense_is_kept_for_the_backward_pass():
+    saved: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    ll.inject(model, ll.LoRAConfig(r=4, modules_to_save=None, exclude_modules=None, target_modules=["0", "1"]))
+    ll.quantize(model, ll.Quantization(mode="nf4"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(torch.randn(2, 256))
+    assert saved
+    assert max(t.numel() for t in saved) <= 4 * 256
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import gc, resource, torch
+from torch import nn
+import lightning_lora as ll
+torch.set_num_threads(1)
+ll.quantize(nn.Sequential(nn.Linear(1024, 1024)))  # what is loaded and allocated once
+model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16)))
+dense = 16 * 2048 * 2048 * 4
+def resident():
+    gc.collect()
+    return int(open('/proc/self/statm').read().split()[1]) * 4096
+before, peak = resident(), 0
+import lightning_lora.quantize as q
+real = q._pack
+def watched(*args):
+    global peak
+    peak = max(peak, resident())
+    real(*args)
+q._pack = watched
+ll.quantize(model, 'nf4-dq')
+after = resident()
+print(before, peak, after, dense)
+"""
+
+
+@pytest.mark.slow
+def test_dense_weights_go_one_by_one():
+    """While a layer is packed there is no more than all that is dense yet, what is packed, and one layer."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, peak, after, all_dense = map(int, done.stdout.split())
+    one, final = all_dense / 16, all_dense / 8
+    assert peak - before <= 1.05 * (one + one / 8)  # never more than what was there and one layer
+    assert after - before <= 1.05 * (final - all_dense) + one
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input():
+    with pytest.raises(ll.ConfigError, match="Did you mean 'nf4'"):
+        ll.quantize(build(), "nf5")
+    with pytest.raises(ll.TargetError, match="no linear that can be quantised"):
+        ll.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)))
+    with pytest.raises(ll.TargetError, match="blocks.0.q is on the meta device: give it its values in configure_model"):
+        with torch.device("meta"):
+            model = build()
+        ll.quantize(model)
+    with pytest.raises(
+        ll.TargetError, match="0 has 15 weights, which do not fill float32 .a multiple of 8.: use quant_st"
+    ):
+        ll.quantize(nn.Sequential(nn.Linear(3, 5)), ll.Quantization(quant_storage="float32"))
+    ll.quantize(nn.Sequential(nn.Linear(3, 5)))
+    model = build()
+    ll.quantize(model, "nf4")
+    ll.quantize(model, "nf4")
+    with pytest.raises(ll.TargetError, match="quantised already, as 'nf4': 'nf4-dq' needs dense weights"):
+        ll.quantize(model, "nf4-dq")
+    ll.inject(model, ll.LoRAConfig())
+    with pytest.raises(ll.ConfigError, match="dtype is for dense layers"):
+        ll.merge(model, dtype="bfloat16")
+    ll.merge(model)
+    with pytest.raises(ll.ConfigError, match="merged into blocks.0.q, which is quantised|merged already"):
+        dequantize_(model)
+
+
+def test_memory_that_runs_out_half_way(monkeypatch):
+    """The layers before it are packed and can't be brought back: nothing is left that could train."""
+    from lightning_lora.quantization.bitsandbytes import FourBit
+
+    real, calls = FourBit.convert, []
+
+    def fails_at_the_third(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args)
+
+    monkeypatch.setattr(FourBit, "convert", fails_at_the_third)
+    model = build()
+    ll.inject(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.UnsupportedError, match="quantising blocks.1.q failed .OutOfMemoryError: CUDA out of memory"):
+        ll.quantize(model)
+    assert not ll.adapters(model)
+    with pytest.raises(ll.TargetError, match="broke off at blocks.1.q: build it anew"):
+        ll.quantize(model)
+    with pytest.raises(ll.TargetError, match="broke off at blocks.1.q: build it anew"):
+        ll.inject(model, ll.LoRAConfig(r=2))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_bitsandbytes(monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "lightning_lora.quantization.bitsandbytes", raising=False)
+    if missing:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    else:
+        import bitsandbytes
+
+        monkeypatch.setattr(bitsandbytes, "__version__", "0.44.1")
+    with pytest.raises(ll.UnsupportedError, match="needs bitsandbytes 0.48 or newer .pip install -U bitsandbytes"):
+        ll.quantize(build())
