@@ -7,35 +7,35 @@ takes them off when the run ends.
 
 import functools
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import figures, one_line, show
 from lightning_lora.arguments import check_arguments
 from lightning_lora.base_buffers import BaseBuffers
+from lightning_lora.base_weights import BaseWeights
 from lightning_lora.compatibility import check_compatibility, quantization_of, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
-from lightning_lora.formats.rng import gather_rng, own_rng, restore_rng
-from lightning_lora.freeze import freeze, train_mode
-from lightning_lora.health import Watch, check_before, let_gradients_through
+from lightning_lora.formats.rng import gather_rng
+from lightning_lora.freeze import train_mode
+from lightning_lora.health import Watch, check_before
 from lightning_lora.inits import Init
 from lightning_lora.inject import default_seed, initialise
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
-from lightning_lora.optim import complete_optimizers, restore_ratios
+from lightning_lora.optim import restore_ratios
 from lightning_lora.patches import Patches
 from lightning_lora.phases import Phases, Request
-from lightning_lora.quantize import choose, quantize
-from lightning_lora.recompute import checkpoint_activations
+from lightning_lora.random_states import RandomStates
 from lightning_lora.state import adapters
-from lightning_lora.strategies import strategy_adapter
+from lightning_lora.strategies import StrategyAdapter, strategy_adapter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -121,14 +121,16 @@ class LoRA(CallbackBase):
         check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
         self.quantization = Quantization(mode=quantization) if isinstance(quantization, str) else quantization
-        self.gradient_checkpointing, self._recompute = gradient_checkpointing, False
+        self.gradient_checkpointing = gradient_checkpointing
         self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
         self._patches = Patches()
         self._phases: Phases | None = None
+        self._strategy: StrategyAdapter | None = None
         self._watch: Watch | None = None
+        self._base: BaseWeights | None = None
         self._buffers: BaseBuffers | None = None
-        self._rng: dict[str, Any] | None = None
+        self._random = RandomStates()
 
     @override
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -138,33 +140,24 @@ class LoRA(CallbackBase):
             return
         family = [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
         check_compatibility(trainer, family)
-        merged = merged_layers(pl_module)
-        if merged and stage == "fit":
-            raise DeadAdapterError(
-                f"adapters are merged into {listing(merged)} and can't train: call ll.unmerge(model)"
-            )
-        strategy, seed = strategy_adapter(trainer.strategy), trainer.strategy.broadcast(default_seed())
+        if (merged := merged_layers(pl_module)) and stage == "fit":
+            raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
+        strategy = self._strategy = strategy_adapter(trainer.strategy)
+        seed = trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
         settings = quantization_of(family)
-
-        def completed() -> None:
-            strategy.remember_base(pl_module, settings)
-            if settings is not None:
-                choose(pl_module, settings)  # what can't be quantised shall be known now, and not half-way
-
+        remember = functools.partial(strategy.remember_base, pl_module, settings)
         if merged:
-            completed()
+            remember()
         else:
-            self._phases = Phases(pl_module, [lora._request for lora in family], seed, completed)
-            self._phases.begin(self._patches)
-            if settings is not None:
-                pack = functools.partial(self._quantize, pl_module, settings, trainer.strategy.root_device)
-                self._patches.call_after(trainer.precision_plugin, "convert_module", pack)
+            self._phases = Phases(pl_module, [lora._request for lora in family], seed, settings, remember)
+            self._phases.begin(self._patches, trainer.strategy)
         strategy.install()
         if stage == "fit":
-            self._recompute = any(lora.gradient_checkpointing for lora in family)
+            recompute = any(lora.gradient_checkpointing for lora in family)
             ratios = {name: ratio for _, name, _, ratio in (lora._request for lora in family) if ratio is not None}
-            self._patches.replace(pl_module, "configure_optimizers", self._configure_optimizers(pl_module, ratios))
+            configure = functools.partial(configure_optimizers, pl_module, self._patches, ratios, recompute)
+            self._patches.wrap(pl_module, "configure_optimizers", configure)
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -188,17 +181,24 @@ class LoRA(CallbackBase):
             return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         check_before(pl_module, optimizers)
-        restore_ratios(optimizers)
-        self._watch = Watch(pl_module, optimizers)
+        if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            restore_ratios(optimizers)  # the learning-rate finder set all groups alike
+        self._watch, self._base = Watch(pl_module, optimizers), BaseWeights(pl_module, optimizers)
+        if self._strategy is not None:
+            self._strategy.check_base = self._base.check_values  # type: ignore[method-assign]
         self._buffers = BaseBuffers(pl_module)
-        loop = trainer.fit_loop
-        if self._rng is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
-            restore_rng(self._rng)  # again: making the iterator of the epoch's rest drew from it
-        self._rng = None
+        self._random.on_train_start(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when an epoch begins, before its iterator is made."""
+        self._random.on_train_epoch_start(trainer)
 
     @override
     def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch begins."""
+        if self._base is not None:
+            self._base.check_optimizers()
         if self._watch is not None:
             self._watch.training = True
 
@@ -218,7 +218,9 @@ class LoRA(CallbackBase):
         """Called when training ends. Warns about what never moved."""
         if self._watch is not None:
             self._watch.close(finished=True)
-        self._watch = self._buffers = None
+        if self._base is not None and (problem := self._base.changed()) is not None:
+            rank_zero_warn(problem)
+        self._forget()
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
@@ -229,17 +231,10 @@ class LoRA(CallbackBase):
     @override
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
-        states = checkpoint.get(META, {}).get("rng")
-        if not self._leads(trainer):
-            return
-        complete_averages(pl_module, checkpoint)
-        if states is None or trainer.state.fn != "fit":
-            return
-        self._rng = own_rng(states, trainer.global_rank, trainer.world_size)
-        if self._rng is None:
-            rank_zero_info("The checkpoint is from another number of processes: random states are not restored")
-        else:
-            restore_rng(self._rng)
+        if self._leads(trainer):
+            complete_averages(pl_module, checkpoint)
+            if trainer.state.fn == "fit" and (states := checkpoint.get(META, {}).get("rng")) is not None:
+                self._random.resume(states, trainer)
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -259,36 +254,14 @@ class LoRA(CallbackBase):
     def _leads(self, trainer: "Trainer") -> bool:
         return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self  # type: ignore[attr-defined]
 
-    def _configure_optimizers(self, model: "LightningModule", lr_ratios: dict[str, float]) -> Callable[[], Any]:
-        original = model.configure_optimizers
-
-        @functools.wraps(original)
-        def configure_optimizers() -> Any:
-            initialise(model)  # what was on the meta device until now, or was cast
-            freeze(model)  # users freeze and thaw in their own hooks
-            if self._recompute:
-                rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, self._patches))}")
-            if helped := let_gradients_through(model):
-                rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
-            for undo in helped.values():
-                self._patches.later(undo)
-            configured = original()
-            complete_optimizers(model, configured, lr_ratios)
-            return configured
-
-        return configure_optimizers
-
-    def _quantize(self, model: "LightningModule", settings: Quantization, device: torch.device) -> None:
-        assert self._phases is not None
-        try:
-            quantize(model, settings, device)
-        except LightningLoRAError:
-            self._phases.undo()
-            raise
-        self._phases.plan_again()
+    def _forget(self) -> None:
+        if self._strategy is not None:
+            vars(self._strategy).pop("check_base", None)
+        self._watch = self._base = self._buffers = self._strategy = None
 
     def _release(self) -> None:
         self._patches.release()
         if self._watch is not None:
             self._watch.close()
-        self._watch = self._buffers = self._phases = None
+        self._forget()
+        self._phases = None

@@ -4,7 +4,7 @@ Before the first step `check_before` refuses what could not train. During the fi
 every tensor that should: it must get a gradient, and it must move.
 """
 
-import math
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,8 +92,9 @@ class Watch:
     A tensor is well once an optimizer step found it with a gradient that is not 0 and changed it. It may wait for that
     as long as its learning rate or its gradient is 0, or its layer was not reached (an expert without tokens,
     LayerDrop), for `PATIENCE` steps. It is dead at once if its layer was called since the optimizer's last step and no
-    gradient ever came, or if the module around its layer was called and the layer itself was not: then its weight is
-    read instead.
+    gradient ever came, or if the module around its layer was called, the layer itself was not, and that module's code
+    reads a weight. Steps in which nothing has a gradient do not count; nor is it known what is called inside a
+    compiled module.
 
     Args:
         model: The model.
@@ -107,7 +108,7 @@ class Watch:
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
         self._clock = 0  # counts the steps of all optimizers
-        self._called_at: dict[int, float] = {}  # by module
+        self._called_at: dict[int, int] = {}  # by module
         self._stepped_at: dict[int, int] = {}  # by optimizer
         self._had_gradient: set[int] = set()
         self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
@@ -118,9 +119,7 @@ class Watch:
             for parameter in self._watched_of(node.module):
                 self._owners[id(parameter)] = node.module, parents
                 for module in (node.module, *parents):
-                    if id(module) in compiled:  # a hook would be traced into the graph
-                        self._called_at[id(module)] = math.inf
-                    else:
+                    if id(module) not in compiled:  # there a hook would be traced into the graph: its layers may wait
                         self._handles.append(module.register_forward_pre_hook(self._note_call))
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -146,8 +145,7 @@ class Watch:
         return not self._names
 
     def _watched_of(self, module: nn.Module) -> list[nn.Parameter]:
-        adapters = list(module.lora.parameters()) if isinstance(module, LoRALayer) else []
-        return [p for p in [*module._parameters.values(), *adapters] if p is not None and id(p) in self._names]
+        return [parameter for parameter in _parameters_of(module) if id(parameter) in self._names]
 
     def _note_call(self, module: nn.Module, args: Any) -> None:
         if self.training:
@@ -162,11 +160,13 @@ class Watch:
             self._before[id(parameter)] = _mark(parameter)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return  # a step that was skipped, by a training_step that returned None: it says nothing
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         dead: dict[str, list[str]] = {}
         for parameter, lr in list(self._waiting(optimizer)):
             before = self._before.pop(id(parameter), None)
-            verdict = None if before is None else self._verdict(parameter, optimizer, float(lr), before)
+            verdict = None if before is None else self._verdict(parameter, optimizer, lr, before)
             if verdict is True:
                 self._moved[id(self._owners[id(parameter)][0])] = self._names.pop(id(parameter))
             elif verdict:
@@ -190,17 +190,17 @@ class Watch:
 
     def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
         for group in optimizer.param_groups:
-            yield from ((p, group["lr"]) for p in group["params"] if id(p) in self._names)
+            yield from ((p, group.get("lr")) for p in group["params"] if id(p) in self._names)
 
-    def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: float, before: Tensor) -> bool | str | None:
+    def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: Any, before: Tensor) -> bool | str | None:
         """True: well. None: it may wait. Otherwise why it is dead."""
         owner, parents = self._owners[id(parameter)]
         if parameter.grad is None:
-            if id(parameter) in self._had_gradient:
-                return None
+            if any(id(p) in self._had_gradient or p.grad is not None for p in _parameters_of(owner)):
+                return None  # it had one before, or what it lies beside has one: a parameter that some batches need
             if self._was_called(owner, optimizer):
                 return f"called, but no gradient came back. {_WAYS_OUT['called']}"
-            if any(self._was_called(parent, optimizer) for parent in parents):
+            if any(self._was_called(parent, optimizer) and _mentions_weight(type(parent)) for parent in parents):
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
             return None
         self._had_gradient.add(id(parameter))
@@ -208,11 +208,35 @@ class Watch:
             return None
         if not torch.equal(_mark(parameter), before):
             return True
+        waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
         return (
-            f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
-            if lr and not before.any()
-            else None
+            None
+            if waits or before.any()
+            else f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
         )
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters and those of its adapters."""
+    adapters = list(module.lora.parameters()) if isinstance(module, LoRALayer) else []
+    return [parameter for parameter in [*module._parameters.values(), *adapters] if parameter is not None]
+
+
+def _mentions_weight(cls: type) -> bool:
+    """Whether the code of a module reads a weight, of whatever; others call their layers, or choose among them."""
+    functions = [
+        f
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.nn.modules.module")
+        for f in vars(base).values()
+    ]
+    codes = [code for f in functions if (code := getattr(inspect.unwrap(f), "__code__", None)) is not None]
+    while codes:
+        code = codes.pop()
+        if {"weight", "in_proj_weight"} & {*code.co_names}:
+            return True
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return False
 
 
 @torch.no_grad()

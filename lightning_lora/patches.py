@@ -22,17 +22,19 @@ class Patches:
             self._undo.append(functools.partial(object.__delattr__, obj, name))
         object.__setattr__(obj, name, value)
 
+    def wrap(self, obj: object, name: str, wrapper: Callable[..., Any]) -> None:
+        """Lets calls of a method of the instance go to ``wrapper(original, *args, **kwargs)``."""
+        self.replace(obj, name, _Wrapped(obj, name, wrapper))
+
     def call_after(self, obj: object, name: str, then: Callable[[], None]) -> None:
         """Lets a method of the instance be followed by another call."""
-        original = getattr(obj, name)
 
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             then()
             return result
 
-        self.replace(obj, name, wrapped)
+        self.wrap(obj, name, call)
 
     def later(self, undo: Callable[[], None]) -> None:
         """Something else to do at `release`."""
@@ -42,3 +44,26 @@ class Patches:
         """Puts everything back, the last first."""
         while self._undo:
             self._undo.pop()()
+
+
+class _Wrapped:
+    """A wrapped method. A copy of the instance, or a pickle, gets what the method was without it."""
+
+    def __init__(self, obj: object, name: str, wrapper: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, getattr(obj, name))
+        self._obj, self._name, self._wrapper = obj, name, wrapper
+        self._original: Callable[..., Any] = getattr(obj, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _method_of, (self._obj, self._name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _method_of(memo.get(id(self._obj), self._obj), self._name)
+
+
+def _method_of(obj: object, name: str) -> Any:
+    """The method as the class has it, of an instance whose own attributes may not be there yet."""
+    return getattr(type(obj), name).__get__(obj)

@@ -2,17 +2,18 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.compatibility import overrides_configure_model
-from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import TargetError, raise_all
+from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.patches import Patches
+from lightning_lora.quantize import choose, quantize
 from lightning_lora.state import adapters
 from lightning_lora.targets import Plan, draft
 
@@ -37,31 +38,41 @@ class Phases:
         model: The LightningModule.
         requests: The adapters.
         seed: What their first values are drawn from.
+        quantization: How the base is going to be quantised.
         completed: Called after the last phase.
     """
 
-    def __init__(self, model: nn.Module, requests: Sequence[Request], seed: int, completed: Callable[[], None]) -> None:
-        self._model, self._requests, self._seed, self._completed = model, requests, seed, completed
+    def __init__(
+        self,
+        model: nn.Module,
+        requests: Sequence[Request],
+        seed: int,
+        quantization: Quantization | None,
+        completed: Callable[[], None],
+    ) -> None:
+        self._model, self._requests, self._seed = model, requests, seed
+        self._quantization, self._completed = quantization, completed
         self._had = adapters(model).keys()
         self.plans: dict[str, Plan] = {}
 
-    def begin(self, patches: Patches) -> None:
-        """Runs the first phase, and wraps what Lightning calls for the others."""
+    def begin(self, patches: Patches, strategy: Any) -> None:
+        """Runs the first phase, and wraps what Lightning calls for the others.
+
+        The base is quantised behind the user's own precision plugin, and before the model is moved to its device.
+        """
         lazy = overrides_configure_model(self._model)
         self._run(last=False)
         patches.call_after(self._model, "setup", functools.partial(self._run, last=not lazy))
         if lazy:
             patches.call_after(self._model, "configure_model", functools.partial(self._run, last=True))
+        if self._quantization is not None:
+            pack = functools.partial(self._quantize, self._quantization, strategy.root_device)
+            patches.call_after(strategy.precision_plugin, "convert_module", pack)
 
     def undo(self) -> None:
         """Takes off the adapters that were not there before this run."""
         for name in {request.adapter_name for request in self._requests} - self._had:
             withdraw(self._model, name)
-
-    def plan_again(self) -> None:
-        """Refreshes the plans after the base was quantised: the targets are the same, their weights are not."""
-        for request in self._requests:
-            self.plans[request.adapter_name], _ = draft(self._model, request.config)
 
     def _run(self, last: bool) -> None:
         try:
@@ -73,6 +84,8 @@ class Phases:
                     carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
                     self.plans[request.adapter_name] = plan
             initialise(self._model)
+            if last and self._quantization is not None:
+                choose(self._model, self._quantization)  # what can't be quantised shall be known now, not half-way
         except Exception:
             self.undo()
             raise
@@ -80,3 +93,13 @@ class Phases:
             self._completed()
             if notes := dict.fromkeys(note for _, plan, _ in drafts for note in plan.notes):
                 rank_zero_warn("\n".join(notes))
+
+    def _quantize(self, settings: Quantization, device: torch.device) -> None:
+        """Quantises, and refreshes the plans: the targets are the same, their weights are not."""
+        try:
+            quantize(self._model, settings, device)
+        except LightningLoRAError:
+            self.undo()
+            raise
+        for request in self._requests:
+            self.plans[request.adapter_name], _ = draft(self._model, request.config)

@@ -1,6 +1,7 @@
 """The tensors that a run trains, by name: found by structure, never by looking for "lora" in a key."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, li
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import TRAINED, WHOLE, merged_layers
 from lightning_lora.names import clean
+from lightning_lora.quantization import is_quantized
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -77,17 +79,20 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield key, tensor
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies exactly the tensors of `adapter_state_dict` into a model.
+def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Copies exactly the tensors of `adapter_state_dict` into a model, and hands it exactly its `extra_state`.
 
     Raises:
         CheckpointError: If keys or shapes differ, or adapters are merged. Nothing was copied.
     """
     if merged := merged_layers(model):
         raise CheckpointError(f"adapters are merged into {listing(merged)}: call ll.unmerge before others are loaded")
-    own = adapter_state_dict(model)
-    problems = [f"missing in the file: {listing(missing)}"] if (missing := [k for k in own if k not in state]) else []
-    problems += [f"not in the model: {listing(extra)}"] if (extra := [k for k in state if k not in own]) else []
+    own, extra = adapter_state_dict(model), extra_state(model).keys()
+    expected = own.keys() | extra
+    problems = (
+        [f"missing in the file: {listing(missing)}"] if (missing := [k for k in expected if k not in state]) else []
+    )
+    problems += [f"not in the model: {listing(others)}"] if (others := [k for k in state if k not in expected]) else []
     for key in own.keys() & state.keys():
         if own[key].shape != state[key].shape:
             problems.append(f"{key}: {tuple(state[key].shape)} in the file -> {tuple(own[key].shape)} in the model")
@@ -95,9 +100,20 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
+    if extra:
+        model.load_state_dict({key: state[key] for key in extra}, strict=False)
     for module in model.modules():
         if isinstance(module, Adapter):
             module.initialised = True
+
+
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """What ``state_dict`` has beyond parameters and buffers: ``get_extra_state``, metrics, a user's own keys."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    known = {clean(name) for name, _ in tensors}
+    packed = tuple(f"{clean(name)}." for name, module in model.named_modules() if is_quantized(module))
+    entries = {clean(key): value for key, value in model.state_dict().items()}
+    return {key: value for key, value in entries.items() if key not in known and not key.startswith(packed)}
 
 
 def is_lightning_module(model: nn.Module) -> bool:

@@ -12,6 +12,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = {
     "finetune.py": ["4"],
     "plain_pytorch.py": ["4"],
+    "qlora.py": [
+        "fit",
+        "--config",
+        str(EXAMPLES / "configs" / "qlora.yaml"),
+        "--data.examples=64",
+        "--trainer.limit_val_batches=2",
+        "--trainer.accelerator=cpu",
+    ],
     "cli.py": [
         "fit",
         "--config",
@@ -46,5 +54,8 @@ def test_example(name, tmp_path):
     if name == "plain_pytorch.py":
         assert "Linear again" in done.stdout
         assert len(torch.load(tmp_path / "adapter.pt", weights_only=True)) == 2 * 16
+    if name == "qlora.py":
+        (saved,) = (tmp_path / "runs/qlora").glob("*.ckpt")
+        assert torch.load(saved, weights_only=True)["lightning_lora"]["base"]["quantization"] == "nf4-dq"
     if name == "cli.py":
         assert list((tmp_path / "runs/cli").rglob("*.ckpt"))

@@ -111,10 +111,12 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
     stripped = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": {}}, stripped)
+    own = tuple(f".lora.{name}." for name in checkpoint[META]["adapters"])
+    rest = {key: value for key, value in checkpoint["state_dict"].items() if not any(part in key for part in own)}
+    torch.save({**checkpoint, "state_dict": rest}, stripped)
     stripped.seek(0)
     with warnings.catch_warnings():  # that the base is not in the file is the point of it
-        warnings.filterwarnings("ignore", message=".*(contains no parameters|not in the checkpoint)")
+        warnings.filterwarnings("ignore", message=".*(contains no parameters|not in the checkpoint|not in the model)")
         loader: Any = module_class.load_from_checkpoint  # type: ignore[attr-defined]
         model: _ModuleT = loader(stripped, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
     for name, values in checkpoint[META]["adapters"].items():

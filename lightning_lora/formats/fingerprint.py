@@ -107,6 +107,14 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     return notes
 
 
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The weights of one model whose sampled values are not what they were."""
+    if before["sha256"] == after["sha256"]:
+        return []
+    old, new = _weights(before, ()), _weights(after, ())
+    return [name for name in old if name in new and not _same(old[name], new[name])]
+
+
 def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, _Weight]:
     described = json.loads(zlib.decompress(fingerprint["parameters"].numpy().tobytes()))
     rows = zip(described, fingerprint["samples"], strict=True)

@@ -4,7 +4,7 @@ Layers that transformers or Lightning's BitsandbytesPrecision quantised are of t
 there is such a layer, or one is asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,6 +22,7 @@ from lightning_lora.quantization.base import Quantizer, quantizes
 if tuple(int(part) for part in bnb.__version__.split(".")[:2]) < (0, 48):
     raise ImportError(f"version {bnb.__version__} is installed")
 
+_PIECE = 1 << 16  # weights that are packed at a time on a CPU; whole blocks, of any size
 _THRESHOLD = 6.0  # of outliers that LLM.int8() keeps in 16 bits (section 3.2)
 
 
@@ -70,25 +71,14 @@ class FourBit(Quantizer):
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
         old = layer.weight
-        packed: nn.Parameter = Params4bit(
-            W.to(_state(layer).dtype),
-            blocksize=old.blocksize,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-        ).to(W.device)
-        return packed
+        W = W.to(_state(layer).dtype)
+        return _four_bits(W, old.quant_type, old.compress_statistics, old.blocksize, old.quant_storage)
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
         storage: torch.dtype = getattr(torch, settings.quant_storage)
-        packed = Params4bit(
-            weight,
-            blocksize=settings.blocksize,
-            compress_statistics=settings.mode.endswith("-dq"),
-            quant_type=settings.mode.removesuffix("-dq"),
-            quant_storage=storage,
-        ).to(device)
+        kind, double = settings.mode.removesuffix("-dq"), settings.mode.endswith("-dq")
+        packed: Any = _four_bits(weight.to(device), kind, double, settings.blocksize, storage)
         compute = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
         return Linear4bit, {
             "weight": packed,
@@ -153,15 +143,13 @@ class EightBit(Quantizer):
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
-        packed: nn.Parameter = Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False).to(W.device)
-        return packed
+        return _eight_bits(W)
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
         state = bnb.MatmulLtState()
         state.threshold, state.has_fp16_weights, state.use_pool = _THRESHOLD, False, True
-        packed = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
-        return Linear8bit, {"weight": packed, "state": state, "index": None}
+        return Linear8bit, {"weight": _eight_bits(weight.to(device)), "state": state, "index": None}
 
     @override
     def pack_up(self, layer: Any) -> None:
@@ -196,3 +184,44 @@ def _state(layer: Any) -> Any:
     """What unpacks the weight; it survives on the layer when a parameter lost it (FSDP2, pickle)."""
     state = getattr(layer.weight, "quant_state", None)
     return layer.quant_state if state is None else state
+
+
+def _four_bits(W: Tensor, kind: str, double: bool, blocksize: int, storage: torch.dtype) -> nn.Parameter:
+    """The same as `bitsandbytes.functional.quantize_4bit`, without its temporaries of many times the weight."""
+    flat = W.contiguous().view(-1)
+    pieces = [
+        F4.quantize_4bit(piece, blocksize=blocksize, compress_statistics=False, quant_type=kind, quant_storage=storage)
+        for piece in _pieces(flat)
+    ]
+    absmax = torch.cat([state.absmax for _, state in pieces])
+    state = F4.QuantState(absmax, W.shape, pieces[0][1].code, blocksize, kind, W.dtype)
+    if double:  # the scales themselves in 8 bits, in blocks of 256 (section 3, "Double Quantization")
+        state.offset, state.nested = absmax.mean(), True
+        state.absmax, state.state2 = F4.quantize_blockwise(absmax - state.offset, blocksize=256)
+    packed: nn.Parameter = Params4bit(
+        torch.cat([data for data, _ in pieces]),
+        quant_state=state,
+        blocksize=blocksize,
+        compress_statistics=double,
+        quant_type=kind,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+    return packed
+
+
+def _eight_bits(W: Tensor) -> nn.Parameter:
+    """Rows in 8 bits, with one scale each (section 2.1, "vector-wise")."""
+    CB = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    SCB = torch.empty(len(W), dtype=torch.float32, device=W.device)
+    step = max(1, _PIECE // W.shape[1]) if W.device.type == "cpu" else len(W)
+    for start in range(0, len(W), step):
+        rows = slice(start, start + step)
+        CB[rows], SCB[rows], _ = F4.int8_vectorwise_quant(W[rows].to(torch.float16))
+    packed: nn.Parameter = Int8Params(CB, requires_grad=False, has_fp16_weights=False, CB=CB, SCB=SCB)
+    return packed
+
+
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    step = _PIECE if flat.device.type == "cpu" else max(1, flat.numel())
+    return (flat[start : start + step] for start in range(0, flat.numel(), step))

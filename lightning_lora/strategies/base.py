@@ -22,7 +22,7 @@ from lightning_lora.formats.checkpoint import (
     load_adapters,
 )
 from lightning_lora.formats.fingerprint import fingerprint
-from lightning_lora.state import adapter_state_dict, adapters
+from lightning_lora.state import adapter_state_dict, adapters, extra_state
 
 ENTRY_POINTS = "lightning_lora.strategies"
 
@@ -96,6 +96,9 @@ class StrategyAdapter:
         """Takes the fingerprint of the base, which is complete now and not yet cast, quantised or sharded."""
         self.base = fingerprint(model, quantization)
 
+    def check_base(self) -> None:
+        """Called before a file is written; a run in progress puts its own check here."""
+
     @property
     def model(self) -> nn.Module:
         """The LightningModule."""
@@ -109,12 +112,13 @@ class StrategyAdapter:
 
     def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
         """The ``state_dict`` of a checkpoint."""
-        return adapter_state_dict(self.model)
+        return {**adapter_state_dict(self.model), **extra_state(self.model)}
 
     def save_checkpoint(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Adds what the file holds, and writes it so that a failure destroys nothing."""
+        self.check_base()
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
         leave_out_base(self.model, checkpoint)
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import original_type
@@ -65,13 +66,15 @@ def _saved(
     if not owned:
         problems.append(f"modules_to_save: {name} ({kind}) has no parameters to train")
         return None
+    if any(is_lazy(p) for p in owned):
+        problems.append(f"modules_to_save: {name} ({kind}) is a lazy layer without a shape: run one forward before")
+        return None
     inside = list(base_modules(tree[name].module)) if name in tree else []
     if packed := [type(m).__name__ for m in inside if is_quantized(m)]:
         problems.append(f"modules_to_save: {name} ({packed[0]}) is quantised, and can't be trained in full")
         return None
-    if any(not p.is_floating_point() for p in owned):
-        dtype = next(p.dtype for p in owned if not p.is_floating_point())
-        problems.append(f"modules_to_save: {name} ({kind}) has {dtype} parameters, which can't be trained")
+    if odd := [p.dtype for p in owned if not (p.is_floating_point() or p.is_complex())]:
+        problems.append(f"modules_to_save: {name} ({kind}) has {odd[0]} parameters, which can't be trained")
         return None
     count = sum(p.numel() for p in owned)
     return SavedModule(name=name, type=kind, parameters=count, reason=reason, aliases=aliases)

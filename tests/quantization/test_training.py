@@ -163,3 +163,103 @@ def test_families(family):
     merged = ll.merge_and_unload(module)
     assert not any(is_quantized(m) for m in merged.modules())
     merged.net(**batch)
+
+
+# ---- activation checkpointing ---------------------------------------------------------------------------------------------
+
+
+def count_calls(layer):
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def gradients(module, batch, **options):
+    pl.seed_everything(3, verbose=False)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1e-3)
+    run = trainer(ll.LoRA(r=4, lora_dropout=0.1, **options), max_steps=2, enable_progress_bar=False)
+    run.fit(module, one_batch(batch))
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
+def test_activation_checkpointing_of_transformers_models(family, training, quantization):
+    """Gradients are those without it, dropout included, also of a base in eval mode; and it is undone."""
+    results, blocks = [], []
+    for recompute in (False, True):
+        module = Wrapped(FAMILIES[family].make)
+        module.train(training)
+        batch = FAMILIES[family].batch(module.net)
+        layer = next(m for n, m in module.net.named_modules() if n.endswith(("q_proj", "c_attn", "query")))
+        calls = count_calls(layer)
+        results.append(gradients(module, batch, quantization=quantization, gradient_checkpointing=recompute))
+        blocks.append(len(calls))
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+    assert blocks[1] == 2 * blocks[0]
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing_of_other_models():
+    results = []
+    for recompute in (False, True):
+        module = Lit()
+        calls = count_calls(module.net.blocks[0].q)
+        pl.seed_everything(3, verbose=False)
+        lora = ll.LoRA(r=4, quantization="nf4", gradient_checkpointing=recompute)
+        trainer(lora, max_epochs=2).fit(module, data())
+        assert len(calls) == (16 if recompute else 8)
+        assert "forward" not in vars(module.net.blocks[0])
+        results.append({key: value.clone() for key, value in ll.adapter_state_dict(module).items()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_to_checkpoint():
+    class Flat(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+
+    with pytest.raises(ll.UnsupportedError, match="no repeated blocks with adapters"):
+        trainer(ll.LoRA(r=4, gradient_checkpointing=True)).fit(Flat(), data())
+
+
+# ---- optimizers of bitsandbytes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*is more than the rank that")
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "AdamW32bit"])
+def test_optimizers_of_bitsandbytes(name, tmp_path):
+    """With states in 8 bits, saved and resumed bit for bit; what is paged on a GPU is not on a CPU."""
+    import bitsandbytes as bnb
+
+    def make():
+        optimizer = getattr(bnb.optim, name)
+        module = Lit(optimizers_=lambda m: optimizer(m.parameters(), lr=1e-2))
+        module.net.blocks.append(Wide())
+        return module
+
+    options = {"lora": {"r": 32}, "epochs": 2}
+    whole, resumed = make(), make()
+    run = fit(whole, tmp_path / "whole", **options)
+    states = [state for state in run.optimizers[0].state.values() if "state1" in state]
+    assert any(state["state1"].dtype == torch.uint8 for state in states) == ("8bit" in name)
+    fit(resumed, tmp_path / "rest", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt", **options)
+    for key, value in ll.adapter_state_dict(whole).items():
+        assert torch.equal(ll.adapter_state_dict(resumed)[key], value), key
+
+
+class Wide(nn.Module):
+    """With adapters of 4096 values and more, which are the ones that get states in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(16, 256), nn.Linear(256, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))

@@ -16,7 +16,9 @@ BITS = {
     "4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8 bit": {"load_in_8bit": True},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*kernels", "ignore:MatMul8bitLt")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*kernels", "ignore:MatMul8bitLt", "ignore:`is_gradient_checkpointing` is dep"
+)
 
 
 @pytest.fixture(scope="module")

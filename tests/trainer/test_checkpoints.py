@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchmetrics import MeanMetric
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
@@ -182,6 +183,88 @@ def test_random_states_of_python_and_numpy_go_on_too(tmp_path):
     whole = state_of(*fit(tmp_path, module=Noisy()))
     rest = state_of(*fit(tmp_path, module=Noisy(), ckpt_path=tmp_path / "epoch=1-step=8.ckpt", seed=99))
     assert same(whole, rest)
+
+
+@pytest.mark.parametrize("checkpoint", [{"monitor": "val_loss"}, {"save_on_train_epoch_end": False}])
+def test_resume_from_the_validation_at_the_end_of_an_epoch(tmp_path, checkpoint):
+    """There the iterator of the finished epoch is made once more, and draws."""
+    options = {"epochs": 4, "checkpoint": checkpoint, "check_val_every_n_epoch": 2}
+    whole, run = fit(tmp_path / "whole", **options)
+    first = min((tmp_path / "whole").iterdir())
+    resumed, again = fit(tmp_path / "rest", ckpt_path=first, seed=9, **options)
+    assert same(state_of(whole, run), state_of(resumed, again))
+
+
+def test_loraplus_resumes_where_both_groups_met(tmp_path):
+    """At the end of a cosine both learning rates are eta_min: nothing that has to be put right."""
+
+    def optimizers(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    options = {"lora": {"loraplus_lr_ratio": 4.0}}
+    whole, _ = fit(tmp_path / "whole", module=Lit(optimizers_=optimizers), **options)
+    path = tmp_path / "whole" / "epoch=0-step=4.ckpt"
+    resumed, _ = fit(tmp_path / "rest", module=Lit(optimizers_=optimizers), ckpt_path=path, seed=9, **options)
+    assert same(ll.adapter_state_dict(whole), ll.adapter_state_dict(resumed))
+
+
+class WithExtras(Lit):
+    """State beyond parameters and buffers, in all the ways that there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.head = Counting(16, 4)
+        self.metric = MeanMetric()
+        self.metric.persistent(True)
+        self.steps_seen = 0
+
+    def training_step(self, batch, batch_idx):
+        self.metric.update(float(batch_idx))
+        self.steps_seen += 1
+        return super().training_step(batch, batch_idx)
+
+    def state_dict(self, *args, **kwargs):
+        return {**super().state_dict(*args, **kwargs), "steps_seen": torch.tensor(self.steps_seen)}
+
+    def load_state_dict(self, state, strict=True, **kwargs):
+        state = dict(state)
+        self.steps_seen = int(state.pop("steps_seen", 0))
+        return super().load_state_dict(state, strict=strict, **kwargs)
+
+
+class Counting(torch.nn.Linear):
+    count = 0
+
+    def forward(self, input):
+        self.count += 1
+        return super().forward(input)
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def test_state_beyond_parameters_and_buffers(tmp_path):
+    module, run = fit(tmp_path, epochs=1, module=WithExtras())
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert saved["steps_seen"] == 4
+    assert not [key for key in saved if "blocks" in key and "lora" not in key]
+    again = WithExtras()
+    trainer(ll.LoRA(r=4, lora_dropout=0.2)).fit(again, data(), ckpt_path=path)
+    loaded = ll.load_from_checkpoint(WithExtras, path)
+    for other in (again, loaded):
+        assert other.steps_seen == 4
+        assert other.metric.mean_value == module.metric.mean_value == 6.0
+        assert other.net.head.count >= saved["net.head._extra_state"]["count"] > 4
+    without = {key: value for key, value in saved.items() if key != "steps_seen"}
+    torch.save({**torch.load(path, weights_only=True), "state_dict": without}, tmp_path / "without.ckpt")
+    with pytest.raises(ll.CheckpointError, match="missing in the file: steps_seen"):
+        ll.load_from_checkpoint(WithExtras, tmp_path / "without.ckpt")
 
 
 def test_resume_under_bf16_true(tmp_path):

@@ -239,6 +239,122 @@ def test_what_validation_reaches_is_not_expected_to_train():
         run.fit(module, data(), data())
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_first_batch_that_is_skipped():
+    """Returning None is Lightning's way to leave out a batch whose loss is nan."""
+
+    class Skips(Lit):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 0 else loss
+
+    module = Skips()
+    trainer(ll.LoRA(r=4), max_epochs=1).fit(module, data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_experts_in_a_compiled_module_may_wait(in_place):
+    torch.compiler.reset()
+    module = Custom(Alternating())
+    if in_place:
+        module.net.compile(backend="eager")
+    else:
+        module.net = torch.compile(module.net, backend="eager")
+    trainer(ll.LoRA(r=4), max_epochs=2).fit(module, data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+def test_a_parameter_that_some_batches_need():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.null = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(16))
+            self.step = 0
+
+        def forward(self, x):
+            self.step += 1
+            return (x if self.step < 3 else x + self.null) @ self.proj
+
+    module = Custom(nn.ModuleDict({"body": nn.Linear(16, 16), "head": Head()}))
+    module.net.forward = lambda x: module.net["head"](module.net["body"](x))
+    trainer(ll.LoRA(r=4), max_epochs=2).fit(module, data())
+    assert "net.head.null" in ll.adapter_state_dict(module)
+
+
+def test_a_layer_beside_the_one_that_was_called_may_wait():
+    """If the code around them reads no weight, it chooses among them."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out, self.step = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4), 0
+
+        def forward(self, x):
+            self.step += 1
+            return self.out(self.a(x) if self.step % 3 else self.b(x))
+
+    net = nn.Sequential(Branch(), nn.Identity())
+    module = fit(net, steps=6)
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+@pytest.mark.parametrize("key", ["lr_none", "no_lr"])
+def test_optimizers_without_a_learning_rate(key):
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"step_size": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            with torch.enable_grad():
+                loss = closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.sub_(p.grad, alpha=group["step_size"])
+            return loss
+
+    def adafactor(m):
+        return tf.optimization.Adafactor(m.parameters(), relative_step=True, warmup_init=True, lr=None)
+
+    module = Lit(optimizers_=adafactor if key == "lr_none" else lambda m: Own(m.parameters()))
+    trainer(ll.LoRA(r=4), max_epochs=2).fit(module, data())
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+# ---- the base ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_a_callback_that_unfreezes_the_base():
+    class Unfreezes(Lit):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.net.blocks
+
+    finetuning = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    with pytest.raises(ll.DeadAdapterError, match="an optimizer got weights of the frozen base: .*modules_to_save"):
+        trainer(ll.LoRA(r=4), finetuning, max_epochs=3).fit(Unfreezes(), data())
+
+
+class TrainsByHand(Lit):
+    def on_train_batch_end(self, *args):
+        with torch.no_grad():
+            self.net.blocks[0].q.weight.mul_(0.99)
+
+
+def test_a_base_that_is_changed_by_hand(tmp_path):
+    """It would be in no checkpoint, so that none is written that loads as another model."""
+    saver = pl.callbacks.ModelCheckpoint(tmp_path)
+    with pytest.raises(
+        ll.CheckpointError, match="weights of the frozen base changed in training: net.blocks.0.q.weight"
+    ):
+        trainer(ll.LoRA(r=4), saver).fit(TrainsByHand(), data())
+    with pytest.warns(UserWarning, match="weights of the frozen base changed in training: net.blocks.0.q.weight"):
+        trainer(ll.LoRA(r=4)).fit(TrainsByHand(), data())
+
+
 def test_weight_decay_is_no_sign_of_life():
     """AdamW shrinks A whatever its gradient is; only a gradient that is not 0 makes it well."""
 

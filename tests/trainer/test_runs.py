@@ -429,6 +429,27 @@ def test_two_adapters_over_several_runs(tmp_path):
     assert list(ll.adapters(module)) == ["first", "second"]
 
 
+def test_copies_that_are_made_in_a_run():
+    """A callback may pickle or copy the module: the copy is a module of its own, with methods of its own."""
+    copies = []
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            trainer_, pl_module._trainer = pl_module._trainer, None
+            copies[:] = [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
+            pl_module._trainer = trainer_
+
+    module = Lit()
+    trainer(ll.LoRA(r=4), Copies(), max_epochs=1).fit(module, data())
+    first = adapters_of(module)
+    for twin in copies:
+        before = adapters_of(twin)
+        trainer(ll.LoRA(r=4), max_epochs=1).fit(twin, data())
+        assert not any(torch.equal(value, before[key]) for key, value in adapters_of(twin).items())
+        assert not WRAPPED & vars(twin).keys() or twin.setup.__self__ is twin
+    assert all(torch.equal(value, first[key]) for key, value in adapters_of(module).items())
+
+
 def test_saving_when_the_adapters_are_gone(tmp_path):
     """After merge_and_unload, or a run that failed, a checkpoint is the whole model again."""
     module = Lit()
@@ -453,7 +474,7 @@ def test_a_merged_model_can_be_evaluated():
     ll.merge(module)
     assert run.validate(module, data(), verbose=False)[0]["val_loss"] == pytest.approx(before, rel=1e-5)
     assert not ll.adapters(module)["default"].use_dora
-    with pytest.raises(ll.DeadAdapterError, match="can't train: call ll.unmerge"):
+    with pytest.raises(ll.DeadAdapterError, match="call ll.unmerge.model. before a fit"):
         run.fit(module, data())
 
 

@@ -1,0 +1,55 @@
+"""The weights of a frozen base, which are in no checkpoint of adapters and so must not change."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.errors import CheckpointError, DeadAdapterError, listing
+from lightning_lora.formats.fingerprint import changed, fingerprint
+from lightning_lora.names import clean
+from lightning_lora.state import trained_parameters
+
+_WAY_OUT = "It would be in no checkpoint: name it in modules_to_save, so that it is trained and saved in full"
+
+
+class BaseWeights:
+    """Notices when something trains the base after all: another callback, or code of the user's own.
+
+    Args:
+        model: The model, as training begins.
+        optimizers: Its optimizers.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._trained = {id(parameter) for _, parameter in trained_parameters(model)}
+        self._first: dict[str, Any] = fingerprint(model)
+        self._held = 0
+
+    def check_optimizers(self) -> None:
+        """To be called before each batch: looks only if the optimizers got something.
+
+        Raises:
+            DeadAdapterError: If they got weights of the base, as BackboneFinetuning gives them.
+        """
+        groups = [group["params"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        if (held := sum(map(len, groups))) != self._held:
+            self._held = held
+            foreign = {id(p) for group in groups for p in group} - self._trained
+            if names := [clean(name) for name, p in self._model.named_parameters() if id(p) in foreign]:
+                raise DeadAdapterError(f"an optimizer got weights of the frozen base: {listing(names, 4)}. {_WAY_OUT}")
+
+    def changed(self) -> str | None:
+        """What to say if the base is not what it was: a few sampled values of each weight are compared."""
+        names = changed(self._first, fingerprint(self._model))
+        return f"weights of the frozen base changed in training: {listing(names, 4)}. {_WAY_OUT}" if names else None
+
+    def check_values(self) -> None:
+        """To be called before a checkpoint is written.
+
+        Raises:
+            CheckpointError: If the base is not what it was.
+        """
+        if (problem := self.changed()) is not None:
+            raise CheckpointError(problem)

@@ -1,0 +1,47 @@
+"""What has to happen right before and right after the optimizers are made."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_lora.errors import listing
+from lightning_lora.freeze import freeze
+from lightning_lora.health import let_gradients_through
+from lightning_lora.inject import initialise
+from lightning_lora.optim import complete_optimizers
+from lightning_lora.patches import Patches
+from lightning_lora.recompute import checkpoint_activations
+
+
+def configure_optimizers(
+    model: nn.Module,
+    patches: Patches,
+    lr_ratios: Mapping[str, float],
+    gradient_checkpointing: bool,
+    original: Callable[[], Any],
+) -> Any:
+    """Calls a LightningModule's own ``configure_optimizers`` on a model that is ready to train, and completes them.
+
+    Args:
+        model: The LightningModule, with its adapters.
+        patches: What undoes everything but the result.
+        lr_ratios: By adapter, the ratio of LoRA+.
+        gradient_checkpointing: Whether to recompute activations.
+        original: The module's own method.
+
+    Returns:
+        What that returned.
+    """
+    initialise(model)  # what was on the meta device until now, or was cast
+    freeze(model)  # users freeze and thaw in their own hooks
+    if gradient_checkpointing:
+        rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, patches))}")
+    if helped := let_gradients_through(model):
+        rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
+    for undo in helped.values():
+        patches.later(undo)
+    configured = original()
+    complete_optimizers(model, configured, lr_ratios)
+    return configured
