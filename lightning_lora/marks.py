@@ -9,7 +9,7 @@ WHOLE = ""  # ... and the key for the module itself, with its buffers and its mo
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
 
-DENSE = "_lora_dense"  # on a layer that was quantised: its class, whether its weight is transposed, some values of it
+DENSE = "_lora_dense"  # on a layer that was quantised: its class, whether its weight is transposed, some values, and it
 BROKEN = "_lora_broken"  # on a model whose quantisation broke off: the layer
 
 
@@ -27,6 +27,12 @@ def was_trainable(module: nn.Module, key: str) -> bool:
     """Whether a module's own parameter required gradients before adapters came."""
     parameter = module._parameters[key]
     return bool(vars(module).get(THAWED, {}).get(key, parameter is not None and parameter.requires_grad))
+
+
+def known_weights(layer: nn.Module) -> list[nn.Parameter | None]:
+    """The parameters that an optimizer may know a layer by: its weight, that before it was quantised, its bias."""
+    *_, before = vars(layer).get(DENSE, (None,))
+    return [layer._parameters["weight"], before, layer._parameters.get("bias")]
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
 from lightning_lora.layers import lora_layers
+from lightning_lora.marks import known_weights
 from lightning_lora.names import clean
 from lightning_lora.state import adapter_modules
 
@@ -63,7 +64,7 @@ def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Puts adapters that are in no optimizer into the group that holds their layer's weight."""
     group_of = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for name, layer in lora_layers(model):
-        group = group_of.get(id(layer.weight)) or group_of.get(id(layer._parameters.get("bias")))
+        group = next((group_of[id(p)] for p in known_weights(layer) if id(p) in group_of), None)
         if group is None:
             continue
         for adapter_name, adapter in layer.lora_adapters().items():

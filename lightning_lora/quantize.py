@@ -118,7 +118,7 @@ def _kept_dense(model: Any) -> set[str]:
 
 def dense_record(layer: Any) -> tuple[list[int], torch.dtype, Tensor]:
     """What is known of the dense weight of a quantised layer: shape, dtype, and some values, or nan."""
-    _, transposed, values = vars(layer).get(DENSE, (None, False, sample(torch.empty(0))))
+    _, transposed, values, _ = vars(layer).get(DENSE, (None, False, sample(torch.empty(0)), None))
     shape = [layer.out_features, layer.in_features]
     return shape[::-1] if transposed else shape, _dense_dtype(layer), values
 
@@ -139,7 +139,7 @@ def dequantize_(model: nn.Module) -> None:
         for key in ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "state", "index"):
             vars(layer).pop(key, None)
         vars(layer).pop("support_avx512bf16_for_cpu", None)
-        dense_class, transposed, _ = vars(layer).pop(DENSE, (nn.Linear, False, None))
+        dense_class, transposed, *_ = vars(layer).pop(DENSE, (nn.Linear, False))
         if transposed:
             del layer.in_features, layer.out_features
         layer._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
@@ -167,11 +167,12 @@ def _pack(layer: Any, cls: type, attributes: dict[str, Any]) -> None:
     old, transposed = layer._parameters["weight"], not isinstance(layer, nn.Linear)
     if transposed:
         layer.in_features, layer.out_features = layer.weight.shape
-    vars(layer)[DENSE] = (original_type(layer), transposed, sample(layer.weight))
+    vars(layer)[DENSE] = (original_type(layer), transposed, sample(old), old)
     layer._parameters["weight"] = attributes.pop("weight")
     vars(layer).update(attributes)
     rebase(layer, cls)
-    old.data = torch.empty(0, dtype=old.dtype)  # an optimizer that was built before may hold it
+    old.data = torch.empty(0, dtype=old.dtype)  # an optimizer that was built before may hold it,
+    old.requires_grad_(False)  # ... which tells where the adapters belong, and shall let go of it
 
 
 def _weight_problems(name: str, weight: Tensor, settings: Quantization) -> Iterator[str]:

@@ -14,6 +14,9 @@ from lightning_lora.config import LoRAConfig
 class Host(Protocol):
     """How the layer that an adapter sits on meets it; `layers` has one implementation per layer type."""
 
+    lora_packed: bool
+    """Whether the weight is packed: it is frozen for sure, and unpacked for every use."""
+
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product with the matrix B A, without scale and bias."""
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapters.base import Adapter, Host, variant
-from lightning_lora.ops.norms import merged_row_norms
+from lightning_lora.ops.norms import merged_row_norms, row_squares
 
 
 @variant("dora")
@@ -24,10 +24,12 @@ class DoRAAdapter(Adapter):
     """
 
     magnitude: nn.Parameter
+    squares: Tensor | None
 
     def __init__(self, shape: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(shape, **kwargs)
         self.magnitude = nn.Parameter(torch.ones(shape[0], dtype=self.A.dtype, device=self.A.device))
+        self.register_buffer("squares", None, persistent=False)  # of a packed weight, whose rows are not read twice
 
     @override
     @classmethod
@@ -43,14 +45,22 @@ class DoRAAdapter(Adapter):
     @override
     @torch.no_grad()
     def follow(self, W: Tensor) -> None:
+        self.squares = None
         if self.initialised and self.untouched:
             self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
 
-    def gain(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
+    def gain(self, W: Tensor, rows: slice = slice(None), squares: Tensor | None = None) -> Tensor:
         """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
-        norms = merged_row_norms(W, self.A, self.B[rows], self.scaling)
+        norms = merged_row_norms(W, self.A, self.B[rows], self.scaling, squares)
         zero = norms == 0
         return torch.where(zero, 1.0, self.magnitude[rows].to(norms.dtype) / norms.masked_fill_(zero, 1.0))
+
+    def _squares(self, host: Host, W: Tensor) -> Tensor | None:
+        r""":math:`\|W\|^2` of a packed weight, which nothing changes without a call of `follow`: taken once."""
+        if host.lora_packed and self.squares is None:
+            with torch.inference_mode(False):
+                self.squares = row_squares(W.clone() if W.is_inference() else W)
+        return self.squares if host.lora_packed else None
 
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -60,7 +70,8 @@ class DoRAAdapter(Adapter):
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.factors(x, out)
-        gain = self.gain(host.lora_matrix())
+        W = host.lora_matrix()
+        gain = self.gain(W, squares=self._squares(host, W))
         dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
         bias = host.lora_bias_per_row()
         again = dropped is not x and self.config.dora_dropout == "input"
@@ -68,6 +79,5 @@ class DoRAAdapter(Adapter):
         product = product if bias is None else product - bias.to(product.dtype)
         # g - 1 is taken before the cast: rounding g itself to bfloat16 would erase changes below 0.4 %.
         out = out + product * host.lora_per_row((gain - 1).to(out.dtype))
-        return out + host.lora_low_rank(dropped, A, B).to(out.dtype) * host.lora_per_row(
-            (gain * self.scaling).to(out.dtype)
-        )
+        update = host.lora_low_rank(dropped, A, B).to(out.dtype)
+        return out + update * host.lora_per_row((gain * self.scaling).to(out.dtype))

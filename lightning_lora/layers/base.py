@@ -28,7 +28,7 @@ class LoRALayer(Base):
 
     lora_plain_class: ClassVar[type[nn.Module]]
     lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
-    lora_packed: ClassVar[bool] = False  # the weight can't be read without unpacking it
+    lora_packed: bool = False  # the weight can't be read without unpacking it
 
     lora: nn.ModuleDict
     lora_active: tuple[str, ...]

@@ -25,7 +25,7 @@ def row_chunks(W: Tensor) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
     r"""Norm of every row of :math:`W + s B A`.
 
     .. math:: \|W + sBA\|^2 = \|W\|^2 + 2s \langle W A^T, B \rangle + s^2 \langle B (A A^T), B \rangle
@@ -38,6 +38,7 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         A: (r, k).
         B: (d, r).
         scale: s.
+        squares: ‖W‖² by row, (d,), where it is known.
 
     Returns:
         (d,), float32 or float64.
@@ -45,22 +46,38 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     dtype = accumulation_dtype(W, A)
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
-        squares, cross = _squares_and_cross(W, A)
+        cross = _product(W, A)
         quadratic = ((B @ (A @ A.T)) * B).sum(1)
+        squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
         return (squares + 2 * scale * (cross * B).sum(1) + scale * scale * quadratic).clamp_min(0).sqrt()
 
 
-def _squares_and_cross(W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    r""":math:`\|W\|^2` by row and :math:`W A^T`, in the dtype of A. A weight of another dtype is cast in pieces."""
-    if W.dtype == A.dtype:
-        return torch.linalg.vector_norm(W, dim=1).square(), W @ A.T
-    if W.stride(0) < W.stride(1):  # a transposed table or Conv1D: pieces of columns lie together
-        squares, cross = W.new_zeros(len(W), dtype=A.dtype), W.new_zeros(len(W), len(A), dtype=A.dtype)
+@torch.no_grad()
+def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r""":math:`\|W\|^2` by row, in float32 at least. A weight of another dtype is cast in pieces."""
+    if W.dtype == dtype:
+        whole: Tensor = torch.linalg.vector_norm(W, dim=1).square()
+        return whole
+    if _is_transposed(W):
+        squares = W.new_zeros(len(W), dtype=dtype)
         for columns in row_chunks(W.T):
-            w = W[:, columns].to(A.dtype)
-            squares = squares + torch.linalg.vector_norm(w, dim=1).square()
-            cross = cross + w @ A[:, columns].T
-        return squares, cross
-    pieces = (W[rows].to(A.dtype) for rows in row_chunks(W))
-    parts = [(torch.linalg.vector_norm(w, dim=1).square(), w @ A.T) for w in pieces]
-    return torch.cat([square for square, _ in parts]), torch.cat([product for _, product in parts])
+            squares += torch.linalg.vector_norm(W[:, columns].to(dtype), dim=1).square()
+        return squares
+    return torch.cat([torch.linalg.vector_norm(W[rows].to(dtype), dim=1).square() for rows in row_chunks(W)])
+
+
+def _product(W: Tensor, A: Tensor) -> Tensor:
+    r""":math:`W A^T`, in the dtype of A. A weight of another dtype is cast in pieces."""
+    if W.dtype == A.dtype:
+        return W @ A.T
+    if _is_transposed(W):
+        product = W.new_zeros(len(W), len(A), dtype=A.dtype)
+        for columns in row_chunks(W.T):
+            product += W[:, columns].to(A.dtype) @ A[:, columns].T
+        return product
+    return torch.cat([W[rows].to(A.dtype) @ A.T for rows in row_chunks(W)])
+
+
+def _is_transposed(W: Tensor) -> bool:
+    """A transposed table or Conv1D, of which pieces of columns lie together."""
+    return W.stride(0) < W.stride(1)

@@ -165,6 +165,29 @@ def test_families(family):
     merged.net(**batch)
 
 
+def test_an_optimizer_that_was_built_before():
+    """As LightningCLI builds it: its groups hold the dense weights, whose memory is free all the same."""
+
+    class Early(Lit):
+        def __init__(self):
+            super().__init__()
+            for block in self.net.blocks:
+                block.q.bias = None
+            self.made = torch.optim.AdamW([{"params": [*block.parameters()]} for block in self.net.blocks], lr=1e-2)
+            self.made.add_param_group({"params": [*self.net.head.parameters()]})
+            self.dense = [block.q.weight for block in self.net.blocks]
+
+        def configure_optimizers(self):
+            return self.made
+
+    module = Early()
+    fit(module, epochs=1)
+    assert all(weight.numel() == 0 for weight in module.dense)
+    for block, group in zip(module.net.blocks, module.made.param_groups, strict=False):
+        adapters = [*block.q.lora["default"].parameters(), *block.o.lora["default"].parameters()]
+        assert {id(p) for p in group["params"]} == {id(p) for p in adapters}
+
+
 # ---- activation checkpointing ---------------------------------------------------------------------------------------------
 
 
@@ -230,7 +253,7 @@ def test_nothing_to_checkpoint():
 # ---- optimizers of bitsandbytes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*is more than the rank that")
+@pytest.mark.filterwarnings("ignore:.*is more than the rank that", "ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "AdamW32bit"])
 def test_optimizers_of_bitsandbytes(name, tmp_path):
     """With states in 8 bits, saved and resumed bit for bit; what is paged on a GPU is not on a CPU."""
