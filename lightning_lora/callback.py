@@ -18,7 +18,7 @@ from lightning_lora.analysis.report import figures, one_line, show
 from lightning_lora.arguments import check_arguments
 from lightning_lora.base_buffers import BaseBuffers
 from lightning_lora.base_weights import BaseWeights
-from lightning_lora.compatibility import check_compatibility, quantization_of, warn_of_copies
+from lightning_lora.compatibility import check_compatibility, final_mode, quantization_of, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
@@ -146,7 +146,7 @@ class LoRA(CallbackBase):
         seed = trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
         settings = quantization_of(family)
-        remember = functools.partial(strategy.remember_base, pl_module, settings)
+        remember = functools.partial(strategy.remember_base, pl_module, final_mode(trainer, settings))
         if merged:
             remember()
         else:

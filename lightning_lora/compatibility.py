@@ -5,11 +5,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.bitsandbytes_plugin import is_bitsandbytes, mode_of
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.state import adapters
 
-REPLACING_PLUGINS = ("BitsandbytesPrecision", "TransformerEnginePrecision")
+REPLACING_PLUGINS = ("TransformerEnginePrecision",)
 
 
 def check_compatibility(trainer: Any, family: list[Any]) -> None:
@@ -36,6 +37,11 @@ def check_compatibility(trainer: Any, family: list[Any]) -> None:
             unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
+    if is_bitsandbytes(trainer.precision_plugin):
+        if mode_of(trainer.precision_plugin) is None:
+            unsupported.append("BitsandbytesPrecision('int8-training') trains the base: use mode 'int8'")
+        if any(callback.quantization is not None for callback in family):
+            problems.append("both BitsandbytesPrecision and LoRA(quantization=...) quantise: give one of them")
     raise_all(ConfigError, problems, "LoRA")
     raise_all(UnsupportedError, unsupported, "LoRA")
 
@@ -47,11 +53,16 @@ def quantization_of(family: list[Any]) -> Quantization | None:
         ConfigError: If they want different things.
     """
     wanted = {callback.adapter_name: callback.quantization for callback in family if callback.quantization is not None}
-    different = {str(settings) for settings in wanted.values()}
-    if len(different) > 1:
+    if len({str(settings) for settings in wanted.values()}) > 1:
         each = ", ".join(f"{name!r}: {settings.mode}" for name, settings in wanted.items())
         raise ConfigError(f"LoRA: one base can't be quantised in several ways ({each}): give one of them")
     return next(iter(wanted.values()), None)
+
+
+def final_mode(trainer: Any, settings: Quantization | None) -> str | None:
+    """How the base will be quantised when it is trained, by whom ever."""
+    plugin = trainer.precision_plugin
+    return settings.mode if settings is not None else mode_of(plugin) if is_bitsandbytes(plugin) else None
 
 
 def warn_of_copies(trainer: Any, model: nn.Module) -> None:

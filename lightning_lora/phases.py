@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.bitsandbytes_plugin import heads_stay_dense, is_bitsandbytes, needs_conversion
 from lightning_lora.compatibility import overrides_configure_model
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.patches import Patches
 from lightning_lora.quantize import choose, quantize
-from lightning_lora.state import adapters
+from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.targets import Plan, draft
 
 
@@ -60,14 +61,16 @@ class Phases:
 
         The base is quantised behind the user's own precision plugin, and before the model is moved to its device.
         """
-        lazy = overrides_configure_model(self._model)
+        lazy, plugin = overrides_configure_model(self._model), strategy.precision_plugin
         self._run(last=False)
         patches.call_after(self._model, "setup", functools.partial(self._run, last=not lazy))
         if lazy:
             patches.call_after(self._model, "configure_model", functools.partial(self._run, last=True))
         if self._quantization is not None:
             pack = functools.partial(self._quantize, self._quantization, strategy.root_device)
-            patches.call_after(strategy.precision_plugin, "convert_module", pack)
+            patches.call_after(plugin, "convert_module", pack)
+        if is_bitsandbytes(plugin):
+            patches.wrap(plugin, "convert_module", functools.partial(self._convert_before, plugin))
 
     def undo(self) -> None:
         """Takes off the adapters that were not there before this run."""
@@ -76,23 +79,40 @@ class Phases:
 
     def _run(self, last: bool) -> None:
         try:
-            drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
+            notes = self._inject(last)
             if last:
-                raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), "LoRA")
-            for request, plan, problems in drafts:
-                if not problems:
-                    carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
-                    self.plans[request.adapter_name] = plan
-            initialise(self._model)
-            if last and self._quantization is not None:
-                choose(self._model, self._quantization)  # what can't be quantised shall be known now, not half-way
+                if self._quantization is not None:
+                    choose(self._model, self._quantization)  # what can't be quantised shall be known now, not half-way
+                self._completed()
         except Exception:
             self.undo()
             raise
+        if last and notes:
+            rank_zero_warn("\n".join(notes))
+
+    def _inject(self, last: bool) -> list[str]:
+        drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
         if last:
-            self._completed()
-            if notes := dict.fromkeys(note for _, plan, _ in drafts for note in plan.notes):
-                rank_zero_warn("\n".join(notes))
+            raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), "LoRA")
+        for request, plan, problems in drafts:
+            if not problems:
+                carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
+                self.plans[request.adapter_name] = plan
+        initialise(self._model)
+        return list(dict.fromkeys(note for _, plan, _ in drafts for note in plan.notes))
+
+    def _convert_before(self, plugin: Any, convert: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+        """BitsandbytesPrecision replaces layers, adapters and all: they are off meanwhile."""
+        if not needs_conversion(model):
+            return convert(model)
+        state = {key: value.clone() for key, value in adapter_state_dict(model).items()}
+        with heads_stay_dense(plugin, model):
+            for request in self._requests:
+                withdraw(model, request.adapter_name)
+            converted = convert(model)
+        self._inject(last=True)
+        load_adapter_state(model, {**state, **extra_state(model)})
+        return converted
 
     def _quantize(self, settings: Quantization, device: torch.device) -> None:
         """Quantises, and refreshes the plans: the targets are the same, their weights are not."""

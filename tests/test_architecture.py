@@ -25,6 +25,7 @@ LEVELS = [
     {"optim"},
     {"formats"},
     {"strategies", "analysis"},
+    {"bitsandbytes_plugin"},
     {"health", "base_buffers", "base_weights", "compatibility", "recipes"},
     {"recompute", "random_states"},
     {"phases", "configure"},

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.config import Quantization
 from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
@@ -25,7 +24,7 @@ from lightning_lora.quantize import dense_record
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, quantization: Quantization | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, Any]:
     """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
     Merged layers count with the base's own weights, quantised ones with those that they were quantised from, as far as
@@ -35,13 +34,13 @@ def fingerprint(model: nn.Module, quantization: Quantization | None = None) -> d
 
     Args:
         model: The model.
-        quantization: How the base is going to be quantised.
+        quantization: The mode in which the base is going to be quantised.
 
     Returns:
         ``{"quantization": mode or None, "sha256": of everything, "parameters": zlib-compressed JSON as uint8,
         "samples": (parameters, SAMPLES)}``
     """
-    described, samples, modes = [], [], list[str]([quantization.mode] if quantization else [])
+    described, samples, modes = [], [], [quantization] if quantization else list[str]()
     seen = trained_in_full(model)
     for name, module in model.named_modules():
         for key, parameter in () if isinstance(module, Adapter) else base_parameters(module):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_lora.config import Quantization
 from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
@@ -92,7 +91,7 @@ class StrategyAdapter:
             replacement.lora_original = original  # type: ignore[attr-defined]
             setattr(self.strategy, name, replacement)
 
-    def remember_base(self, model: nn.Module, quantization: Quantization | None) -> None:
+    def remember_base(self, model: nn.Module, quantization: str | None) -> None:
         """Takes the fingerprint of the base, which is complete now and not yet cast, quantised or sharded."""
         self.base = fingerprint(model, quantization)
 

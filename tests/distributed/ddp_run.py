@@ -32,7 +32,7 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            ll.LoRA(r=4, lora_dropout=0.2),
+            ll.LoRA(r=4, lora_dropout=0.2, quantization=os.environ.get("QUANTIZATION")),
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
             SeedByRank(),
         ],

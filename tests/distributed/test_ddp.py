@@ -11,10 +11,10 @@ import torch
 pytestmark = pytest.mark.gloo
 
 
-def run(strategy: str, folder: Path, *ckpt: str) -> dict[str, torch.Tensor]:
+def run(strategy: str, folder: Path, *ckpt: str, **variables: str) -> dict[str, torch.Tensor]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.distributed.ddp_run", strategy, str(folder), *ckpt]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "state.pt", weights_only=True)
@@ -30,6 +30,15 @@ def test_ddp_resumes_bitwise_on_every_rank(tmp_path):
     rest = run("ddp", tmp_path / "rest", str(tmp_path / "whole" / "epoch=0.ckpt"))
     assert all(torch.equal(value, rest[key]) for key, value in whole.items())
     assert all(value.count_nonzero() for value in whole.values())
+
+
+def test_ddp_on_a_4_bit_base(tmp_path):
+    """Every rank packs the same weights; adapters stay equal, and resuming is bit for bit."""
+    whole = run("ddp", tmp_path / "whole", QUANTIZATION="nf4-dq")
+    rest = run("ddp", tmp_path / "rest", str(tmp_path / "whole" / "epoch=0.ckpt"), QUANTIZATION="nf4-dq")
+    assert all(torch.equal(value, rest[key]) for key, value in whole.items())
+    dense = run("ddp", tmp_path / "dense")
+    assert not any(torch.equal(value, dense[key]) for key, value in whole.items() if key.endswith(".B"))
 
 
 def test_forked_processes_give_adapters_back_that_were_injected_before(tmp_path):

@@ -1,9 +1,12 @@
 """QLoRA and QDoRA in the real Trainer: quantised by the callback, trained, saved, resumed, merged."""
 
+import contextlib
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 
 import lightning_lora as ll
@@ -186,6 +189,59 @@ def test_an_optimizer_that_was_built_before():
     for block, group in zip(module.net.blocks, module.made.param_groups, strict=False):
         adapters = [*block.q.lora["default"].parameters(), *block.o.lora["default"].parameters()]
         assert {id(p) for p in group["params"]} == {id(p) for p in adapters}
+
+
+# ---- Lightning's own plugin --------------------------------------------------------------------------------------------------
+
+
+def with_plugin(mode, *callbacks, **options):
+    """Lightning takes it on CUDA devices only; set behind its back it works on a CPU."""
+    run = trainer(*callbacks, **options)
+    run.strategy._precision_plugin = BitsandbytesPrecision(
+        mode, dtype=torch.float16 if mode.startswith("int8") else torch.float32
+    )
+    return run
+
+
+@pytest.mark.parametrize("built", ["init", "setup", "configure_model"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+def test_lightnings_plugin(mode, built, tmp_path):
+    """It converts first, then adapters come; heads that are trained stay dense; several runs, saved and loaded."""
+    module = Lit(built)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}")
+    run = with_plugin(mode, ll.LoRA(r=4, use_dora=True), saver, max_epochs=2)
+    if built == "configure_model":
+        run.strategy._precision_plugin.module_init_context = contextlib.nullcontext  # it would build on CUDA
+        run.strategy._precision_plugin.tensor_init_context = contextlib.nullcontext
+    run.fit(module, data(), data())
+    assert [name for name, m in module.named_modules() if is_quantized(m)] == LAYERS
+    for _, layer in lora_layers(module):
+        assert layer.lora["default"].B.count_nonzero()
+        assert layer.weight.quant_state is not None
+        assert layer.weight.dtype == torch.uint8
+    assert module.net.head.weight.requires_grad
+    loss = run.validate(module, data(), ckpt_path="best", verbose=False)[0]["val_loss"]
+    other = Lit()
+    again = trainer(ll.LoRA(r=4, use_dora=True, quantization=mode))
+    path = run.checkpoint_callback.best_model_path
+    assert torch.load(path, weights_only=True)["lightning_lora"]["base"]["quantization"] == mode
+    assert again.validate(other, data(), ckpt_path=path, verbose=False)[0]["val_loss"] == pytest.approx(loss, rel=1e-2)
+
+
+def test_lightnings_plugin_and_what_it_does_not_go_with():
+    with pytest.raises(ll.ConfigError, match="both BitsandbytesPrecision and LoRA.quantization"):
+        with_plugin("nf4", ll.LoRA(quantization="nf4")).fit(Lit(), data())
+    with pytest.raises(ll.UnsupportedError, match="'int8-training'. trains the base: use mode 'int8'"):
+        with_plugin("int8-training", ll.LoRA()).fit(Lit(), data())
+
+
+def test_one_base_is_quantised_in_one_way():
+    callbacks = [ll.LoRA(quantization="nf4", adapter_name="a"), ll.LoRA(quantization="fp4", adapter_name="b")]
+    with pytest.raises(ll.ConfigError, match="can't be quantised in several ways .'a': nf4, 'b': fp4."):
+        trainer(*callbacks).fit(Lit(), data())
+    for wrong in (4, {"mode": "nf4"}):
+        with pytest.raises(ll.ConfigError, match="quantization must be a mode, a Quantization or None"):
+            ll.LoRA(quantization=wrong)
 
 
 # ---- activation checkpointing ---------------------------------------------------------------------------------------------

@@ -623,7 +623,7 @@ def test_strategies_of_other_packages(monkeypatch):
     assert type(strategies.strategy_adapter(SomeStrategy())) is Theirs
 
 
-@pytest.mark.parametrize("plugin", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
+@pytest.mark.parametrize("plugin", ["TransformerEnginePrecision"])
 def test_plugins_that_replace_layers_are_refused(plugin):
     """They need a CUDA device to be made, hence a stand-in."""
     run = trainer(ll.LoRA())
