@@ -20,6 +20,9 @@ class Host(Protocol):
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product with the matrix B A, without scale and bias."""
 
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``out`` plus scale times the product with the matrix B A."""
+
     def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the frozen layer, bias included."""
 

@@ -23,5 +23,5 @@ class LoRAAdapter(Adapter):
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.factors(x, out)
-        update = host.lora_low_rank(host.lora_drop(x, self.config.lora_dropout, self.training), A, B)
-        return torch.add(out, update.to(out.dtype), alpha=self.scaling)
+        dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
+        return host.lora_add(out, dropped, A, B, self.scaling)

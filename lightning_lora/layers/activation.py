@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -23,3 +24,10 @@ class LoRALinear(LoRALayer):
     @override
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
+
+    @override
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        h = F.linear(x, A)
+        if h.dtype != out.dtype:  # under autocast, say
+            return super().lora_add(out, x, A, B, scale)
+        return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)

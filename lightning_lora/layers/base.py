@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.marks import MERGED
+from lightning_lora.ops.dropout import dropout
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -73,6 +74,10 @@ class LoRALayer(Base):
         """The layer's own kind of product of x with the matrix B A."""
         raise NotImplementedError
 
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``out`` plus scale times that product."""
+        return torch.add(out, self.lora_low_rank(x, A, B).to(out.dtype), alpha=scale)
+
     def lora_per_row(self, vector: Tensor) -> Tensor:
         """A vector (out,) in the shape that broadcasts over the layer's output."""
         return vector
@@ -84,7 +89,7 @@ class LoRALayer(Base):
 
     def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on an adapter's input."""
-        return torch.dropout(x, p, training) if p and training else x
+        return dropout(x, p, training)
 
     def lora_initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
         """The first A and B, and a new weight or None: what the initialisation says for this matrix."""

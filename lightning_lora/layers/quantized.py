@@ -1,14 +1,20 @@
 """Linears that hold their weight packed: the base product is the quantiser's, the adapter's part is a linear's."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.base import adapts
+from lightning_lora.ops.packed import packed_lora_linear
 from lightning_lora.quantization import Quantizer, dense, quantizer_of
+
+if TYPE_CHECKING:
+    from lightning_lora.adapters import Adapter
 
 
 @adapts("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
@@ -16,6 +22,30 @@ class LoRAQuantizedLinear(LoRALinear):
     """x (..., in) meets the packed weight and, as in a dense linear, A (r, in) and B (out, r)."""
 
     lora_packed = True
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (adapter := self._lora_alone(input)) is None:
+            return super().forward(input, *args, **kwargs)
+        dropped = self.lora_drop(input, adapter.config.lora_dropout, adapter.training)
+        unpack, bias = functools.partial(dense, self), self._parameters["bias"]
+        return packed_lora_linear(input, dropped, unpack, bias, adapter.A, adapter.B, adapter.scaling)
+
+    def _lora_alone(self, x: Tensor) -> "Adapter | None":
+        """The adapter that can be computed in one step with the layer: a LoRA, alone, where nothing is unusual."""
+        adapter: Any = self.lora[self.lora_active[0]] if len(self.lora_active) == 1 else None
+        usual = (
+            adapter is not None
+            and adapter.variant == "lora"
+            and _quantizer(self).follows_input(self, x)
+            and torch.is_grad_enabled()
+            and x.numel() > 0
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not adapter._forward_hooks
+            and len(adapter._forward_pre_hooks) == 1  # its own
+        )
+        return adapter if usual else None
 
     @override
     def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -47,3 +47,70 @@ class _PackedLinear(torch.autograd.Function):
         dx = dy @ ctx.unpack().to(dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
+
+
+def packed_lora_linear(
+    x: Tensor, dropped: Tensor, unpack: Callable[[], Tensor], bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    r""":math:`x W^T + b + s\,(d A^T) B^T` with a frozen W in one step, for d = x or x after dropout.
+
+    The same as `packed_linear` and a LoRA adapter behind it, with sums taken in place and one node in the graph.
+
+    Args:
+        x: (..., in), not under autocast.
+        dropped: (..., in): x itself or what dropout left of it.
+        unpack: Gives W (out, in), in any dtype.
+        bias: (out,), or None.
+        A: (r, in), in any dtype; cast to that of x.
+        B: (out, r), likewise.
+        scale: s.
+
+    Returns:
+        (..., out). Saved for the backward pass: d, d Aᵀ, and A and B as they were cast.
+    """
+    out: Tensor = _PackedLoRALinear.apply(  # type: ignore[no-untyped-call]
+        x, None if dropped is x else dropped, unpack, None if bias is None else bias.to(x.dtype), A, B, scale
+    )
+    return out
+
+
+class _PackedLoRALinear(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        unpack: Callable[[], Tensor],
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        flat = x.flatten(0, -2)
+        d, a, b = flat if dropped is None else dropped.flatten(0, -2), A.to(x.dtype), B.to(x.dtype)
+        out = F.linear(flat, unpack().to(x.dtype), bias)
+        h = d @ a.T
+        out.addmm_(h, b.T, alpha=scale)
+        ctx.save_for_backward(d, h, a, b)
+        ctx.unpack, ctx.scale, ctx.same, ctx.dtypes = unpack, scale, dropped is None, (A.dtype, B.dtype)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        d, h, a, b = ctx.saved_tensors
+        needs_x, needs_dropped, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        shape, dy = (*dy.shape[:-1], d.shape[-1]), dy.flatten(0, -2)
+        dh = (dy @ b).mul_(ctx.scale)
+        dx = dy @ ctx.unpack().to(dy.dtype) if needs_x else None
+        ddropped = None
+        if ctx.same and dx is not None:
+            dx.addmm_(dh, a)
+        elif needs_dropped:
+            ddropped = (dh @ a).view(shape)
+        dA = (dh.T @ d).to(ctx.dtypes[0]) if needs_a else None
+        dB = (h.T @ dy).T.mul(ctx.scale).to(ctx.dtypes[1]) if needs_b else None
+        db = dy.sum(0) if needs_bias else None
+        return None if dx is None else dx.view(shape), ddropped, None, db, dA, dB, None

@@ -30,6 +30,10 @@ class Quantizer(ABC):
         """The layer's product. Nothing dense is kept for the backward pass."""
 
     @abstractmethod
+    def follows_input(self, layer: Any, x: Tensor) -> bool:
+        """Whether the product is that of x and the unpacked weight, in the dtype of x."""
+
+    @abstractmethod
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
         """Another weight, packed with the layer's own settings; the layer is not changed."""
 

@@ -69,6 +69,10 @@ class FourBit(Quantizer):
         return packed_linear(x, lambda: self.dense(layer), layer.bias, compute)
 
     @override
+    def follows_input(self, layer: Any, x: Tensor) -> bool:
+        return layer.compute_dtype in (None, x.dtype) and _state(layer) is not None
+
+    @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
         old = layer.weight
         W = W.to(_state(layer).dtype)
@@ -140,6 +144,10 @@ class EightBit(Quantizer):
             layer.init_8bit_state()
         out: Tensor = bnb.matmul(x, layer.weight, bias=None, state=layer.state)
         return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+    @override
+    def follows_input(self, layer: Any, x: Tensor) -> bool:
+        return False  # it is quantised too
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:

@@ -174,6 +174,57 @@ def test_copies_and_pickles(mode):
         ll.merge_and_unload(twin)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_step_is_the_plain_one(monkeypatch, dtype, first, dropout):
+    """Outputs and all gradients; on the first layer, whose input needs none, too."""
+    from lightning_lora.layers import quantized
+
+    model = nn.Sequential(nn.Linear(48, 40))
+    ll.inject(model, ll.LoRAConfig(r=3, lora_alpha=5, lora_dropout=dropout, modules_to_save=None))
+    ll.quantize(model.to(dtype), "nf4")
+    randomise(model)
+    x = torch.randn(2, 5, 48, dtype=dtype, requires_grad=not first)
+    fused, results = [], []
+    real = quantized.packed_lora_linear
+    monkeypatch.setattr(quantized, "packed_lora_linear", lambda *args: fused.append(1) or real(*args))
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(quantized.LoRAQuantizedLinear, "_lora_alone", lambda *_: None)
+        torch.manual_seed(0)
+        out = model(x)
+        out.square().sum().backward()
+        tensors = [x, *(p for p in model.parameters() if p.requires_grad)]
+        results.append([out.detach(), *(t.grad.clone() for t in tensors if t.grad is not None)])
+        for tensor in tensors:
+            tensor.grad = None
+    assert len(fused) == 1
+    assert len(results[0]) == (3 if first else 4)
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * other.norm()
+
+
+def test_where_the_fused_step_is_not_taken():
+    model, x = build().train(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=None))
+    ll.quantize(model, "nf4")
+    layer = model.blocks[0].q
+    assert layer._lora_alone(x) is layer.lora["default"]
+    with torch.no_grad():
+        assert layer._lora_alone(x) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer._lora_alone(x) is None
+    with ll.disable_adapters(model):
+        assert layer._lora_alone(x) is None
+    handle = layer.lora["default"].register_forward_hook(lambda *_: None)
+    assert layer._lora_alone(x) is None
+    handle.remove()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=None), "second")
+    assert layer._lora_alone(x) is None
+
+
 def test_merging_a_packed_base_for_good():
     model, x = build().eval(), torch.randn(3, 16)
     ll.inject(model, ll.LoRAConfig(r=2))
