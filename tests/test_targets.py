@@ -412,8 +412,9 @@ def test_forwards_that_cannot_be_tried_are_adapted_only_if_named(layer, error):
 
 @pytest.mark.filterwarnings("ignore:.*It was named")
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_other_arguments_reach_the_layer(use_dora):
+def test_other_arguments_reach_the_layer(monkeypatch, use_dora):
     """Also the second base product of DoRA with dropout."""
+    monkeypatch.setattr("lightning_lora.layers.base.dropout", torch.dropout)
     model = nn.Sequential(WantsMore(8, 8, bias=False))
     ll.inject(
         model, ll.LoRAConfig(r=2, target_modules=["0"], use_dora=use_dora, lora_dropout=0.5, modules_to_save=None)

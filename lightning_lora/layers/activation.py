@@ -28,6 +28,6 @@ class LoRALinear(LoRALayer):
     @override
     def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         h = F.linear(x, A)
-        if h.dtype != out.dtype:  # under autocast, say
-            return super().lora_add(out, x, A, B, scale)
+        if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
+            return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
         return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)

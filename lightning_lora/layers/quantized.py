@@ -39,6 +39,8 @@ class LoRAQuantizedLinear(LoRALinear):
             and adapter.variant == "lora"
             and _quantizer(self).follows_input(self, x)
             and torch.is_grad_enabled()
+            and x.dim() > 1
+            and not x.is_nested
             and x.numel() > 0
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()

@@ -45,7 +45,7 @@ class _PackedLinear(torch.autograd.Function):
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         dx = dy @ ctx.unpack().to(dy.dtype) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
 
 

@@ -206,6 +206,22 @@ def test_the_fused_step_is_the_plain_one(monkeypatch, dtype, first, dropout):
         assert (one - other).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * other.norm()
 
 
+@pytest.mark.parametrize("mode", ["dense", "nf4", "int8"])
+def test_inputs_of_any_shape(mode):
+    model = nn.Sequential(nn.Linear(48, 40))
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None))
+    if mode != "dense":
+        ll.quantize(model, mode)
+    randomise(model)
+    x = torch.randn(2, 3, 48)
+    out = model(x)
+    torch.testing.assert_close(model(x[0]), out[0])
+    if mode != "int8":
+        torch.testing.assert_close(model(x[0, 0]), out[0, 0])
+        assert model(x[:0]).shape == (0, 3, 40)
+        assert model(x.transpose(0, 1)).shape == (3, 2, 40)
+
+
 def test_where_the_fused_step_is_not_taken():
     model, x = build().train(), torch.randn(3, 16)
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=None))
