@@ -20,6 +20,8 @@ from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
+_DEVICES = ("cpu", "cuda", "xpu", "hpu")  # of bitsandbytes
+
 
 def quantize(
     model: nn.Module, quantization: str | Quantization = "nf4-dq", device: torch.device | str | None = None
@@ -39,8 +41,8 @@ def quantize(
     Raises:
         ConfigError: For an unknown mode.
         TargetError: If there is nothing to quantise, a pattern matches nothing, or a layer can't be quantised.
-        UnsupportedError: If bitsandbytes is missing or too old, or memory ran out: then the adapters were taken off,
-            and the model has to be built anew.
+        UnsupportedError: If bitsandbytes is missing, too old or not for this device, or memory ran out: then the
+            adapters were taken off, and the model has to be built anew.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
@@ -50,6 +52,11 @@ def quantize(
     """
     settings = Quantization(mode=quantization) if isinstance(quantization, str) else quantization  # type: ignore[arg-type]
     quantizer, chosen = quantizer_for(settings), choose(model, settings)
+    if device is not None and torch.device(device).type not in _DEVICES:
+        kind = torch.device(device).type
+        raise UnsupportedError(
+            f"bitsandbytes has no kernels for {kind!r}: leave quantization out, or use another device"
+        )
     for node in chosen:
         layer: Any = node.module
         place = layer.weight.device if device is None else torch.device(device)

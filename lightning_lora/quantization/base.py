@@ -64,6 +64,7 @@ class Quantizer(ABC):
 
 
 _QUANTIZERS: dict[str, Quantizer] = {}
+_BY_CLASS: dict[type, Quantizer | None] = {}
 _QuantizerT = TypeVar("_QuantizerT", bound=type[Quantizer])
 
 
@@ -79,10 +80,17 @@ def quantizes(*names: str) -> Callable[[_QuantizerT], _QuantizerT]:
 
 def quantizer_of(layer: nn.Module) -> Quantizer | None:
     """The quantiser of a layer that holds its weight packed; None for others."""
-    for cls in type(layer).__mro__:
-        if (backend := _BACKENDS.get(cls.__module__.partition(".")[0])) is not None:
+    cls = type(layer)
+    if cls not in _BY_CLASS:
+        _BY_CLASS[cls] = _find(cls)
+    return _BY_CLASS[cls]
+
+
+def _find(cls: type) -> Quantizer | None:
+    for base in cls.__mro__:
+        if (backend := _BACKENDS.get(base.__module__.partition(".")[0])) is not None:
             importlib.import_module(backend)
-            if (quantizer := _QUANTIZERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+            if (quantizer := _QUANTIZERS.get(f"{base.__module__}.{base.__qualname__}")) is not None:
                 return quantizer
     return None
 

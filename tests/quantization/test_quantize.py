@@ -241,6 +241,26 @@ def test_where_the_fused_step_is_not_taken():
     assert layer._lora_alone(x) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_compiled(mode, use_dora):
+    """One graph, with the same outputs and gradients."""
+    torch.compiler.reset()
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=5, use_dora=use_dora))
+    ll.quantize(model, mode)
+    randomise(model)
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        out = forward(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_a_packed_base_for_good():
     model, x = build().eval(), torch.randn(3, 16)
     ll.inject(model, ll.LoRAConfig(r=2))
@@ -351,6 +371,11 @@ def test_bad_input():
     ll.merge(model)
     with pytest.raises(ll.ConfigError, match="merged into blocks.0.q, which is quantised|merged already"):
         dequantize_(model)
+
+
+def test_devices_that_bitsandbytes_does_not_have():
+    with pytest.raises(ll.UnsupportedError, match="bitsandbytes has no kernels for 'mps': leave quantization out"):
+        ll.quantize(build(), "nf4", device="mps")
 
 
 def test_memory_that_runs_out_half_way(monkeypatch):

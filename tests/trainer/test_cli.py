@@ -118,6 +118,25 @@ def test_forms_of_target_modules(value, expected):
     assert cli.trainer.callbacks[0].config.target_modules == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "mode", "blocksize"),
+    [("nf4", "nf4", 64), ("{mode: fp4-dq, blocksize: 128, ignore_modules: [head]}", "fp4-dq", 128)],
+)
+def test_quantization_from_the_command_line(value, mode, blocksize):
+    """By its name, or as a mapping."""
+    arguments = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.r=4", f"--trainer.callbacks.quantization={value}"]
+    cli = run(
+        *arguments,
+        "--trainer.callbacks.gradient_checkpointing=true",
+        "--optimizer=torch.optim.AdamW",
+        "--optimizer.lr=0.01",
+    )
+    layers = [layer for _, layer in lora_layers(cli.model)]
+    assert {layer.weight.blocksize for layer in layers} == {blocksize}
+    assert cli.trainer.callbacks[0].quantization.mode == mode
+    assert all(layer.lora["default"].B.count_nonzero() for layer in layers)
+
+
 def test_print_config_round_trip(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(YAML)
     with pytest.raises(SystemExit) as caught:
