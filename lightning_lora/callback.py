@@ -139,7 +139,7 @@ class LoRA(CallbackBase):
         if not self._leads(trainer):
             return
         family = [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
-        check_compatibility(trainer, family)
+        check_compatibility(trainer, family, pl_module)
         if (merged := merged_layers(pl_module)) and stage == "fit":
             raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
         strategy = self._strategy = strategy_adapter(trainer.strategy)

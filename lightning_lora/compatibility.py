@@ -8,17 +8,19 @@ from torch import nn
 from lightning_lora.bitsandbytes_plugin import is_bitsandbytes, mode_of
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
+from lightning_lora.quantization import is_quantized
 from lightning_lora.state import adapters
 
 REPLACING_PLUGINS = ("TransformerEnginePrecision",)
 
 
-def check_compatibility(trainer: Any, family: list[Any]) -> None:
+def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> None:
     """Refuses what would undo the adapters.
 
     Args:
         trainer: A Trainer of either package.
         family: All LoRA callbacks of the Trainer, in order.
+        model: The LightningModule.
 
     Raises:
         ConfigError: For two adapters of one name, or a callback that copies the model too early.
@@ -29,10 +31,14 @@ def check_compatibility(trainer: Any, family: list[Any]) -> None:
     twins = {name: names.count(name) for name in names if names.count(name) > 1}
     problems += [f"{n} LoRA callbacks have adapter_name={name!r}: give each its own name" for name, n in twins.items()]
     first = trainer.callbacks.index(family[0])
+    packed = is_bitsandbytes(trainer.precision_plugin) or any(callback.quantization is not None for callback in family)
+    packed = packed or any(is_quantized(module) for module in model.modules())
     for place, callback in enumerate(trainer.callbacks):
         bases = {cls.__name__ for cls in type(callback).__mro__}
         if "WeightAveraging" in bases and place < first:
             problems.append(f"{type(callback).__name__} copies the model before adapters are added: put LoRA first")
+        if "WeightAveraging" in bases and packed:
+            unsupported.append(f"{type(callback).__name__} averages whole models, and packed weights have no average")
         if "StochasticWeightAveraging" in bases:
             unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:

@@ -5,7 +5,7 @@ import contextlib
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 
@@ -233,6 +233,28 @@ def test_lightnings_plugin_and_what_it_does_not_go_with():
         with_plugin("nf4", ll.LoRA(quantization="nf4")).fit(Lit(), data())
     with pytest.raises(ll.UnsupportedError, match="'int8-training'. trains the base: use mode 'int8'"):
         with_plugin("int8-training", ll.LoRA()).fit(Lit(), data())
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback with a model")
+@pytest.mark.parametrize("before", [False, True])
+def test_packed_weights_are_not_averaged(before):
+    module = Lit()
+    if before:
+        ll.quantize(module, "nf4")
+    lora = ll.LoRA() if before else ll.LoRA(quantization="int8")
+    with pytest.raises(
+        ll.UnsupportedError, match="EMAWeightAveraging averages whole models, and packed weights have no"
+    ):
+        trainer(lora, EMAWeightAveraging()).fit(module, data())
+
+
+def test_two_adapters_on_a_packed_base():
+    module = Lit()
+    first = ll.LoRA(r=4, quantization="nf4", adapter_name="first")
+    second = ll.LoRA(r=2, use_dora=True, adapter_name="second", target_modules=["q"], loraplus_lr_ratio=4.0)
+    trainer(first, second, max_epochs=2).fit(module, data())
+    assert all(value.count_nonzero() for value in ll.adapter_state_dict(module).values())
+    assert [name for name, m in module.named_modules() if is_quantized(m)] == LAYERS
 
 
 def test_one_base_is_quantised_in_one_way():
