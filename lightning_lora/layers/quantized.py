@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.base import adapts
 from lightning_lora.ops.packed import packed_lora_linear
+from lightning_lora.ops.transforms import in_transform
 from lightning_lora.quantization import Quantizer, dense, quantizer_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class LoRAQuantizedLinear(LoRALinear):
             and x.numel() > 0
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
+            and not in_transform()
             and not adapter._forward_hooks
             and len(adapter._forward_pre_hooks) == 1  # its own
         )

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
+
+from lightning_lora.ops.transforms import in_transform
 
 _STEPS = 1 << 16  # probabilities are multiples of 1/_STEPS
 
@@ -14,7 +15,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     r"""Each value is 0 with probability p, else divided by 1 - p; the identity if not training.
 
     On a CPU sixteen random bits decide for each value, so that p is rounded to a multiple of :math:`2^{-16}` (and the
-    scale is exact for that); elsewhere, and under ``torch.compile``, it is torch's own.
+    scale is exact for that); elsewhere, under ``torch.compile`` and ``torch.func``, it is torch's own.
 
     Args:
         x: Of any shape.
@@ -26,7 +27,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
         return torch.dropout(x, p, True)
     dropped: Tensor = _Dropout.apply(x, min(max(round(p * _STEPS), 1), _STEPS - 1))  # type: ignore[no-untyped-call]
     return dropped
@@ -43,7 +44,6 @@ class _Dropout(torch.autograd.Function):
         return _masked(x, keep, ctx.scale)
 
     @staticmethod
-    @once_differentiable
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
@@ -51,4 +51,4 @@ class _Dropout(torch.autograd.Function):
 
 
 def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    return torch.where(keep, x, 0).mul_(scale)
+    return torch.where(keep, x, 0) * scale if x.requires_grad else torch.where(keep, x, 0).mul_(scale)

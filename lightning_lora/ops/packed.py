@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_lora.ops.transforms import in_transform
+
 
 def packed_linear(
     x: Tensor, unpack: Callable[[], Tensor], bias: Tensor | None, compute_dtype: torch.dtype | None = None
@@ -28,6 +30,8 @@ def packed_linear(
     if torch.is_autocast_enabled(device):
         out_dtype = torch.get_autocast_dtype(device)
     x = x.to(compute_dtype or out_dtype)
+    if in_transform():
+        return F.linear(x, unpack().to(x.dtype), None if bias is None else bias.to(x.dtype)).to(out_dtype)
     with torch.autocast(device, enabled=False):
         out: Tensor = _PackedLinear.apply(x, unpack, None if bias is None else bias.to(x.dtype))  # type: ignore[no-untyped-call]
     return out.to(out_dtype)
@@ -41,7 +45,6 @@ class _PackedLinear(torch.autograd.Function):
         return F.linear(x, unpack().to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         dx = dy @ ctx.unpack().to(dy.dtype) if ctx.needs_input_grad[0] else None

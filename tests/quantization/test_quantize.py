@@ -261,6 +261,49 @@ def test_compiled(mode, use_dora):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("mode", ["nf4", None])
+def test_functional_transforms(mode, use_dora):
+    """torch.func sees the plain path: per-sample gradients, with dropout, add up to those of the batch."""
+    from torch.func import functional_call, grad, vmap
+
+    model, x = build().train(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=5, use_dora=use_dora, modules_to_save=None))
+    if mode is not None:
+        ll.quantize(model, mode)
+    randomise(model)
+    for drop in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        drop.p = 0.0
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    loss = lambda parameters, x: functional_call(model, parameters, x).square().sum()  # noqa: E731
+    each = vmap(grad(loss), in_dims=(None, 0))(trained, x[:, None])
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+    for layer in (layer for _, layer in lora_layers(model)):
+        for adapter in layer.lora.values():
+            object.__setattr__(adapter.config, "lora_dropout", 0.5)
+    assert all(torch.isfinite(g).all() for g in grad(loss)(trained, x).values())
+
+
+def test_gradients_of_gradients():
+    """A penalty on the gradient works where a single step in the graph does not stand in the way, which says so."""
+    model, x = nn.Sequential(nn.Linear(48, 40)), torch.randn(4, 48, requires_grad=True)
+    ll.inject(model, ll.LoRAConfig(r=3, lora_dropout=0.3, use_dora=True, modules_to_save=None))
+    ll.quantize(model, "nf4")
+    randomise(model)
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert model[0].lora["default"].B.grad.any()
+    lora = nn.Sequential(nn.Linear(48, 40))
+    ll.inject(lora, ll.LoRAConfig(r=3, modules_to_save=None))
+    ll.quantize(lora, "nf4")
+    (dx,) = torch.autograd.grad(lora(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 def test_merging_a_packed_base_for_good():
     model, x = build().eval(), torch.randn(3, 16)
     ll.inject(model, ll.LoRAConfig(r=2))
