@@ -206,8 +206,8 @@ class Quantization:
             *choice_problems("compute_dtype", self.compute_dtype, (None, "float32", "bfloat16", "float16")),
             *choice_problems("quant_storage", self.quant_storage, ("uint8", "float32", "bfloat16", "float16")),
         ]
-        if not is_int(self.blocksize) or self.blocksize < 32 or self.blocksize & (self.blocksize - 1):
-            problems.append(f"blocksize must be a power of two of at least 32, got {self.blocksize!r}")
+        if not is_int(self.blocksize) or not 32 <= self.blocksize <= 4096 or self.blocksize & (self.blocksize - 1):
+            problems.append(f"blocksize must be a power of two from 32 to 4096, got {self.blocksize!r}")
         if self.ignore_modules is not None:
             problems += pattern_problems("ignore_modules", self.ignore_modules)
         raise_all(ConfigError, problems, "Quantization")

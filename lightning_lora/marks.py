@@ -9,7 +9,9 @@ WHOLE = ""  # ... and the key for the module itself, with its buffers and its mo
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
 
-DENSE = "_lora_dense"  # on a layer that was quantised: its class, whether its weight is transposed, some values, and it
+DENSE = (
+    "_lora_dense"  # on a quantised layer: class, whether transposed, some values, dtype, and the dense weight or None
+)
 BROKEN = "_lora_broken"  # on a model whose quantisation broke off: the layer
 
 

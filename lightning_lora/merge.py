@@ -67,9 +67,11 @@ class Originals(nn.Module):
     It is no child of the layer, so that names and keys stay what they are.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], active: tuple[str, ...]) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], active: tuple[str, ...], merged: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self.active = active
+        self.active, self.merged = active, merged
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
 
@@ -164,9 +166,16 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         >>> type(merge_and_unload(model)[0]).__name__
         'Linear'
     """
+    layers = dict(lora_layers(model))
+    chosen = {name for layer in layers.values() for name in getattr(vars(layer).get(MERGED), "merged", ())}
+    if not chosen:
+        raise_all(ConfigError, _problems(layers, None), "merge_and_unload")
+    elif dequantize and any(layer.lora_packed for layer in layers.values()):
+        unmerge(model)  # what was packed again is not what was trained
     if dequantize and not merged_layers(model):
         dequantize_(model)
-    if len(merged_layers(model)) < len(list(lora_layers(model))) or not merged_layers(model):
+        merge(model, chosen or None)
+    elif len(merged_layers(model)) < len(list(lora_layers(model))) or not merged_layers(model):
         merge(model)
     replaced = [p for _, layer in lora_layers(model) for p in vars(layer).pop(MERGED).parameters()]
     eject(model)
@@ -217,7 +226,7 @@ def _merge_layer(
     changed = {"weight": new}
     if dtype and bias is not None:
         changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
-    originals = Originals(changed, layer.lora_active)
+    originals = Originals(changed, layer.lora_active, names)
     originals.swap(layer)
     vars(layer)[MERGED], layer.lora_active = originals, ()
     size, part, error = _measure(adapters, W, layer.lora_matrix(), accumulate)

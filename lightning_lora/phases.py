@@ -117,7 +117,7 @@ class Phases:
     def _quantize(self, settings: Quantization, device: torch.device) -> None:
         """Quantises, and refreshes the plans: the targets are the same, their weights are not."""
         try:
-            quantize(self._model, settings, device)
+            quantize(self._model, settings, device, release=True)
         except LightningLoRAError:
             self.undo()
             raise

@@ -7,24 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, raise_all
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import kind_of, lora_layers, original_type, rebase, registered_base
-from lightning_lora.marks import BROKEN, DENSE, MERGED, trained_in_full
+from lightning_lora.marks import BROKEN, DENSE, MERGED, merged_layers, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import sample
-from lightning_lora.quantization import quantizer_for, quantizer_of
+from lightning_lora.quantization import is_quantized, quantizer_for, quantizer_of
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.walk import Node, nodes, parameter_owners
+from lightning_lora.targets.walk import Node, base_modules, nodes, own_parameters, parameter_owners
 
 _DEVICES = ("cpu", "cuda", "xpu", "hpu")  # of bitsandbytes
 
 
 def quantize(
-    model: nn.Module, quantization: str | Quantization = "nf4-dq", device: torch.device | str | None = None
+    model: nn.Module,
+    quantization: str | Quantization = "nf4-dq",
+    device: torch.device | str | None = None,
+    *,
+    release: bool = False,
 ) -> None:
     """Quantises the dense linears of a frozen base in place, with or without adapters on them.
 
@@ -37,9 +41,10 @@ def quantize(
         model: A LightningModule or any other module; its weights are on a real device.
         quantization: A mode (``"nf4"``, ``"nf4-dq"``, ``"fp4"``, ``"fp4-dq"``, ``"int8"``) or a `Quantization`.
         device: Where the packed weights shall be; where the dense ones are by default.
+        release: Free dense weights that something outside the model still holds (an optimizer that was built before).
 
     Raises:
-        ConfigError: For an unknown mode.
+        ConfigError: For an unknown mode, or if adapters are merged.
         TargetError: If there is nothing to quantise, a pattern matches nothing, or a layer can't be quantised.
         UnsupportedError: If bitsandbytes is missing, too old or not for this device, or memory ran out: then the
             adapters were taken off, and the model has to be built anew.
@@ -61,8 +66,8 @@ def quantize(
         layer: Any = node.module
         place = layer.weight.device if device is None else torch.device(device)
         try:
-            _pack(layer, *quantizer.convert(_as_linear(layer), settings, place))
-        except (RuntimeError, MemoryError) as error:
+            _pack(layer, *quantizer.convert(_as_linear(layer), settings, place), release)
+        except (RuntimeError, MemoryError, ValueError) as error:
             eject(model)
             vars(model)[BROKEN] = node.name
             raise UnsupportedError(
@@ -82,6 +87,8 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
     """
     if (name := vars(model).get(BROKEN)) is not None:
         raise TargetError(f"quantising this model broke off at {name}: build it anew")
+    if merged := merged_layers(model):
+        raise ConfigError(f"quantize: adapters are merged into {listing(merged)}: call ll.unmerge first")
     tree = nodes(model)
     roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
@@ -107,6 +114,8 @@ def choose(model: nn.Module, settings: Quantization) -> list[Node]:
                 continue
             if weight is None or own or id(weight) in trained or len(owners[id(weight)]) > 1:
                 continue
+            if _packed_length(weight, settings) == 1:  # which bitsandbytes takes for a transposed one
+                continue
             problems += _weight_problems(node.name, weight, settings)
             chosen.append(node)
     if not chosen and not packed and not problems:
@@ -125,7 +134,7 @@ def _kept_dense(model: Any) -> set[str]:
 
 def dense_record(layer: Any) -> tuple[list[int], torch.dtype, Tensor]:
     """What is known of the dense weight of a quantised layer: shape, dtype, and some values, or nan."""
-    _, transposed, values, _ = vars(layer).get(DENSE, (None, False, sample(torch.empty(0)), None))
+    _, transposed, values, *_ = vars(layer).get(DENSE, (None, False, sample(torch.empty(0))))
     shape = [layer.out_features, layer.in_features]
     return shape[::-1] if transposed else shape, _dense_dtype(layer), values
 
@@ -136,13 +145,22 @@ def dequantize_(model: nn.Module) -> None:
     Raises:
         ConfigError: If adapters are merged.
     """
+    prevailing = next(
+        (
+            p.dtype
+            for m in base_modules(model)
+            for _, p in own_parameters(m)
+            if p.is_floating_point() and not is_quantized(m)
+        ),
+        torch.float32,
+    )
     for name, module in model.named_modules():
         if (quantizer := quantizer_of(module)) is None or not isinstance(module, nn.Linear):
             continue
         if MERGED in vars(module):
             raise ConfigError(f"adapters are merged into {clean(name)}, which is quantised: call ll.unmerge first")
         layer: Any = module
-        weight = quantizer.dense(layer)
+        weight = quantizer.dense(layer).to(_dense_dtype(layer, prevailing))
         for key in ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "state", "index"):
             vars(layer).pop(key, None)
         vars(layer).pop("support_avx512bf16_for_cpu", None)
@@ -156,10 +174,15 @@ def dequantize_(model: nn.Module) -> None:
             _forget_quantization(module)
 
 
-def _dense_dtype(layer: Any) -> torch.dtype:
-    state = getattr(layer.weight, "quant_state", None)
-    dtype: torch.dtype = torch.float16 if state is None else state.dtype
-    return dtype
+def _dense_dtype(layer: Any, prevailing: torch.dtype = torch.float16) -> torch.dtype:
+    """What the weight was quantised from, as far as that is known."""
+    if (state := getattr(layer.weight, "quant_state", None)) is not None:
+        known: torch.dtype = state.dtype
+    elif DENSE in vars(layer):
+        known = vars(layer)[DENSE][3]
+    else:
+        known = prevailing if layer.bias is None else layer.bias.dtype
+    return known
 
 
 def _as_linear(layer: Any) -> Tensor:
@@ -169,17 +192,23 @@ def _as_linear(layer: Any) -> Tensor:
     return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T.contiguous()
 
 
-def _pack(layer: Any, cls: type, attributes: dict[str, Any]) -> None:
+def _pack(layer: Any, cls: type, attributes: dict[str, Any], release: bool) -> None:
     """Makes a dense linear, or GPT-2's Conv1D, a quantised one, with the packed weight."""
     old, transposed = layer._parameters["weight"], not isinstance(layer, nn.Linear)
     if transposed:
         layer.in_features, layer.out_features = layer.weight.shape
-    vars(layer)[DENSE] = (original_type(layer), transposed, sample(old), old)
+    vars(layer)[DENSE] = (original_type(layer), transposed, sample(old), old.dtype, old if release else None)
     layer._parameters["weight"] = attributes.pop("weight")
     vars(layer).update(attributes)
     rebase(layer, cls)
-    old.data = torch.empty(0, dtype=old.dtype)  # an optimizer that was built before may hold it,
-    old.requires_grad_(False)  # ... which tells where the adapters belong, and shall let go of it
+    if release:
+        old.data = torch.empty(0, dtype=old.dtype)  # an optimizer that was built before may hold it,
+        old.requires_grad_(False)  # ... which tells where the adapters belong, and shall let go of it
+
+
+def _packed_length(weight: Tensor, settings: Quantization) -> int:
+    size = 1 if settings.mode == "int8" else 2 * getattr(torch, settings.quant_storage).itemsize
+    return -(-weight.numel() // size)
 
 
 def _weight_problems(name: str, weight: Tensor, settings: Quantization) -> Iterator[str]:

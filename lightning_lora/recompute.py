@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def checkpoint_activations(model: nn.Module, patches: Patches) -> list[str]:
             for key, block in _repeated(module):
                 names.append(f"{name}.{key}".lstrip("."))
                 inside |= {id(m) for m in block.modules()}
-                patches.replace(block, "forward", _checkpointed(block.forward))
+                patches.wrap(block, "forward", functools.partial(_checkpointed, block))
     if not names:
         raise UnsupportedError(
             "gradient_checkpointing: the model has no repeated blocks with adapters (modules of one class in a "
@@ -62,14 +63,28 @@ def _repeated(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from ((key, child) for key, child in children if classes.count(type(child)) > 1)
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _checkpointed(block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    contexts = functools.partial(_first_and_second, block)
+    return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    return run
+
+def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_at_rest(block)
+
+
+@contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Running statistics take a batch in once: when the block runs again, copies of them do."""
+    kept = [(m, dict(m._buffers)) for m in block.modules() if m.training and getattr(m, "track_running_stats", False)]
+    for module, buffers in kept:
+        module._buffers.update({key: None if b is None else b.clone() for key, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def _by_transformers(model: Any, patches: Patches) -> None:
@@ -85,27 +100,36 @@ def _by_transformers(model: Any, patches: Patches) -> None:
     if not wants_gradients:  # only reentrant checkpoints need them, and they would cost a backward pass
         model.disable_input_require_grads()
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and not module.training:
-            _in_eval_mode(module, patches)
+        if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
+            _in_eval_mode_too(module, patches)
 
 
-def _in_eval_mode(block: Any, patches: Patches) -> None:
-    """Lets a block of a model in eval mode be checkpointed too: transformers do that in train mode only.
+def _in_eval_mode_too(block: Any, patches: Patches) -> None:
+    """Lets a block in eval mode be checkpointed: transformers do that in train mode only.
 
-    The flag of the block itself is set, and taken back for its computation.
+    Its own flag says train mode until it asks to be checkpointed, and again eval mode where it computes.
     """
-    function = block._gradient_checkpointing_func
+    function, pretending = block._gradient_checkpointing_func, False
 
-    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        @functools.wraps(forward)
-        def in_its_own_mode(*inner: Any, **options: Any) -> Any:
-            block.training = False
-            try:
-                return forward(*inner, **options)
-            finally:
-                block.training = True
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal pretending
+        if block.training or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        block.training = pretending = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            block.training = pretending = False
 
-        return function(in_its_own_mode, *args, **kwargs) if torch.is_grad_enabled() else in_its_own_mode(*args)
+    def run(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(functools.partial(_computed, compute) if pretending else compute, *args, **kwargs)
+
+    def _computed(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before, block.training = block.training, False
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            block.training = before
 
     patches.replace(block, "_gradient_checkpointing_func", run)
-    patches.replace(block, "training", True)
+    patches.wrap(block, "forward", forward)

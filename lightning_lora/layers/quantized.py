@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.base import adapts
+from lightning_lora.marks import MERGED
 from lightning_lora.ops.packed import packed_lora_linear
 from lightning_lora.ops.transforms import in_transform
-from lightning_lora.quantization import Quantizer, dense, quantizer_of
+from lightning_lora.quantization import Quantizer, dense, moves_only, quantizer_of
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -62,13 +63,9 @@ class LoRAQuantizedLinear(LoRALinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAQuantizedLinear":
         """Moves all that unpacks the weight, and casts nothing that is packed."""
         _quantizer(self).pack_up(self)
-        packed = self._parameters["weight"]
-
-        def keep_packed(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if tensor is not packed or moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_packed, recurse)
+        kept = vars(self).get(MERGED)
+        packed = [holder._parameters.get("weight") for holder in (self, kept) if holder is not None]
+        super()._apply(moves_only(fn, *packed), recurse)
         return self
 
 

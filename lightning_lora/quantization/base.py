@@ -23,7 +23,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def dense(self, layer: Any) -> Tensor:
-        """The weight (out, in) that the packed values stand for, in the dtype that it was quantised from."""
+        """The weight (out, in) that the packed values stand for, in the dtype in which it is unpacked."""
 
     @abstractmethod
     def forward(self, layer: Any, x: Tensor) -> Tensor:
@@ -61,6 +61,18 @@ class Quantizer(ABC):
     @abstractmethod
     def guard(self, layer: Any) -> None:
         """Turns off what would harm training."""
+
+
+def moves_only(fn: Callable[[Tensor], Tensor], *packed: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What ``Module._apply`` is given, but casts leave packed tensors as they are: their dtype is one of storage."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.dtype == tensor.dtype or not any(tensor is each for each in packed):
+            return result
+        return tensor.to(result.device)
+
+    return moved
 
 
 _QUANTIZERS: dict[str, Quantizer] = {}

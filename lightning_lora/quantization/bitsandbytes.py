@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.config import Quantization
 from lightning_lora.ops.packed import packed_linear
-from lightning_lora.quantization.base import Quantizer, quantizes
+from lightning_lora.quantization.base import Quantizer, moves_only, quantizes
 
 if tuple(int(part) for part in bnb.__version__.split(".")[:2]) < (0, 48):
     raise ImportError(f"version {bnb.__version__} is installed")
@@ -32,6 +32,11 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     @override
     def forward(self, x: Tensor) -> Tensor:
         return _FOUR_BIT.forward(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear4bit":
+        _FOUR_BIT.pack_up(self)
+        super()._apply(moves_only(fn, self._parameters["weight"]), recurse)
+        return self
 
 
 class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -142,7 +147,8 @@ class EightBit(Quantizer):
         layer.state.is_training = layer.training
         if layer.weight.CB is not None:
             layer.init_8bit_state()
-        out: Tensor = bnb.matmul(x, layer.weight, bias=None, state=layer.state)
+        rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes two or three dimensions
+        out: Tensor = bnb.matmul(rows, layer.weight, bias=None, state=layer.state).view(*x.shape[:-1], -1)
         return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
     @override
@@ -225,7 +231,9 @@ def _eight_bits(W: Tensor) -> nn.Parameter:
     step = max(1, _PIECE // W.shape[1]) if W.device.type == "cpu" else len(W)
     for start in range(0, len(W), step):
         rows = slice(start, start + step)
-        CB[rows], SCB[rows], _ = F4.int8_vectorwise_quant(W[rows].to(torch.float16))
+        w = W[rows].float()  # float16, in which bitsandbytes does this, has too small a range
+        SCB[rows] = w.abs().amax(1)
+        CB[rows] = (w * (127 / SCB[rows].clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round_().to(torch.int8)
     packed: nn.Parameter = Int8Params(CB, requires_grad=False, has_fp16_weights=False, CB=CB, SCB=SCB)
     return packed
 

@@ -327,6 +327,105 @@ def test_nothing_dense_is_kept_for_the_backward_pass():
     assert max(t.numel() for t in saved) <= 4 * 256
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_unloaded_layers_have_the_dtype_they_had(mode, dtype):
+    model, x = build().to(dtype), torch.randn(3, 16, dtype=dtype)
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"]))
+    ll.quantize(model, mode)
+    randomise(model)
+    ll.merge_and_unload(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model(x)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_casts_of_what_is_packed_in_floats(storage, merged):
+    """Of layers without an adapter, and of what a merge keeps, too."""
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.quantize(model, ll.Quantization(mode="nf4", quant_storage=storage))
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=None))
+    randomise(model)
+    before = {name: dense(m) for name, m in model.named_modules() if is_quantized(m)}
+    if merged:
+        ll.merge(model)
+    model.half().bfloat16().float()
+    if merged:
+        ll.unmerge(model)
+    for name, module in model.named_modules():
+        assert not is_quantized(module) or torch.equal(dense(module), before[name]), name
+    model(x)
+
+
+def test_merged_and_then_unloaded():
+    """Not what was packed again, but what was trained."""
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.quantize(model, "nf4")
+    randomise(model)
+    expected = model(x)
+    ll.merge(model)
+    ll.merge_and_unload(model)
+    assert not packed(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_calls():
+    model = build()
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.merge(model)
+    with pytest.raises(ll.ConfigError, match="merged into blocks.0.q.*call ll.unmerge first"):
+        ll.quantize(model)
+    ll.unmerge(model)
+    plain = build()
+    ll.quantize(plain)
+    with pytest.raises(ll.ConfigError, match="no adapters"):
+        ll.merge_and_unload(plain)
+    assert packed(plain)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-9])
+def test_rows_of_any_size_in_8_bits(size):
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    model[0].weight.data.mul_(size)
+    before = model[0].weight.clone()
+    model[0].weight.data[3] = 0
+    ll.quantize(model, "int8")
+    after = dense(model[0])
+    assert not after[3].any()
+    rows = [i for i in range(32) if i != 3]
+    assert (after - before)[rows].norm() < 0.02 * before[rows].norm()
+
+
+def test_int8_in_any_number_of_dimensions():
+    model, x = nn.Sequential(nn.Linear(48, 40)), torch.randn(2, 3, 4, 48)
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None))
+    ll.quantize(model, "int8")
+    randomise(model)
+    for mode in (True, False):
+        model.train(mode)
+        for each in (x, x[0], x[0, 0], x[0, 0, 0]):
+            assert model(each).shape == (*each.shape[:-1], 40)
+    assert (model(x[0, 0, 0]) - model(x)[0, 0, 0]).norm() < 0.05 * model(x)[0, 0, 0].norm()
+
+
+def test_ties_outside_of_what_is_quantised():
+    one, other = nn.Linear(64, 64), nn.Linear(64, 64)
+    other.weight = one.weight
+    before = other.weight.clone()
+    ll.quantize(nn.Sequential(one))
+    assert torch.equal(other.weight, before)
+
+
+def test_weights_that_are_too_small_to_be_packed():
+    model, x = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2), nn.Linear(2, 64)), torch.randn(3, 2)
+    expected = model[1](model[0](x))
+    ll.quantize(model)
+    assert packed(model) == ["2"]
+    assert torch.equal(model[1](model[0](x)), expected)
+
+
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 PEAK = """
@@ -394,6 +493,8 @@ def test_packing_in_pieces_is_what_bitsandbytes_does(monkeypatch, mode, shape):
 def test_bad_input():
     with pytest.raises(ll.ConfigError, match="Did you mean 'nf4'"):
         ll.quantize(build(), "nf5")
+    with pytest.raises(ll.ConfigError, match="blocksize must be a power of two from 32 to 4096, got 8192"):
+        ll.Quantization(blocksize=8192)
     with pytest.raises(ll.TargetError, match="no linear that can be quantised"):
         ll.quantize(nn.Sequential(nn.Conv2d(3, 3, 3)))
     with pytest.raises(ll.TargetError, match="0 is on the meta device: give it its values in configure_model"):

@@ -318,6 +318,52 @@ def test_activation_checkpointing_of_other_models():
         torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-7)
 
 
+def test_checkpointed_models_in_eval_mode_stay_in_it():
+    """Also for what is generated in between, and when the user changes modes."""
+
+    class Generates(Wrapped):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.tokens = self.net.generate(input_ids=batch["input_ids"][:, :3], max_new_tokens=8, do_sample=False)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_start(self):
+            if self.change:
+                self.net.train()
+
+    for change in (False, True):
+        results = []
+        for recompute in (False, True):
+            module = Generates(FAMILIES["opt"].make)
+            module.eval()
+            module.change = change
+            batch = FAMILIES["opt"].batch(module.net)
+            results.append([gradients(module, batch, gradient_checkpointing=recompute), module.tokens])
+            assert {m.training for name, m in module.net.named_modules() if ".lora" not in name} == {change}
+        assert torch.equal(results[0][1], results[1][1])
+        for name, gradient in results[0][0].items():
+            torch.testing.assert_close(results[1][0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_take_a_recomputed_batch_in_once():
+    class Norms(Lit):
+        def __init__(self):
+            super().__init__()
+            for block in self.net.blocks:
+                block.norm = nn.BatchNorm1d(16)
+
+    states = []
+    for recompute in (False, True):
+        module = Norms()
+        lora = ll.LoRA(r=4, modules_to_save=["norm"], gradient_checkpointing=recompute)
+        pl.seed_everything(3, verbose=False)
+        trainer(lora, max_epochs=1).fit(module, data())
+        states.append({key: value for key, value in module.state_dict().items() if "norm" in key})
+    assert states[0]["net.blocks.0.norm.num_batches_tracked"] == 4
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_to_checkpoint():
     class Flat(Lit):
         def __init__(self):
