@@ -27,7 +27,7 @@ from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
 from lightning_lora.health import Watch, check_before
 from lightning_lora.inits import Init
-from lightning_lora.inject import default_seed, initialise
+from lightning_lora.inject import default_seed
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
 from lightning_lora.optim import restore_ratios
@@ -164,7 +164,6 @@ class LoRA(CallbackBase):
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
         if self._phases is None:
             return
-        initialise(pl_module)
         train_mode(pl_module)
         counts = summary(pl_module)
         for name, plan in self._phases.plans.items():

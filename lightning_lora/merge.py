@@ -12,7 +12,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.marks import MERGED, merged_layers
+from lightning_lora.marks import MERGED
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.quantization import quantizer_of
@@ -167,16 +167,16 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         'Linear'
     """
     layers = dict(lora_layers(model))
-    chosen = {name for layer in layers.values() for name in getattr(vars(layer).get(MERGED), "merged", ())}
-    if not chosen:
-        raise_all(ConfigError, _problems(layers, None), "merge_and_unload")
-    elif dequantize and any(layer.lora_packed for layer in layers.values()):
+    kept = [vars(layer)[MERGED] for layer in layers.values() if MERGED in vars(layer)]
+    names = list(dict.fromkeys(name for originals in kept for name in originals.merged))
+    if kept and dequantize and any(layer.lora_packed for layer in layers.values()):
         unmerge(model)  # what was packed again is not what was trained
-    if dequantize and not merged_layers(model):
-        dequantize_(model)
-        merge(model, chosen or None)
-    elif len(merged_layers(model)) < len(list(lora_layers(model))) or not merged_layers(model):
-        merge(model)
+        kept = []
+    if len(kept) < len(layers) or not layers:
+        raise_all(ConfigError, _problems(layers, None), "merge_and_unload")
+        if dequantize:
+            dequantize_(model)
+        merge(model, names or None)
     replaced = [p for _, layer in lora_layers(model) for p in vars(layer).pop(MERGED).parameters()]
     eject(model)
     left = {id(parameter) for parameter in model.parameters()}
@@ -214,22 +214,31 @@ def _merge_layer(
     old, bias, quantizer = layer.weight, layer._parameters.get("bias"), quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
-    W = layer.lora_matrix()
+    W, sums = layer.lora_matrix(), torch.zeros(3, dtype=torch.float64, device=old.device)
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     if quantizer is None:
         new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
         result = layer.lora_as_matrix(new)
         for rows in row_chunks(W):
-            result[rows] = _merged(adapters, W[rows].to(accumulate), rows)
+            w = W[rows].to(accumulate)
+            exact = _merged(adapters, w, rows)
+            result[rows] = exact
+            sums += _compare(exact.sub_(w), result[rows].to(accumulate) - w)
     else:
-        new = quantizer.repack(layer, torch.cat([_merged(adapters, W[r].to(accumulate), r) for r in row_chunks(W)]))
+        whole = torch.cat([_merged(adapters, W[rows].to(accumulate), rows) for rows in row_chunks(W)])
+        new = quantizer.repack(layer, whole)
     changed = {"weight": new}
     if dtype and bias is not None:
         changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
     originals = Originals(changed, layer.lora_active, names)
     originals.swap(layer)
     vars(layer)[MERGED], layer.lora_active = originals, ()
-    size, part, error = _measure(adapters, W, layer.lora_matrix(), accumulate)
+    if quantizer is not None:
+        result = layer.lora_matrix()
+        for rows in row_chunks(W):
+            w = W[rows].to(accumulate)
+            sums += _compare(whole[rows].sub_(w), result[rows].to(accumulate) - w)
+    size, part, error = sums.tolist()
     return LayerMerge(
         adapters=names,
         norm=math.sqrt(size),
@@ -247,15 +256,9 @@ def _merged(adapters: Sequence[Adapter], w: Tensor, rows: slice) -> Tensor:
     return total
 
 
-def _measure(adapters: Sequence[Adapter], W: Tensor, result: Tensor, dtype: torch.dtype) -> list[float]:
+def _compare(update: Tensor, change: Tensor) -> Tensor:
     """|ΔW|², <change, ΔW> and |change - ΔW|², where the change is what rounding or packing left of ΔW."""
-    sums = torch.zeros(3, dtype=torch.float64, device=W.device)
-    for rows in row_chunks(W):
-        w = W[rows].to(dtype)
-        update = _merged(adapters, w, rows).sub_(w).flatten()
-        change = (result[rows].to(dtype) - w).flatten()
-        sums[0] += torch.dot(update, update)
-        sums[1] += torch.dot(change, update)
-        sums[2] += torch.dot(change.sub_(update), change)
-    values: list[float] = sums.tolist()
-    return values
+    update, change = update.flatten(), change.flatten()
+    size, part = torch.dot(update, update), torch.dot(change, update)
+    error = change.sub_(update)
+    return torch.stack([size, part, torch.dot(error, error)]).double()

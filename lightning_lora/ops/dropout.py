@@ -51,4 +51,4 @@ class _Dropout(torch.autograd.Function):
 
 
 def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    return torch.where(keep, x, 0) * scale if x.requires_grad else torch.where(keep, x, 0).mul_(scale)
+    return torch.where(keep, x, 0).mul_(scale)
