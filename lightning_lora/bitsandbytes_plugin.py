@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.quantization import is_quantized
-from lightning_lora.quantize import choose
+from lightning_lora.quantize import quantizable
 
 _MODES = {
     "_NF4Linear": "nf4",
@@ -40,7 +40,7 @@ def heads_stay_dense(plugin: Any, model: nn.Module) -> Iterator[None]:
 
     By itself it would quantise heads that are trained, tied weights, and weights that are read and not called.
     """
-    chosen = {node.name for node in choose(model, Quantization(mode=mode_of(plugin)))}  # type: ignore[arg-type]
+    chosen = {node.name for node in quantizable(model, Quantization(mode=mode_of(plugin)))}  # type: ignore[arg-type]
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     before = plugin.ignore_modules
     plugin.ignore_modules = {*before, *(linears - chosen)}

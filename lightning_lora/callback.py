@@ -120,7 +120,7 @@ class LoRA(CallbackBase):
             error = raised
         check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
-        self.quantization = Quantization(mode=quantization) if isinstance(quantization, str) else quantization
+        self.quantization = None if quantization is None else Quantization.of(quantization)
         self.gradient_checkpointing = gradient_checkpointing
         self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:

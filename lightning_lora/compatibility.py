@@ -31,8 +31,9 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
     twins = {name: names.count(name) for name in names if names.count(name) > 1}
     problems += [f"{n} LoRA callbacks have adapter_name={name!r}: give each its own name" for name, n in twins.items()]
     first = trainer.callbacks.index(family[0])
-    packed = is_bitsandbytes(trainer.precision_plugin) or any(callback.quantization is not None for callback in family)
-    packed = packed or any(is_quantized(module) for module in model.modules())
+    by_plugin = is_bitsandbytes(trainer.precision_plugin)
+    by_us = any(callback.quantization is not None for callback in family)
+    packed = by_plugin or by_us or any(is_quantized(module) for module in model.modules())
     for place, callback in enumerate(trainer.callbacks):
         bases = {cls.__name__ for cls in type(callback).__mro__}
         if "WeightAveraging" in bases and place < first:
@@ -43,11 +44,10 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
             unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
-    if is_bitsandbytes(trainer.precision_plugin):
-        if mode_of(trainer.precision_plugin) is None:
-            unsupported.append("BitsandbytesPrecision('int8-training') trains the base: use mode 'int8'")
-        if any(callback.quantization is not None for callback in family):
-            problems.append("both BitsandbytesPrecision and LoRA(quantization=...) quantise: give one of them")
+    if by_plugin and mode_of(trainer.precision_plugin) is None:
+        unsupported.append("BitsandbytesPrecision('int8-training') trains the base: use mode 'int8'")
+    if by_plugin and by_us:
+        problems.append("both BitsandbytesPrecision and LoRA(quantization=...) quantise: give one of them")
     raise_all(ConfigError, problems, "LoRA")
     raise_all(UnsupportedError, unsupported, "LoRA")
 
@@ -67,8 +67,10 @@ def quantization_of(family: list[Any]) -> Quantization | None:
 
 def final_mode(trainer: Any, settings: Quantization | None) -> str | None:
     """How the base will be quantised when it is trained, by whom ever."""
+    if settings is not None:
+        return settings.mode
     plugin = trainer.precision_plugin
-    return settings.mode if settings is not None else mode_of(plugin) if is_bitsandbytes(plugin) else None
+    return mode_of(plugin) if is_bitsandbytes(plugin) else None
 
 
 def warn_of_copies(trainer: Any, model: nn.Module) -> None:

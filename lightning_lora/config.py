@@ -200,6 +200,11 @@ class Quantization:
     ignore_modules: list[str] | None = None
     blocksize: int = 64
 
+    @classmethod
+    def of(cls, spec: "str | Quantization") -> "Quantization":
+        """The settings that a mode alone stands for, or those that were given."""
+        return cls(mode=spec) if isinstance(spec, str) else spec  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
         problems = [
             *choice_problems("mode", self.mode, MODES),

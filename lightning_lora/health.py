@@ -209,11 +209,9 @@ class Watch:
         if not torch.equal(_mark(parameter), before):
             return True
         waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
-        return (
-            None
-            if waits or before.any()
-            else f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
-        )
+        if waits or before.any():
+            return None
+        return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
 
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter]:

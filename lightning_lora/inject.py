@@ -18,7 +18,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, listing, raise_
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
 from lightning_lora.inits import plain_defaults, resolve
 from lightning_lora.layers import LoRALayer, attach, detach, kind_of, lora_class, lora_layers, original_type
-from lightning_lora.marks import merged_layers
+from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, plan
@@ -117,7 +117,7 @@ def eject(model: nn.Module) -> None:
         ('Linear', True)
     """
     layers = dict(lora_layers(model))
-    raise_all(ConfigError, _merged_problems(model, "call ll.unmerge first"), "eject")
+    raise_all(ConfigError, merged_problems(model, "call ll.unmerge first"), "eject")
     if wrapped := [
         name for name, layer in layers.items() if type(layer) is not lora_class(type(layer).lora_plain_class)
     ]:
@@ -173,7 +173,7 @@ def default_seed() -> int:
 
 
 def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    problems = [*name_problems(name), *_merged_problems(model, "call ll.unmerge before adapters are added")]
+    problems = [*name_problems(name), *merged_problems(model, "call ll.unmerge before adapters are added")]
     raise_all(ConfigError, problems, "LoRA")
     for layer_name, layer in lora_layers(model):
         if name in layer.lora:
@@ -185,11 +185,6 @@ def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
                     f"{', '.join(changes)}. Use another adapter_name, or ll.eject(model) first"
                 )
             return
-
-
-def _merged_problems(model: nn.Module, way_out: str) -> list[str]:
-    names = merged_layers(model)
-    return [f"adapters are merged into {listing(names)}: {way_out}"] if names else []
 
 
 def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype, seed: int) -> Adapter:

@@ -1,18 +1,29 @@
 """What adapters leave on the modules themselves, so that it holds for any part of a model, copies and pickles."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import listing
 
 TRAINED = "_lora_trained"  # {own parameter that is trained in full: the adapter that it is saved with}
 WHOLE = ""  # ... and the key for the module itself, with its buffers and its mode
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
-
-DENSE = (
-    "_lora_dense"  # on a quantised layer: class, whether transposed, some values, dtype, and the dense weight or None
-)
+DENSE = "_lora_dense"  # on a quantised layer: what it was, as `Dense`
 BROKEN = "_lora_broken"  # on a model whose quantisation broke off: the layer
+
+
+class Dense(NamedTuple):
+    """What a quantised layer was before."""
+
+    cls: type[nn.Module]
+    transposed: bool  # its weight is (in, out), as GPT-2's Conv1D has it
+    samples: Tensor
+    dtype: torch.dtype
+    weight: nn.Parameter | None  # emptied, if an optimizer may know the layer by it
 
 
 def trained_in_full(model: nn.Module) -> set[int]:
@@ -33,8 +44,8 @@ def was_trainable(module: nn.Module, key: str) -> bool:
 
 def known_weights(layer: nn.Module) -> list[nn.Parameter | None]:
     """The parameters that an optimizer may know a layer by: its weight, that before it was quantised, its bias."""
-    *_, before = vars(layer).get(DENSE, (None,))
-    return [layer._parameters["weight"], before, layer._parameters.get("bias")]
+    dense: Dense | None = vars(layer).get(DENSE)
+    return [layer._parameters["weight"], dense and dense.weight, layer._parameters.get("bias")]
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -48,3 +59,9 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def merged_layers(model: nn.Module) -> list[str]:
     """The names of the layers that hold merged adapters."""
     return [name for name, module in model.named_modules() if MERGED in vars(module)]
+
+
+def merged_problems(model: nn.Module, way_out: str) -> list[str]:
+    """That adapters are merged, and what to do about it; nothing if none are."""
+    names = merged_layers(model)
+    return [f"adapters are merged into {listing(names)}: {way_out}"] if names else []

@@ -14,7 +14,7 @@ from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.patches import Patches
-from lightning_lora.quantize import choose, quantize
+from lightning_lora.quantize import quantizable, quantize
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.targets import Plan, draft
 
@@ -82,7 +82,9 @@ class Phases:
             notes = self._inject(last)
             if last:
                 if self._quantization is not None:
-                    choose(self._model, self._quantization)  # what can't be quantised shall be known now, not half-way
+                    quantizable(
+                        self._model, self._quantization
+                    )  # what can't be quantised shall be known now, not half-way
                 self._completed()
         except Exception:
             self.undo()

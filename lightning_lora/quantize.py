@@ -1,26 +1,23 @@
 """Quantising a frozen base in place, layer by layer, and back (QLoRA, arXiv:2305.14314)."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, raise_all
 from lightning_lora.inject import eject
-from lightning_lora.layers import kind_of, lora_layers, original_type, rebase, registered_base
-from lightning_lora.marks import BROKEN, DENSE, MERGED, merged_layers, trained_in_full
+from lightning_lora.layers import has_own_forward, lora_layers, original_type, rebase
+from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import sample
-from lightning_lora.quantization import is_quantized, quantizer_for, quantizer_of
-from lightning_lora.targets.kinds import is_inside, is_pretrained
-from lightning_lora.targets.patterns import parse, unmatched
+from lightning_lora.quantization import Quantizer, is_quantized, quantizer_for, quantizer_of
+from lightning_lora.targets.kinds import is_dense_linear, is_inside, is_pretrained
+from lightning_lora.targets.patterns import modules_within, parse
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles
 from lightning_lora.targets.walk import Node, base_modules, nodes, own_parameters, parameter_owners
-
-_DEVICES = ("cpu", "cuda", "xpu", "hpu")  # of bitsandbytes
 
 
 def quantize(
@@ -55,13 +52,10 @@ def quantize(
         >>> model[0].weight.dtype
         torch.uint8
     """
-    settings = Quantization(mode=quantization) if isinstance(quantization, str) else quantization  # type: ignore[arg-type]
-    quantizer, chosen = quantizer_for(settings), choose(model, settings)
-    if device is not None and torch.device(device).type not in _DEVICES:
-        kind = torch.device(device).type
-        raise UnsupportedError(
-            f"bitsandbytes has no kernels for {kind!r}: leave quantization out, or use another device"
-        )
+    settings = Quantization.of(quantization)
+    quantizer, chosen = quantizer_for(settings), quantizable(model, settings)
+    if device is not None and (problem := quantizer.device_problem(torch.device(device))) is not None:
+        raise UnsupportedError(problem)
     for node in chosen:
         layer: Any = node.module
         place = layer.weight.device if device is None else torch.device(device)
@@ -79,51 +73,55 @@ def quantize(
             adapter.follow(adapted.lora_matrix())
 
 
-def choose(model: nn.Module, settings: Quantization) -> list[Node]:
+def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
     """The layers to quantise.
 
     Raises:
+        ConfigError: If adapters are merged.
         TargetError: If there are none, or one can't be quantised.
     """
     if (name := vars(model).get(BROKEN)) is not None:
         raise TargetError(f"quantising this model broke off at {name}: build it anew")
-    if merged := merged_layers(model):
-        raise ConfigError(f"quantize: adapters are merged into {listing(merged)}: call ll.unmerge first")
-    tree = nodes(model)
-    roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
-    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
-    dense_by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
-    names, ignored, problems = [name for node in tree.values() for name in node.names], set[str](), list[str]()
-    for pattern in parse(settings.ignore_modules or []):
-        hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
-        problems += [] if hits else [unmatched("ignore_modules", pattern, names)]
-        ignored |= hits
-    chosen, packed = [], 0
-    for node in tree.values():
-        if (kind := kind_of(original_type(node.module))) is None or not kind.lora_dense_linear:
-            continue
-        if (quantizer := quantizer_of(node.module)) is not None:
-            mode, packed = quantizer.mode(node.module), packed + 1
-            if mode != settings.mode:
-                problems.append(f"{node.name} is quantised already, as {mode!r}: {settings.mode!r} needs dense weights")
-        elif node.name not in ignored and roles.reason_against(node.name) is None and bypass(node) is None:
-            weight = node.module._parameters.get("weight")
-            own = original_type(node.module).forward is not registered_base(original_type(node.module)).forward
-            parts = node.name.split(".")
-            if any(is_inside(node.name, outer) and part in parts for outer, part in dense_by_design):
-                continue
-            if weight is None or own or id(weight) in trained or len(owners[id(weight)]) > 1:
-                continue
-            if _packed_length(weight, settings) == 1:  # which bitsandbytes takes for a transposed one
-                continue
-            problems += _weight_problems(node.name, weight, settings)
-            chosen.append(node)
+    raise_all(ConfigError, merged_problems(model, "call ll.unmerge first"), "quantize")
+    tree, problems = nodes(model), list[str]()
+    ignored = modules_within("ignore_modules", parse(settings.ignore_modules or []), tree, problems)
+    linears = [node for node in tree.values() if is_dense_linear(node.module)]
+    packed = {node.name: present for node in linears if (present := quantizer_of(node.module)) is not None}
+    for name, present in packed.items():
+        if (mode := present.mode(tree[name].module)) != settings.mode:
+            problems.append(f"{name} is quantised already, as {mode!r}: {settings.mode!r} needs dense weights")
+    stay_dense = ignored | packed.keys() | _needed_dense(model, tree)
+    by_weight = {node: cast(Tensor, node.module.weight) for node in linears if node.name not in stay_dense}
+    quantizer = quantizer_for(settings)
+    chosen = [node for node, weight in by_weight.items() if not quantizer.is_too_small(weight, settings)]
+    problems += [problem for node in chosen if (problem := _weight_problem(node, quantizer, settings)) is not None]
     if not chosen and not packed and not problems:
         problems.append(
             "the model has no linear that can be quantised: all are heads, tied, trained in full or ignored"
         )
     raise_all(TargetError, problems, "quantization")
     return chosen
+
+
+def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
+    """The linears that something else than their own product needs as they are."""
+    roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
+    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
+    by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
+
+    def is_needed(node: Node) -> bool:
+        weight, parts = node.module._parameters.get("weight"), node.name.split(".")
+        return (
+            weight is None
+            or id(weight) in trained
+            or len(owners[id(weight)]) > 1
+            or has_own_forward(original_type(node.module))
+            or roles.reason_against(node.name) is not None
+            or bypass(node) is not None
+            or any(is_inside(node.name, outer) and part in parts for outer, part in by_design)
+        )
+
+    return {node.name for node in tree.values() if is_dense_linear(node.module) and is_needed(node)}
 
 
 def _kept_dense(model: Any) -> set[str]:
@@ -134,9 +132,11 @@ def _kept_dense(model: Any) -> set[str]:
 
 def dense_record(layer: Any) -> tuple[list[int], torch.dtype, Tensor]:
     """What is known of the dense weight of a quantised layer: shape, dtype, and some values, or nan."""
-    _, transposed, values, *_ = vars(layer).get(DENSE, (None, False, sample(torch.empty(0))))
+    dense: Dense | None = vars(layer).get(DENSE)
     shape = [layer.out_features, layer.in_features]
-    return shape[::-1] if transposed else shape, _dense_dtype(layer), values
+    if dense is None:
+        return shape, _dense_dtype(layer), sample(torch.empty(0))
+    return shape[::-1] if dense.transposed else shape, _dense_dtype(layer), dense.samples
 
 
 def dequantize_(model: nn.Module) -> None:
@@ -145,51 +145,45 @@ def dequantize_(model: nn.Module) -> None:
     Raises:
         ConfigError: If adapters are merged.
     """
-    prevailing = next(
-        (
-            p.dtype
-            for m in base_modules(model)
-            for _, p in own_parameters(m)
-            if p.is_floating_point() and not is_quantized(m)
-        ),
-        torch.float32,
-    )
-    for name, module in model.named_modules():
-        if (quantizer := quantizer_of(module)) is None or not isinstance(module, nn.Linear):
-            continue
-        if MERGED in vars(module):
-            raise ConfigError(f"adapters are merged into {clean(name)}, which is quantised: call ll.unmerge first")
-        layer: Any = module
+    packed = {n: m for n, m in model.named_modules() if is_quantized(m) and isinstance(m, nn.Linear)}
+    if merged := [clean(name) for name, module in packed.items() if MERGED in vars(module)]:
+        raise ConfigError(f"adapters are merged into {merged[0]}, which is quantised: call ll.unmerge first")
+    prevailing = _prevailing_dtype(model)
+    for linear in packed.values():
+        layer, quantizer = cast(Any, linear), quantizer_of(linear)
+        assert quantizer is not None
         weight = quantizer.dense(layer).to(_dense_dtype(layer, prevailing))
-        for key in ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "state", "index"):
-            vars(layer).pop(key, None)
-        vars(layer).pop("support_avx512bf16_for_cpu", None)
-        dense_class, transposed, *_ = vars(layer).pop(DENSE, (nn.Linear, False))
-        if transposed:
+        quantizer.strip(layer)
+        dense: Dense | None = vars(layer).pop(DENSE, None)
+        if dense is not None and dense.transposed:
             del layer.in_features, layer.out_features
-        layer._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
-        rebase(layer, dense_class)
+            weight = weight.T.contiguous()
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        rebase(layer, nn.Linear if dense is None else dense.cls)
     for module in model.modules():
         if is_pretrained(module):
             _forget_quantization(module)
 
 
+def _prevailing_dtype(model: nn.Module) -> torch.dtype:
+    """That of the first dense weight of the base."""
+    dense = (p for m in base_modules(model) if not is_quantized(m) for _, p in own_parameters(m))
+    return next((p.dtype for p in dense if p.is_floating_point()), torch.float32)
+
+
 def _dense_dtype(layer: Any, prevailing: torch.dtype = torch.float16) -> torch.dtype:
     """What the weight was quantised from, as far as that is known."""
-    if (state := getattr(layer.weight, "quant_state", None)) is not None:
-        known: torch.dtype = state.dtype
-    elif DENSE in vars(layer):
-        known = vars(layer)[DENSE][3]
-    else:
-        known = prevailing if layer.bias is None else layer.bias.dtype
-    return known
+    quantizer, dense = quantizer_of(layer), vars(layer).get(DENSE)
+    known = quantizer and quantizer.dense_dtype(layer)
+    if known is None and dense is not None:
+        known = dense.dtype
+    return known or (prevailing if layer.bias is None else layer.bias.dtype)
 
 
 def _as_linear(layer: Any) -> Tensor:
     """The weight as (out, in)."""
-    kind = kind_of(original_type(layer))
-    assert kind is not None
-    return layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T.contiguous()
+    weight: Tensor = layer.weight.detach()
+    return weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
 
 
 def _pack(layer: Any, cls: type, attributes: dict[str, Any], release: bool) -> None:
@@ -197,7 +191,7 @@ def _pack(layer: Any, cls: type, attributes: dict[str, Any], release: bool) -> N
     old, transposed = layer._parameters["weight"], not isinstance(layer, nn.Linear)
     if transposed:
         layer.in_features, layer.out_features = layer.weight.shape
-    vars(layer)[DENSE] = (original_type(layer), transposed, sample(old), old.dtype, old if release else None)
+    vars(layer)[DENSE] = Dense(original_type(layer), transposed, sample(old), old.dtype, old if release else None)
     layer._parameters["weight"] = attributes.pop("weight")
     vars(layer).update(attributes)
     rebase(layer, cls)
@@ -206,25 +200,16 @@ def _pack(layer: Any, cls: type, attributes: dict[str, Any], release: bool) -> N
         old.requires_grad_(False)  # ... which tells where the adapters belong, and shall let go of it
 
 
-def _packed_length(weight: Tensor, settings: Quantization) -> int:
-    size = 1 if settings.mode == "int8" else 2 * getattr(torch, settings.quant_storage).itemsize
-    return -(-weight.numel() // size)
-
-
-def _weight_problems(name: str, weight: Tensor, settings: Quantization) -> Iterator[str]:
+def _weight_problem(node: Node, quantizer: Quantizer, settings: Quantization) -> str | None:
+    weight: Any = node.module.weight
+    why: str | None
     if type(weight.data).__name__ == "DTensor":
-        yield f"{name} is sharded already: call ll.quantize(model, {settings.mode!r}) before fully_shard"
+        why = f"is sharded already: call ll.quantize(model, {settings.mode!r}) before fully_shard"
     elif weight.is_meta:
-        yield f"{name} is on the meta device: give it its values in configure_model"
-    elif weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        yield f"{name} is {weight.dtype}, which bitsandbytes can't quantise: cast it, or name it in ignore_modules"
-    elif settings.mode != "int8":
-        packs = 2 * torch.empty(0, dtype=getattr(torch, settings.quant_storage)).element_size()
-        if weight.numel() % packs and packs > 2:
-            yield (
-                f"{name} has {weight.numel()} weights, which do not fill {settings.quant_storage} (a multiple of "
-                f"{packs}): use quant_storage='uint8', or name it in ignore_modules"
-            )
+        why = "is on the meta device: give it its values in configure_model"
+    else:
+        why = quantizer.weight_problem(weight, settings)
+    return why and f"{node.name} {why}"
 
 
 def _forget_quantization(model: Any) -> None:

@@ -10,7 +10,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.marks import TRAINED, WHOLE, merged_layers
+from lightning_lora.marks import TRAINED, WHOLE, merged_problems
 from lightning_lora.names import clean
 from lightning_lora.quantization import is_quantized
 
@@ -85,8 +85,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: If keys or shapes differ, or adapters are merged. Nothing was copied.
     """
-    if merged := merged_layers(model):
-        raise CheckpointError(f"adapters are merged into {listing(merged)}: call ll.unmerge before others are loaded")
+    raise_all(CheckpointError, merged_problems(model, "call ll.unmerge before others are loaded"))
     own, extra = adapter_state_dict(model), extra_state(model).keys()
     expected = own.keys() | extra
     problems = (

@@ -10,7 +10,8 @@ import lightning_lora as ll
 PACKAGE = Path(ll.__file__).parent
 # From below to above: a module imports only from its own level and from levels before it.
 LEVELS = [
-    {"errors", "names", "marks", "lightning_packages", "patches"},
+    {"errors", "names", "lightning_packages", "patches"},
+    {"marks"},
     {"checks"},
     {"config"},
     {"arguments"},

@@ -28,9 +28,9 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
     """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
     Merged layers count with the base's own weights, quantised ones with those that they were quantised from, as far as
-    these were seen. Parameters without comparable values (on the meta device,
-    integers) count with name and shape only: their samples are nan. Names, shapes and dtypes are compressed: of a
-    model with hundreds of small blocks they would be the larger part of a checkpoint.
+    these were seen. Parameters without comparable values (on the meta device, integers) count with name and shape only:
+    their samples are nan. Names, shapes and dtypes are compressed: of a model with hundreds of small blocks they would
+    be the larger part of a checkpoint.
 
     Args:
         model: The model.

@@ -1,7 +1,14 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
-from lightning_lora.layers.base import GAINED, LoRALayer, kind_of, reaches_base_forward, registered_base
+from lightning_lora.layers.base import (
+    GAINED,
+    LoRALayer,
+    has_own_forward,
+    kind_of,
+    reaches_base_forward,
+    registered_base,
+)
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -20,6 +27,7 @@ __all__ = [
     "LockedStatistics",
     "attach",
     "detach",
+    "has_own_forward",
     "kind_of",
     "lock_statistics",
     "lora_class",

@@ -150,6 +150,11 @@ def kind_of(cls: type) -> type[LoRALayer] | None:
     return None if base is None else _KINDS[qualified_name(base)]
 
 
+def has_own_forward(cls: type) -> bool:
+    """Whether a layer class computes in another way than the registered class that it descends from."""
+    return cls.forward is not registered_base(cls).forward  # type: ignore[attr-defined]
+
+
 def reaches_base_forward(cls: type) -> bool:
     """Whether every forward between the class and its registered base seems to hand over by ``super().forward``.
 

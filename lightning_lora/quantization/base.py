@@ -47,6 +47,26 @@ class Quantizer(ABC):
         """
 
     @abstractmethod
+    def device_problem(self, device: torch.device) -> str | None:
+        """Why weights can't be packed for this device; None when they can."""
+
+    @abstractmethod
+    def weight_problem(self, weight: Tensor, settings: Quantization) -> str | None:
+        """Why this weight can't be packed, and what to do; None when it can."""
+
+    @abstractmethod
+    def is_too_small(self, weight: Tensor, settings: Quantization) -> bool:
+        """Whether this weight shall stay dense, since nothing is gained or it could not be unpacked again."""
+
+    @abstractmethod
+    def dense_dtype(self, layer: Any) -> torch.dtype | None:
+        """The dtype that the weight was packed from, if the layer knows it."""
+
+    @abstractmethod
+    def strip(self, layer: Any) -> None:
+        """Takes off the attributes that the layer needs beside those of nn.Linear."""
+
+    @abstractmethod
     def nbytes(self, layer: Any) -> int:
         """Bytes that the packed weight takes, with everything that is needed to unpack it."""
 

@@ -4,57 +4,83 @@ Layers that transformers or Lightning's BitsandbytesPrecision quantised are of t
 there is such a layer, or one is asked for.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional as F4
-from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.config import Quantization
 from lightning_lora.ops.packed import packed_linear
-from lightning_lora.quantization.base import Quantizer, moves_only, quantizes
+from lightning_lora.quantization.base import Quantizer, moves_only, quantizer_of, quantizes
+from lightning_lora.quantization.packing import eight_bits, four_bits
 
 if tuple(int(part) for part in bnb.__version__.split(".")[:2]) < (0, 48):
     raise ImportError(f"version {bnb.__version__} is installed")
 
-_PIECE = 1 << 16  # weights that are packed at a time on a CPU; whole blocks, of any size
+_DEVICES = ("cpu", "cuda", "xpu", "hpu")
 _THRESHOLD = 6.0  # of outliers that LLM.int8() keeps in 16 bits (section 3.2)
 
 
-class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+class _Packed(nn.Module):
+    """A layer that computes as its quantiser says, and moves and is cast with all that unpacks its weight."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return _quantizer(self).forward(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
+        _quantizer(self).pack_up(self)
+        super()._apply(moves_only(fn, self._parameters["weight"]), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Linear4bit(_Packed, bnb.nn.Linear4bit):  # type: ignore[misc]
     """A 4-bit linear without memory: bitsandbytes' own keeps the dtype of its first input, and casts its bias to it."""
 
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return _FOUR_BIT.forward(self, x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear4bit":
-        _FOUR_BIT.pack_up(self)
-        super()._apply(moves_only(fn, self._parameters["weight"]), recurse)
-        return self
-
-
-class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+class Linear8bit(_Packed, bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """An 8-bit linear whose scales follow it to another device, and whose bias keeps its dtype."""
 
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return _EIGHT_BIT.forward(self, x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear8bit":
-        _EIGHT_BIT.pack_up(self)
-        super()._apply(fn, recurse)
-        return self
+class _Bitsandbytes(Quantizer):
+    """What 4 and 8 bits have in common."""
+
+    attributes: ClassVar[tuple[str, ...]]
+
+    @override
+    def device_problem(self, device: torch.device) -> str | None:
+        if device.type in _DEVICES:
+            return None
+        return f"bitsandbytes has no kernels for {device.type!r}: leave quantization out, or use another device"
+
+    @override
+    def weight_problem(self, weight: Tensor, settings: Quantization) -> str | None:
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            return None
+        return f"is {weight.dtype}, which bitsandbytes can't quantise: cast it, or name it in ignore_modules"
+
+    @override
+    def strip(self, layer: Any) -> None:
+        for name in self.attributes:
+            vars(layer).pop(name, None)
 
 
 @quantizes("nf4", "nf4-dq", "fp4", "fp4-dq", "bitsandbytes.nn.modules.Linear4bit")
-class FourBit(Quantizer):
+class FourBit(_Bitsandbytes):
     """NF4 and FP4, in blocks with one scale each; with double quantisation (-dq) the scales are 8-bit."""
+
+    attributes = (
+        "quant_state",
+        "quant_storage",
+        "compute_dtype",
+        "compute_type_is_set",
+        "support_avx512bf16_for_cpu",
+    )
 
     @override
     def mode(self, layer: Any) -> str:
@@ -81,13 +107,13 @@ class FourBit(Quantizer):
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
         old = layer.weight
         W = W.to(_state(layer).dtype)
-        return _four_bits(W, old.quant_type, old.compress_statistics, old.blocksize, old.quant_storage)
+        return four_bits(W, old.quant_type, old.compress_statistics, old.blocksize, old.quant_storage)
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
         storage: torch.dtype = getattr(torch, settings.quant_storage)
         kind, double = settings.mode.removesuffix("-dq"), settings.mode.endswith("-dq")
-        packed: Any = _four_bits(weight.to(device), kind, double, settings.blocksize, storage)
+        packed: Any = four_bits(weight.to(device), kind, double, settings.blocksize, storage)
         compute = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
         return Linear4bit, {
             "weight": packed,
@@ -97,6 +123,25 @@ class FourBit(Quantizer):
             "compute_type_is_set": True,
             "support_avx512bf16_for_cpu": False,
         }
+
+    @override
+    def weight_problem(self, weight: Tensor, settings: Quantization) -> str | None:
+        unit = _values_per_unit(settings)
+        if weight.numel() % unit and unit > 2:  # uint8 is filled up with half a byte
+            return (
+                f"has {weight.numel()} weights, which do not fill {settings.quant_storage} (a multiple of {unit}): use "
+                "quant_storage='uint8', or name it in ignore_modules"
+            )
+        return super().weight_problem(weight, settings)
+
+    @override
+    def is_too_small(self, weight: Tensor, settings: Quantization) -> bool:
+        return weight.numel() <= _values_per_unit(settings)  # bitsandbytes takes a single one for a transposed weight
+
+    @override
+    def dense_dtype(self, layer: Any) -> torch.dtype | None:
+        state = _state(layer)
+        return None if state is None else state.dtype
 
     @override
     def pack_up(self, layer: Any) -> None:
@@ -127,8 +172,10 @@ class FourBit(Quantizer):
 
 
 @quantizes("int8", "bitsandbytes.nn.modules.Linear8bitLt")
-class EightBit(Quantizer):
+class EightBit(_Bitsandbytes):
     """Rows of int8 with one scale each. In eval mode the input is quantised too, but for outliers."""
+
+    attributes = ("state", "index")
 
     @override
     def mode(self, layer: Any) -> str:
@@ -157,13 +204,21 @@ class EightBit(Quantizer):
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
-        return _eight_bits(W)
+        return eight_bits(W)
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
         state = bnb.MatmulLtState()
         state.threshold, state.has_fp16_weights, state.use_pool = _THRESHOLD, False, True
-        return Linear8bit, {"weight": _eight_bits(weight.to(device)), "state": state, "index": None}
+        return Linear8bit, {"weight": eight_bits(weight.to(device)), "state": state, "index": None}
+
+    @override
+    def is_too_small(self, weight: Tensor, settings: Quantization) -> bool:
+        return weight.numel() <= 1
+
+    @override
+    def dense_dtype(self, layer: Any) -> torch.dtype | None:
+        return None
 
     @override
     def pack_up(self, layer: Any) -> None:
@@ -191,53 +246,19 @@ class EightBit(Quantizer):
         return holder.CB, holder.SCB
 
 
-_FOUR_BIT, _EIGHT_BIT = FourBit(), EightBit()
+def _quantizer(layer: nn.Module) -> Quantizer:
+    quantizer = quantizer_of(layer)
+    assert quantizer is not None
+    return quantizer
+
+
+def _values_per_unit(settings: Quantization) -> int:
+    """How many 4-bit values one element of the storage dtype holds."""
+    storage: torch.dtype = getattr(torch, settings.quant_storage)
+    return 2 * storage.itemsize
 
 
 def _state(layer: Any) -> Any:
     """What unpacks the weight; it survives on the layer when a parameter lost it (FSDP2, pickle)."""
     state = getattr(layer.weight, "quant_state", None)
     return layer.quant_state if state is None else state
-
-
-def _four_bits(W: Tensor, kind: str, double: bool, blocksize: int, storage: torch.dtype) -> nn.Parameter:
-    """The same as `bitsandbytes.functional.quantize_4bit`, without its temporaries of many times the weight."""
-    flat = W.contiguous().view(-1)
-    pieces = [
-        F4.quantize_4bit(piece, blocksize=blocksize, compress_statistics=False, quant_type=kind, quant_storage=storage)
-        for piece in _pieces(flat)
-    ]
-    absmax = torch.cat([state.absmax for _, state in pieces])
-    state = F4.QuantState(absmax, W.shape, pieces[0][1].code, blocksize, kind, W.dtype)
-    if double:  # the scales themselves in 8 bits, in blocks of 256 (section 3, "Double Quantization")
-        state.offset, state.nested = absmax.mean(), True
-        state.absmax, state.state2 = F4.quantize_blockwise(absmax - state.offset, blocksize=256)
-    packed: nn.Parameter = Params4bit(
-        torch.cat([data for data, _ in pieces]),
-        quant_state=state,
-        blocksize=blocksize,
-        compress_statistics=double,
-        quant_type=kind,
-        quant_storage=storage,
-        bnb_quantized=True,
-    )
-    return packed
-
-
-def _eight_bits(W: Tensor) -> nn.Parameter:
-    """Rows in 8 bits, with one scale each (section 2.1, "vector-wise")."""
-    CB = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    SCB = torch.empty(len(W), dtype=torch.float32, device=W.device)
-    step = max(1, _PIECE // W.shape[1]) if W.device.type == "cpu" else len(W)
-    for start in range(0, len(W), step):
-        rows = slice(start, start + step)
-        w = W[rows].float()  # float16, in which bitsandbytes does this, has too small a range
-        SCB[rows] = w.abs().amax(1)
-        CB[rows] = (w * (127 / SCB[rows].clamp_min(torch.finfo(torch.float32).tiny))[:, None]).round_().to(torch.int8)
-    packed: nn.Parameter = Int8Params(CB, requires_grad=False, has_fp16_weights=False, CB=CB, SCB=SCB)
-    return packed
-
-
-def _pieces(flat: Tensor) -> Iterator[Tensor]:
-    step = _PIECE if flat.device.type == "cpu" else max(1, flat.numel())
-    return (flat[start : start + step] for start in range(0, flat.numel(), step))

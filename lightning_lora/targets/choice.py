@@ -8,7 +8,7 @@ from lightning_lora.errors import listing
 from lightning_lora.layers import kind_of, original_type
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp, is_dense_linear
-from lightning_lora.targets.patterns import Pattern, parse, unmatched
+from lightning_lora.targets.patterns import Pattern, modules_within, parse, unmatched
 from lightning_lora.targets.probe import Probe
 from lightning_lora.targets.roles import Roles
 from lightning_lora.targets.saved import SavedModule
@@ -34,7 +34,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
-    excluded = _excluded(tree, config.exclude_modules, roles, names, choice.problems)
+    excluded = _excluded(tree, config.exclude_modules, roles, choice.problems)
     blocks = BlockFilter(config.layers_to_transform, names)
     for node in tree.values():
         if (kind := kind_of(original_type(node.module))) is None:
@@ -87,16 +87,10 @@ def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:
     )
 
 
-def _excluded(
-    tree: dict[str, Node], wanted: Patterns | None, roles: Roles, names: list[str], problems: list[str]
-) -> set[str]:
+def _excluded(tree: dict[str, Node], wanted: Patterns | None, roles: Roles, problems: list[str]) -> set[str]:
     words, patterns = _split(wanted) if wanted is not None else (set[str](), [])
-    excluded = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
-    for pattern in patterns:
-        hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
-        problems += [] if hits else [unmatched("exclude_modules", pattern, names)]
-        excluded |= hits
-    return excluded
+    meant = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
+    return meant | modules_within("exclude_modules", patterns, tree, problems)
 
 
 def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) -> str | None:

@@ -2,12 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning_lora.config import Patterns
 from lightning_lora.errors import did_you_mean
 from lightning_lora.names import ancestors
+from lightning_lora.targets.walk import Node
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ def parse_key(text: str) -> Pattern:
     except re.error:  # a glob such as "*.q_proj" is no regex
         return Pattern(text, item)
     return Pattern(text, lambda name: item(name) or suffix(name))
+
+
+def modules_within(
+    argument: str, patterns: Iterable[Pattern], tree: Mapping[str, Node], problems: list[str]
+) -> set[str]:
+    """The modules that a pattern matches, with all that lies in them. Every pattern must match one."""
+    found = set[str]()
+    for pattern in patterns:
+        hits = {node.name for node in tree.values() if any(map(pattern.within, node.names))}
+        problems += [] if hits else [unmatched(argument, pattern, [name for n in tree.values() for name in n.names])]
+        found |= hits
+    return found
 
 
 def unmatched(argument: str, pattern: Pattern, names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from lightning_lora.layers import (
     LoRALayer,
     attach,
     detach,
+    has_own_forward,
     kind_of,
     original_type,
     registered_base,
@@ -60,7 +61,7 @@ class Probe:
     def _try(self, layer: nn.Module, cls: type[nn.Module]) -> None:
         if cls not in self._wrong:
             wrong = untried = None
-            if cls.forward is not registered_base(cls).forward and not is_lazy(cast(Tensor, layer.weight)):
+            if has_own_forward(cls) and not is_lazy(cast(Tensor, layer.weight)):
                 try:
                     wrong = _difference(layer, cls, self._config)
                 except Exception as error:  # whatever a user's forward may raise on a tensor that it is not made for
