@@ -63,7 +63,7 @@ class LoRA(CallbackBase):
         use_rslora: Scale by the square root of r.
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``input`` as in PEFT, or ``lora``: on the low-rank branch only.
-        init_lora_weights: ``kaiming``, ``gaussian``, or an Init object.
+        init_lora_weights: ``kaiming``, ``gaussian``, ``pissa``, ``olora``, ``loftq``, or an Init object with options.
         bias: ``none``, ``all`` or ``lora_only``.
         modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
         trainable_token_indices: Rows of the token embedding to train.

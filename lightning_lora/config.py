@@ -26,7 +26,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, r
 Patterns = str | list[str]
 
 INITS: dict[str, Callable[..., Any]] = {}  # by name, filled by `lightning_lora.inits`
-PLANNED_INITS = ("orthogonal", "pissa", "olora", "loftq", "eva")
+PLANNED_INITS = ("orthogonal", "eva")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class LoRAConfig:
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``"input"``: DoRA's dropout acts on the input of the base product too, as in PEFT and the paper
             (it costs a second base product); ``"lora"``: on the low-rank branch only.
-        init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, or an ``Init`` object.
+        init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"pissa"``, ``"olora"``, ``"loftq"`` (with a
+            quantised base), or an ``Init`` object with options.
         bias: ``"none"``, ``"all"`` or ``"lora_only"``.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, variant_class
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
-from lightning_lora.inits import plain_defaults, resolve
+from lightning_lora.inits import Stage, resolve, stage_of
 from lightning_lora.layers import LoRALayer, attach, detach, kind_of, lora_class, lora_layers, original_type
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, plan
-from lightning_lora.targets.walk import nodes
+from lightning_lora.targets.walk import Node, nodes
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> Plan:
     """Adds an adapter to a model, freezes the base, and marks what is trained in full.
 
-    Outputs stay what they were until something is trained: B starts at zero. Injecting the same configuration again
+    Outputs stay what they were until something is trained. Injecting the same configuration again
     brings the model to what a single injection would have made of it as it is now.
 
     Args:
@@ -50,9 +50,14 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora.default.A', '0.lora.default.B']
     """
-    drafted = plan(model, config)
+    drafted, had = plan(model, config), {name for _, layer in lora_layers(model) for name in layer.lora}
     carry_out(model, config, drafted, adapter_name)
-    initialise(model)
+    try:
+        initialise(model)
+    except Exception:
+        if adapter_name not in had:
+            withdraw(model, adapter_name)
+        raise
     if drafted.notes:
         warnings.warn("\n".join(drafted.notes), stacklevel=2)
     return drafted
@@ -79,7 +84,7 @@ def carry_out(
     present = {id(layer) for layer in held}
     seed = default_seed() if seed is None else seed
     created = [
-        (tree[t.name].module, _create(tree[t.name].module, config, t.r, t.lora_alpha, dtype, seed))
+        (tree[t.name].module, _create(tree[t.name], config, t.r, t.lora_alpha, dtype, adapter_name, seed))
         for key, t in targets.items()
         if key not in present
     ]
@@ -140,31 +145,31 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         eject(model)
 
 
-def initialise(model: nn.Module) -> None:
-    """Gives adapters on real weights their first values, from a generator of their own.
+def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.device | None = None) -> None:
+    """Gives adapters on real weights their first values, as far as these can be had by now.
 
-    The values depend on the seed and on the layer's name alone: they are the same on every rank and for every
-    strategy, and the user's random stream is not touched. Adapters that have values follow their layer's weight.
+    The values depend on the seed and on the layer's name and weight alone: they are the same on every rank and for
+    every strategy, and the user's random stream is not touched. Adapters that have values follow their layer's weight.
+
+    Args:
+        model: The model.
+        stage: What has happened so far.
+        device: Where to work out values that derive from weights; where these are by default.
+
+    Raises:
+        TargetError: If a weight gives no such values.
     """
     for layer_name, layer in lora_layers(model):
-        for name, adapter in layer.lora_adapters().items():
-            if adapter.A.is_meta:
+        for adapter in layer.lora_adapters().values():
+            if adapter.A.is_meta or layer.lora_stored_matrix().is_meta:
                 continue
             if adapter.initialised:
-                adapter.follow(layer.lora_matrix())
-                continue
-            generator = torch.Generator().manual_seed(
-                (adapter.seed + zlib.crc32(f"{clean(layer_name)}.lora.{name}".encode())) % (1 << 63)
-            )
-            with plain_defaults():
-                init = resolve(adapter.config.init_lora_weights)
-                A, B, replacement = layer.lora_initial_factors(init, adapter.r, adapter.scaling, generator)
-            if replacement is not None:
-                raise UnsupportedError(
-                    f"init_lora_weights: {type(init).__name__} gives {layer_name} another base weight, which is not "
-                    "built yet; return None for it"
-                )
-            adapter.initialise(layer.lora_matrix(), A, B)
+                adapter.follow(layer)
+            elif stage_of(adapter.config.init_lora_weights) <= (Stage.PACKED if layer.lora_packed and stage else stage):
+                try:
+                    layer.lora_initialise(adapter, device)
+                except (ValueError, RuntimeError) as error:  # LinAlgError among them
+                    raise TargetError(f"{clean(layer_name)}: {error}") from error
 
 
 def default_seed() -> int:
@@ -187,15 +192,20 @@ def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
             return
 
 
-def _create(layer: nn.Module, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype, seed: int) -> Adapter:
-    kind, weight = kind_of(original_type(layer)), layer.weight
+def _create(
+    node: Node, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype, adapter_name: str, seed: int
+) -> Adapter:
+    layer, kind = node.module, kind_of(original_type(node.module))
+    weight = layer.weight
     assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
-    return variant_class(config.variant)(
+    adapter = variant_class(config.variant)(
         kind.lora_matrix_shape(layer),
         r=r,
         scaling=config.scaling(r, alpha),
         config=config,
-        seed=seed,
+        seed=(seed + zlib.crc32(f"{node.name}.lora.{adapter_name}".encode())) % (1 << 63),
         dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
         device=weight.device,
     )
+    adapter.keep_start(kind.lora_starts_as_told and getattr(resolve(config.init_lora_weights), "of_the_weight", False))
+    return adapter

@@ -65,22 +65,27 @@ class Originals(nn.Module):
     """What a merged layer keeps: the base's own parameters, to be moved and cast with it, and what was active.
 
     It is no child of the layer, so that names and keys stay what they are.
+
+    Args:
+        layer: The layer.
+        parameters: What it is to have in place of its own while it is merged.
+        merged: The adapters that these hold.
     """
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], active: tuple[str, ...], merged: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, layer: LoRALayer, parameters: dict[str, nn.Parameter], merged: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.active, self.merged = active, merged
+        self.active, self.merged = layer.lora_active, merged
+        self.absorbed = () if merged else layer.lora_absorbed  # a merged weight lacks nothing
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
 
-    def swap(self, layer: nn.Module) -> None:
+    def swap(self, layer: LoRALayer) -> None:
         """Exchanges the layer's parameters and those that are kept."""
         if (quantizer := quantizer_of(layer)) is not None:
             quantizer.pack_up(layer)
         for key in self._parameters:
             layer._parameters[key], self._parameters[key] = self._parameters[key], layer._parameters[key]
+        layer.lora_absorbed, self.absorbed = self.absorbed, layer.lora_absorbed
         if quantizer is not None:
             quantizer.put_in(layer)
 
@@ -124,7 +129,7 @@ def merge(
             tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
             report[clean(name)] = _merge_layer(layer, chosen, target, tied)
         else:
-            vars(layer)[MERGED] = Originals({}, layer.lora_active)
+            vars(layer)[MERGED] = Originals(layer, {})
             layer.lora_active = ()
     return MergeReport(report)
 
@@ -230,7 +235,7 @@ def _merge_layer(
     changed = {"weight": new}
     if dtype and bias is not None:
         changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
-    originals = Originals(changed, layer.lora_active, names)
+    originals = Originals(layer, changed, names)
     originals.swap(layer)
     vars(layer)[MERGED], layer.lora_active = originals, ()
     if quantizer is not None:

@@ -12,6 +12,7 @@ from lightning_lora.bitsandbytes_plugin import heads_stay_dense, is_bitsandbytes
 from lightning_lora.compatibility import overrides_configure_model
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
+from lightning_lora.inits import Stage
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.patches import Patches
 from lightning_lora.quantize import quantizable, quantize
@@ -66,11 +67,10 @@ class Phases:
         patches.call_after(self._model, "setup", functools.partial(self._run, last=not lazy))
         if lazy:
             patches.call_after(self._model, "configure_model", functools.partial(self._run, last=True))
-        if self._quantization is not None:
-            pack = functools.partial(self._quantize, self._quantization, strategy.root_device)
-            patches.call_after(plugin, "convert_module", pack)
+        patches.call_after(plugin, "convert_module", functools.partial(self._complete, strategy.root_device))
         if is_bitsandbytes(plugin):
-            patches.wrap(plugin, "convert_module", functools.partial(self._convert_before, plugin))
+            convert = functools.partial(self._convert_before, plugin, strategy.root_device)
+            patches.wrap(plugin, "convert_module", convert)
 
     def undo(self) -> None:
         """Takes off the adapters that were not there before this run."""
@@ -100,13 +100,16 @@ class Phases:
             if not problems:
                 carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
                 self.plans[request.adapter_name] = plan
-        initialise(self._model)
+        initialise(self._model, Stage.INJECTED)
         return list(dict.fromkeys(note for _, plan, _ in drafts for note in plan.notes))
 
-    def _convert_before(self, plugin: Any, convert: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+    def _convert_before(
+        self, plugin: Any, device: torch.device, convert: Callable[[nn.Module], nn.Module], model: nn.Module
+    ) -> nn.Module:
         """BitsandbytesPrecision replaces layers, adapters and all: they are off meanwhile."""
         if not needs_conversion(model):
             return convert(model)
+        self._initialise(Stage.PACKED, device)
         state = {key: value.clone() for key, value in adapter_state_dict(model).items()}
         with heads_stay_dense(plugin, model):
             for request in self._requests:
@@ -115,6 +118,20 @@ class Phases:
         self._inject(last=True)
         load_adapter_state(model, {**state, **extra_state(model)})
         return converted
+
+    def _complete(self, device: torch.device) -> None:
+        """Initialises what derives from weights, which no checkpoint can change from here on, and quantises them."""
+        self._initialise(Stage.COMPLETE, device)
+        if self._quantization is not None:
+            self._quantize(self._quantization, device)
+        self._initialise(Stage.PACKED, device)
+
+    def _initialise(self, stage: Stage, device: torch.device) -> None:
+        try:
+            initialise(self._model, stage, device)
+        except LightningLoRAError:
+            self.undo()
+            raise
 
     def _quantize(self, settings: Quantization, device: torch.device) -> None:
         """Quantises, and refreshes the plans: the targets are the same, their weights are not."""

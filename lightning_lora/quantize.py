@@ -1,18 +1,20 @@
 """Quantising a frozen base in place, layer by layer, and back (QLoRA, arXiv:2305.14314)."""
 
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
-from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, raise_all
-from lightning_lora.inject import eject
-from lightning_lora.layers import has_own_forward, lora_layers, original_type, rebase
+from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
+from lightning_lora.inject import eject, initialise
+from lightning_lora.layers import has_own_forward, original_type, rebase
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import sample
 from lightning_lora.quantization import Quantizer, is_quantized, quantizer_for, quantizer_of
+from lightning_lora.starts import abandon, start_plainly, too_late, without_starts
 from lightning_lora.targets.kinds import is_dense_linear, is_inside, is_pretrained
 from lightning_lora.targets.patterns import modules_within, parse
 from lightning_lora.targets.probe import bypass
@@ -40,6 +42,9 @@ def quantize(
         device: Where the packed weights shall be; where the dense ones are by default.
         release: Free dense weights that something outside the model still holds (an optimizer that was built before).
 
+    Where adapters start with a part of the weight (``init_lora_weights="pissa"``, ``"olora"`` or ``"loftq"``), what is
+    left without it is packed.
+
     Raises:
         ConfigError: For an unknown mode, or if adapters are merged.
         TargetError: If there is nothing to quantise, a pattern matches nothing, or a layer can't be quantised.
@@ -60,17 +65,19 @@ def quantize(
         layer: Any = node.module
         place = layer.weight.device if device is None else torch.device(device)
         try:
-            _pack(layer, *quantizer.convert(_as_linear(layer), settings, place), release)
+            weight = _as_linear(layer).to(place)
+            weight = without_starts(layer, weight, functools.partial(_rounded, quantizer, settings, place))
+            _pack(layer, *quantizer.convert(weight, settings, place), release)
         except (RuntimeError, MemoryError, ValueError) as error:
+            abandon(model)
             eject(model)
             vars(model)[BROKEN] = node.name
             raise UnsupportedError(
                 f"quantising {node.name} failed ({type(error).__name__}: {error}). The layers before it are packed "
                 "already: the adapters were taken off, build the model anew"
             ) from error
-    for _, adapted in lora_layers(model):
-        for adapter in adapted.lora_adapters().values() if not adapted.weight.is_meta else ():
-            adapter.follow(adapted.lora_matrix())
+    start_plainly(model)
+    initialise(model)
 
 
 def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
@@ -90,6 +97,11 @@ def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
     for name, present in packed.items():
         if (mode := present.mode(tree[name].module)) != settings.mode:
             problems.append(f"{name} is quantised already, as {mode!r}: {settings.mode!r} needs dense weights")
+    if late := too_late(model):
+        problems.append(
+            f"{listing(late, 3)}: init_lora_weights='loftq' needs the dense weight, and this is packed already: load "
+            "the base in 16 bits"
+        )
     stay_dense = ignored | packed.keys() | _needed_dense(model, tree)
     by_weight = {node: cast(Tensor, node.module.weight) for node in linears if node.name not in stay_dense}
     quantizer = quantizer_for(settings)
@@ -184,6 +196,11 @@ def _as_linear(layer: Any) -> Tensor:
     """The weight as (out, in)."""
     weight: Tensor = layer.weight.detach()
     return weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
+
+
+def _rounded(quantizer: Quantizer, settings: Quantization, device: torch.device, weight: Tensor) -> Tensor:
+    """What is left of a weight after packing and unpacking."""
+    return quantizer.unpack(quantizer.convert(weight, settings, device)[1]["weight"])
 
 
 def _pack(layer: Any, cls: type, attributes: dict[str, Any], release: bool) -> None:

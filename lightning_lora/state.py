@@ -86,18 +86,29 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
         CheckpointError: If keys or shapes differ, or adapters are merged. Nothing was copied.
     """
     raise_all(CheckpointError, merged_problems(model, "call ll.unmerge before others are loaded"))
-    own, extra = adapter_state_dict(model), extra_state(model).keys()
+    own, extra, problems = adapter_state_dict(model), extra_state(model).keys(), list[str]()
+    layers = [(clean(n), layer) for n, layer in lora_layers(model)]
+    held = [(f"{n}.lora.{name}.".lstrip("."), layer, name) for n, layer in layers for name in layer.lora]
+    for prefix, layer, name in held:  # an adapter starts as that in the file did
+        starts = [state.get(f"{prefix}start_{key}") for key in "AB"]
+        if (why := layer.lora_misfit(name, *starts)) is not None:
+            problems.append(f"{prefix.partition('.lora.')[0]}: {why}")
+        for key, start in zip("AB", starts, strict=True):
+            own.pop(f"{prefix}start_{key}", None)
+            own |= {} if start is None else {f"{prefix}start_{key}": own[prefix + key]}
     expected = own.keys() | extra
-    problems = (
-        [f"missing in the file: {listing(missing)}"] if (missing := [k for k in expected if k not in state]) else []
-    )
-    problems += [f"not in the model: {listing(others)}"] if (others := [k for k in state if k not in expected]) else []
+    if missing := [key for key in expected if key not in state]:
+        problems.append(f"missing in the file: {listing(missing)}")
+    if others := [key for key in state if key not in expected]:
+        problems.append(f"not in the model: {listing(others)}")
     for key in own.keys() & state.keys():
         if own[key].shape != state[key].shape:
             problems.append(f"{key}: {tuple(state[key].shape)} in the file -> {tuple(own[key].shape)} in the model")
     raise_all(CheckpointError, problems, "the adapter does not fit the model")
+    for prefix, layer, name in held:
+        layer.lora_adapters()[name].keep_start(f"{prefix}start_A" in state)
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, tensor in adapter_state_dict(model).items():
             tensor.copy_(state[key])
     if extra:
         model.load_state_dict({key: state[key] for key in extra}, strict=False)
@@ -131,7 +142,8 @@ def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple
     if isinstance(module, LoRALayer):
         for name, adapter in module.lora_adapters().items():
             if adapter_name in (None, name):
-                yield from ((f"lora.{name}.{key}", parameter) for key, parameter in adapter.named_parameters())
+                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in adapter.named_parameters())
+                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in persistent_buffers(adapter))
     own = [key for key, name in vars(module).get(TRAINED, {}).items() if adapter_name in (None, name)]
     yield from ((key, p) for key in own if (p := module._parameters.get(key)) is not None)
     if WHOLE in own:

@@ -20,7 +20,7 @@ LEVELS = [
     {"layers"},
     {"targets"},
     {"freeze"},
-    {"inject"},
+    {"inject", "starts"},
     {"quantize"},
     {"merge", "compose", "switch", "state"},
     {"optim"},

@@ -215,13 +215,19 @@ def test_defaults_of_the_surroundings_do_not_matter(init):
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in other.state_dict().items())
 
 
-def test_an_init_that_wants_another_weight_is_refused():
-    class Residual(ll.inits.Init):
+@pytest.mark.parametrize(
+    "result", [lambda A, B: (A, B, A), lambda A, B: (A.T, B), lambda A, B: (A[:1], B), lambda A, B: (A, None)]
+)
+def test_what_an_init_returns_is_checked(result):
+    class Odd(ll.inits.Init):
         def __call__(self, W, r, scale, generator):
-            return torch.ones(r, W.shape[1]), torch.ones(W.shape[0], r), W - scale * r
+            return result(torch.ones(r, W.shape[1]), torch.zeros(W.shape[0], r))
 
-    with pytest.raises(ll.UnsupportedError, match="Residual gives blocks.0.q another base weight"):
-        ll.inject(build(), ll.LoRAConfig(init_lora_weights=Residual()))
+    model = build()
+    with pytest.raises(ll.TargetError, match=r"blocks.0.q: Odd must return tensors A and B of shapes \(8, 16\) and"):
+        ll.inject(model, ll.LoRAConfig(init_lora_weights=Odd()))
+    assert not ll.adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_roles_may_change_while_a_model_grows():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import DeadAdapterError
 
 
 class Host(Protocol):
@@ -27,7 +28,7 @@ class Host(Protocol):
         """The forward of the frozen layer, bias included."""
 
     def lora_matrix(self) -> Tensor:
-        """The frozen weight as a matrix (out, in): a view."""
+        """The frozen weight as a matrix (out, in); read only."""
 
     def lora_per_row(self, vector: Tensor) -> Tensor:
         """A vector (out,) in the shape that broadcasts over the layer's output."""
@@ -40,7 +41,12 @@ class Host(Protocol):
 
 
 class Adapter(nn.Module):
-    """A low-rank pair A (r, in), B (out, r) on a layer whose weight is seen as a matrix W (out, in).
+    r"""A low-rank pair A (r, in), B (out, r) on a layer whose weight is seen as a matrix W (out, in).
+
+    Its update is :math:`\Delta W = s\,B A`. An adapter that was initialised with a part of W (PiSSA, OLoRA, LoftQ)
+    keeps these first factors :math:`A_0, B_0`, and its update is what was learnt since,
+    :math:`\Delta W = s\,(B A - B_0 A_0)`: so W stays what it is, for every other adapter too, and the model starts
+    as its base.
 
     The tensors are plain parameters, not ``nn.Linear`` children: converters would quantise those. They are kept in
     ``master_dtype`` whatever dtype the model is cast to, so that small updates are not rounded away, and are cast to
@@ -51,7 +57,7 @@ class Adapter(nn.Module):
         r: Rank.
         scaling: The factor s of the update s B A.
         config: The configuration that this adapter belongs to.
-        seed: What its first values are drawn from, together with its name.
+        seed: What its first values are drawn from.
         dtype: Dtype of the master copies; a float64 layer gets float64.
         device: Where to create them; may be meta.
     """
@@ -60,6 +66,8 @@ class Adapter(nn.Module):
 
     A: nn.Parameter
     B: nn.Parameter
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
         self,
@@ -77,8 +85,9 @@ class Adapter(nn.Module):
         self.initialised = False  # not until `initialise` or a checkpoint gave it values
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
-        # nn.TransformerEncoderLayer reads its linears' weights in a fused path, unless one of its modules has a hook.
-        self.register_forward_pre_hook(_computes_more_than_its_weight)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.register_forward_pre_hook(_require_values)
 
     @property
     def r(self) -> int:
@@ -92,17 +101,54 @@ class Adapter(nn.Module):
 
     @property
     def untouched(self) -> bool:
-        """Whether B A is still 0, so that nothing is lost with it."""
-        return self.A.is_meta or not (self.A.any() and self.B.any())
+        """Whether the update is still 0, so that nothing is lost with it."""
+        if self.A.is_meta or not self.initialised:
+            return True
+        if self.start_A is not None and self.start_B is not None:
+            return torch.equal(self.A, self.start_A) and torch.equal(self.B, self.start_B)
+        return not (self.A.any() and self.B.any())
+
+    def generator(self) -> torch.Generator:
+        """The source of its first values: the same on every rank, and apart from the user's own random stream."""
+        return torch.Generator().manual_seed(self.seed)
 
     @torch.no_grad()
-    def initialise(self, W: Tensor, A: Tensor, B: Tensor) -> None:
-        """Takes the initial factors; variants derive from W what else they need."""
+    def initialise(self, W: Tensor, A: Tensor, B: Tensor, of_the_weight: bool = False) -> None:
+        """Takes the first factors; variants derive from W what else they need.
+
+        Args:
+            W: The layer's matrix.
+            A: (r, in).
+            B: (out, r).
+            of_the_weight: Whether s B A stands for a part of W, and is to be kept and taken off the update.
+        """
         self.A.copy_(A)
         self.B.copy_(B)
+        self.keep_start(of_the_weight)
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(self.A)
+            self.start_B.copy_(self.B)
         self.initialised = True
 
-    def follow(self, W: Tensor) -> None:
+    def keep_start(self, kept: bool) -> None:
+        """Makes room for first factors, or gives up those that there are."""
+        if not kept:
+            self.start_A = self.start_B = None
+        elif self.start_A is None:
+            self.start_A, self.start_B = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
+
+    def start(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The first factors A₀ and B₀, which are there, in the dtype of a tensor."""
+        assert self.start_A is not None and self.start_B is not None  # noqa: PT018
+        return self.start_A.to(like.dtype), self.start_B.to(like.dtype)
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        r"""Factors of :math:`\Delta W / s`: A and B, or :math:`[A; A_0]` and :math:`[B, -B_0]`."""
+        if self.start_A is None or self.start_B is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.start_A]), torch.cat([self.B, -self.start_B], dim=1)
+
+    def follow(self, host: Host) -> None:
         """The layer may have got another weight: an untouched adapter derives from it again what it needs."""
 
     @abstractmethod
@@ -134,9 +180,10 @@ class Adapter(nn.Module):
         """
 
     def factors(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype to compute in: the input's, or the output's where the input is token ids."""
+        """Those of `update` in the dtype to compute in: the input's, or the output's where the input is token ids."""
         dtype = x.dtype if x.is_floating_point() else out.dtype
-        return self.A.to(dtype), self.B.to(dtype)
+        A, B = self.update()
+        return A.to(dtype), B.to(dtype)
 
     @override
     def extra_repr(self) -> str:
@@ -146,6 +193,7 @@ class Adapter(nn.Module):
         """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
+        self.keep_start(False)
         self.initialised = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -163,12 +211,22 @@ class Adapter(nn.Module):
         """A checkpoint of the bare base loads strictly into an adapted model: its adapters are not missed in it."""
         own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if any(key in state_dict for key in own):
+            self.keep_start(f"{prefix}start_A" in state_dict)
             super()._load_from_state_dict(state_dict, prefix, *args)
             self.initialised = True
 
 
-def _computes_more_than_its_weight(module: nn.Module, args: Any) -> None:
-    """Does nothing; that it is there is what counts."""
+def _require_values(adapter: nn.Module, args: Any) -> None:
+    """Refuses a forward with an adapter that has no values yet, and so would be dead.
+
+    That there is a hook matters too: nn.TransformerEncoderLayer has a fused path that reads its linears' weights, and
+    does not take it when a module in it has one.
+    """
+    if not adapter.initialised and not adapter.A.is_meta:
+        raise DeadAdapterError(
+            "an adapter has no values yet: init_lora_weights='loftq' gets them from ll.quantize(model, ...), and what "
+            "was on the meta device from ll.inject(model, config) again"
+        )
 
 
 _AdapterT = TypeVar("_AdapterT", bound=type[Adapter])

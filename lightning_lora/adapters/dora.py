@@ -14,7 +14,7 @@ from lightning_lora.ops.norms import merged_row_norms, row_squares
 class DoRAAdapter(Adapter):
     r"""Weight-Decomposed Low-Rank Adaptation (arXiv:2402.09353, section 4.1).
 
-    .. math:: \mathrm{merged}(W) = g \odot (W + s\,B A), \qquad g = m / \|W + s\,B A\|
+    .. math:: \mathrm{merged}(W) = g \odot (W + \Delta W), \qquad g = m / \|W + \Delta W\|, \qquad \Delta W = s\,B A
 
     with one magnitude m and one norm per output row. The norm is a constant in the backward pass (section 4.3).
     Where a row of the merged weight is exactly 0 its direction is undefined, and g is 1: the row can still learn.
@@ -38,20 +38,21 @@ class DoRAAdapter(Adapter):
 
     @override
     @torch.no_grad()
-    def initialise(self, W: Tensor, A: Tensor, B: Tensor) -> None:
-        super().initialise(W, A, B)
-        self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
+    def initialise(self, W: Tensor, A: Tensor, B: Tensor, of_the_weight: bool = False) -> None:
+        super().initialise(W, A, B, of_the_weight)
+        self.magnitude.copy_(merged_row_norms(W, *self.update(), self.scaling))
 
     @override
     @torch.no_grad()
-    def follow(self, W: Tensor) -> None:
+    def follow(self, host: Host) -> None:
         self.squares = None
         if self.initialised and self.untouched:
-            self.magnitude.copy_(merged_row_norms(W, self.A, self.B, self.scaling))
+            self.magnitude.copy_(merged_row_norms(host.lora_matrix(), *self.update(), self.scaling))
 
     def gain(self, W: Tensor, rows: slice = slice(None), squares: Tensor | None = None) -> Tensor:
         """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
-        norms = merged_row_norms(W, self.A, self.B[rows], self.scaling, squares)
+        A, B = self.update()
+        norms = merged_row_norms(W, A, B[rows], self.scaling, squares)
         zero = norms == 0
         return torch.where(zero, 1.0, self.magnitude[rows].to(norms.dtype) / norms.masked_fill_(zero, 1.0))
 
@@ -64,7 +65,8 @@ class DoRAAdapter(Adapter):
 
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        direction = torch.addmm(W, self.B[rows].to(W.dtype), self.A.to(W.dtype), alpha=self.scaling)
+        A, B = self.update()
+        direction = torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
         return direction.mul_(self.gain(W, rows).to(W.dtype)[:, None])
 
     @override

@@ -13,12 +13,14 @@ from lightning_lora.adapters.base import Adapter, Host, variant
 class LoRAAdapter(Adapter):
     r"""Low-Rank Adaptation (arXiv:2106.09685, section 4.1).
 
-    .. math:: \mathrm{merged}(W) = W + s\,B A, \qquad y = W x + b + s\,B (A\,\mathrm{dropout}(x))
+    .. math:: \mathrm{merged}(W) = W + \Delta W, \qquad y = W x + b + \Delta W\,\mathrm{dropout}(x), \qquad
+        \Delta W = s\,B A
     """
 
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        return torch.addmm(W, self.B[rows].to(W.dtype), self.A.to(W.dtype), alpha=self.scaling)
+        A, B = self.update()
+        return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,7 +1,22 @@
 """One initialisation per file: from the frozen weight, the rank and the scale to the first A and B."""
 
-from lightning_lora.inits.base import Init, init, plain_defaults, resolve
+from lightning_lora.inits.base import Init, Stage, init, plain_defaults, resolve, stage_of
 from lightning_lora.inits.gaussian import Gaussian
 from lightning_lora.inits.kaiming import Kaiming
+from lightning_lora.inits.loftq import LoftQ
+from lightning_lora.inits.olora import OLoRA
+from lightning_lora.inits.pissa import PiSSA
 
-__all__ = ["Gaussian", "Init", "Kaiming", "init", "plain_defaults", "resolve"]
+__all__ = [
+    "Gaussian",
+    "Init",
+    "Kaiming",
+    "LoftQ",
+    "OLoRA",
+    "PiSSA",
+    "Stage",
+    "init",
+    "plain_defaults",
+    "resolve",
+    "stage_of",
+]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,15 +12,25 @@ from torch import Tensor
 from lightning_lora.config import INITS
 
 
+class Stage(IntEnum):
+    """What has to have happened before the first factors can be had."""
+
+    INJECTED = 0  # nothing else: only the shape of W counts
+    COMPLETE = 1  # W has its values, and a checkpoint had its chance to bring others
+    PACKED = 2  # W is being quantised
+
+
 class Init(ABC):
     """Gives an adapter its first factors. Options are arguments of the subclass, so that YAML can name them."""
 
     name: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.INJECTED
+    of_the_weight: ClassVar[bool] = False
+    """Whether s B A is a part of W from the start. The adapter then takes it off again (see `Adapter`), so that the
+    model starts as its base; a quantiser packs W without it."""
 
     @abstractmethod
-    def __call__(
-        self, W: Tensor, r: int, scale: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, W: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The first factors.
 
         Args:
@@ -30,7 +41,7 @@ class Init(ABC):
                 on every rank and the user's own random stream is not touched.
 
         Returns:
-            A (r, in), B (out, r), and the weight to put in place of W, or None to leave W as it is.
+            A (r, in) and B (out, r).
         """
 
 
@@ -52,6 +63,11 @@ def resolve(spec: str | Callable[..., Any]) -> Callable[..., Any]:
     """The initialisation that ``init_lora_weights`` names, or the object that it is."""
     initialisation: Callable[..., Any] = INITS[spec]() if isinstance(spec, str) else spec
     return initialisation
+
+
+def stage_of(spec: str | Callable[..., Any]) -> Stage:
+    """When an initialisation can be run; a function of the user's own at once."""
+    return getattr(INITS[spec] if isinstance(spec, str) else spec, "stage", Stage.INJECTED)
 
 
 @contextmanager

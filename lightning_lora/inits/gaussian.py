@@ -15,8 +15,6 @@ class Gaussian(Init):
     """
 
     @override
-    def __call__(
-        self, W: Tensor, r: int, scale: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, W: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         A = torch.randn(r, W.shape[1], generator=generator) / r
-        return A, torch.zeros(W.shape[0], r), None
+        return A, torch.zeros(W.shape[0], r)

@@ -17,8 +17,6 @@ class Kaiming(Init):
     """
 
     @override
-    def __call__(
-        self, W: Tensor, r: int, scale: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, W: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         A = nn.init.kaiming_uniform_(torch.empty(r, W.shape[1]), a=math.sqrt(5), generator=generator)
-        return A, torch.zeros(W.shape[0], r), None
+        return A, torch.zeros(W.shape[0], r)

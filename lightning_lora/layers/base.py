@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
+from lightning_lora.ops.norms import accumulation_dtype
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     Base = nn.Module
 else:
     Base = object
+
+
+MISFIT = 0.01  # of the norm of an adapter's first product: another machine's decomposition of the same weight
 
 
 class LoRALayer(Base):
@@ -30,6 +35,9 @@ class LoRALayer(Base):
     lora_plain_class: ClassVar[type[nn.Module]]
     lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
     lora_packed: bool = False  # the weight can't be read without unpacking it
+    lora_starts_as_told: ClassVar[bool] = True  # by init_lora_weights
+
+    lora_absorbed: tuple[str, ...] = ()  # adapters whose first factors are taken out of the stored weight
 
     lora: nn.ModuleDict
     lora_active: tuple[str, ...]
@@ -45,9 +53,17 @@ class LoRALayer(Base):
         """The adapters by name."""
         return dict(self.lora.items())  # type: ignore[arg-type]
 
-    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward of the layer as it was."""
-        out = super().forward(input, *args, **kwargs)
+    def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the layer as it was, with what was taken out of the stored weight."""
+        out = self.lora_stored_forward(x, *args, **kwargs)
+        for name in self.lora_absorbed:
+            adapter = self.lora_adapters()[name]
+            out = self.lora_add(out, x, *adapter.start(x), adapter.scaling)
+        return out
+
+    def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward with the stored weight."""
+        out = super().forward(x, *args, **kwargs)
         if not isinstance(out, Tensor):
             cls = type(self).lora_plain_class.__name__
             raise TypeError(
@@ -62,7 +78,17 @@ class LoRALayer(Base):
         raise NotImplementedError
 
     def lora_matrix(self) -> Tensor:
-        """The weight as that matrix: a view."""
+        """The weight as that matrix, with what was taken out of the stored one: then a copy, in float32 at least."""
+        W = self.lora_stored_matrix()
+        for name in self.lora_absorbed:
+            adapter = self.lora_adapters()[name]
+            W = W.to(accumulation_dtype(W, adapter.A))
+            A, B = adapter.start(W)
+            W = torch.addmm(W, B, A, alpha=adapter.scaling)
+        return W
+
+    def lora_stored_matrix(self) -> Tensor:
+        """The stored weight as that matrix: a view."""
         weight: Any = self.weight
         return self.lora_as_matrix(weight)
 
@@ -91,9 +117,54 @@ class LoRALayer(Base):
         """Dropout on an adapter's input."""
         return dropout(x, p, training)
 
-    def lora_initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
-        """The first A and B, and a new weight or None: what the initialisation says for this matrix."""
-        return init(self.lora_matrix(), r, scale, generator)
+    def lora_initialise(
+        self, adapter: "Adapter", device: torch.device | None = None, init: Callable[..., Any] | None = None
+    ) -> None:
+        """Gives an adapter on this layer its first values.
+
+        Args:
+            adapter: The adapter.
+            device: Where to work them out; where the weight is by default.
+            init: The initialisation; that of the adapter's config by default.
+        """
+        W, init = self.lora_matrix(), init or resolve(adapter.config.init_lora_weights)
+        if device is not None and getattr(init, "stage", Stage.INJECTED) > Stage.INJECTED:
+            W = W.to(device)
+        with plain_defaults():
+            A, B, of_the_weight = self.lora_initial_factors(init, W, adapter)
+        adapter.initialise(W, A, B, of_the_weight)
+
+    def lora_initial_factors(
+        self, init: Callable[..., Any], W: Tensor, adapter: "Adapter"
+    ) -> tuple[Tensor, Tensor, bool]:
+        """The first A and B, and whether they are a part of the weight: what the initialisation says."""
+        factors = init(W, adapter.r, adapter.scaling, adapter.generator())
+        shapes = [tuple(factor.shape) for factor in factors if isinstance(factor, Tensor)]
+        if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)] or len(factors) > 2:
+            wanted = f"{tuple(adapter.A.shape)} and {tuple(adapter.B.shape)}"
+            raise ValueError(f"{type(init).__name__} must return tensors A and B of shapes {wanted}, and gave {shapes}")
+        return *factors, getattr(init, "of_the_weight", False)
+
+    def lora_give_back(self) -> None:
+        """Puts what was taken out of the stored weight into it again, rounded."""
+        W, weight = self.lora_matrix(), self.weight
+        assert isinstance(weight, Tensor)
+        self.lora_as_matrix(weight).copy_(W)
+        self.lora_absorbed = ()
+
+    def lora_misfit(self, name: str, A: Tensor | None, B: Tensor | None) -> str | None:
+        """Why first factors from a file don't fit what is taken out of the stored weight; None when they do."""
+        if name not in self.lora_absorbed:
+            return None
+        how = f"the quantised base lacks what adapter {name!r} started with"
+        if A is None or B is None:
+            return f"{how}, and the file has an adapter that started otherwise: load it before the base is quantised"
+        own_A, own_B = self.lora_adapters()[name].start(torch.empty(0, dtype=torch.float64))
+        A, B = torch.cat([own_A, A.to(own_A)]), torch.cat([own_B, -B.to(own_B)], dim=1)
+        difference, own = (((b.T @ b) * (a @ a.T)).sum() for a, b in ((A, B), (own_A, own_B)))
+        if difference <= MISFIT * MISFIT * own:
+            return None
+        return f"{how}, and that is not what the file has: load it before the base is quantised"
 
     @override
     def extra_repr(self) -> str:
@@ -112,10 +183,17 @@ class LoRALayer(Base):
         if loads and MERGED in vars(self):
             args[-1].append(f"adapters are merged into {prefix.rstrip('.')}: call ll.unmerge before loading weights")
             return
+        for name in self.lora_absorbed:
+            keys = [f"{prefix}lora.{name}.{key}" for key in ("A", "start_A", "start_B")]
+            if keys[0] in state_dict and (why := self.lora_misfit(name, *map(state_dict.get, keys[1:]))) is not None:
+                args[-1].append(f"{prefix.rstrip('.')}: {why}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         if "weight" in loads and not self.lora_matrix().is_meta:
-            for adapter in self.lora_adapters().values():
-                adapter.follow(self.lora_matrix())
+            for name, adapter in self.lora_adapters().items():
+                if adapter.start_A is not None and adapter.untouched and name not in self.lora_absorbed:
+                    self.lora_initialise(adapter)
+                else:
+                    adapter.follow(self)
 
 
 GAINED = ("lora", "lora_active", *(name for name in dir(LoRALayer) if name.startswith("lora_")))

@@ -1,7 +1,7 @@
 """nn.Embedding and its subclasses (scaled ones too)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer, adapts
+
+if TYPE_CHECKING:
+    from lightning_lora.adapters import Adapter
 
 
 @adapts("torch.nn.modules.sparse.Embedding")
@@ -18,6 +21,8 @@ class LoRAEmbedding(LoRALayer):
     ``max_norm`` is applied to the adapted rows, out of place: the frozen table is never written to. Token ids can't
     be dropped, so ``lora_dropout`` has no effect here, as in PEFT.
     """
+
+    lora_starts_as_told = False
 
     @override
     @staticmethod
@@ -42,8 +47,8 @@ class LoRAEmbedding(LoRALayer):
         return out + (shrunk - rows)  # as in torch, the gradient passes as if the row had had this norm before
 
     @override
-    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.lora_look_up(input, self.weight)
+    def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.lora_look_up(x, self.weight)
 
     @override
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -54,11 +59,12 @@ class LoRAEmbedding(LoRALayer):
         return x
 
     @override
-    def lora_initial_factors(self, init: Callable[..., Any], r: int, scale: float, generator: torch.Generator) -> Any:
+    def lora_initial_factors(
+        self, init: Callable[..., Any], W: Tensor, adapter: "Adapter"
+    ) -> tuple[Tensor, Tensor, bool]:
         """A zero and B normal, whatever the initialisation, as in PEFT: a look-up of a random A is not small."""
         dim, tokens = self.lora_matrix_shape(self)
-        A, B = torch.zeros(r, tokens), torch.randn(dim, r, generator=generator)
-        return A, B, None
+        return torch.zeros(adapter.r, tokens), torch.randn(dim, adapter.r, generator=adapter.generator()), False
 
     def lora_look_up(self, ids: Tensor, table: Any) -> Tensor:
         """Rows of a table of this kind."""

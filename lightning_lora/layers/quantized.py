@@ -31,14 +31,18 @@ class LoRAQuantizedLinear(LoRALinear):
             return super().forward(input, *args, **kwargs)
         dropped = self.lora_drop(input, adapter.config.lora_dropout, adapter.training)
         unpack, bias = functools.partial(dense, self), self._parameters["bias"]
-        return packed_lora_linear(input, dropped, unpack, bias, adapter.A, adapter.B, adapter.scaling)
+        A, B = (adapter.A, adapter.B) if self.lora_absorbed else adapter.update()
+        return packed_lora_linear(input, dropped, unpack, bias, A, B, adapter.scaling)
 
     def _lora_alone(self, x: Tensor) -> "Adapter | None":
         """The adapter that can be computed in one step with the layer: a LoRA, alone, where nothing is unusual."""
         adapter: Any = self.lora[self.lora_active[0]] if len(self.lora_active) == 1 else None
+        drops = adapter is not None and adapter.training and adapter.config.lora_dropout > 0
         usual = (
             adapter is not None
             and adapter.variant == "lora"
+            and adapter.initialised
+            and (not self.lora_absorbed or (self.lora_absorbed == self.lora_active and not drops))
             and _quantizer(self).follows_input(self, x)
             and torch.is_grad_enabled()
             and x.dim() > 1
@@ -53,12 +57,19 @@ class LoRAQuantizedLinear(LoRALinear):
         return adapter if usual else None
 
     @override
-    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _quantizer(self).forward(self, input)
+    def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _quantizer(self).forward(self, x)
 
     @override
-    def lora_matrix(self) -> Tensor:
+    def lora_stored_matrix(self) -> Tensor:
         return dense(self)
+
+    @override
+    def lora_give_back(self) -> None:
+        quantizer, W = _quantizer(self), self.lora_matrix()
+        self._parameters["weight"] = quantizer.repack(self, W)
+        quantizer.put_in(self)
+        self.lora_absorbed = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAQuantizedLinear":
         """Moves all that unpacks the weight, and casts nothing that is packed."""

@@ -89,11 +89,14 @@ def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
 
 def detach(layer: LoRALayer, name: str) -> None:
     """Takes an adapter off, for good; with the last one the layer gets its class back."""
+    if name in layer.lora_absorbed:
+        layer.lora_give_back()
     layer.lora_active = tuple(active for active in layer.lora_active if active != name)
     layer.lora[name].requires_grad_(False)  # an optimizer that holds it shall let go of it
     del layer.lora[name]
     if not layer.lora:
         del layer.lora, layer.lora_active
+        vars(layer).pop("lora_absorbed", None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
 
 

@@ -26,6 +26,10 @@ class Quantizer(ABC):
         """The weight (out, in) that the packed values stand for, in the dtype in which it is unpacked."""
 
     @abstractmethod
+    def unpack(self, packed: Any) -> Tensor:
+        """The weight (out, in) that a parameter stands for, as `convert` and `repack` make it."""
+
+    @abstractmethod
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         """The layer's product. Nothing dense is kept for the backward pass."""
 

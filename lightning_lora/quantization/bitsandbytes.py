@@ -93,6 +93,11 @@ class FourBit(_Bitsandbytes):
         return packed if state is None else F4.dequantize_4bit(packed, state)
 
     @override
+    def unpack(self, packed: Any) -> Tensor:
+        weight: Tensor = F4.dequantize_4bit(packed.data, packed.quant_state)
+        return weight
+
+    @override
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         compute = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
         if _state(layer) is None:
@@ -187,7 +192,11 @@ class EightBit(_Bitsandbytes):
         if rows is None or scales is None:
             unpacked: Tensor = layer.weight.data
             return unpacked
-        return rows * (scales / 127).unsqueeze(1)
+        return _scaled_rows(rows, scales)
+
+    @override
+    def unpack(self, packed: Any) -> Tensor:
+        return _scaled_rows(packed.CB, packed.SCB)
 
     @override
     def forward(self, layer: Any, x: Tensor) -> Tensor:
@@ -244,6 +253,10 @@ class EightBit(_Bitsandbytes):
     def _rows_and_scales(layer: Any) -> tuple[Tensor | None, Tensor | None]:
         holder = layer.weight if layer.weight.SCB is not None else layer.state
         return holder.CB, holder.SCB
+
+
+def _scaled_rows(rows: Tensor, scales: Tensor) -> Tensor:
+    return rows * (scales / 127).unsqueeze(1)
 
 
 def _quantizer(layer: nn.Module) -> Quantizer:

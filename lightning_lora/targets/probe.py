@@ -125,6 +125,7 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
         )  # fmt: skip
         for parameter in adapter.parameters():
             parameter.normal_()
+        adapter.initialised = True
         attach(probe, "probe", adapter)
         merged = torch.empty_like(probe.weight)
         probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix()))

@@ -79,7 +79,13 @@ CASES = {
     "conv2d-depthwise": Case(lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 7, 7)),
     "conv3d": Case(lambda: nn.Conv3d(4, 5, 2, padding=1), (2, 4, 5, 4, 3)),
 }
-VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora-olora": {"use_dora": True, "init_lora_weights": "olora"},
+}
 
 
 def config_for(variant: str, **options: object) -> LoRAConfig:
