@@ -201,6 +201,8 @@ def _problems(layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Ite
     for name in wanted or ():
         if name not in known:
             yield f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {[*known]}"
+    if waiting := [name for name, layer in layers.items() if (q := quantizer_of(layer)) and not q.is_packed(layer)]:
+        yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
 

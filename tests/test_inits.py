@@ -223,7 +223,7 @@ def test_the_state_says_how_an_adapter_started():
     other = adapted("kaiming")
     other.load_state_dict({**net().state_dict(), **state}, strict=True)
     assert torch.equal(other(X), model(X))
-    back = {key: value for key, value in ll.adapter_state_dict(adapted("kaiming")).items()}
+    back = ll.adapter_state_dict(adapted("kaiming"))
     model.load_state_dict({**net().state_dict(), **back}, strict=True)
     assert model[0].lora["default"].start_A is None
     torch.testing.assert_close(model(X), net()(X), rtol=1e-12, atol=1e-12)

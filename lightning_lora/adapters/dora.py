@@ -58,7 +58,7 @@ class DoRAAdapter(Adapter):
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
         r""":math:`\|W\|^2` of a packed weight, which nothing changes without a call of `follow`: taken once."""
-        if host.lora_packed and self.squares is None:
+        if host.lora_packed and self.squares is None and not torch.compiler.is_compiling():
             with torch.inference_mode(False):
                 self.squares = row_squares(W.clone() if W.is_inference() else W)
         return self.squares if host.lora_packed else None

@@ -22,6 +22,10 @@ class Quantizer(ABC):
         """The name of what was done to the weight: a mode of `Quantization`."""
 
     @abstractmethod
+    def is_packed(self, layer: Any) -> bool:
+        """Whether the weight is packed by now: some layers are when they are first moved to a device."""
+
+    @abstractmethod
     def dense(self, layer: Any) -> Tensor:
         """The weight (out, in) that the packed values stand for, in the dtype in which it is unpacked."""
 
@@ -72,7 +76,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def nbytes(self, layer: Any) -> int:
-        """Bytes that the packed weight takes, with everything that is needed to unpack it."""
+        """Bytes that the packed weight takes or will take, with everything that is needed to unpack it."""
 
     @abstractmethod
     def pack_up(self, layer: Any) -> None:

@@ -87,9 +87,13 @@ class FourBit(_Bitsandbytes):
         return f"{layer.weight.quant_type}{'-dq' if layer.weight.compress_statistics else ''}"
 
     @override
+    def is_packed(self, layer: Any) -> bool:
+        return _state(layer) is not None
+
+    @override
     def dense(self, layer: Any) -> Tensor:
         packed: Tensor = layer.weight.data
-        state = _state(layer)  # none yet where it is packed when it is moved to its device
+        state = _state(layer)
         return packed if state is None else F4.dequantize_4bit(packed, state)
 
     @override
@@ -160,8 +164,11 @@ class FourBit(_Bitsandbytes):
     @override
     def nbytes(self, layer: Any) -> int:
         state = _state(layer)
-        if state is None:
-            return int(layer.weight.nbytes)
+        if state is None:  # a byte for two weights, a float32 for a block, or a byte and a float32 for 256 blocks
+            n, blocks = layer.in_features * layer.out_features, -(-layer.weight.numel() // layer.weight.blocksize)
+            return int(
+                (n + 1) // 2 + (blocks + -(-blocks // 256) * 4 if layer.weight.compress_statistics else 4 * blocks)
+            )
         parts = [layer.weight.data, state.absmax, state.offset]
         parts += [state.state2.absmax] if state.state2 is not None else []
         return sum(part.nbytes for part in parts if part is not None)  # the codes are constants of all layers
@@ -185,6 +192,10 @@ class EightBit(_Bitsandbytes):
     @override
     def mode(self, layer: Any) -> str:
         return "int8"
+
+    @override
+    def is_packed(self, layer: Any) -> bool:
+        return self._rows_and_scales(layer)[0] is not None
 
     @override
     def dense(self, layer: Any) -> Tensor:
@@ -247,7 +258,9 @@ class EightBit(_Bitsandbytes):
     @override
     def nbytes(self, layer: Any) -> int:
         rows, scales = self._rows_and_scales(layer)
-        return layer.weight.nbytes if rows is None or scales is None else rows.nbytes + scales.nbytes
+        if rows is None or scales is None:
+            return int(layer.in_features * layer.out_features + 4 * layer.out_features)
+        return rows.nbytes + scales.nbytes
 
     @staticmethod
     def _rows_and_scales(layer: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -32,13 +32,14 @@ def main(steps: int = 250) -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    kinds = [("LoRA", {}), ("DoRA", {"use_dora": True})]
+    runs = [(name, base, options) for name, options in kinds for base in (None, "int8", "nf4-dq", "fp4")]
+    runs += [(init, base, {"init_lora_weights": init}) for init in ("pissa", "olora") for base in (None, "nf4-dq")]
+    runs += [("loftq", "nf4-dq", {"init_lora_weights": "loftq"})]
     rows = []
-    for use_dora in (False, True):
-        for quantization in (None, "int8", "nf4-dq", "fp4"):
-            before, after = bits_per_byte(steps, use_dora=use_dora, quantization=quantization)
-            rows.append(
-                f"| {'DoRA' if use_dora else 'LoRA'} | {quantization or 'dense'} | {before:.4f} | {after:.4f} |"
-            )
+    for name, base, options in runs:
+        before, after = bits_per_byte(steps, quantization=base, **options)
+        rows.append(f"| {name} | {base or 'dense'} | {before:.4f} | {after:.4f} |")
     print("| | base | before | after |\n| --- | --- | --- | --- |", *rows, sep="\n")
 
 

@@ -70,6 +70,36 @@ def test_bits_per_weight():
             assert sum(t.nbytes for t in kept) <= 1e-3 * model[0].weight.nbytes
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_bits_are_known_before_anything_is_packed(double):
+    """On the meta device, and of layers that bitsandbytes packs when they are moved."""
+    import bitsandbytes as bnb
+
+    def make() -> nn.Module:
+        four = bnb.nn.Linear4bit(1024, 512, quant_type="nf4", compress_statistics=double)
+        return nn.Sequential(four, bnb.nn.Linear8bitLt(512, 64, has_fp16_weights=False))
+
+    with torch.device("meta"):
+        meta = make()
+    found = [
+        [t.bits for t in ll.plan(m, ll.LoRAConfig(modules_to_save=None)).targets]
+        for m in (meta, make(), make().to("cpu"))
+    ]
+    assert found[0] == found[1] == pytest.approx(found[2], abs=1e-3)
+    assert found[0][0] == pytest.approx(4.127 if double else 4.5, abs=1e-3)
+
+
+def test_what_is_not_packed_yet_is_not_merged():
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64))
+    ll.inject(model, ll.LoRAConfig(modules_to_save=None))
+    with pytest.raises(ll.ConfigError, match="merge: 0: quantised when moved to a device: do that first"):
+        ll.merge(model)
+    model(torch.ones(2, 64))
+    ll.merge(model.to("cpu"))
+
+
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
 def test_settings(blocksize, storage):

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision
 from torch import nn
 
 import lightning_lora as ll
@@ -69,6 +69,18 @@ def test_precisions(precision):
         assert layer.lora["default"].B.dtype == torch.float32
         assert layer.lora["default"].B.count_nonzero()
         assert layer.bias.dtype == {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_16_mixed(mode, lora):
+    """With a real gradient scaler; by name Lightning takes bfloat16 instead on a CPU."""
+    module = Lit()
+    fit(module, lora={"quantization": mode, **lora}, plugins=[MixedPrecision("16-mixed", "cpu")])
+    for _, layer in lora_layers(module):
+        assert layer.lora["default"].B.dtype == torch.float32
+        assert layer.lora["default"].B.isfinite().all()
+        assert layer.lora["default"].B.count_nonzero()
 
 
 @pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
