@@ -32,7 +32,12 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            ll.LoRA(r=4, lora_dropout=0.2, quantization=os.environ.get("QUANTIZATION")),
+            ll.LoRA(
+                r=4,
+                lora_dropout=0.2,
+                quantization=os.environ.get("QUANTIZATION"),
+                init_lora_weights=os.environ.get("INIT", "kaiming"),
+            ),
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
             SeedByRank(),
         ],

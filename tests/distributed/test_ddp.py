@@ -32,10 +32,12 @@ def test_ddp_resumes_bitwise_on_every_rank(tmp_path):
     assert all(value.count_nonzero() for value in whole.values())
 
 
-def test_ddp_on_a_4_bit_base(tmp_path):
+@pytest.mark.parametrize("init", ["kaiming", "loftq"])
+def test_ddp_on_a_4_bit_base(tmp_path, init):
     """Every rank packs the same weights; adapters stay equal, and resuming is bit for bit."""
-    whole = run("ddp", tmp_path / "whole", QUANTIZATION="nf4-dq")
-    rest = run("ddp", tmp_path / "rest", str(tmp_path / "whole" / "epoch=0.ckpt"), QUANTIZATION="nf4-dq")
+    options = {"QUANTIZATION": "nf4-dq", "INIT": init}
+    whole = run("ddp", tmp_path / "whole", **options)
+    rest = run("ddp", tmp_path / "rest", str(tmp_path / "whole" / "epoch=0.ckpt"), **options)
     assert all(torch.equal(value, rest[key]) for key, value in whole.items())
     dense = run("ddp", tmp_path / "dense")
     assert not any(torch.equal(value, dense[key]) for key, value in whole.items() if key.endswith(".B"))
