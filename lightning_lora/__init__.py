@@ -14,7 +14,8 @@ from lightning_lora.errors import (
 )
 from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.inject import eject, inject
-from lightning_lora.merge import MergeReport, merge, merge_and_unload, unmerge
+from lightning_lora.merge import merge, merge_and_unload, unmerge
+from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
 from lightning_lora.switch import disable_adapters

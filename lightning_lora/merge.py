@@ -1,64 +1,22 @@
 """Adapters into the base weights and out again."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED
+from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dequantize_
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
-
-
-@dataclass(frozen=True)
-class LayerMerge:
-    """What became of one layer's update.
-
-    Args:
-        adapters: The adapters that were merged.
-        norm: Frobenius norm of ΔW.
-        survived: The part of ΔW that is left after rounding to the weight's dtype, as the projection of the change on
-            ΔW; 1 is all of it.
-        error: Norm of what rounding added, over the norm of ΔW.
-        untied: Names of parameters that shared this weight and keep the base's values.
-    """
-
-    adapters: tuple[str, ...]
-    norm: float
-    survived: float
-    error: float
-    untied: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge` did, per layer name. Prints as a few lines."""
-
-    layers: dict[str, LayerMerge] = field(default_factory=dict)
-
-    @override
-    def __str__(self) -> str:
-        changed = {name: layer for name, layer in self.layers.items() if layer.norm > 0}
-        lines = [f"merged {len(self.layers)} layers, {len(changed)} of them changed"]
-        if changed:
-            worst = min(changed, key=lambda name: changed[name].survived)
-            mean = sum(layer.survived for layer in changed.values()) / len(changed)
-            least = f"least in {worst}: {changed[worst].survived:.1%}"
-            lines.append(f"of the updates {mean:.1%} survived rounding; {least}")
-        if untied := [name for name, layer in self.layers.items() if layer.untied]:
-            lines.append(f"tied weights were untied: {listing(untied)}")
-        return "\n".join(lines)
 
 
 class Originals(nn.Module):
@@ -221,7 +179,7 @@ def _merge_layer(
     old, bias, quantizer = layer.weight, layer._parameters.get("bias"), quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
-    W, sums = layer.lora_matrix(), torch.zeros(3, dtype=torch.float64, device=old.device)
+    W, compared = layer.lora_matrix(), Comparison()
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     if quantizer is None:
         new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
@@ -230,7 +188,7 @@ def _merge_layer(
             w = W[rows].to(accumulate)
             exact = _merged(adapters, w, rows)
             result[rows] = exact
-            sums += _compare(exact.sub_(w), result[rows].to(accumulate) - w)
+            compared.add(exact.sub_(w), result[rows].to(accumulate) - w)
     else:
         whole = torch.cat([_merged(adapters, W[rows].to(accumulate), rows) for rows in row_chunks(W)])
         new = quantizer.repack(layer, whole)
@@ -244,15 +202,8 @@ def _merge_layer(
         result = layer.lora_matrix()
         for rows in row_chunks(W):
             w = W[rows].to(accumulate)
-            sums += _compare(whole[rows].sub_(w), result[rows].to(accumulate) - w)
-    size, part, error = sums.tolist()
-    return LayerMerge(
-        adapters=names,
-        norm=math.sqrt(size),
-        survived=part / size if size else 1.0,
-        error=math.sqrt(error / size) if size else 0.0,
-        untied=tied,
-    )
+            compared.add(whole[rows].sub_(w), result[rows].to(accumulate) - w)
+    return compared.result(names, tied)
 
 
 def _merged(adapters: Sequence[Adapter], w: Tensor, rows: slice) -> Tensor:
@@ -261,11 +212,3 @@ def _merged(adapters: Sequence[Adapter], w: Tensor, rows: slice) -> Tensor:
     for adapter in adapters[1:]:
         total += adapter.merged(w, rows).sub_(w)
     return total
-
-
-def _compare(update: Tensor, change: Tensor) -> Tensor:
-    """|ΔW|², <change, ΔW> and |change - ΔW|², where the change is what rounding or packing left of ΔW."""
-    update, change = update.flatten(), change.flatten()
-    size, part = torch.dot(update, update), torch.dot(change, update)
-    error = change.sub_(update)
-    return torch.stack([size, part, torch.dot(error, error)]).double()

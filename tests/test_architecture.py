@@ -22,6 +22,7 @@ LEVELS = [
     {"freeze"},
     {"inject", "starts"},
     {"quantize"},
+    {"merge_report"},
     {"merge", "compose", "switch", "state"},
     {"optim"},
     {"formats"},

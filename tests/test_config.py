@@ -77,7 +77,7 @@ def test_single_problems(arguments, message):
         {"target_parameters": ["experts"]},
         {"trainable_token_indices": [1]},
         {"bias": "all"},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "eva"},
     ],
 )
 def test_what_is_not_built_says_so_by_name(arguments):

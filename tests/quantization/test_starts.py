@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -299,26 +298,6 @@ def test_what_the_base_lacks_has_to_be_what_the_file_has(tmp_path):
     state = {key: value for key, value in before.items() if "start" not in key}
     with pytest.raises(RuntimeError, match="started otherwise: load it before the base is quantised"):
         module.load_state_dict({**Lit().state_dict(), **state}, strict=False)
-
-
-def test_from_yaml(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["program"])
-    arguments = ["fit", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
-    arguments += ["--trainer.callbacks+=lightning_lora.LoRA", "--trainer.callbacks.quantization=nf4"]
-    arguments += ["--trainer.callbacks.init_lora_weights=lightning_lora.inits.LoftQ"]
-    arguments += ["--trainer.callbacks.init_lora_weights.init_args.iterations=2"]
-
-    class Model(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-
-        def train_dataloader(self):
-            return data()
-
-    cli = LightningCLI(Model, args=arguments, save_config_callback=None, seed_everything_default=1)
-    assert cli.model.net.blocks[0].q.lora_absorbed == ("default",)
-    assert cli.model.net.blocks[0].q.lora["default"].config.init_lora_weights.iterations == 2
 
 
 def test_lightnings_own_quantisation(monkeypatch):

@@ -370,7 +370,7 @@ def test_an_init_that_only_the_writer_knows(tmp_path):
 
     class Halves(ll.inits.Init):
         def __call__(self, W, r, scale, generator):
-            return torch.full((r, W.shape[1]), 0.5), torch.zeros(W.shape[0], r), None
+            return torch.full((r, W.shape[1]), 0.5), torch.zeros(W.shape[0], r)
 
     module, _ = fit(tmp_path, epochs=1, lora={"init_lora_weights": Halves()})
     path = tmp_path / "epoch=0-step=4.ckpt"

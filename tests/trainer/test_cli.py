@@ -151,6 +151,19 @@ def test_print_config_round_trip(tmp_path, capsys):
     assert_trained(run("--config", str(tmp_path / "printed.yaml")))
 
 
+def test_an_initialisation_with_options():
+    cli = run(
+        "--trainer.callbacks+=lightning_lora.LoRA",
+        "--trainer.callbacks.quantization=nf4",
+        "--trainer.callbacks.init_lora_weights=lightning_lora.inits.LoftQ",
+        "--trainer.callbacks.init_lora_weights.init_args.iterations=2",
+        "--optimizer=torch.optim.Adam",
+    )
+    layer = cli.model.net.blocks[0].q
+    assert layer.lora_absorbed == ("default",)
+    assert layer.lora["default"].config.init_lora_weights.iterations == 2
+
+
 def test_wrong_values_are_refused_with_their_name(capsys):
     with pytest.raises(SystemExit):
         run("--trainer.callbacks+=LoRA", "--trainer.callbacks.bias=most", "--optimizer=torch.optim.Adam")

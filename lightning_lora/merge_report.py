@@ -1,0 +1,80 @@
+"""What a merge did to the weights, per layer."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_lora.errors import listing
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What became of one layer's update.
+
+    Args:
+        adapters: The adapters that were merged.
+        norm: Frobenius norm of ΔW.
+        survived: The part of ΔW that is left after rounding to the weight's dtype, as the projection of the change on
+            ΔW; 1 is all of it.
+        error: Norm of what rounding added, over the norm of ΔW.
+        untied: Names of parameters that shared this weight and keep the base's values.
+    """
+
+    adapters: tuple[str, ...]
+    norm: float
+    survived: float
+    error: float
+    untied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did, per layer name. Prints as a few lines."""
+
+    layers: dict[str, LayerMerge] = field(default_factory=dict)
+
+    @override
+    def __str__(self) -> str:
+        changed = {name: layer for name, layer in self.layers.items() if layer.norm > 0}
+        lines = [f"merged {len(self.layers)} layers, {len(changed)} of them changed"]
+        if changed:
+            worst = min(changed, key=lambda name: changed[name].survived)
+            mean = sum(layer.survived for layer in changed.values()) / len(changed)
+            least = f"least in {worst}: {changed[worst].survived:.1%}"
+            lines.append(f"of the updates {mean:.1%} survived rounding; {least}")
+        if untied := [name for name, layer in self.layers.items() if layer.untied]:
+            lines.append(f"tied weights were untied: {listing(untied)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Comparison:
+    """What became of an update, summed over pieces of a layer."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    def add(self, update: Tensor, change: Tensor) -> None:
+        """Takes a piece.
+
+        Args:
+            update: ΔW.
+            change: What rounding or packing left of it; is overwritten.
+        """
+        update, change = update.flatten(), change.flatten()
+        size, part = torch.dot(update, update), torch.dot(change, update)
+        error = change.sub_(update)
+        self.sums += torch.stack([size, part, torch.dot(error, error)]).double().cpu()
+
+    def result(self, adapters: tuple[str, ...], untied: tuple[str, ...]) -> LayerMerge:
+        """The layer's line in the report."""
+        size, part, error = self.sums.tolist()
+        return LayerMerge(
+            adapters=adapters,
+            norm=math.sqrt(size),
+            survived=part / size if size else 1.0,
+            error=math.sqrt(error / size) if size else 0.0,
+            untied=untied,
+        )

@@ -1,0 +1,145 @@
+"""4-bit layers of bitsandbytes (QLoRA, arXiv:2305.14314, section 3)."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as F4
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.config import Quantization
+from lightning_lora.ops.packed import packed_linear
+from lightning_lora.quantization.base import quantizes
+from lightning_lora.quantization.bitsandbytes_layer import Bitsandbytes, PackedLayer
+from lightning_lora.quantization.packing import four_bits
+
+
+class Linear4bit(PackedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A 4-bit linear without memory: bitsandbytes' own keeps the dtype of its first input, and casts its bias to it."""
+
+
+@quantizes("nf4", "nf4-dq", "fp4", "fp4-dq", "bitsandbytes.nn.modules.Linear4bit")
+class FourBit(Bitsandbytes):
+    """NF4 and FP4, in blocks with one scale each; with double quantisation (-dq) the scales are 8-bit."""
+
+    attributes = (
+        "quant_state",
+        "quant_storage",
+        "compute_dtype",
+        "compute_type_is_set",
+        "support_avx512bf16_for_cpu",
+    )
+
+    @override
+    def mode(self, layer: Any) -> str:
+        return f"{layer.weight.quant_type}{'-dq' if layer.weight.compress_statistics else ''}"
+
+    @override
+    def is_packed(self, layer: Any) -> bool:
+        return _state(layer) is not None
+
+    @override
+    def dense(self, layer: Any) -> Tensor:
+        packed: Tensor = layer.weight.data
+        state = _state(layer)
+        return packed if state is None else F4.dequantize_4bit(packed, state)
+
+    @override
+    def unpack(self, packed: Any) -> Tensor:
+        weight: Tensor = F4.dequantize_4bit(packed.data, packed.quant_state)
+        return weight
+
+    @override
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        compute = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
+        if _state(layer) is None:
+            return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+        return packed_linear(x, lambda: self.dense(layer), layer.bias, compute)
+
+    @override
+    def follows_input(self, layer: Any, x: Tensor) -> bool:
+        return layer.compute_dtype in (None, x.dtype) and _state(layer) is not None
+
+    @override
+    def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
+        old = layer.weight
+        W = W.to(_state(layer).dtype)
+        return four_bits(W, old.quant_type, old.compress_statistics, old.blocksize, old.quant_storage)
+
+    @override
+    def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:
+        storage: torch.dtype = getattr(torch, settings.quant_storage)
+        kind, double = settings.mode.removesuffix("-dq"), settings.mode.endswith("-dq")
+        packed: Any = four_bits(weight.to(device), kind, double, settings.blocksize, storage)
+        compute = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+        return Linear4bit, {
+            "weight": packed,
+            "quant_state": packed.quant_state,
+            "quant_storage": storage,
+            "compute_dtype": compute,
+            "compute_type_is_set": True,
+            "support_avx512bf16_for_cpu": False,
+        }
+
+    @override
+    def weight_problem(self, weight: Tensor, settings: Quantization) -> str | None:
+        unit = _values_per_unit(settings)
+        if weight.numel() % unit and unit > 2:  # uint8 is filled up with half a byte
+            return (
+                f"has {weight.numel()} weights, which do not fill {settings.quant_storage} (a multiple of {unit}): use "
+                "quant_storage='uint8', or name it in ignore_modules"
+            )
+        return super().weight_problem(weight, settings)
+
+    @override
+    def is_too_small(self, weight: Tensor, settings: Quantization) -> bool:
+        return weight.numel() <= _values_per_unit(settings)  # bitsandbytes takes a single one for a transposed weight
+
+    @override
+    def dense_dtype(self, layer: Any) -> torch.dtype | None:
+        state = _state(layer)
+        return None if state is None else state.dtype
+
+    @override
+    def pack_up(self, layer: Any) -> None:
+        if (state := _state(layer)) is not None:
+            layer.weight.quant_state = state
+
+    @override
+    def put_in(self, layer: Any) -> None:
+        layer.quant_state = layer.weight.quant_state
+
+    @override
+    def nbytes(self, layer: Any) -> int:
+        state = _state(layer)
+        if state is None:  # a byte for two weights, a float32 for a block, or a byte and a float32 for 256 blocks
+            n, blocks = layer.in_features * layer.out_features, -(-layer.weight.numel() // layer.weight.blocksize)
+            return int(
+                (n + 1) // 2 + (blocks + -(-blocks // 256) * 4 if layer.weight.compress_statistics else 4 * blocks)
+            )
+        parts = [layer.weight.data, state.absmax, state.offset]
+        parts += [state.state2.absmax] if state.state2 is not None else []
+        return sum(part.nbytes for part in parts if part is not None)  # the codes are constants of all layers
+
+    @override
+    def guard(self, layer: Any) -> None:
+        """On CPUs with AVX512-bf16 an eval forward repacks the weight for a kernel without a backward pass."""
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(_state(layer), "packing_format_for_cpu", False):
+            unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
+            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
+            layer.quant_state = layer.weight.quant_state
+
+
+def _values_per_unit(settings: Quantization) -> int:
+    """How many 4-bit values one element of the storage dtype holds."""
+    storage: torch.dtype = getattr(torch, settings.quant_storage)
+    return 2 * storage.itemsize
+
+
+def _state(layer: Any) -> Any:
+    """What unpacks the weight; it survives on the layer when a parameter lost it (FSDP2, pickle)."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
