@@ -18,7 +18,7 @@ from lightning_lora.merge import merge, merge_and_unload, unmerge
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
-from lightning_lora.switch import disable_adapters
+from lightning_lora.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
 from lightning_lora.targets import Plan, plan
 
 __all__ = [
@@ -37,14 +37,17 @@ __all__ = [
     "UnsupportedError",
     "adapter_state_dict",
     "adapters",
+    "delete_adapter",
     "disable_adapters",
     "eject",
     "inject",
     "load_from_checkpoint",
     "merge",
     "merge_and_unload",
+    "mixed_batch",
     "plan",
     "quantize",
+    "set_adapter",
     "summary",
     "unmerge",
 ]

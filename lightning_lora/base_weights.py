@@ -1,5 +1,6 @@
 """The weights of a frozen base, which are in no checkpoint of adapters and so must not change."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -19,11 +20,12 @@ class BaseWeights:
     Args:
         model: The model, as training begins.
         optimizers: Its optimizers.
+        adapter_names: The adapters that the run trains.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Iterable[str]) -> None:
         self._model, self._optimizers = model, optimizers
-        self._trained = {id(parameter) for _, parameter in trained_parameters(model)}
+        self._trained = {id(parameter) for _, parameter in trained_parameters(model, adapter_names)}
         self._first: dict[str, Any] = fingerprint(model)
         self._held = 0
 

@@ -64,7 +64,7 @@ class LoRA(CallbackBase):
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``input`` as in PEFT, or ``lora``: on the low-rank branch only.
         init_lora_weights: ``kaiming``, ``gaussian``, ``pissa``, ``olora``, ``loftq``, or an Init object with options.
-        bias: ``none``, ``all`` or ``lora_only``.
+        bias: Which biases are trained: ``none``, ``all`` of the model, or ``lora_only``: those of adapted layers.
         modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
         trainable_token_indices: Rows of the token embedding to train.
         loraplus_lr_ratio: Learning rate of B over that of A (LoRA+).
@@ -156,7 +156,8 @@ class LoRA(CallbackBase):
         if stage == "fit":
             recompute = any(lora.gradient_checkpointing for lora in family)
             ratios = {name: ratio for _, name, _, ratio in (lora._request for lora in family) if ratio is not None}
-            configure = functools.partial(configure_optimizers, pl_module, self._patches, ratios, recompute)
+            names = [lora.adapter_name for lora in family]
+            configure = functools.partial(configure_optimizers, pl_module, self._patches, names, ratios, recompute)
             self._patches.wrap(pl_module, "configure_optimizers", configure)
 
     @override
@@ -164,7 +165,7 @@ class LoRA(CallbackBase):
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
         if self._phases is None:
             return
-        train_mode(pl_module)
+        train_mode(pl_module, self._phases.plans.keys())
         counts = summary(pl_module)
         for name, plan in self._phases.plans.items():
             if trainer.is_global_zero and not trainer.barebones:
@@ -179,10 +180,12 @@ class LoRA(CallbackBase):
         if self._phases is None:
             return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
-        check_before(pl_module, optimizers)
+        names = self._phases.plans.keys()
+        check_before(pl_module, optimizers, names)
         if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
             restore_ratios(optimizers)  # the learning-rate finder set all groups alike
-        self._watch, self._base = Watch(pl_module, optimizers), BaseWeights(pl_module, optimizers)
+        self._watch = Watch(pl_module, optimizers, names)
+        self._base = BaseWeights(pl_module, optimizers, names)
         if self._strategy is not None:
             self._strategy.check_base = self._base.check_values  # type: ignore[method-assign]
         self._buffers = BaseBuffers(pl_module)

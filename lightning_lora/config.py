@@ -56,7 +56,7 @@ class LoRAConfig:
             (it costs a second base product); ``"lora"``: on the low-rank branch only.
         init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"pissa"``, ``"olora"``, ``"loftq"`` (with a
             quantised base), or an ``Init`` object with options.
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+        bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.
         trainable_token_indices: Rows of the token embedding to train.
@@ -162,8 +162,6 @@ class LoRAConfig:
             yield "target_parameters is not built yet: adapters on parameters that are read, not called"
         if self.trainable_token_indices is not None:
             yield "trainable_token_indices is not built yet; modules_to_save can train the whole embedding"
-        if self.bias != "none":
-            yield f"bias={self.bias!r} is not built yet; use bias='none'"
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITS:
             built = " or ".join(map(repr, INITS))
             yield f"init_lora_weights={self.init_lora_weights!r} is not built yet; use {built}"

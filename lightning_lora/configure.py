@@ -1,6 +1,6 @@
 """What has to happen right before and right after the optimizers are made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +18,7 @@ from lightning_lora.recompute import checkpoint_activations
 def configure_optimizers(
     model: nn.Module,
     patches: Patches,
+    adapter_names: Collection[str],
     lr_ratios: Mapping[str, float],
     gradient_checkpointing: bool,
     original: Callable[[], Any],
@@ -27,6 +28,7 @@ def configure_optimizers(
     Args:
         model: The LightningModule, with its adapters.
         patches: What undoes everything but the result.
+        adapter_names: The adapters that the run trains.
         lr_ratios: By adapter, the ratio of LoRA+.
         gradient_checkpointing: Whether to recompute activations.
         original: The module's own method.
@@ -35,7 +37,7 @@ def configure_optimizers(
         What that returned.
     """
     initialise(model)  # what was on the meta device until now, or was cast
-    freeze(model)  # users freeze and thaw in their own hooks
+    freeze(model, adapter_names)  # users freeze and thaw in their own hooks
     if gradient_checkpointing:
         rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, patches))}")
     if helped := let_gradients_through(model):

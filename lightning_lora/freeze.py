@@ -1,21 +1,29 @@
 """What is trained and what stays: freezing the base, and modules that are trained in full."""
 
+from collections.abc import Container
+
 import torch
 from torch import nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.layers import LockedStatistics, LoRALayer, lock_statistics, unlock_statistics
-from lightning_lora.marks import THAWED, TRAINED, WHOLE, is_whole, trained_in_full
+from lightning_lora.copies import tensors_of
+from lightning_lora.layers import LockedStatistics, LoRALayer, lock_statistics, lora_layers, unlock_statistics
+from lightning_lora.marks import COPIES, THAWED, TRAINED, WHOLE, is_whole, trained_in_full
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.walk import Node, base_modules
 
 
-def freeze(model: nn.Module) -> None:
-    """Makes the adapters and what is trained in full trainable and nothing else; frozen statistics stop moving."""
-    trained = trained_in_full(model)
+def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> None:
+    """Makes adapters and what is trained in full trainable and nothing else; frozen statistics stop moving.
+
+    Args:
+        model: The model.
+        adapter_names: The adapters to train; by default the active ones, layer by layer.
+    """
+    trained, adapters = trained_in_full(model, adapter_names), _trained_adapters(model, adapter_names)
     for module in model.modules():
         if isinstance(module, Adapter):
-            module.requires_grad_(True)
+            module.requires_grad_(id(module) in adapters)
             continue
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
@@ -38,16 +46,18 @@ def thaw(model: nn.Module) -> None:
             if parameter is not None and key in before and not (key == "weight" and is_quantized(module)):
                 parameter.requires_grad_(before[key])
         vars(module).pop(TRAINED, None)
+        vars(module).pop(COPIES, None)
 
 
-def train_mode(model: nn.Module) -> None:
+def train_mode(model: nn.Module, adapter_names: Container[str]) -> None:
     """Puts adapters, and modules that are trained in full, into train mode.
 
     A pretrained model comes in eval mode, and Lightning keeps that: dropout of the frozen base stays off, as the user
     left it. But an adapter without its dropout, or a new head whose running statistics stand still, is not meant to be.
     """
+    adapters = _trained_adapters(model, adapter_names)
     for module in model.modules():
-        if isinstance(module, Adapter):
+        if id(module) in adapters:
             module.train()
         elif is_whole(module):
             module.training = True
@@ -56,7 +66,7 @@ def train_mode(model: nn.Module) -> None:
 def mark_trained(tree: dict[str, Node], name: str, adapter_name: str) -> None:
     """Marks a module and all below it, or one parameter, as trained in full."""
     if name in tree:
-        owned = [(module, [WHOLE, *module._parameters]) for module in base_modules(tree[name].module)]
+        owned = [(module, [WHOLE, *tensors_of(module)]) for module in base_modules(tree[name].module)]
     else:
         owner, _, key = name.rpartition(".")
         owned = [(tree[owner].module, [key])]
@@ -72,6 +82,15 @@ def unmark_trained(model: nn.Module, adapter_name: str) -> None:
         if marks := vars(module).pop(TRAINED, None):
             if left := {key: name for key, name in marks.items() if name != adapter_name}:
                 vars(module)[TRAINED] = left
+
+
+def _trained_adapters(model: nn.Module, names: Container[str] | None) -> set[int]:
+    return {
+        id(adapter)
+        for _, layer in lora_layers(model)
+        for name, adapter in layer.lora_adapters().items()
+        if name in (layer.lora_active if names is None else names)
+    }
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ every tensor that should: it must get a gradient, and it must move.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -35,8 +35,13 @@ _WAYS_OUT = {
 }
 
 
-def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
+def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
     """Refuses a run in which something could not train.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        adapter_names: The adapters that the run trains; others may be there, frozen.
 
     Raises:
         DeadAdapterError: Naming the layers and the way out.
@@ -47,13 +52,15 @@ def check_before(model: nn.Module, optimizers: list[Optimizer]) -> None:
         problems.append(f"adapters are merged into {listing(merged)} and would get no gradient: call ll.unmerge(model)")
     for name, layer in layers.items():
         for adapter_name, adapter in layer.lora_adapters().items():
+            if adapter_name not in adapter_names:
+                continue
             if adapter.scaling == 0:
                 problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
             if adapter_name not in layer.lora_active and MERGED not in vars(layer):
                 problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
     adapted = [node for node in nodes(model).values() if isinstance(node.module, LoRALayer)]
     problems += [f"{node.name}: {why}" for node in adapted if (why := bypass(node))]
-    frozen = [name for name, p in trained_parameters(model) if not p.requires_grad]
+    frozen = [name for name, p in trained_parameters(model, adapter_names) if not p.requires_grad]
     if frozen:
         problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
     raise_all(DeadAdapterError, problems, "the adapters could not train")
@@ -99,11 +106,12 @@ class Watch:
     Args:
         model: The model.
         optimizers: Its optimizers, each of which is watched from its own first step on.
+        adapter_names: The adapters that the run trains.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
         self.training = False  # a batch is being trained; what other loops call says nothing about gradients
-        self._names = {id(p): name for name, p in trained_parameters(model)}
+        self._names = {id(p): name for name, p in trained_parameters(model, adapter_names)}
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}

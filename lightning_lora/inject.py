@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, variant_class
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import forget, put_in_place
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
 from lightning_lora.inits import Stage, resolve, stage_of
@@ -130,14 +131,19 @@ def eject(model: nn.Module) -> None:
     for layer in layers.values():
         for name in list(layer.lora):
             detach(layer, name)
+    put_in_place(model, ())
     thaw(model)
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Takes one adapter off, and with the last one everything else."""
-    for _, layer in list(lora_layers(model)):
+    layers = [layer for _, layer in lora_layers(model)]
+    active = dict.fromkeys(name for layer in layers for name in layer.lora_active if name != adapter_name)
+    for layer in layers:
         if adapter_name in layer.lora:
             detach(layer, adapter_name)
+    put_in_place(model, list(active))
+    forget(model, adapter_name)
     unmark_trained(model, adapter_name)
     if any(True for _ in lora_layers(model)):
         freeze(model)

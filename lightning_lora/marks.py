@@ -1,6 +1,6 @@
 """What adapters leave on the modules themselves, so that it holds for any part of a model, copies and pickles."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from lightning_lora.errors import listing
 
 TRAINED = "_lora_trained"  # {own parameter that is trained in full: the adapter that it is saved with}
 WHOLE = ""  # ... and the key for the module itself, with its buffers and its mode
+COPIES = "_lora_copies"  # {adapter or BASE: {own tensor: its values, while those of another are in place}}
+BASE = ""  # ... for what was there before any adapter
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
 DENSE = "_lora_dense"  # on a quantised layer: what it was, as `Dense`
@@ -26,9 +28,19 @@ class Dense(NamedTuple):
     weight: nn.Parameter | None  # emptied, if an optimizer may know the layer by it
 
 
-def trained_in_full(model: nn.Module) -> set[int]:
-    """The parameters that are trained in full, by identity: a tied one is, whichever end was named."""
-    return {id(m._parameters[key]) for m in model.modules() for key in vars(m).get(TRAINED, ()) if key != WHOLE}
+def trained_in_full(model: nn.Module, adapter_names: Container[str] | None = None) -> set[int]:
+    """The parameters that are trained in full, by identity: a tied one is, whichever end was named.
+
+    Args:
+        model: The model.
+        adapter_names: The adapters with which they are; all by default.
+    """
+    return {
+        id(module._parameters[key])
+        for module in model.modules()
+        for key, name in vars(module).get(TRAINED, {}).items()
+        if key in module._parameters and (adapter_names is None or name in adapter_names)
+    }
 
 
 def is_whole(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The tensors that a run trains, by name: found by structure, never by looking for "lora" in a key."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import kept_values, tensors_of, values_of
 from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.marks import TRAINED, WHOLE, merged_problems
+from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.quantization import is_quantized
 
@@ -70,13 +71,16 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
     return dict(found.values())
 
 
-def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters among `adapter_state_dict`, as the optimizer knows them."""
+def trained_parameters(
+    model: nn.Module, adapter_names: Iterable[str] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters among `adapter_state_dict`, of some adapters or of all, as the optimizer knows them."""
     seen: set[int] = set()
-    for key, tensor in _trained(model, None):
-        if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield key, tensor
+    for name in (None,) if adapter_names is None else adapter_names:
+        for key, tensor in _trained(model, name):
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield key, tensor
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -142,12 +146,10 @@ def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple
     if isinstance(module, LoRALayer):
         for name, adapter in module.lora_adapters().items():
             if adapter_name in (None, name):
-                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in adapter.named_parameters())
-                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in persistent_buffers(adapter))
-    own = [key for key, name in vars(module).get(TRAINED, {}).items() if adapter_name in (None, name)]
-    yield from ((key, p) for key in own if (p := module._parameters.get(key)) is not None)
-    if WHOLE in own:
-        yield from persistent_buffers(module)
+                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in tensors_of(adapter).items())
+    yield from values_of(module, adapter_name)
+    if adapter_name is None:
+        yield from ((f"lora.{name}.{key}", value) for name, key, value in kept_values(module))
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

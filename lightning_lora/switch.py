@@ -1,20 +1,88 @@
-"""Which adapters take part in a forward."""
+"""Which adapters take part in a forward, and for which samples."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from lightning_lora.layers import lora_layers
-from lightning_lora.marks import MERGED
+from lightning_lora.copies import kept_values, put_in_place, values_of
+from lightning_lora.errors import ConfigError, did_you_mean, raise_all
+from lightning_lora.freeze import freeze
+from lightning_lora.inject import withdraw
+from lightning_lora.layers import Mixture, lora_layers
+from lightning_lora.marks import MERGED, merged_problems
+
+
+def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+    r"""Makes adapters the active ones: one by name, the sum of several, or a sum with weights.
+
+    The layers then compute :math:`W + \sum_i w_i\,(\mathrm{merged}_i(W) - W)`, for LoRA
+    :math:`W + \sum_i w_i s_i B_i A_i`, with weights of 1 for a list. Only active adapters are trainable. What an
+    adapter trains in full (``modules_to_save``) changes place with it.
+
+    Args:
+        model: The model, or a part of it.
+        adapters: A name, a list of names, or a mapping from names to weights; negative ones take something away.
+
+    Raises:
+        ConfigError: For unknown names, weights that are no numbers, adapters that are merged, or several that train the
+            same module in full.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> for name in ("korean", "coding"):
+        ...     _ = inject(model, LoRAConfig(r=2), name)
+        >>> set_adapter(model, {"korean": 0.7, "coding": 0.3})
+        >>> model[0].lora_active
+        ('korean', 'coding')
+    """
+    weights = _weights(adapters)
+    layers = [layer for _, layer in lora_layers(model)]
+    problems = merged_problems(model, "call ll.unmerge first")
+    problems += name_problems([*weights], {name for layer in layers for name in layer.lora})
+    problems += [
+        f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
+        for name, weight in weights.items()
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0
+    ]
+    raise_all(ConfigError, [*problems, *_rival_modules(model, weights)], "set_adapter")
+    shares = {name: None if weight == 1 else torch.tensor(float(weight)) for name, weight in weights.items()}
+    for layer in layers:
+        layer.lora_active = tuple(name for name in weights if name in layer.lora)
+        for name, adapter in layer.lora_adapters().items():
+            adapter.share = shares.get(name)
+    put_in_place(model, [*weights])
+    freeze(model)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter off, for good; with the last one the model is what it was before adapters came.
+
+    Modules that were loaded with it (``modules_to_save``) get the values back that they had before; those that it
+    trained in place keep what it made of them. If it was the only active one, none is active then.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Raises:
+        ConfigError: If there is no such adapter, or adapters are merged.
+    """
+    problems = merged_problems(model, "call ll.unmerge first")
+    problems += name_problems([adapter_name], {name for _, layer in lora_layers(model) for name in layer.lora})
+    raise_all(ConfigError, problems, "delete_adapter")
+    withdraw(model, adapter_name)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes what the frozen base computes, bit for bit.
 
-    Merged adapters are left out too. What is trained in full (``modules_to_save``) stays as it was trained: no copy
-    of its first values is kept.
+    Merged adapters are left out too. Modules that were loaded with an adapter (``modules_to_save``) have their first
+    values meanwhile; those that are trained in place stay as they are: no copy of their first values is kept.
 
     Example:
         >>> import torch
@@ -29,16 +97,98 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         True
     """
     layers = [layer for _, layer in lora_layers(model)]
-    active = [layer.lora_active for layer in layers]
+    active, mixtures = [layer.lora_active for layer in layers], [layer.lora_mixture for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
     for layer in merged:
         vars(layer)[MERGED].swap(layer)
     try:
         for layer in layers:
-            layer.lora_active = ()
+            layer.lora_active, layer.lora_mixture = (), None
+        put_in_place(model, ())
         yield
     finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.lora_active = names
+        for layer, names, mixture in zip(layers, active, mixtures, strict=True):
+            layer.lora_active, layer.lora_mixture = names, mixture
         for layer in merged:
             vars(layer)[MERGED].swap(layer)
+        put_in_place(model, list(dict.fromkeys(name for names in active for name in names)))
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    """Within this context each sample of a batch has an adapter of its own, or none.
+
+    Every layer gives for a sample what it would give if its adapter were the only active one. Samples are what the
+    first dimension of a layer's input counts.
+
+    Args:
+        model: The model.
+        adapter_names: For each sample an adapter, or None for the base.
+
+    Raises:
+        ConfigError: For unknown names, merged adapters, adapters that train modules in full, or (in the forward) if a
+            layer gets another number of samples.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> for name in ("korean", "coding"):
+        ...     _ = inject(model, LoRAConfig(r=2), name)
+        >>> with mixed_batch(model, ["korean", None, "coding"]):
+        ...     model(torch.ones(3, 16)).shape
+        torch.Size([3, 4])
+    """
+    names = dict.fromkeys(name for name in adapter_names if name is not None)
+    layers = [layer for _, layer in lora_layers(model)]
+    problems = merged_problems(model, "call ll.unmerge first")
+    problems += name_problems([*names], {name for layer in layers for name in layer.lora})
+    problems += [
+        f"adapter {name!r} has its own {type(module).__name__} (modules_to_save), over which no batch can be mixed"
+        for module in model.modules()
+        for name in names
+        if any(True for _ in values_of(module, name))
+    ][:1]
+    raise_all(ConfigError, problems, "mixed_batch")
+    samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
+    before = [layer.lora_mixture for layer in layers]
+    for layer in layers:
+        held = {name: adapter.A.device for name, adapter in layer.lora_adapters().items() if name in samples}
+        rows = {name: torch.tensor(samples[name], device=device) for name, device in held.items()}
+        layer.lora_mixture = Mixture(len(adapter_names), rows)
+    try:
+        yield
+    finally:
+        for layer, mixture in zip(layers, before, strict=True):
+            layer.lora_mixture = mixture
+
+
+def name_problems(names: Sequence[str], known: set[str]) -> list[str]:
+    """Which of some names no adapter has."""
+    return [
+        f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {sorted(known)}"
+        for name in names
+        if name not in known
+    ]
+
+
+def _weights(adapters: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(adapters, Mapping):
+        weights = dict(adapters)
+    else:
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        weights = dict.fromkeys(names, 1.0)
+        if len(weights) < len(names):
+            raise ConfigError(f"set_adapter: a name is there twice in {names}: give it a weight instead")
+    if not weights:
+        raise ConfigError("set_adapter: no adapter is named; `with ll.disable_adapters(model)` gives the base")
+    return weights
+
+
+def _rival_modules(model: nn.Module, names: Mapping[str, float]) -> list[str]:
+    """Modules of which more than one of these adapters has values of its own."""
+    for name, module in model.named_modules():
+        owners = {owner for owner, _, _ in kept_values(module)} | {n for n in names if [*values_of(module, n)]}
+        if len(rivals := [n for n in names if n in owners]) > 1:
+            return [f"{' and '.join(map(repr, rivals))} both train {name} in full: name one of them"]
+    return []

@@ -19,11 +19,13 @@ LEVELS = [
     {"quantization", "adapters", "inits"},
     {"layers"},
     {"targets"},
+    {"copies"},
     {"freeze"},
     {"inject", "starts"},
     {"quantize"},
     {"merge_report"},
-    {"merge", "compose", "switch", "state"},
+    {"switch"},
+    {"merge", "compose", "state"},
     {"optim"},
     {"formats"},
     {"strategies", "analysis"},
@@ -82,7 +84,7 @@ def test_only_one_file_assigns_classes():
 
 
 def test_what_layers_gain_can_hide_nothing_of_the_users():
-    from lightning_lora.layers.base import _KINDS
+    from lightning_lora.layers.registry import _KINDS
 
     for mixin in _KINDS.values():
         for cls in mixin.__mro__[:-1]:

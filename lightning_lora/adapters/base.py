@@ -83,6 +83,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.config, self.scaling, self.seed, self.master_dtype = config, scaling, seed, dtype
         self.initialised = False  # not until `initialise` or a checkpoint gave it values
+        self.share: Tensor | None = None  # a factor of the whole update, while several adapters are mixed
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
         self.register_buffer("start_A", None)

@@ -67,7 +67,8 @@ class DoRAAdapter(Adapter):
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.update()
         direction = torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
-        return direction.mul_(self.gain(W, rows).to(W.dtype)[:, None])
+        merged = direction.mul_(self.gain(W, rows).to(W.dtype)[:, None])
+        return merged if self.share is None else torch.lerp(W, merged, self.share.to(W))
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,6 +81,9 @@ class DoRAAdapter(Adapter):
         product = host.lora_base_forward(dropped, *args, **kwargs) if again else base
         product = product if bias is None else product - bias.to(product.dtype)
         # g - 1 is taken before the cast: rounding g itself to bfloat16 would erase changes below 0.4 %.
-        out = out + product * host.lora_per_row((gain - 1).to(out.dtype))
+        of_base, of_update = gain - 1, gain * self.scaling
+        if self.share is not None:
+            of_base, of_update = of_base * self.share, of_update * self.share
+        out = out + product * host.lora_per_row(of_base.to(out.dtype))
         update = host.lora_low_rank(dropped, A, B).to(out.dtype)
-        return out + update * host.lora_per_row((gain * self.scaling).to(out.dtype))
+        return out + update * host.lora_per_row(of_update.to(out.dtype))

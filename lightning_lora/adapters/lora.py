@@ -18,6 +18,11 @@ class LoRAAdapter(Adapter):
     """
 
     @override
+    def update(self) -> tuple[Tensor, Tensor]:
+        A, B = super().update()
+        return A, B if self.share is None else B * self.share
+
+    @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.update()
         return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)

@@ -21,7 +21,8 @@ def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
 
 def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
     """The same in one line, for a log."""
-    in_full = f" and {len(plan.modules_to_save)} modules in full" if plan.modules_to_save else ""
+    count = len(plan.modules_to_save)
+    in_full = f" and {count} part{'s' * (count > 1)} in full" if count else ""
     return f"LoRA adapter {adapter_name!r} on {len(plan.targets)} layers{in_full}: {counts}"
 
 

@@ -34,7 +34,7 @@ META = "lightning_lora"
 FORMAT = 1
 
 _MATHEMATICS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_PLACES = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save")
+_PLACES = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save", "bias")
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 

@@ -1,14 +1,8 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
-from lightning_lora.layers.base import (
-    GAINED,
-    LoRALayer,
-    has_own_forward,
-    kind_of,
-    reaches_base_forward,
-    registered_base,
-)
+from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
+from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -25,6 +19,7 @@ __all__ = [
     "GAINED",
     "LoRALayer",
     "LockedStatistics",
+    "Mixture",
     "attach",
     "detach",
     "has_own_forward",

@@ -1,13 +1,13 @@
 """What a layer with adapters is, and which layer types there are."""
 
-import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.errors import ConfigError
 from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
@@ -22,6 +22,13 @@ else:
 
 
 MISFIT = 0.01  # of the norm of an adapter's first product: another machine's decomposition of the same weight
+
+
+class Mixture(NamedTuple):
+    """A batch whose samples have different adapters: how many there are, and which of them each adapter has."""
+
+    samples: int
+    rows: dict[str, Tensor]
 
 
 class LoRALayer(Base):
@@ -39,15 +46,34 @@ class LoRALayer(Base):
 
     lora_absorbed: tuple[str, ...] = ()  # adapters whose first factors are taken out of the stored weight
 
+    lora_mixture: "Mixture | None" = None  # which adapter each sample of a batch has
+
     lora: nn.ModuleDict
     lora_active: tuple[str, ...]
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = out = self.lora_base_forward(input, *args, **kwargs)
+        if self.lora_mixture is not None:
+            return self.lora_mixed(self.lora_mixture, input, base, *args, **kwargs)
         for name in self.lora_active:
             out = self.lora[name](self, input, base, out, *args, **kwargs)
         return out
+
+    def lora_mixed(self, mixture: "Mixture", input: Tensor, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output for a batch in which samples have adapters of their own: each as in a batch by itself."""
+        if len(input) != mixture.samples:
+            raise ConfigError(
+                f"mixed_batch: {mixture.samples} samples were assigned, and a {type(self).lora_plain_class.__name__} "
+                f"is given {len(input)}: name an adapter for each row of its first dimension"
+            )
+        if not mixture.rows:
+            return base
+        parts = []
+        for name, index in mixture.rows.items():
+            part = base[index]
+            parts.append(self.lora[name](self, input[index], part, part, *args, **kwargs))
+        return base.index_copy(0, torch.cat(list(mixture.rows.values())), torch.cat(parts))
 
     def lora_adapters(self) -> dict[str, "Adapter"]:
         """The adapters by name."""
@@ -197,52 +223,3 @@ class LoRALayer(Base):
 
 
 GAINED = ("lora", "lora_active", *(name for name in dir(LoRALayer) if name.startswith("lora_")))
-
-_KINDS: dict[str, type[LoRALayer]] = {}
-_MixinT = TypeVar("_MixinT", bound=type[LoRALayer])
-
-
-def adapts(*qualified_names: str) -> Callable[[_MixinT], _MixinT]:
-    """Registers a mixin for layer classes, by qualified name: the library that defines them need not be imported."""
-
-    def register(mixin: _MixinT) -> _MixinT:
-        _KINDS.update(dict.fromkeys(qualified_names, mixin))
-        return mixin
-
-    return register
-
-
-def qualified_name(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def registered_base(cls: type) -> Any:
-    """The nearest class with a mixin that a layer class is or descends from; None where there is none."""
-    return next((base for base in cls.__mro__ if qualified_name(base) in _KINDS), None)
-
-
-def kind_of(cls: type) -> type[LoRALayer] | None:
-    """The mixin for a layer class; None where there is none."""
-    base = registered_base(cls)
-    return None if base is None else _KINDS[qualified_name(base)]
-
-
-def has_own_forward(cls: type) -> bool:
-    """Whether a layer class computes in another way than the registered class that it descends from."""
-    return cls.forward is not registered_base(cls).forward  # type: ignore[attr-defined]
-
-
-def reaches_base_forward(cls: type) -> bool:
-    """Whether every forward between the class and its registered base seems to hand over by ``super().forward``.
-
-    Where it does, the adapter is placed below the user's class, so that what the class does to the product (scale it,
-    say) is done to the adapter's part too. `lightning_lora.targets.probe` tries whether that is so.
-    """
-    base = registered_base(cls)
-    for ancestor in cls.__mro__[: cls.__mro__.index(base)] if base else ():
-        if "forward" in vars(ancestor):
-            code = getattr(inspect.unwrap(vars(ancestor)["forward"]), "__code__", None)
-            if code is None or not {"super", "forward"} <= set(code.co_names):
-                return False
-    return True

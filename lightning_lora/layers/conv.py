@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, adapts
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.registry import adapts
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

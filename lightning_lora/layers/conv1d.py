@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.layers.activation import LoRALinear
-from lightning_lora.layers.base import adapts
+from lightning_lora.layers.registry import adapts
 
 
 @adapts("transformers.pytorch_utils.Conv1D")

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.layers.base import LoRALayer, adapts
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.registry import adapts
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter

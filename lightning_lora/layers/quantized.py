@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.layers.activation import LoRALinear
-from lightning_lora.layers.base import adapts
+from lightning_lora.layers.registry import adapts
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.packed import packed_lora_linear
 from lightning_lora.ops.transforms import in_transform
@@ -42,6 +42,8 @@ class LoRAQuantizedLinear(LoRALinear):
             adapter is not None
             and adapter.variant == "lora"
             and adapter.initialised
+            and adapter.share is None
+            and self.lora_mixture is None
             and (not self.lora_absorbed or (self.lora_absorbed == self.lora_active and not drops))
             and _quantizer(self).follows_input(self, x)
             and torch.is_grad_enabled()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import Base, LoRALayer, kind_of, qualified_name, reaches_base_forward, registered_base
+from lightning_lora.layers.base import Base, LoRALayer
+from lightning_lora.layers.registry import kind_of, qualified_name, reaches_base_forward, registered_base
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter

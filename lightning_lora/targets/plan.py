@@ -16,7 +16,7 @@ from lightning_lora.targets.choice import choose
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.saved import SavedModule, saved_modules
+from lightning_lora.targets.saved import SavedModule, biases, saved_modules
 from lightning_lora.targets.table import render
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
@@ -111,6 +111,7 @@ def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
         for t in targets
         if t.r > min(t.matrix)
     ]
+    saved += biases(tree, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=choice.skipped, notes=(*choice.notes, *high)), problems
 
 

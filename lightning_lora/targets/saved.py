@@ -1,5 +1,6 @@
 """modules_to_save: what is trained in full beside the adapters."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -43,6 +44,21 @@ def saved_modules(
             wanted.update(dict.fromkeys(hits, "modules_to_save"))
         wanted = {n: why for n, why in wanted.items() if not any(n.startswith(f"{outer}.") for outer in wanted)}
     return tuple(filter(None, (_saved(name, why, tree, parameters, problems) for name, why in wanted.items())))
+
+
+def biases(
+    tree: dict[str, Node], config: LoRAConfig, adapted: Iterable[Node], saved: tuple[SavedModule, ...]
+) -> tuple[SavedModule, ...]:
+    """The biases that are trained beside the adapters, but for those in modules that are trained in full."""
+    found = {"none": (), "all": tree.values(), "lora_only": adapted}[config.bias]
+    names = [name for module in saved for name in (module.name, *module.aliases)]
+    return tuple(
+        SavedModule(name=name, type="Parameter", parameters=bias.numel(), reason=f"bias={config.bias!r}")
+        for node in found
+        if (bias := node.module._parameters.get("bias")) is not None and bias.is_floating_point()
+        for name in [f"{node.name}.bias".lstrip(".")]
+        if not any(f"{name}.".startswith(f"{outer}.") for outer in names)
+    )
 
 
 def _bare_parameters(tree: dict[str, Node]) -> dict[str, nn.Parameter]:

@@ -23,9 +23,9 @@ def table(plan: "Plan") -> Table:
     adapted = ((t.name, _cells(t), t.parameters) for t in plan.targets)
     for name, (kind, shape, r, remark), parameters in _grouped(adapted):
         result.add_row(Text(name), kind, shape, r, f"{parameters:,}", Text(remark))
-    for module in plan.modules_to_save:
-        remark = f"trained in full: {module.reason}{_remark(module.aliases, ())}"
-        result.add_row(Text(module.name), module.type, "", "", f"{module.parameters:,}", Text(remark))
+    in_full = ((m.name, (m.type, f"{m.reason}{_remark(m.aliases, ())}"), m.parameters) for m in plan.modules_to_save)
+    for name, (kind, reason), parameters in _grouped(in_full):
+        result.add_row(Text(name), kind, "", "", f"{parameters:,}", Text(f"trained in full: {reason}"))
     for name, (reason,), _ in _grouped((name, (reason,), 0) for name, reason in plan.skipped.items()):
         result.add_row(Text(name, style="dim"), "", "", "-", "-", Text(f"skipped: {reason}", style="dim"))
     result.add_section()

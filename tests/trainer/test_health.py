@@ -486,7 +486,7 @@ def test_adapters_on_a_weight_that_is_read():
     ll.inject(donor, ll.LoRAConfig(r=4, modules_to_save=None))
     attach(net["attention"].out_proj, "default", donor[0].lora["default"])
     with pytest.raises(ll.DeadAdapterError, match="attention.out_proj: MultiheadAttention reads this weight"):
-        check_before(net, [torch.optim.SGD(net.parameters())])
+        check_before(net, [torch.optim.SGD(net.parameters())], ["default"])
 
 
 def test_frozen_behind_our_back():

@@ -343,7 +343,7 @@ def test_table_and_lines(capsys, caplog, tmp_path):
     for text in ("net.blocks.{0-1}.q (2x)", "LoRA adapter 'default'", counts):
         assert out.count(text) == 1
     (line,) = [r.getMessage() for r in caplog.records if "LoRA adapter" in r.getMessage()]
-    assert line.startswith(f"LoRA adapter 'default' on 4 layers and 1 modules in full: {counts}")
+    assert line.startswith(f"LoRA adapter 'default' on 4 layers and 1 part in full: {counts}")
     hparams = next(tmp_path.rglob("hparams.yaml")).read_text()
     assert "lora/default/trainable: 580" in hparams
 

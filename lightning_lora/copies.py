@@ -1,0 +1,82 @@
+"""Modules that several adapters train in full, each in its own way: one's values are in place, the others' are kept.
+
+Values are copied into the parameter, which stays the object that optimizers and tied modules know.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.marks import BASE, COPIES, TRAINED, WHOLE
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and the buffers that ``state_dict`` holds."""
+    buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+    return {key: tensor for key, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
+
+
+def values_of(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """What of a module's own tensors belongs to an adapter, in place or kept; to any and in place for None."""
+    owners, kept = vars(module).get(TRAINED, {}), vars(module).get(COPIES, {}).get(adapter_name, {})
+    for key, tensor in tensors_of(module).items() if owners or kept else ():
+        if key in owners and adapter_name in (None, owners[key]):
+            yield key, tensor
+        elif key in kept:
+            yield key, kept[key]
+
+
+def kept_values(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """The values of adapters that are not in place: whose, of what, and the values."""
+    for adapter_name, values in vars(module).get(COPIES, {}).items():
+        if adapter_name != BASE:
+            yield from ((adapter_name, key, value) for key, value in values.items() if key != WHOLE)
+
+
+@torch.no_grad()
+def bring(module: nn.Module, adapter_name: str, values: Mapping[str, Tensor], whole: bool) -> None:
+    """Gives an adapter values of its own for a module, which are kept until `put_in_place`.
+
+    Args:
+        module: The module.
+        adapter_name: The adapter.
+        values: By the name of the module's own tensor.
+        whole: Whether the module as such is trained, with its mode and its statistics.
+    """
+    like = tensors_of(module)
+    copies = vars(module).setdefault(COPIES, {}).setdefault(adapter_name, {})
+    copies |= {key: value.detach().to(like[key], copy=True) for key, value in values.items()}
+    if whole:
+        copies[WHOLE] = torch.empty(0)
+
+
+@torch.no_grad()
+def put_in_place(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Puts the values in place of the first of some adapters that has any; else what was there before all of them.
+
+    What was there before is not known where an adapter was trained in place from the start: then its values stay.
+    """
+    for module in model.modules():
+        copies: dict[str, dict[str, Tensor]] | None = vars(module).get(COPIES)
+        if copies is None:
+            continue
+        owners = vars(module).setdefault(TRAINED, {})
+        for key, tensor in {WHOLE: None, **tensors_of(module)}.items():
+            current = owners.get(key, BASE)
+            wanted = next((n for n in (*adapter_names, BASE) if n == current or key in copies.get(n, {})), current)
+            if wanted == current:
+                continue
+            copies.setdefault(current, {})[key] = torch.empty(0) if tensor is None else tensor.detach().clone()
+            value = copies[wanted].pop(key)
+            if tensor is not None:
+                tensor.copy_(value)
+            owners.pop(key, None)
+            owners |= {} if wanted == BASE else {key: wanted}
+
+
+def forget(model: nn.Module, adapter_name: str) -> None:
+    """Drops the values that are kept for an adapter."""
+    for module in model.modules():
+        if (copies := vars(module).get(COPIES)) is not None:
+            copies.pop(adapter_name, None)
