@@ -13,7 +13,9 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.formats.checkpoint import load_from_checkpoint
+from lightning_lora.formats.peft import save_adapter
 from lightning_lora.inject import eject, inject
+from lightning_lora.load import load_adapter
 from lightning_lora.merge import merge, merge_and_unload, unmerge
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantize import quantize
@@ -41,12 +43,14 @@ __all__ = [
     "disable_adapters",
     "eject",
     "inject",
+    "load_adapter",
     "load_from_checkpoint",
     "merge",
     "merge_and_unload",
     "mixed_batch",
     "plan",
     "quantize",
+    "save_adapter",
     "set_adapter",
     "summary",
     "unmerge",

@@ -1,6 +1,7 @@
 """What the callback takes beside the fields of its config, checked."""
 
 import math
+import os
 import re
 from typing import Any
 
@@ -9,8 +10,6 @@ from torch import nn
 from lightning_lora.checks import DTYPES, MODES
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, UnsupportedError, did_you_mean, raise_all
-
-UNBUILT = ("init_from", "save_peft")
 
 
 def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None) -> None:
@@ -35,10 +34,14 @@ def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None
         problems.append(f"quantization must be one of {', '.join(MODES)}, got {mode!r}.{did_you_mean(mode, MODES)}")
     elif mode is not None and not isinstance(mode, (str, Quantization)):
         problems.append(f"quantization must be a mode, a Quantization or None, got {mode!r}")
-    if not isinstance(own["gradient_checkpointing"], bool):
-        problems.append(f"gradient_checkpointing must be true or false, got {own['gradient_checkpointing']!r}")
+    for flag in ("gradient_checkpointing", "save_peft"):
+        if not isinstance(own[flag], bool):
+            problems.append(f"{flag} must be true or false, got {own[flag]!r}")
+    if own["init_from"] is not None and not (
+        isinstance(own["init_from"], (str, os.PathLike)) and str(own["init_from"])
+    ):
+        problems.append(f"init_from must be a PEFT folder, a checkpoint or a hub id, got {own['init_from']!r}")
     raise_all(ConfigError, problems, "LoRA")
-    unbuilt += [f"{name} is not built yet" for name in UNBUILT if own[name]]
     raise_all(UnsupportedError, unbuilt, "LoRA")
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.analysis import summary
-from lightning_lora.analysis.report import figures, one_line, show
+from lightning_lora.analysis.report import announce
 from lightning_lora.arguments import check_arguments
 from lightning_lora.base_buffers import BaseBuffers
 from lightning_lora.base_weights import BaseWeights
@@ -23,6 +23,7 @@ from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
+from lightning_lora.formats.peft import check_exportable
 from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
 from lightning_lora.health import Watch, check_before
@@ -72,8 +73,9 @@ class LoRA(CallbackBase):
         gradient_checkpointing: Recompute activations in the backward pass.
         adapter_name: Key of this adapter in the model and in checkpoints.
         adapter_dtype: Dtype of the master copies of A, B and magnitude; products follow the input's dtype.
-        init_from: A PEFT folder or adapter checkpoint to start from.
-        save_peft: Write a PEFT folder beside every checkpoint.
+        init_from: A PEFT folder, a checkpoint of adapters or a hub id to start from. A run that is resumed does not
+            read it again.
+        save_peft: Write a PEFT folder beside every checkpoint: ``epoch=0.peft`` beside ``epoch=0.ckpt``.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -122,7 +124,8 @@ class LoRA(CallbackBase):
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
         self.quantization = None if quantization is None else Quantization.of(quantization)
         self.gradient_checkpointing = gradient_checkpointing
-        self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio)
+        self.save_peft, dtype = save_peft, getattr(torch, adapter_dtype)
+        self._request = Request(self.config, adapter_name, dtype, loraplus_lr_ratio, init_from)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
         self._patches = Patches()
         self._phases: Phases | None = None
@@ -150,14 +153,15 @@ class LoRA(CallbackBase):
         if merged:
             remember()
         else:
-            self._phases = Phases(pl_module, [lora._request for lora in family], seed, settings, remember)
+            requests, resumes = [lora._request for lora in family], trainer.ckpt_path is not None
+            self._phases = Phases(pl_module, requests, seed, settings, resumes, remember)
             self._phases.begin(self._patches, trainer.strategy)
         strategy.install()
+        strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)
         if stage == "fit":
             recompute = any(lora.gradient_checkpointing for lora in family)
-            ratios = {name: ratio for _, name, _, ratio in (lora._request for lora in family) if ratio is not None}
-            names = [lora.adapter_name for lora in family]
-            configure = functools.partial(configure_optimizers, pl_module, self._patches, names, ratios, recompute)
+            ratios = {lora.adapter_name: lora.loraplus_lr_ratio for lora in family}
+            configure = functools.partial(configure_optimizers, pl_module, self._patches, ratios, recompute)
             self._patches.wrap(pl_module, "configure_optimizers", configure)
 
     @override
@@ -166,13 +170,7 @@ class LoRA(CallbackBase):
         if self._phases is None:
             return
         train_mode(pl_module, self._phases.plans.keys())
-        counts = summary(pl_module)
-        for name, plan in self._phases.plans.items():
-            if trainer.is_global_zero and not trainer.barebones:
-                show(plan, counts, name)
-            rank_zero_info(one_line(plan, counts, name))
-            for logger in trainer.loggers:
-                logger.log_hyperparams(figures(plan, counts, name))
+        announce(self._phases.plans, summary(pl_module), trainer)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -182,6 +180,8 @@ class LoRA(CallbackBase):
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         names = self._phases.plans.keys()
         check_before(pl_module, optimizers, names)
+        for name in self._strategy.as_peft if self._strategy is not None else ():
+            check_exportable(pl_module, name)
         if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
             restore_ratios(optimizers)  # the learning-rate finder set all groups alike
         self._watch = Watch(pl_module, optimizers, names)

@@ -1,6 +1,6 @@
 """What has to happen right before and right after the optimizers are made."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,8 +18,7 @@ from lightning_lora.recompute import checkpoint_activations
 def configure_optimizers(
     model: nn.Module,
     patches: Patches,
-    adapter_names: Collection[str],
-    lr_ratios: Mapping[str, float],
+    lr_ratios: Mapping[str, float | None],
     gradient_checkpointing: bool,
     original: Callable[[], Any],
 ) -> Any:
@@ -28,8 +27,7 @@ def configure_optimizers(
     Args:
         model: The LightningModule, with its adapters.
         patches: What undoes everything but the result.
-        adapter_names: The adapters that the run trains.
-        lr_ratios: By adapter, the ratio of LoRA+.
+        lr_ratios: The adapters that the run trains, with the ratio of LoRA+.
         gradient_checkpointing: Whether to recompute activations.
         original: The module's own method.
 
@@ -37,7 +35,7 @@ def configure_optimizers(
         What that returned.
     """
     initialise(model)  # what was on the meta device until now, or was cast
-    freeze(model, adapter_names)  # users freeze and thaw in their own hooks
+    freeze(model, lr_ratios.keys())  # users freeze and thaw in their own hooks
     if gradient_checkpointing:
         rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, patches))}")
     if helped := let_gradients_through(model):
@@ -45,5 +43,5 @@ def configure_optimizers(
     for undo in helped.values():
         patches.later(undo)
     configured = original()
-    complete_optimizers(model, configured, lr_ratios)
+    complete_optimizers(model, configured, {name: ratio for name, ratio in lr_ratios.items() if ratio is not None})
     return configured

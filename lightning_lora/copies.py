@@ -36,7 +36,7 @@ def kept_values(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 @torch.no_grad()
 def bring(module: nn.Module, adapter_name: str, values: Mapping[str, Tensor], whole: bool) -> None:
-    """Gives an adapter values of its own for a module, which are kept until `put_in_place`.
+    """Gives an adapter values of its own for a module, which are kept until `put_in_place` if another's are in place.
 
     Args:
         module: The module.
@@ -44,11 +44,15 @@ def bring(module: nn.Module, adapter_name: str, values: Mapping[str, Tensor], wh
         values: By the name of the module's own tensor.
         whole: Whether the module as such is trained, with its mode and its statistics.
     """
-    like = tensors_of(module)
-    copies = vars(module).setdefault(COPIES, {}).setdefault(adapter_name, {})
-    copies |= {key: value.detach().to(like[key], copy=True) for key, value in values.items()}
-    if whole:
-        copies[WHOLE] = torch.empty(0)
+    own, owners = tensors_of(module), vars(module).get(TRAINED, {})
+    kept = {**values, WHOLE: torch.empty(0)} if whole else dict(values)
+    for key in [key for key in kept if owners.get(key) == adapter_name]:
+        value = kept.pop(key)
+        if key != WHOLE:
+            own[key].copy_(value)
+    if kept:
+        copies = vars(module).setdefault(COPIES, {}).setdefault(adapter_name, {})
+        copies |= {key: value.detach().to(own.get(key, value), copy=True) for key, value in kept.items()}
 
 
 @torch.no_grad()

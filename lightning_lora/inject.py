@@ -85,7 +85,7 @@ def carry_out(
     present = {id(layer) for layer in held}
     seed = default_seed() if seed is None else seed
     created = [
-        (tree[t.name].module, _create(tree[t.name], config, t.r, t.lora_alpha, dtype, adapter_name, seed))
+        (tree[t.name].module, create(tree[t.name], t.name, config, t.r, t.lora_alpha, adapter_name, dtype, seed))
         for key, t in targets.items()
         if key not in present
     ]
@@ -198,18 +198,37 @@ def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
             return
 
 
-def _create(
-    node: Node, config: LoRAConfig, r: int, alpha: float, dtype: torch.dtype, adapter_name: str, seed: int
+def create(
+    node: Node,
+    name: str,
+    config: LoRAConfig,
+    r: int,
+    lora_alpha: float,
+    adapter_name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Adapter:
+    """An adapter for a layer, all zero, and not on it yet.
+
+    Args:
+        node: The layer.
+        name: Its name, from which with the seed the first values are drawn.
+        config: The configuration that the adapter belongs to.
+        r: Rank.
+        lora_alpha: What the scale is made of.
+        adapter_name: The adapter's name.
+        dtype: Dtype of the master copies; a float64 layer gets float64.
+        seed: The seed.
+    """
     layer, kind = node.module, kind_of(original_type(node.module))
     weight = layer.weight
     assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
     adapter = variant_class(config.variant)(
         kind.lora_matrix_shape(layer),
         r=r,
-        scaling=config.scaling(r, alpha),
+        lora_alpha=lora_alpha,
         config=config,
-        seed=(seed + zlib.crc32(f"{node.name}.lora.{adapter_name}".encode())) % (1 << 63),
+        seed=(seed + zlib.crc32(f"{name}.lora.{adapter_name}".encode())) % (1 << 63),
         dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
         device=weight.device,
     )

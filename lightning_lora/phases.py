@@ -1,6 +1,7 @@
 """Adapters for a model that Lightning builds in up to three steps: ``__init__``, ``setup`` and ``configure_model``."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
 from lightning_lora.inits import Stage
 from lightning_lora.inject import carry_out, initialise, withdraw
+from lightning_lora.load import read_stored
 from lightning_lora.patches import Patches
+from lightning_lora.placement import place
 from lightning_lora.quantize import quantizable, quantize
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.targets import Plan, draft
@@ -27,6 +30,7 @@ class Request(NamedTuple):
     adapter_name: str
     dtype: torch.dtype
     lr_ratio: float | None
+    init_from: str | os.PathLike[str] | None
 
 
 class Phases:
@@ -41,6 +45,7 @@ class Phases:
         requests: The adapters.
         seed: What their first values are drawn from.
         quantization: How the base is going to be quantised.
+        resumes: Whether a checkpoint is going to be loaded, which has the values of the adapters.
         completed: Called after the last phase.
     """
 
@@ -50,10 +55,11 @@ class Phases:
         requests: Sequence[Request],
         seed: int,
         quantization: Quantization | None,
+        resumes: bool,
         completed: Callable[[], None],
     ) -> None:
         self._model, self._requests, self._seed = model, requests, seed
-        self._quantization, self._completed = quantization, completed
+        self._quantization, self._resumes, self._completed = quantization, resumes, completed
         self._had = adapters(model).keys()
         self.plans: dict[str, Plan] = {}
 
@@ -81,16 +87,24 @@ class Phases:
         try:
             notes = self._inject(last)
             if last:
-                if self._quantization is not None:
-                    quantizable(
-                        self._model, self._quantization
-                    )  # what can't be quantised shall be known now, not half-way
+                notes += self._start_from_files()
+                if self._quantization is not None:  # what can't be quantised shall be known now, not half-way
+                    quantizable(self._model, self._quantization)
                 self._completed()
         except Exception:
             self.undo()
             raise
         if last and notes:
             rank_zero_warn("\n".join(notes))
+
+    def _start_from_files(self) -> list[str]:
+        """Gives adapters that are new in this run the values of those that they start from."""
+        notes = list[str]()
+        for request in () if self._resumes else self._requests:
+            if request.init_from is not None and request.adapter_name not in self._had:
+                stored = read_stored(request.init_from, request.adapter_name)
+                notes += place(self._model, stored, request.adapter_name)
+        return notes
 
     def _inject(self, last: bool) -> list[str]:
         drafts = [(request, *draft(self._model, request.config)) for request in self._requests]

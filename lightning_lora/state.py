@@ -33,6 +33,12 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
     return found
 
 
+def require_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Raises ConfigError if a model has no adapter of that name."""
+    if adapter_name not in (known := adapters(model)):
+        raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
+
+
 def adapter_modules(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """The adapters of that name."""
     for _, layer in lora_layers(model):
@@ -63,12 +69,19 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
         >>> list(adapter_state_dict(model))
         ['0.lora.default.A', '0.lora.default.B']
     """
-    if adapter_name is not None and adapter_name not in (known := adapters(model)):
-        raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
+    if adapter_name is not None:
+        require_adapter(model, adapter_name)
     found: dict[int, tuple[str, Tensor]] = {}
     for key, tensor in [*_trained(model, adapter_name), *(_own_buffers(model) if adapter_name is None else ())]:
         found.setdefault(id(tensor), (key, tensor.detach()))
     return dict(found.values())
+
+
+def keys_in_full(model: nn.Module, adapter_name: str) -> list[str]:
+    """Names of the parameters and buffers that are trained in full with an adapter."""
+    return [
+        clean(f"{name}.{key}".lstrip(".")) for name, m in model.named_modules() for key, _ in values_of(m, adapter_name)
+    ]
 
 
 def trained_parameters(

@@ -87,16 +87,6 @@ def test_what_is_not_built_says_so_by_name(arguments):
         ll.LoRA(**arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"init_from": "folder"}, {"save_peft": True}],
-)
-def test_callback_arguments_that_are_not_built(arguments):
-    (name,) = arguments
-    with pytest.raises(ll.UnsupportedError, match=f"{name} is not built yet"):
-        ll.LoRA(**arguments)
-
-
 def test_callback_reports_its_own_problems_together_with_those_of_the_config():
     with pytest.raises(ll.ConfigError) as caught:
         ll.LoRA(r=0, adapter_dtype="float23", adapter_name="a.b", loraplus_lr_ratio=-1, quantization="nf3")

@@ -55,7 +55,7 @@ class Adapter(nn.Module):
     Args:
         shape: (out, in) of the matrix.
         r: Rank.
-        scaling: The factor s of the update s B A.
+        lora_alpha: What the scale is made of.
         config: The configuration that this adapter belongs to.
         seed: What its first values are drawn from.
         dtype: Dtype of the master copies; a float64 layer gets float64.
@@ -74,14 +74,15 @@ class Adapter(nn.Module):
         shape: tuple[int, int],
         *,
         r: int,
-        scaling: float,
+        lora_alpha: float,
         config: LoRAConfig,
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.config, self.scaling, self.seed, self.master_dtype = config, scaling, seed, dtype
+        self.config, self.seed, self.master_dtype = config, seed, dtype
+        self.lora_alpha, self.scaling = lora_alpha, config.scaling(r, lora_alpha)
         self.initialised = False  # not until `initialise` or a checkpoint gave it values
         self.share: Tensor | None = None  # a factor of the whole update, while several adapters are mixed
         self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
@@ -179,12 +180,6 @@ class Adapter(nn.Module):
         Returns:
             ``out`` plus the product of x with ``merged(W) - W``, in the dtype of ``out``.
         """
-
-    def factors(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of `update` in the dtype to compute in: the input's, or the output's where the input is token ids."""
-        dtype = x.dtype if x.is_floating_point() else out.dtype
-        A, B = self.update()
-        return A.to(dtype), B.to(dtype)
 
     @override
     def extra_repr(self) -> str:

@@ -72,7 +72,8 @@ class DoRAAdapter(Adapter):
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        A, B = self.factors(x, out)
+        A, B = self.update()
+        dtype = x.dtype if x.is_floating_point() else out.dtype  # token ids have none
         W = host.lora_matrix()
         gain = self.gain(W, squares=self._squares(host, W))
         dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
@@ -85,5 +86,5 @@ class DoRAAdapter(Adapter):
         if self.share is not None:
             of_base, of_update = of_base * self.share, of_update * self.share
         out = out + product * host.lora_per_row(of_base.to(out.dtype))
-        update = host.lora_low_rank(dropped, A, B).to(out.dtype)
+        update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
         return out + update * host.lora_per_row(of_update.to(out.dtype))

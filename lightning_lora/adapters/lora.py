@@ -18,17 +18,17 @@ class LoRAAdapter(Adapter):
     """
 
     @override
-    def update(self) -> tuple[Tensor, Tensor]:
-        A, B = super().update()
+    def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        A, B = self._weighted()
+        return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
+
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        A, B = self.update()
         return A, B if self.share is None else B * self.share
 
     @override
-    def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        A, B = self.update()
-        return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
-
-    @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        A, B = self.factors(x, out)
+        A, B = self._weighted()
+        dtype = x.dtype if x.is_floating_point() else out.dtype  # token ids have none
         dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
-        return host.lora_add(out, dropped, A, B, self.scaling)
+        return host.lora_add(out, dropped, A.to(dtype), B.to(dtype), self.scaling)

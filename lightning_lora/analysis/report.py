@@ -1,13 +1,31 @@
 """What a run is about to train, for the eye and for logs."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_lora.analysis.summary import Summary, format_bytes
 from lightning_lora.targets import Plan
 from lightning_lora.targets.table import table
+
+
+def announce(plans: Mapping[str, Plan], counts: Summary, trainer: Any) -> None:
+    """Says what a run is about to train: on the screen, in the log, and to its loggers.
+
+    Args:
+        plans: By adapter.
+        counts: Of the whole model.
+        trainer: The Trainer.
+    """
+    for name, plan in plans.items():
+        if trainer.is_global_zero and not trainer.barebones:
+            show(plan, counts, name)
+        rank_zero_info(one_line(plan, counts, name))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(figures(plan, counts, name))
 
 
 def show(plan: Plan, counts: Summary, adapter_name: str) -> None:

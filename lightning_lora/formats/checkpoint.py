@@ -4,6 +4,8 @@
 
     {"format": 1,
      "adapters": {name: LoRAConfig as plain types},
+     "in_full": {name: keys of what is trained in full with it},
+     "peft": {name: what it takes to write its PEFT folder without the model},
      "base": the fingerprint of the frozen weights,
      "versions": {"lightning_lora": ..., "torch": ..., "lightning": ...},
      "rng": the random states of every rank (not in a weights-only file)}
@@ -23,11 +25,12 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, listing, raise_all
 from lightning_lora.formats.files import read
-from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.formats.fingerprint import compare, fingerprint, pack
+from lightning_lora.formats.peft_export import Export
 from lightning_lora.inject import carry_out
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
-from lightning_lora.state import adapter_state_dict, adapters, load_adapter_state
+from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state
 from lightning_lora.targets import draft
 
 META = "lightning_lora"
@@ -44,6 +47,8 @@ def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "adapters": {name: config.to_dict() for name, config in adapters(model).items()},
+        "in_full": {name: keys for name in adapters(model) if (keys := keys_in_full(model, name))},
+        "peft": {name: pack(Export(model, name).record()) for name in adapters(model)},
         "base": base,
         "versions": {name: version(name) for name in ("lightning-lora", "torch", "lightning")},
     }
@@ -52,6 +57,22 @@ def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
 def is_adapter_checkpoint(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint holds adapters without their base."""
     return META in checkpoint
+
+
+def check_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The ``lightning_lora`` entry.
+
+    Raises:
+        CheckpointError: If this version can't read it.
+    """
+    meta = checkpoint[META]
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else meta
+        raise CheckpointError(
+            f"this version reads adapter checkpoints of format {FORMAT}, the file has {found!r}: install the "
+            "lightning-lora that wrote it, or a newer one"
+        )
+    return meta
 
 
 def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
@@ -69,13 +90,7 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
         CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
         BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
     """
-    meta = checkpoint[META]
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else meta
-        raise CheckpointError(
-            f"this version reads adapter checkpoints of format {FORMAT}, the file has {found!r}: install the "
-            "lightning-lora that wrote it, or a newer one"
-        )
+    meta = check_format(checkpoint)
     saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
     if differences := _differences(saved, current, _MATHEMATICS):
         if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):

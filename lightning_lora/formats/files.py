@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
+from lightning_lora.formats.folder import sync
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -52,11 +53,7 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
         staged.replace(target)
     finally:
         staged.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(target.parent)
 
 
 SMALL = 4096  # bytes; each storage costs about 260 in a file

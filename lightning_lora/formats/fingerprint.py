@@ -55,9 +55,8 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     structure = repr(sorted((name, shape) for name, shape, _ in described))
     digest = hashlib.sha256(structure.encode() + stacked.numpy().tobytes()).hexdigest()
-    packed = zlib.compress(json.dumps(described, separators=(",", ":")).encode(), 9)
     mode = modes[0] if modes else None
-    return {"quantization": mode, "sha256": digest, "parameters": _bytes_tensor(packed), "samples": stacked}
+    return {"quantization": mode, "sha256": digest, "parameters": pack(described), "samples": stacked}
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,14 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     return notes
 
 
+def within(fingerprint: dict[str, Any], outer: str) -> dict[str, Any]:
+    """The fingerprint of a module inside a model, from that of the model."""
+    described = unpack(fingerprint["parameters"])
+    inner = [i for i, (name, _, _) in enumerate(described) if name.startswith(f"{outer}.")]
+    kept = [[described[i][0].removeprefix(f"{outer}."), *described[i][1:]] for i in inner]
+    return {**fingerprint, "sha256": "", "parameters": pack(kept), "samples": fingerprint["samples"][inner]}
+
+
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The weights of one model whose sampled values are not what they were."""
     if before["sha256"] == after["sha256"]:
@@ -115,13 +122,19 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, _Weight]:
-    described = json.loads(zlib.decompress(fingerprint["parameters"].numpy().tobytes()))
-    rows = zip(described, fingerprint["samples"], strict=True)
+    rows = zip(unpack(fingerprint["parameters"]), fingerprint["samples"], strict=True)
     return {name: _Weight(shape, dtype, samples) for (name, shape, dtype), samples in rows if name not in without}
 
 
-def _bytes_tensor(data: bytes) -> Tensor:
+def pack(value: Any) -> Tensor:
+    """Plain types as compressed JSON, in a tensor that ``torch.load(weights_only=True)`` reads."""
+    data = zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """The value again."""
+    return json.loads(zlib.decompress(packed.numpy().tobytes()))
 
 
 def _same(old: _Weight, new: _Weight) -> bool:

@@ -103,6 +103,17 @@ class LoRALayer(Base):
         """(out, in) of the layer's weight seen as a matrix, also for a layer without adapters."""
         raise NotImplementedError
 
+    @classmethod
+    def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
+        """How PEFT keeps A, B and the magnitude for such a layer: the ends of their keys, in this order, and shapes."""
+        rows, columns = cls.lora_matrix_shape(layer)
+        return {"lora_A.weight": (r, columns), "lora_B.weight": (rows, r), "lora_magnitude_vector": (rows,)}
+
+    @classmethod
+    def lora_peft_problem(cls, layer: Any) -> str | None:
+        """Why an adapter on this layer would compute something else in PEFT; None when it would not."""
+        return None
+
     def lora_matrix(self) -> Tensor:
         """The weight as that matrix, with what was taken out of the stored one: then a copy, in float32 at least."""
         W = self.lora_stored_matrix()

@@ -27,6 +27,22 @@ class LoRAConv(LoRALayer):
         return layer.out_channels, layer.in_channels // layer.groups * prod(layer.kernel_size)
 
     @override
+    @classmethod
+    def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
+        out, ones = layer.out_channels, [1] * len(layer.kernel_size)
+        A = (r, layer.in_channels // layer.groups, *layer.kernel_size)
+        return {"lora_A.weight": A, "lora_B.weight": (out, r, *ones), "lora_magnitude_vector": (1, out, *ones)}
+
+    @override
+    @classmethod
+    def lora_peft_problem(cls, layer: Any) -> str | None:
+        if layer.groups > 1:
+            return "in PEFT, A of a convolution with groups mixes all input channels"
+        if layer.padding_mode != "zeros" or any(step > 1 for step in layer.dilation):
+            return "in PEFT, A of a convolution has neither its dilation nor its padding mode"
+        return None
+
+    @override
     def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().flatten(1)
 

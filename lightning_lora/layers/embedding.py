@@ -31,6 +31,19 @@ class LoRAEmbedding(LoRALayer):
         return layer.embedding_dim, layer.num_embeddings
 
     @override
+    @classmethod
+    def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
+        dim, tokens = cls.lora_matrix_shape(layer)
+        return {"lora_embedding_A": (r, tokens), "lora_embedding_B": (dim, r), "lora_magnitude_vector": (dim,)}
+
+    @override
+    @classmethod
+    def lora_peft_problem(cls, layer: Any) -> str | None:
+        if layer.max_norm is not None:
+            return "PEFT limits the norm of the rows of A, and not of the adapted row"
+        return None
+
+    @override
     def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().T
 

@@ -1,9 +1,11 @@
 """Single device and DDP: every rank holds whole tensors."""
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,6 +23,8 @@ from lightning_lora.formats.checkpoint import (
     load_adapters,
 )
 from lightning_lora.formats.fingerprint import fingerprint
+from lightning_lora.formats.peft import save_adapter
+from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 
 ENTRY_POINTS = "lightning_lora.strategies"
@@ -76,11 +80,13 @@ class StrategyAdapter:
         "load_model_state_dict",
         "load_optimizer_state_dict",
         "save_checkpoint",
+        "remove_checkpoint",
     )
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
+        self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
 
     def install(self) -> None:
         """Puts the methods in place; in a second run it replaces those of the first."""
@@ -125,6 +131,17 @@ class StrategyAdapter:
             original(checkpoint, filepath, storage_options=storage_options)
         elif self.strategy.is_global_zero:
             files.write(checkpoint, os.fspath(filepath))
+        if self.as_peft and "://" in str(filepath):
+            raise UnsupportedError(f"save_peft writes to folders of this machine, and {filepath} is none")
+        for name in self.as_peft if self.strategy.is_global_zero else ():
+            folder = peft_folder(filepath) / name if len(self.as_peft) > 1 else peft_folder(filepath)
+            save_adapter(self.model, folder, name, step=checkpoint.get("global_step"))
+
+    def remove_checkpoint(self, original: Callable[..., Any], filepath: Any) -> None:
+        """Removes the PEFT folder with its checkpoint."""
+        original(filepath)
+        if self.strategy.is_global_zero and any(peft_folder(filepath).rglob(CONFIG)):
+            shutil.rmtree(peft_folder(filepath))
 
     def load_model_state_dict(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
@@ -154,6 +171,12 @@ class StrategyAdapter:
                     "configure_optimizers, loraplus_lr_ratio and modules_to_save"
                 )
         original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
+
+
+def peft_folder(checkpoint: Any) -> Path:
+    """Where the PEFT folder of a checkpoint is: ``epoch=0.ckpt`` has ``epoch=0.peft`` beside it."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}.peft")
 
 
 # Known, so that a subclass of SingleDeviceStrategy or DDPStrategy among them is not taken for its parent.

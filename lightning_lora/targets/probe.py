@@ -120,7 +120,7 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
             return f"{cls.__name__}.forward returns {type(before).__name__}, not a tensor"
         plain = _outputs(probe, inputs)
         adapter = variant_class(config.variant)(
-            kind.lora_matrix_shape(probe), r=2, scaling=0.5, config=LoRAConfig(), seed=0,
+            kind.lora_matrix_shape(probe), r=2, lora_alpha=1.0, config=LoRAConfig(), seed=0,
             dtype=torch.float32, device=torch.device("cpu"),
         )  # fmt: skip
         for parameter in adapter.parameters():

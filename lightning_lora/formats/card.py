@@ -1,0 +1,52 @@
+"""The README.md of a PEFT folder: a model card, as hubs show it."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, fields: dict[str, Any], layers: int, parameters: int, notes: list[str]) -> None:
+    """Writes the card for an adapter.
+
+    Args:
+        folder: The folder.
+        fields: Those of its ``adapter_config.json``.
+        layers: How many layers it is on.
+        parameters: How many parameters it has.
+        notes: What who loads it should know.
+    """
+    base = fields["base_model_name_or_path"]
+    kind = ("DoRA" if fields["use_dora"] else "LoRA") + (" (rank-stabilised)" if fields["use_rslora"] else "")
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="peft",
+        pipeline_tag={"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}.get(fields["task_type"] or ""),
+        tags=["lora", "lightning-lora"] + ["dora"] * fields["use_dora"],
+    )
+    rows = {
+        "kind": kind,
+        "layers": f"{layers}: {_listed(fields['target_modules'])}",
+        "rank": f"{fields['r']}{', others by rank_pattern' if fields['rank_pattern'] else ''}",
+        "lora_alpha": f"{fields['lora_alpha']:g}{', others by alpha_pattern' if fields['alpha_pattern'] else ''}",
+        "trained in full": _listed(fields["modules_to_save"] or []) or "-",
+        "parameters": f"{parameters:,}",
+    }
+    lines = ["---", data.to_yaml(), "---", "", "# An adapter made with lightning-lora", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += [
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        "model = PeftModel.from_pretrained(base_model, folder)",
+    ]
+    lines += ["```", "", "```python", "import lightning_lora as ll", "", "ll.load_adapter(base_model, folder)", "```"]
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    (folder / CARD).write_text(str(ModelCard("\n".join(lines) + "\n", ignore_metadata_errors=True)), encoding="utf-8")
+
+
+def _listed(names: str | list[str]) -> str:
+    return f"`{names}`" if isinstance(names, str) else ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,81 @@
+"""Writing a folder as a whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_lora.errors import ConfigError
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterator[Path]:
+    """A new folder that takes the target's place when the context ends well.
+
+    It is staged beside the target, everything in it is flushed to disk, and then it is renamed: whatever fails or is
+    killed in between, the folder that was there stays as it was. Other files in the target are taken over.
+
+    Args:
+        target: The folder to write; may exist.
+        own: The names of files that are written anew, and not taken over.
+
+    Raises:
+        ConfigError: If the target is a file, or the current folder or one around it, which can't be replaced.
+    """
+    folder = Path(target).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{os.fspath(target)} is a file: give a folder")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{os.fspath(target)} is (or holds) the current folder: give one of its own for the adapter")
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    staged, old = (folder.with_name(f".{folder.name}.{kind}-{mark}") for kind in ("tmp", "old"))
+    try:
+        if folder.exists():
+            shutil.copytree(folder, staged, symlinks=True, copy_function=_link, ignore=_only_at_top(folder, own))
+        else:
+            staged.mkdir()
+        yield staged
+        for name in own:
+            if (staged / name).exists():
+                sync(staged / name)
+        sync(staged)
+        if folder.exists():
+            folder.rename(old)
+            try:
+                staged.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+        else:
+            staged.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _only_at_top(folder: Path, names: frozenset[str]) -> Callable[[str, list[str]], set[str]]:
+    def ignore(directory: str, entries: list[str]) -> set[str]:
+        return set(names) & set(entries) if Path(directory) == folder else set()
+
+    return ignore

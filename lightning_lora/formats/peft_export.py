@@ -1,0 +1,228 @@
+"""An adapter of a model, seen as PEFT would have it: its configuration, its keys, its shapes."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_lora.adapters import Adapter
+from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import values_of
+from lightning_lora.errors import listing
+from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.layers import LoRALayer, has_own_forward, original_type, reaches_base_forward
+from lightning_lora.layers.conv1d import LoRAConv1D
+from lightning_lora.names import ancestors
+from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
+
+PREFIX = "base_model.model."
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+class Held(NamedTuple):
+    """An adapter and what it sits on."""
+
+    node: Node
+    layer: LoRALayer
+    adapter: Adapter
+
+
+class Export:
+    """An adapter of a model, seen as PEFT would have it.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self.prefix, self.root = peft_root(model, adapter_name)
+        self.tree = nodes(self.root)
+        self.layers = {
+            name: Held(node, node.module, node.module.lora_adapters()[adapter_name])
+            for name, node in self.tree.items()
+            if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora
+        }
+        self.config: LoRAConfig = next(iter(self.layers.values())).adapter.config
+        outside = nodes(model) if self.prefix else {}
+        self._lost = [
+            f"{name}.{key}".lstrip(".")
+            for name, node in outside.items()
+            if not is_inside(f"{name}.", self.prefix) and f"{name}." != f"{self.prefix}."
+            for key, _ in values_of(node.module, adapter_name)
+        ]
+        self._owners = parameter_owners(self.tree)
+        self.in_full = dict(self._values_in_full())
+        self.modules_to_save = self._whole_modules()
+
+    def problems(self) -> Iterator[str]:
+        """What of it PEFT would compute in another way, or can't have."""
+        for name, held in self.layers.items():
+            kind = held.layer.lora_peft_problem(held.layer)
+            cls = original_type(held.layer)
+            if kind is None and has_own_forward(cls) and reaches_base_forward(cls) and not _is_known(held.layer):
+                kind = f"in PEFT, what {cls.__name__}.forward does to the product would not be done to the update"
+            if kind is not None:
+                yield f"{name}: {kind}"
+        if self._lost:
+            yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
+        inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
+        if inside:
+            yield f"{listing(inside, 3)}: single parameters, trained in full; name the module in modules_to_save"
+
+    def unfit(self) -> Iterator[str]:
+        """What no file should hold."""
+        if waiting := [name for name, held in self.layers.items() if not held.adapter.initialised]:
+            yield f"{listing(waiting, 3)} have no values yet"
+        odd = [key for key, tensor in self.tensors() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if odd:
+            yield f"{listing(odd, 3)} hold NaN or infinite values: the run diverged"
+
+    def fields(self) -> dict[str, Any]:
+        """Those of PEFT's ``LoraConfig``."""
+        config: Any = getattr(self.root, "config", None) if is_pretrained(self.root) else None
+        r, ranks = shortest_patterns({name: self._rank(held.adapter) for name, held in self.layers.items()})
+        alpha, alphas = shortest_patterns({name: self._alpha(held.adapter) for name, held in self.layers.items()})
+        others = [name for name in self.tree if name]
+        return {
+            "alpha_pattern": alphas,
+            "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+            "bias": self.config.bias,
+            "fan_in_fan_out": all(isinstance(held.layer, LoRAConv1D) for held in self.layers.values()),
+            "lora_alpha": alpha,
+            "lora_dropout": self.config.lora_dropout,
+            "modules_to_save": [self._short(name) for name in self.modules_to_save] or None,
+            "r": r,
+            "rank_pattern": ranks,
+            "target_modules": shortest_targets(self.layers, others),
+            "task_type": task_of(self.root),
+            "use_dora": self.config.use_dora,
+            "use_rslora": self.config.use_rslora,
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """By PEFT's keys, in PEFT's shapes."""
+        for name, held in self.layers.items():
+            A, B = held.adapter.update()
+            values = [A, B, getattr(held.adapter, "magnitude", None)]
+            shapes = held.layer.lora_peft_shapes(held.layer, len(A))
+            for (end, shape), value in zip(shapes.items(), values, strict=True):
+                if value is not None:
+                    yield f"{PREFIX}{name}.{end}", value.detach().reshape(shape)
+        for key, value in self.in_full.items():
+            owner, _, own = key.rpartition(".")
+            middle = "base_layer." if owner in self.layers else ""
+            yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", value.detach()
+
+    def record(self) -> dict[str, Any]:
+        """What it takes to write the PEFT folder later, from tensors of the adapter alone."""
+        shapes = {
+            f"{PREFIX}{name}.{end}": list(shape)
+            for name, held in self.layers.items()
+            for end, shape in held.layer.lora_peft_shapes(held.layer, self._rank(held.adapter)).items()
+            if len(shape) > 2
+        }
+        embeddings = [name for name, held in self.layers.items() if isinstance(held.layer, nn.Embedding)]
+        return {
+            "prefix": self.prefix,
+            "fields": self.fields(),
+            "shapes": shapes,
+            "embeddings": embeddings,
+            "problems": [*self.problems()],
+            "notes": self.notes(),
+        }
+
+    def notes(self) -> list[str]:
+        """What who loads it should know."""
+        notes = []
+        if any(held.adapter.start_A is not None for held in self.layers.values()):
+            notes.append(
+                "Trained with twice the parameters frozen beside it (PiSSA, OLoRA or LoftQ); fits the clean base."
+            )
+        if self.config.use_dora:
+            notes.append("vLLM does not serve DoRA: `ll.to_lora` converts it, or merge it.")
+        return notes
+
+    def _rank(self, adapter: Adapter) -> int:
+        return adapter.r if adapter.start_A is None else 2 * adapter.r
+
+    def _alpha(self, adapter: Adapter) -> float:
+        factor = 1.0 if adapter.start_A is None else 2**0.5 if self.config.use_rslora else 2.0
+        alpha = adapter.lora_alpha * factor
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    def _values_in_full(self) -> Iterator[tuple[str, Tensor]]:
+        """By the name of the parameter or buffer; a tied one under all its names."""
+        for name, node in self.tree.items():
+            for key, value in values_of(node.module, self.adapter_name):
+                parameter = node.module._parameters.get(key)
+                for full in self._owners.get(id(parameter)) or [f"{name}.{key}".lstrip(".")]:
+                    yield full, value
+
+    def _whole_modules(self) -> list[str]:
+        """The outermost modules of which everything is trained in full."""
+        own = {name: [f"{name}.{key}" for key, _ in own_parameters(node.module)] for name, node in self.tree.items()}
+        in_part = [name for name, keys in own.items() if any(key not in self.in_full for key in keys)]
+        owners = {key.rpartition(".")[0] for key in self.in_full if not self._is_bias(key)}
+        outer = {name for owner in owners - {""} for name in ancestors(owner)}
+        whole = [name for name in outer if not any(n == name or is_inside(n, name) for n in in_part)]
+        return sorted(name for name in whole if not any(is_inside(name, other) for other in whole))
+
+    def _saving_module(self, key: str) -> str | None:
+        return next((name for name in self.modules_to_save if is_inside(key, name)), None)
+
+    def _is_bias(self, key: str) -> bool:
+        owner, _, own = key.rpartition(".")
+        return own == "bias" and (
+            self.config.bias == "all" or (self.config.bias == "lora_only" and owner in self.layers)
+        )
+
+    def _short(self, name: str) -> str:
+        """The shortest end of a module's name that no other module's name has, as PEFT compares them."""
+        others = [other for other in self.tree if other != name and not is_inside(other, name)]
+        parts = name.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        return next((end for end in ends if not any(other.endswith(end) for other in others)), name)
+
+
+def peft_root(model: nn.Module, adapter_name: str | None = None) -> tuple[str, nn.Module]:
+    """What names in a PEFT folder are relative to, and its own name in the model.
+
+    The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
+    """
+    tree = nodes(model)
+    inner = [node for node in tree.values() if is_pretrained(node.module)]
+    inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]
+    if len(inner) != 1 or not inner[0].name:
+        return "", model
+    outside = [
+        name
+        for name, node in tree.items()
+        if isinstance(node.module, LoRALayer)
+        and (adapter_name is None or adapter_name in node.module.lora)
+        and not is_inside(name, inner[0].name)
+    ]
+    return ("", model) if outside else (inner[0].name, inner[0].module)
+
+
+def task_of(root: Any) -> str | None:
+    """PEFT's name for what a transformers model does; PEFT has names for models of text only."""
+    if not is_pretrained(root) or root.main_input_name != "input_ids":
+        return None
+    name = original_type(root).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether PEFT does what a subclass of an embedding does: it scales the update of those with an ``embed_scale``."""
+    return hasattr(layer, "embed_scale") or layer.lora_packed  # type: ignore[return-value]

@@ -1,0 +1,155 @@
+"""PEFT folders, read: nothing is loaded before everything about it is known to be right."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, raise_all
+from lightning_lora.formats.peft import FORMAT, WEIGHTS, decode
+from lightning_lora.formats.peft_config import CONFIG, read_config, start_of
+from lightning_lora.formats.peft_export import PREFIX
+from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.formats.tensors import TensorFile
+
+_ENDS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+
+
+def is_peft_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder with a PEFT configuration in it."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
+    """The adapter in a PEFT folder, with tensors that are not read yet.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        CheckpointError: If a file is damaged, or they do not belong together.
+        UnsupportedError: If it asks for mathematics that are not built here.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if not (folder / WEIGHTS).is_file() and (pickled := [*folder.glob("adapter_model.bin"), *folder.glob("*.pt")]):
+        raise CheckpointError(
+            f"{pickled[0]} is a pickle, which can run code when it is read: make {WEIGHTS} of it where it comes from "
+            "(load and save it in PEFT)"
+        )
+    file = TensorFile(folder / WEIGHTS)
+    file.check_complete()
+    raise_all(CheckpointError, _disagreements(config, file), str(folder))
+    names = PeftNames(config)
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    stored = StoredAdapter(
+        source=str(folder),
+        adapter_name=file.entry.get("adapter_name"),
+        options=_options(config, file.entry),
+        layers={},
+        modules_to_save=list(config.get("modules_to_save") or []),
+        base=_base(folder, file.entry),
+        init=start_of(config),
+        is_target=names.is_target,
+        layout="peft",
+    )
+    for key, info in file.tensors.items():
+        if ".modules_to_save." in key or ".original_module." in key:
+            continue  # with bias="all" PEFT writes the biases of these a second and a third time
+        tensor = StoredTensor(key, info.shape, info.dtype, partial(file.read, key))
+        module, part = _split(key)
+        if part is None:
+            stored.in_full[module] = tensor
+            continue
+        if module not in stored.layers:
+            r, alpha = names.value(ranks, module, config["r"]), names.value(alphas, module, config["lora_alpha"])
+            stored.layers[module] = StoredLayer(r, alpha)
+        if part in stored.layers[module].tensors:
+            raise CheckpointError(f"{folder}: {module} has two tensors for {part}")
+        stored.layers[module].tensors[part] = tensor
+    _split_starts(stored, file.entry)
+    if not stored.layers:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: its keys are {listing(file.tensors, 3)}")
+    return stored
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """The module and our name for its tensor; or the parameter, for what is trained in full."""
+    name = key.removeprefix(PREFIX)
+    for end, part in _ENDS.items():
+        if name == end or name.endswith(f".{end}"):
+            return name[: -len(end)].rstrip("."), part
+    return name.replace(".base_layer.", ".").removeprefix("base_layer."), None
+
+
+def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:
+    """Halves what was written with twice the rank: an adapter that started with a part of the weight."""
+    for name in entry.get("starts") or ():
+        layer = stored.layers.get(name)
+        if layer is None or not {"A", "B"} <= layer.tensors.keys() or layer.r % 2:
+            raise CheckpointError(
+                f"{stored.source}: there is nothing for {name}, which started with a part of its weight"
+            )
+        r, alpha = layer.r // 2, layer.lora_alpha / (2**0.5 if stored.options["use_rslora"] else 2.0)
+        A, B = layer.tensors["A"], layer.tensors["B"]
+        layer.tensors["start_A"] = _part(A, 0, slice(r, None))
+        layer.tensors["start_B"] = _part(B, 1, slice(r, None), sign=-1)
+        layer.tensors["A"], layer.tensors["B"] = _part(A, 0, slice(r)), _part(B, 1, slice(r))
+        layer.r, layer.lora_alpha = r, float(f"{alpha:.12g}")  # what was multiplied by √2 is not exact
+
+
+def _part(tensor: StoredTensor, dim: int, half: slice, sign: int = 1) -> StoredTensor:
+    shape = tuple(size // 2 if i == dim else size for i, size in enumerate(tensor.shape))
+    index = (*[slice(None)] * dim, half)
+    return StoredTensor(tensor.key, shape, tensor.dtype, lambda: tensor.read()[index].mul(sign))
+
+
+def _options(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    own = LoRAConfig.from_dict(entry.get("config") or {})
+    return {
+        "lora_dropout": float(config.get("lora_dropout") or 0.0),
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "bias": config.get("bias") or "none",
+        "dora_dropout": own.dora_dropout if config.get("use_dora") else "input",
+        "init_lora_weights": own.init_lora_weights,
+    }
+
+
+def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
+    if "base" not in entry:
+        return None
+    try:
+        return decode(entry["base"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: what it says of its base can't be read ({error})") from error
+
+
+def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
+    """Where the configuration is not that with which the tensors were written, and entries of a wrong kind."""
+    entry = file.entry
+    if not entry:
+        return
+    if entry.get("format") != FORMAT:
+        found = entry.get("format")
+        yield f"{WEIGHTS} is of format {found!r}, this version reads {FORMAT}: install a newer lightning-lora"
+        return
+    written = entry.get("peft")
+    if not isinstance(written, dict):
+        yield f"{WEIGHTS} does not say with which configuration it was written"
+        return
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"):
+        if config.get(name) != written.get(name):
+            yield f"{name} is {config.get(name)!r:.60} in {CONFIG}, and {written.get(name)!r:.60} in {WEIGHTS}"
+    try:
+        LoRAConfig.from_dict(entry.get("config") or {})
+    except (LightningLoRAError, TypeError, AttributeError) as error:
+        yield f"{WEIGHTS}: {error}"

@@ -1,0 +1,74 @@
+"""An adapter in a file, whatever the format: what it says of each layer, and tensors that are not read yet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.formats.fingerprint import within
+
+TENSORS = ("A", "B", "magnitude", "start_A", "start_B")  # what a layer of an adapter can have
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Args:
+        key: What it is called there.
+        shape: Its shape.
+        dtype: Its dtype, or the file's word for one that no adapter has.
+        read: Gets its values, and raises CheckpointError if they are not what was written.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+
+
+@dataclass
+class StoredLayer:
+    """What a file has for one layer: rank, scale, and tensors by our name for them (of `TENSORS`)."""
+
+    r: int
+    lora_alpha: float
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass
+class StoredAdapter:
+    """An adapter as a file has it.
+
+    Args:
+        source: The file or folder, for messages.
+        adapter_name: What it was called.
+        options: The fields of its `LoRAConfig` that are not about single layers.
+        layers: By module name.
+        in_full: What is trained in full, by the name of the parameter or buffer.
+        modules_to_save: The modules among that.
+        base: The fingerprint of the base that it was trained on.
+        init: An initialisation that took a part out of each weight, and has to be run again to know which.
+        peft_names: Whether a layer of some name was meant to have an adapter.
+        layout: Whether tensors have PEFT's shapes ("peft") or those of `Adapter` ("own").
+    """
+
+    source: str
+    adapter_name: str | None
+    options: dict[str, Any]
+    layers: dict[str, StoredLayer]
+    in_full: dict[str, StoredTensor] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+    init: str | None = None
+    is_target: Callable[[str], bool] | None = None
+    layout: str = "own"
+
+    def within(self, outer: str) -> "StoredAdapter":
+        """The same with names relative to a module, of those that lie in it."""
+        layers = {name.removeprefix(f"{outer}."): layer for name, layer in self.layers.items()}
+        in_full = {key.removeprefix(f"{outer}."): tensor for key, tensor in self.in_full.items()}
+        base = None if self.base is None else within(self.base, outer)
+        return replace(self, layers=layers, in_full=in_full, base=base)

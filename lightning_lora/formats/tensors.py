@@ -1,0 +1,135 @@
+"""A safetensors file that says what it holds, and in which a flipped bit shows."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_lora.errors import CheckpointError, listing
+
+META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
+MOST = 1 << 25  # characters of our entry; that of an adapter on 10,000 layers has 3 million
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+    """Writes tensors with the SHA-256 of each and an entry of plain types beside them. PEFT reads such a file too.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        entry: What there is to say about them.
+    """
+    plain, seen = dict[str, Tensor](), set[int]()
+    for key, tensor in tensors.items():
+        plain[key] = tensor.detach().cpu().contiguous()
+        if (storage := plain[key].untyped_storage().data_ptr()) in seen:
+            plain[key] = plain[key].clone()  # tied: the format has no shared tensors
+        seen.add(storage)
+    described = {**entry, "sha256": {key: _digest(tensor) for key, tensor in plain.items()}}
+    save_file(plain, path, {"format": "pt", META: json.dumps(described, sort_keys=True, separators=(",", ":"))})
+    _sort_header(Path(path))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file, that was not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+@dataclass
+class TensorFile:
+    """A safetensors file, opened: what is in it is known, and nothing is read before it is asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, or no safetensors file.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo] = field(init=False)
+    entry: dict[str, Any] = field(init=False)
+    _file: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} does not exist")
+        try:
+            file: Any = safe_open(str(self.path), framework="pt", device="cpu")
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+            self.tensors = {
+                key: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+                for key, part in slices.items()
+            }
+            self.entry, self._file = _entry(file.metadata() or {}), file
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path} is damaged, or no safetensors file ({error})") from error
+
+    def read(self, key: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: If it is not what was written, or holds values that are not finite.
+        """
+        tensor: Tensor = self._file.get_tensor(key)
+        wanted = self.entry.get("sha256", {}).get(key)
+        if wanted is not None and wanted != _digest(tensor):
+            raise CheckpointError(f"{self.path}: {key} is not what was written (its SHA-256 differs): copy it again")
+        return require_finite(f"{self.path}: {key}", tensor)
+
+    def check_complete(self) -> None:
+        """Raises CheckpointError if tensors that were written are not there, or others are."""
+        if (written := self.entry.get("sha256")) is not None and written.keys() != self.tensors.keys():
+            odd = sorted(written.keys() ^ self.tensors.keys())
+            raise CheckpointError(f"{self.path} does not hold what was written: {listing(odd, 3)} differ")
+
+
+def _sort_header(path: Path) -> None:
+    """The library writes the entries of the metadata in random order: the same adapter shall be the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+        text = json.dumps({**metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def require_finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor.
+
+    Raises:
+        CheckpointError: If it holds values that are not finite.
+    """
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds NaN or infinite values")
+    return tensor
+
+
+def _entry(metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(META, "{}")
+    if len(text) > MOST:
+        raise ValueError(f"its {META} entry has {len(text)} characters")
+    entry = json.loads(text)
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256", {}), dict):
+        raise ValueError(f"its {META} entry is no mapping")
+    return entry
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.reshape(-1)
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,132 @@
+"""Why an adapter from a file can't be put into a model: found before anything is read or changed."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import tensors_of
+from lightning_lora.errors import did_you_mean, listing
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.layers import LoRALayer, kind_of, original_type
+from lightning_lora.targets.kinds import is_inside
+from lightning_lora.targets.probe import bypass, weight_problem
+from lightning_lora.targets.walk import Node, nodes
+
+
+class Found(NamedTuple):
+    """A layer of the model, and what the file has for it."""
+
+    node: Node
+    stored: StoredLayer
+
+
+class Misfits:
+    """Compares an adapter from a file with a model.
+
+    Args:
+        root: What names in the file are relative to.
+        stored: The adapter.
+        adapter_name: What it is going to be called.
+    """
+
+    def __init__(self, root: nn.Module, stored: StoredAdapter, adapter_name: str) -> None:
+        self.stored, self.adapter_name = stored, adapter_name
+        self.tree = nodes(root)
+        self.by_name = {name: node for node in self.tree.values() for name in node.names}
+        self.found = {n: Found(self.by_name[n], layer) for n, layer in stored.layers.items() if n in self.by_name}
+        self.held = {
+            name: node.module
+            for name, node in self.tree.items()
+            if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora
+        }
+        self.own_tensors: Mapping[str, Tensor] = {
+            f"{name}.{key}".lstrip("."): tensor
+            for node in (self.tree.values() if stored.in_full or stored.modules_to_save else ())
+            for name in node.names
+            for key, tensor in tensors_of(node.module).items()
+        }
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is wrong."""
+        if unknown := [name for name in self.stored.layers if name not in self.found]:
+            yield f"the model has no {listing(unknown, 3)}.{did_you_mean(unknown[0], self.by_name)}"
+        for name, found in self.found.items():
+            yield from (f"{name}: {problem}" for problem in self._of_layer(found))
+        yield from self._missing_layers()
+        yield from self._in_full()
+        yield from self._other_adapter()
+
+    def scaling(self, layer: StoredLayer) -> float:
+        """The factor s of a layer's update."""
+        return LoRAConfig(use_rslora=self.stored.options["use_rslora"]).scaling(layer.r, layer.lora_alpha)
+
+    def _of_layer(self, found: Found) -> Iterator[str]:
+        node, layer = found
+        kind = kind_of(original_type(node.module))
+        if kind is None or (why := bypass(node) or weight_problem(node)) is not None:
+            yield f"a {original_type(node.module).__name__} can't have an adapter" if kind is None else str(why)
+            return
+        wanted = {"A", "B", "magnitude"} if self.stored.options["use_dora"] else {"A", "B"}
+        wanted |= {"start_A", "start_B"} if "start_A" in layer.tensors else set()
+        if layer.tensors.keys() != wanted:
+            yield f"needs {', '.join(sorted(wanted))}, and the file has {', '.join(sorted(layer.tensors))}"
+        shapes = self._shapes(node, layer)
+        for part, tensor in layer.tensors.items():
+            as_many = part == "magnitude" and torch.Size(tensor.shape).numel() == torch.Size(shapes[part]).numel()
+            if tensor.shape != shapes[part] and not as_many:
+                yield f"{part} is {tensor.shape} in the file, and {shapes[part]} here (r={layer.r})"
+            if not (isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point):
+                yield f"{part} is {str(tensor.dtype).removeprefix('torch.')}, which no adapter is"
+        if self.stored.init is not None and kind.lora_packed:
+            yield f"is quantised, and what {self.stored.init!r} takes out of a weight needs the dense one"
+
+    def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
+        kind: Any = kind_of(original_type(node.module))
+        if self.stored.layout == "peft":
+            A, B, magnitude = kind.lora_peft_shapes(node.module, layer.r).values()
+        else:
+            rows, columns = kind.lora_matrix_shape(node.module)
+            A, B, magnitude = (layer.r, columns), (rows, layer.r), (rows,)
+        return {"A": A, "B": B, "magnitude": magnitude, "start_A": A, "start_B": B}
+
+    def _missing_layers(self) -> Iterator[str]:
+        if (is_target := self.stored.is_target) is None:
+            return
+        held = {found.node.name for found in self.found.values()}
+        adaptable = [n.name for n in self.tree.values() if n.name and kind_of(original_type(n.module)) is not None]
+        if missing := [name for name in adaptable if name not in held and is_target(name)]:
+            yield f"tensors are missing: target_modules names {listing(missing, 3)}, and there are none"
+
+    def _in_full(self) -> Iterator[str]:
+        own = self.own_tensors
+        for key, tensor in self.stored.in_full.items():
+            if key not in own:
+                yield f"the model has no {key}, which the file has in full.{did_you_mean(key, own)}"
+            elif own[key].shape != tensor.shape:
+                hint = " (resize the embeddings first)" if len(tensor.shape) == 2 else ""
+                yield f"{key} is {tensor.shape} in the file, and {tuple(own[key].shape)} in the model{hint}"
+        for name in self.stored.modules_to_save:
+            modules = [module for module in self.tree if module and module.endswith(name)]
+            needed = [key for key in own if any(is_inside(key, module) for module in modules)]
+            if missing := [key for key in needed if key not in self.stored.in_full]:
+                yield f"modules_to_save names {name}, and the file has no {listing(missing, 3)}"
+
+    def _other_adapter(self) -> Iterator[str]:
+        """Where the model's own adapter of that name is not the file's."""
+        if not self.held:
+            return
+        names = {found.node.name for found in self.found.values()}
+        if odd := sorted(names ^ self.held.keys()):
+            yield f"the model's adapter {self.adapter_name!r} is on other layers: {listing(odd, 3)} differ"
+        variant = "dora" if self.stored.options["use_dora"] else "lora"
+        for name, found in self.found.items():
+            if (layer := self.held.get(found.node.name)) is None:
+                continue
+            adapter, stored = layer.lora_adapters()[self.adapter_name], found.stored
+            old = f"{variant}, r={stored.r}, scale {self.scaling(stored):g}"
+            new = f"{adapter.variant}, r={adapter.r}, scale {adapter.scaling:g}"
+            if old != new:
+                yield f"{name}: {old} in the file -> {new} in the model"

@@ -1,0 +1,195 @@
+"""Putting an adapter from a file into a model: all of it, or nothing."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import bring, put_in_place, tensors_of
+from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
+from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.formats.peft_export import peft_root
+from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.stored import StoredAdapter
+from lightning_lora.freeze import freeze
+from lightning_lora.inits import OLoRA, PiSSA
+from lightning_lora.inject import create, withdraw
+from lightning_lora.layers import attach, kind_of, lora_layers, original_type
+from lightning_lora.misfits import Found, Misfits
+from lightning_lora.names import ancestors
+from lightning_lora.quantization import dense, guard
+from lightning_lora.targets.walk import nodes
+
+
+def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base_mismatch: bool = False) -> list[str]:
+    """Checks everything about an adapter, reads every tensor, and only then changes the model.
+
+    Args:
+        model: The model.
+        stored: The adapter.
+        adapter_name: What it is going to be called.
+        allow_base_mismatch: Whether it may be of another base.
+
+    Returns:
+        What may differ and does.
+
+    Raises:
+        CheckpointError: If it does not fit.
+        BaseMismatchError: If it was trained on another base.
+    """
+    prefix, root, stored = _root_of(model, stored)
+    misfits = Misfits(root, stored, adapter_name)
+    raise_all(CheckpointError, misfits.problems(), stored.source)
+    notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored)
+    values = {name: _read(found, misfits) for name, found in misfits.found.items()}
+    in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
+    raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
+    notes += _settle_tables(in_full, misfits, allow_base_mismatch)
+    had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
+    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_active)
+    try:
+        if adapter_name not in had:
+            _attach(model, prefix, misfits)
+        _fill(values, in_full, misfits)
+    except Exception:
+        if adapter_name not in had:
+            withdraw(model, adapter_name)
+        raise
+    if adapter_name not in had and had:
+        for _, layer in lora_layers(model):
+            layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
+    put_in_place(model, list(active) if had else [adapter_name])
+    freeze(model)
+    guard(model)
+    return notes
+
+
+def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, StoredAdapter]:
+    """What the names in the file are relative to, and the adapter with names that are.
+
+    A PEFT folder's are relative to the one transformers model, or to the model itself; a checkpoint's to a module that
+    the model may be a part of.
+    """
+    names, first = {name for node in nodes(model).values() for name in node.names}, next(iter(stored.layers))
+    if first in names:
+        return "", model, stored
+    if stored.layout == "peft":
+        return *peft_root(model), stored
+    for outer in ancestors(first)[:0:-1]:
+        if first.removeprefix(f"{outer}.") in names:
+            return "", model, stored.within(outer)
+    return "", model, stored
+
+
+def _compare_bases(root: nn.Module, stored: StoredAdapter) -> list[str]:
+    trained = {*stored.in_full, *(f"{name}.bias" for name in stored.layers)}
+    try:
+        assert stored.base is not None
+        return compare(stored.base, fingerprint(root), trained)
+    except BaseMismatchError as error:
+        hint = "or give allow_base_mismatch=True to load it all the same"
+        raise BaseMismatchError(f"{stored.source}: {error}, {hint}") from None
+
+
+def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
+    """A layer's tensors in the shapes of an adapter's."""
+    node, layer = found
+    kind: Any = kind_of(original_type(node.module))
+    rows, columns = kind.lora_matrix_shape(node.module)
+    shapes = {"A": (-1, columns), "B": (rows, -1), "magnitude": (rows,)}
+    values = {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in layer.tensors.items()}
+    if misfits.stored.init is not None and kind.lora_starts_as_told:
+        values |= _start_again(found, misfits)
+    return values
+
+
+def _start_again(found: Found, misfits: Misfits) -> dict[str, Tensor]:
+    """What PEFT took out of the weight when the adapter started, and takes out again when it loads it."""
+    node, layer = found
+    kind: Any = kind_of(original_type(node.module))
+    W, scale = kind.lora_as_matrix(node.module, dense(node.module)).float(), misfits.scaling(layer)
+    if misfits.stored.init == "pissa":
+        A, B = PiSSA(niter=None)(W, layer.r, scale, torch.Generator())
+    else:
+        A, B = OLoRA()(W, layer.r, scale, torch.Generator())
+        A = A * scale  # PEFT takes s times Q R out
+    return {"start_A": A, "start_B": B}
+
+
+def _absorbed_problems(values: dict[str, dict[str, Tensor]], misfits: Misfits) -> Iterator[str]:
+    for name, tensors in values.items():
+        if (layer := misfits.held.get(misfits.found[name].node.name)) is not None:
+            why = layer.lora_misfit(misfits.adapter_name, tensors.get("start_A"), tensors.get("start_B"))
+            yield from [] if why is None else [f"{name}: {why}"]
+
+
+def _settle_tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> list[str]:
+    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own."""
+    notes, own, source = [], misfits.own_tensors, misfits.stored.source
+    for key in [k for k in in_full if k.endswith(".weight") and k.removesuffix(".weight") in misfits.found]:
+        table = in_full.pop(key).to(own[key])
+        if torch.equal(table, own[key]):
+            continue
+        if not allow_base_mismatch:
+            raise BaseMismatchError(
+                f"{source} brings a {key} that is not the base's: load it into the base, or give "
+                "allow_base_mismatch=True to have that done"
+            )
+        with torch.no_grad():
+            own[key].copy_(table)
+        notes.append(f"{key} of the base was replaced by that of {source}")
+    return notes
+
+
+def _attach(model: nn.Module, prefix: str, misfits: Misfits) -> None:
+    config = _config(model, prefix, misfits)
+    for node, layer in misfits.found.values():
+        name = f"{prefix}.{node.name}".strip(".")
+        adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name)
+        attach(node.module, misfits.adapter_name, adapter)
+
+
+@torch.no_grad()
+def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misfits: Misfits) -> None:
+    for name, tensors in values.items():
+        layer: Any = misfits.found[name].node.module
+        adapter = layer.lora_adapters()[misfits.adapter_name]
+        adapter.keep_start("start_A" in tensors)
+        own = tensors_of(adapter)
+        for part, value in tensors.items():
+            own[part].copy_(value)
+        adapter.initialised = True
+    for owner, keys in _by_owner(in_full).items():
+        bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
+        brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}
+        bring(misfits.by_name[owner].module, misfits.adapter_name, brought, whole=not bias_alone)
+
+
+def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
+    """The configuration that says of this model what the file says."""
+    stored = misfits.stored
+    layers = {f"{prefix}.{node.name}".strip("."): layer for node, layer in misfits.found.values()}
+    r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
+    alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
+    named = {m for name in stored.modules_to_save for m in misfits.tree if m and m.endswith(name)}
+    owners = {outer for owner in _by_owner(stored.in_full) for outer in ancestors(owner)}
+    saved = sorted(f"{prefix}.{name}".strip(".") for name in named & owners)
+    return LoRAConfig(
+        r=r,
+        lora_alpha=float(alpha),
+        rank_pattern=ranks or None,
+        alpha_pattern=alphas or None,
+        target_modules=shortest_targets(layers, [name for name in nodes(model) if name]),
+        modules_to_save=saved or None,
+        **stored.options,
+    )
+
+
+def _by_owner(keys: Iterable[str]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for key in keys:
+        owner, _, own = key.rpartition(".")
+        owners.setdefault(owner, []).append(own)
+    return owners
