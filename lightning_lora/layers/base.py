@@ -105,9 +105,13 @@ class LoRALayer(Base):
 
     @classmethod
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
-        """How PEFT keeps A, B and the magnitude for such a layer: the ends of their keys, in this order, and shapes."""
+        """How PEFT keeps A, B and the magnitude for such a layer: the ends of their keys, in this order, and shapes.
+
+        PEFT writes the magnitude without ``.weight`` and reads it in both ways; transformers' ``load_adapter`` leaves
+        it out, without a word, unless it has that end.
+        """
         rows, columns = cls.lora_matrix_shape(layer)
-        return {"lora_A.weight": (r, columns), "lora_B.weight": (rows, r), "lora_magnitude_vector": (rows,)}
+        return {"lora_A.weight": (r, columns), "lora_B.weight": (rows, r), "lora_magnitude_vector.weight": (rows,)}
 
     @classmethod
     def lora_peft_problem(cls, layer: Any) -> str | None:

@@ -31,7 +31,7 @@ class LoRAConv(LoRALayer):
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
         out, ones = layer.out_channels, [1] * len(layer.kernel_size)
         A = (r, layer.in_channels // layer.groups, *layer.kernel_size)
-        return {"lora_A.weight": A, "lora_B.weight": (out, r, *ones), "lora_magnitude_vector": (1, out, *ones)}
+        return {"lora_A.weight": A, "lora_B.weight": (out, r, *ones), "lora_magnitude_vector.weight": (1, out, *ones)}
 
     @override
     @classmethod

@@ -34,7 +34,7 @@ class LoRAEmbedding(LoRALayer):
     @classmethod
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
         dim, tokens = cls.lora_matrix_shape(layer)
-        return {"lora_embedding_A": (r, tokens), "lora_embedding_B": (dim, r), "lora_magnitude_vector": (dim,)}
+        return {"lora_embedding_A": (r, tokens), "lora_embedding_B": (dim, r), "lora_magnitude_vector.weight": (dim,)}
 
     @override
     @classmethod

@@ -1,0 +1,323 @@
+"""PEFT folders, both ways, on real architectures: equal logits, equal meaning, equal bytes."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import lightning_lora as ll
+from tests.helpers.families import FAMILIES
+from tests.helpers.layers import CASES, VARIANTS, config_for, randomise
+
+FIELDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"v_proj": 3, "1.mlp.up_proj": 2}, "alpha_pattern": {"q_proj": 7, "v_proj": 5}},
+    "regex": {"target_modules": r".*layers\.1\..*(q|up|down)_proj"},
+    "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora-rslora": {"init_lora_weights": "olora", "use_rslora": True},
+    "bias-all": {"bias": "all"},
+    "bias-lora_only": {"bias": "lora_only"},
+    "embedding": {"target_modules": ["v_proj", "embed_tokens"]},
+    "embedding-dora": {"target_modules": ["v_proj", "embed_tokens"], "use_dora": True},
+    "in-full": {"modules_to_save": ["lm_head", "embed_tokens", "1.input_layernorm"]},
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6"),  # PEFT's use of transformers
+]
+
+
+def trained(base: nn.Module, **options) -> nn.Module:
+    """A copy with an adapter as after training: everything that is trained is far from where it started."""
+    model = copy.deepcopy(base)
+    ll.inject(model, ll.LoRAConfig(**{"r": 4, "lora_alpha": 6, **options}))
+    randomise(model)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora." not in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model.eval()(**batch).logits
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).norm() <= 4e-6 * theirs.norm()  # a dozen layers, in float32, summed in another order
+
+
+def from_peft(base: nn.Module, folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+
+
+def round_trips(base: nn.Module, model: nn.Module, batch: dict, folder: Path) -> dict:
+    """Saved here, loaded in PEFT, transformers and here; saved in PEFT, loaded here; saved twice, the same bytes."""
+    ours = logits(model, batch)
+    assert (ours - logits(base, batch)).norm() > 0.05 * ours.norm(), "the adapter should matter in this test"
+    ll.save_adapter(model, folder / "one")
+    theirs = from_peft(base, folder / "one")
+    assert_equal(logits(theirs, batch), ours)
+    again = copy.deepcopy(base)
+    ll.load_adapter(again, folder / "one")
+    assert torch.equal(logits(again, batch), ours)
+    assert any(parameter.requires_grad for parameter in again.parameters())
+    ll.save_adapter(again, folder / "two")
+    third = copy.deepcopy(base)
+    ll.load_adapter(third, folder / "two")
+    ll.save_adapter(third, folder / "three")
+    for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        assert (folder / "two" / file).read_bytes() == (folder / "three" / file).read_bytes(), file
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(folder / "peft")
+    back = copy.deepcopy(base)
+    ll.load_adapter(back, folder / "peft")
+    assert_equal(logits(back, batch), ours)
+    return json.loads((folder / "one" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_every_field(tmp_path, fields):
+    family = FAMILIES["llama"]
+    base = family.make().eval()
+    batch = family.batch(base)
+    model = trained(base, **fields)
+    config = round_trips(base, model, batch, tmp_path)
+    plain = copy.deepcopy(base)
+    plain.load_adapter(str(tmp_path / "one"))  # transformers' own
+    assert_equal(logits(plain, batch), logits(model, batch))
+    targets = {name for name, m in model.named_modules() if hasattr(m, "lora_active")}
+    twin = get_peft_model(copy.deepcopy(base), LoraConfig(**{k: v for k, v in config.items() if v is not None}))
+    assert {n.removeprefix("base_model.model.") for n, m in twin.named_modules() if hasattr(m, "lora_A")} == targets
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama"])
+def test_every_family(tmp_path, name, variant):
+    """Heads that are trained in full, Conv1D, tied embeddings, convolutions, encoders and decoders."""
+    family = FAMILIES[name]
+    base = family.make().eval()
+    batch = family.batch(base)
+    model = trained(base, target_modules=family.target_modules, **variant)
+    config = round_trips(base, model, batch, tmp_path)
+    assert config["fan_in_fan_out"] == (name == "gpt2")
+    assert bool(config["modules_to_save"]) == bool(family.heads)
+    assert config["task_type"] == {
+        "bert": "SEQ_CLS", "roberta": "SEQ_CLS", "llama-classifier": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM",
+        "vit": None, "whisper": None, "convnet": None,
+    }.get(name, "CAUSAL_LM")  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "linear-no-bias", "gpt2-conv1d", "embedding", "embedding-scaled", "conv1d", "conv2d-plain", "conv3d"],
+)
+def test_every_layer_in_float64(tmp_path, name, variant):
+    case = CASES[name]
+    model = case.model()
+    ll.inject(model, config_for(variant))
+    randomise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(case.model(), str(tmp_path / "a"), autocast_adapter_dtype=False)
+    torch.testing.assert_close(theirs(case.input()), model(case.input()), rtol=1e-10, atol=1e-10)
+    again = case.model()
+    ll.load_adapter(again, tmp_path / "a")
+    assert torch.equal(again(case.input()), model(case.input()))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("conv2d-groups", "0: in PEFT, A of a convolution with groups mixes all input channels"),
+        ("conv2d", "0: in PEFT, A of a convolution has neither its dilation nor its padding mode"),
+        ("conv2d-same-reflect", "0: in PEFT, A of a convolution has neither its dilation nor its padding mode"),
+        ("embedding-max-norm", "0: PEFT limits the norm of the rows of A"),
+        (
+            "linear-user-scaled",
+            "0: in PEFT, what ScaledLinear.forward does to the product would not be done to the update",
+        ),
+    ],
+)
+def test_what_peft_would_compute_otherwise_is_refused(tmp_path, name, why):
+    model = CASES[name].model()
+    ll.inject(model, config_for("lora"))
+    with pytest.raises(ll.UnsupportedError, match=why):
+        ll.save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_started_with_a_part_of_the_weight(tmp_path, init):
+    """PEFT decomposes the weight again when it loads such a folder; so do we, and W stays what it is."""
+    family = FAMILIES["llama"]
+    base = family.make().eval()
+    batch = family.batch(base)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    twin = get_peft_model(copy.deepcopy(base), config)
+    for name, parameter in twin.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    twin.save_pretrained(tmp_path / "peft")
+    model = copy.deepcopy(base)
+    ll.load_adapter(model, tmp_path / "peft")
+    assert_equal(logits(model, batch), logits(twin, batch))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
+    ll.save_adapter(model, tmp_path / "clean")
+    assert_equal(logits(from_peft(base, tmp_path / "clean"), batch), logits(twin, batch))
+    assert json.loads((tmp_path / "clean" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_an_adapter_that_started_with_a_part_goes_on_as_it_was(tmp_path):
+    base = FAMILIES["llama"].make()
+    model = trained(base, init_lora_weights="pissa")
+    ll.save_adapter(model, tmp_path / "a")
+    again = copy.deepcopy(base)
+    ll.load_adapter(again, tmp_path / "a")
+    for key, value in ll.adapter_state_dict(model).items():
+        assert torch.equal(ll.adapter_state_dict(again)[key], value), key
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("init", ["kaiming", "loftq"])
+def test_adapters_of_a_quantised_base(tmp_path, mode, init):
+    """Written against the dense base, from which the packed one differs by what quantising lost."""
+    base = FAMILIES["llama"].make().eval()
+    batch = FAMILIES["llama"].batch(base)
+    model = copy.deepcopy(base)
+    ll.inject(model, ll.LoRAConfig(r=4, lora_alpha=6, init_lora_weights=init))
+    ll.quantize(model, mode)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    ll.save_adapter(model, tmp_path / "a")
+    theirs = logits(from_peft(base, tmp_path / "a"), batch)
+    assert (theirs - logits(model, batch)).norm() < 0.35 * theirs.norm()
+    again = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match=f"trained on a base that is {mode}, this one is dense"):
+        ll.load_adapter(again, tmp_path / "a")
+    assert_equal(logits(again, batch), theirs)
+
+
+def test_names_are_those_of_the_transformers_model(tmp_path):
+    """Whether it is passed itself or in a LightningModule, compiled or not."""
+    base = FAMILIES["llama"].make().eval()
+    batch = FAMILIES["llama"].batch(base)
+    outer = nn.Module()
+    outer.model = trained(base)
+    expected = logits(outer.model, batch)
+    ll.save_adapter(outer, tmp_path / "outer")
+    ll.save_adapter(outer.model, tmp_path / "inner")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "outer" / file).read_bytes() == (tmp_path / "inner" / file).read_bytes()
+    compiled = nn.Module()
+    compiled.model = torch.compile(trained(base), backend="eager")
+    ll.save_adapter(compiled, tmp_path / "compiled")
+    assert (
+        load_file(tmp_path / "compiled" / "adapter_model.safetensors").keys()
+        == load_file(tmp_path / "inner" / "adapter_model.safetensors").keys()
+    )
+    assert_equal(logits(from_peft(base, tmp_path / "compiled"), batch), expected)
+    other = nn.Module()
+    other.model = copy.deepcopy(base)
+    ll.load_adapter(other, tmp_path / "inner")
+    assert torch.equal(logits(other.model, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "q_proj", "weight", "lora_A", "default", "A", "base_layer"])
+def test_names_of_adapters_that_are_parts_of_keys(tmp_path, name):
+    base = FAMILIES["llama"].make().eval()
+    model = copy.deepcopy(base)
+    ll.inject(model, ll.LoRAConfig(r=2), name)
+    randomise(model)
+    ll.save_adapter(model, tmp_path / "a", name)
+    assert len(load_file(tmp_path / "a" / "adapter_model.safetensors")) == 2 * 14
+    again = copy.deepcopy(base)
+    ll.load_adapter(again, tmp_path / "a")
+    assert list(ll.adapters(again)) == [name]
+    batch = FAMILIES["llama"].batch(base)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert_equal(logits(from_peft(base, tmp_path / "a"), batch), logits(model, batch))
+
+
+def test_what_a_folder_says_of_itself(tmp_path):
+    base = FAMILIES["bert"].make()
+    model = trained(base, target_modules=["query", "value"])
+    ll.save_adapter(model, tmp_path / "a", step=120)
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        entry = json.loads(file.metadata()["lightning_lora"])
+    assert entry["step"] == 120
+    assert entry["config"]["r"] == 4
+    assert entry["sha256"].keys() == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert entry["base"]["quantization"] is None
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.startswith("---\n")
+    for words in (
+        "library_name: peft",
+        "text-classification",
+        "`query`, `value`",
+        "`classifier`",
+        "PeftModel.from_pretrained",
+    ):
+        assert words in card, words
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    model = trained(FAMILIES["llama"].make())
+    folder = tmp_path / "a"
+    (folder / "more").mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("mine")
+    (folder / "more" / "adapter_config.json").write_text("mine too")
+    (folder / "adapter_config.json").write_text("old")
+    ll.save_adapter(model, folder)
+    assert (folder / "tokenizer.json").read_text() == "mine"
+    assert (folder / "more" / "adapter_config.json").read_text() == "mine too"
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    assert not [p for p in tmp_path.iterdir() if p != folder]
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    model = trained(FAMILIES["llama"].make())
+    ll.save_adapter(model, tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    for broken in ("write_tensors", "write_config", "write_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                f"lightning_lora.formats.peft.{broken}", lambda *args: (_ for _ in ()).throw(OSError("disk full"))
+            )
+            with pytest.raises(OSError, match="disk full"):
+                ll.save_adapter(model, tmp_path / "a")
+        assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ll.ConfigError, match="is a file: give a folder"):
+        ll.save_adapter(model, tmp_path / "file")
+    with pytest.raises(ll.ConfigError, match="the current folder"):
+        ll.save_adapter(model, ".")
+
+
+def test_what_diverged_is_not_saved(tmp_path):
+    model = trained(FAMILIES["llama"].make())
+    model.model.layers[0].self_attn.q_proj.lora["default"].B.data[0, 0] = float("nan")
+    with pytest.raises(ll.CheckpointError, match="q_proj.lora_B.weight hold NaN or infinite values: the run diverged"):
+        ll.save_adapter(model, tmp_path / "a")
+    with pytest.raises(ll.ConfigError, match="there is no adapter 'defualt'. Did you mean 'default'"):
+        ll.save_adapter(model, tmp_path / "a", "defualt")
+    assert not (tmp_path / "a").exists()
