@@ -49,7 +49,10 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0
     ]
     raise_all(ConfigError, [*problems, *_rival_modules(model, weights)], "set_adapter")
-    shares = {name: None if weight == 1 else torch.tensor(float(weight)) for name, weight in weights.items()}
+    shares = {
+        name: None if weight == 1 else torch.tensor(float(weight), dtype=torch.float64)
+        for name, weight in weights.items()
+    }
     for layer in layers:
         layer.lora_active = tuple(name for name in weights if name in layer.lora)
         for name, adapter in layer.lora_adapters().items():
