@@ -2,7 +2,10 @@
 
 from lightning_lora.analysis.summary import Summary, summary
 from lightning_lora.callback import LoRA
+from lightning_lora.compose import combine_adapters
+from lightning_lora.compose_report import CombineReport
 from lightning_lora.config import LoRAConfig, Quantization
+from lightning_lora.convert import to_lora
 from lightning_lora.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -26,6 +29,7 @@ from lightning_lora.targets import Plan, plan
 __all__ = [
     "BaseMismatchError",
     "CheckpointError",
+    "CombineReport",
     "ConfigError",
     "DeadAdapterError",
     "LightningLoRAError",
@@ -39,6 +43,7 @@ __all__ = [
     "UnsupportedError",
     "adapter_state_dict",
     "adapters",
+    "combine_adapters",
     "delete_adapter",
     "disable_adapters",
     "eject",
@@ -53,5 +58,6 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "summary",
+    "to_lora",
     "unmerge",
 ]

@@ -90,7 +90,8 @@ VARIANTS = {
 
 def config_for(variant: str, **options: object) -> LoRAConfig:
     """r=3, alpha=5: a scale that hides nothing."""
-    return LoRAConfig(r=3, lora_alpha=5.0, target_modules=["0"], modules_to_save=None, **VARIANTS[variant], **options)
+    fields = {"r": 3, "lora_alpha": 5.0, "target_modules": ["0"], "modules_to_save": None}
+    return LoRAConfig(**{**fields, **VARIANTS[variant], **options})
 
 
 def adapted(case: Case, variant: str, dtype: torch.dtype = torch.float64, **options: object) -> nn.Sequential:

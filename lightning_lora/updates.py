@@ -1,0 +1,103 @@
+"""Between adapters on layers and updates as formulas have them: read from the one, written to the other."""
+
+import re
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.adapters import Adapter, LoRAAdapter
+from lightning_lora.combinations import Combined, Source, Update
+from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import tensors_of
+from lightning_lora.errors import listing
+from lightning_lora.formats.peft_names import shortest_patterns
+from lightning_lora.inject import create
+from lightning_lora.layers import LoRALayer
+from lightning_lora.ops.norms import row_chunks
+from lightning_lora.targets.patterns import parse_key
+from lightning_lora.targets.walk import Node, nodes
+
+
+def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[Node, dict[str, Adapter]]]:
+    """The layers that have some of these adapters, and those, in the order in which they are named."""
+    found = {}
+    for name, node in nodes(model).items():
+        if isinstance(node.module, LoRALayer):
+            own = node.module.lora_adapters()
+            if here := {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}:
+                found[name] = (node, here)
+    return found
+
+
+def value_problems(layers: Mapping[str, tuple[Node, dict[str, Adapter]]]) -> Iterator[str]:
+    """Which adapters have no values, or such that nothing can be worked out with them."""
+    for adapter_name in dict.fromkeys(name for _, here in layers.values() for name in here):
+        adapters = {name: here[adapter_name] for name, (_, here) in layers.items() if adapter_name in here}
+        waiting = [name for name, adapter in adapters.items() if adapter.A.is_meta or not adapter.initialised]
+        odd = [
+            name
+            for name, adapter in adapters.items()
+            if name not in waiting and not all(tensor.isfinite().all() for tensor in tensors_of(adapter).values())
+        ]
+        if waiting:
+            yield f"adapter {adapter_name!r} has no values yet on {listing(waiting, 3)}"
+        if odd:
+            yield f"adapter {adapter_name!r} holds NaN or infinite values on {listing(odd, 3)}: the run diverged"
+
+
+def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
+    """What an adapter makes of its layer's weight, whatever weight it has in the forward."""
+    adapter = layer.lora_adapters()[adapter_name]
+    if isinstance(adapter, LoRAAdapter):
+        A, B = adapter.update()
+        return Update(adapter_name, weight, adapter.scaling, (A.to(dtype), B.to(dtype)))
+    W, share = layer.lora_matrix(), adapter.share
+    adapter.share = None
+    try:
+        pieces = [(rows, W[rows].to(dtype)) for rows in row_chunks(W)]
+        dense = torch.cat([adapter.merged(piece, rows) - piece for rows, piece in pieces])
+    finally:
+        adapter.share = share
+    return Update(adapter_name, weight, dense=dense)
+
+
+def source(seed: int, layer_name: str) -> Source:
+    """The random numbers of a layer: the same on every rank, and apart from the user's own stream."""
+
+    def generator(part: str) -> torch.Generator:
+        return torch.Generator().manual_seed((seed + zlib.crc32(f"{layer_name}.lora.{part}".encode())) % (1 << 63))
+
+    return generator
+
+
+def as_adapter(
+    node: Node, config: LoRAConfig, adapter_name: str, combined: Combined, dtype: torch.dtype = torch.float32
+) -> Adapter:
+    """A plain LoRA for a layer, with a scale of 1, that is not on it yet."""
+    r = len(combined.A)
+    adapter = create(node, node.name, config, r, float(r), adapter_name, dtype)
+    with torch.no_grad():
+        adapter.A.copy_(combined.A)
+        adapter.B.copy_(combined.B)
+    adapter.initialised = True
+    return adapter
+
+
+def rank_fields(layers: Mapping[str, tuple[Node, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a configuration that say these ranks of these layers, and a scale of 1."""
+    r, patterns = shortest_patterns(ranks)
+    keys = [(parse_key(key), rank) for key, rank in patterns.items()]
+    for name, rank in ranks.items():  # patterns of a LoRAConfig also mean what lies in a module, and other names
+        names = layers[name][0].names
+        if rank != next((value for key, value in keys if any(map(key.within, names))), r):
+            patterns = {f"re:{re.escape(odd)}": value for odd, value in ranks.items() if value != r}
+            break
+    return {
+        "r": r,
+        "lora_alpha": float(r),
+        "rank_pattern": patterns or None,
+        "alpha_pattern": {key: float(rank) for key, rank in patterns.items()} or None,
+    }
