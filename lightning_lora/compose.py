@@ -23,7 +23,8 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import name_problems as unknown_names
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
-from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of, value_problems
+from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of
+from lightning_lora.values import value_problems
 
 _Layers = Mapping[str, tuple[Node, dict[str, Adapter]]]
 
@@ -108,7 +109,10 @@ def combine_adapters(
         if not is_alpha(weight)
     ]
     layers, in_full = held(model, weights), _in_full(model, weights)
-    problems += [*value_problems(layers), *_kind_problems(layers, method, rank)]
+    problems += [
+        *value_problems({name: here for name, (_, here) in layers.items()}),
+        *_kind_problems(layers, method, rank),
+    ]
     problems += [
         f"{' and '.join(map(repr, each.owners))} both train {each.node.name} in full: combine but one of them"
         for each in in_full

@@ -18,7 +18,8 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import name_problems as unknown_names
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
-from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of, value_problems
+from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of
+from lightning_lora.values import value_problems
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def to_lora(
     layers = held(model, [adapter_name])
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
     problems = [*unknown_names([adapter_name], known), *merged_problems(model, "call ll.unmerge first")]
-    problems += [*value_problems(layers), *_rank_problems(rank, layers)]
+    problems += [*value_problems({name: here for name, (_, here) in layers.items()}), *_rank_problems(rank, layers)]
     if absorbed := [name for name, (node, _) in layers.items() if adapter_name in _layer(node).lora_absorbed]:
         problems.append(
             f"{listing(absorbed, 3)}: quantised without what {adapter_name!r} started with, which has to stay for "

@@ -1,22 +1,29 @@
 """Adapters into the base weights and out again."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.marks import MERGED
+from lightning_lora.marks import MERGED, merged_layers
+from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dequantize_
+from lightning_lora.switch import rival_modules
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
+from lightning_lora.values import value_problems
 
 
 class Originals(nn.Module):
@@ -49,7 +56,11 @@ class Originals(nn.Module):
 
 
 def merge(
-    model: nn.Module, adapter_names: str | Iterable[str] | None = None, dtype: torch.dtype | str | None = None
+    model: nn.Module,
+    adapter_names: str | Iterable[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    probe: Any = None,
 ) -> MergeReport:
     r"""Merges adapters into the weights of their layers: :math:`W' = W + \sum_i (\mathrm{merged}_i(W) - W)`.
 
@@ -63,33 +74,53 @@ def merge(
         model: The model, or a part of it.
         adapter_names: Which adapters; the active ones by default.
         dtype: Dtype of the merged weights and biases; that of the base by default.
+        probe: A batch to compare outputs on, before and after, in eval mode: the model's keyword arguments as a
+            mapping, its arguments as a tuple or list, or its one argument. It costs two forwards, and in the second
+            one each adapted layer is computed twice.
 
     Returns:
-        How much of each layer's update survived rounding.
+        How much of each layer's update survived rounding, and what that changed in the outputs.
 
     Raises:
-        ConfigError: If there is no such adapter, adapters are merged already, or ``dtype`` is no
-            dtype, or one for quantised layers.
+        ConfigError: If there is no such adapter, adapters are merged already, adapters or merged weights are not
+            finite, or ``dtype`` is no dtype, or one for quantised layers. The base is what it was.
     """
     layers = dict(lora_layers(model))
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     wanted = None if names is None else list(names)
-    raise_all(ConfigError, _problems(layers, wanted), "merge")
-    owners, target, report = parameter_owners(nodes(model)), _dtype(dtype), {}
+    raise_all(ConfigError, _problems(model, layers, wanted), "merge")
+    target = _dtype(dtype)
     if target and (packed := [name for name, layer in layers.items() if layer.lora_packed]):
         raise ConfigError(
             f"merge: dtype is for dense layers, and {listing(packed, 3)} are quantised: leave it out, or get dense "
             "layers by ll.merge_and_unload(model)"
         )
-    for name, layer in layers.items():
-        chosen = layer.lora_active if wanted is None else tuple(n for n in wanted if n in layer.lora)
-        if chosen:
-            tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
-            report[clean(name)] = _merge_layer(layer, chosen, target, tied)
-        else:
-            vars(layer)[MERGED] = Originals(layer, {})
-            layer.lora_active = ()
-    return MergeReport(report)
+    chosen = {name: _chosen(layer, wanted) for name, layer in layers.items()}
+    owners, entries = parameter_owners(nodes(model)), {}
+    try:
+        for name, layer in layers.items():
+            if chosen[name]:
+                tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
+                entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied)
+            else:
+                vars(layer)[MERGED] = Originals(layer, {})
+                layer.lora_active = ()
+        if odd := [name for name, entry in entries.items() if not math.isfinite(entry.error)]:
+            raise ConfigError(
+                f"merge: {listing(odd, 3)}: with what was merged the weights are too large for their dtype"
+            )
+        if wanted is not None:
+            put_in_place(model, wanted)
+        if probe is None:
+            return MergeReport(entries)
+        merged = {clean(name): layer for name, layer in layers.items() if chosen[name]}
+        total, each = differences(model, merged, probe)
+        entries = {name: replace(entry, difference=each.get(name)) for name, entry in entries.items()}
+        return MergeReport(entries, total)
+    except Exception:
+        if merged_layers(model):
+            unmerge(model)
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
@@ -104,6 +135,7 @@ def unmerge(model: nn.Module) -> None:
         originals = vars(layer).pop(MERGED)
         originals.swap(layer)
         layer.lora_active = originals.active
+    put_in_place(model, list(dict.fromkeys(name for layer in merged for name in layer.lora_active)))
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
@@ -136,7 +168,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         unmerge(model)  # what was packed again is not what was trained
         kept = []
     if len(kept) < len(layers) or not layers:
-        raise_all(ConfigError, _problems(layers, None), "merge_and_unload")
+        raise_all(ConfigError, _problems(model, layers, None), "merge_and_unload")
         if dequantize:
             dequantize_(model)
         merge(model, names or None)
@@ -150,7 +182,11 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
     return model
 
 
-def _problems(layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
+def _chosen(layer: LoRALayer, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    return layer.lora_active if wanted is None else tuple(name for name in wanted if name in layer.lora)
+
+
+def _problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
     known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
     if not layers:
         yield "the model has no adapters"
@@ -163,6 +199,9 @@ def _problems(layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Ite
         yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
+    adapters = {name: layer.lora_adapters() for name, layer in layers.items()}
+    yield from value_problems({n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()})
+    yield from rival_modules(model, wanted or ())
 
 
 def _dtype(spec: torch.dtype | str | None) -> torch.dtype | None:

@@ -21,6 +21,8 @@ class LayerMerge:
             ΔW; 1 is all of it.
         error: Norm of what rounding added, over the norm of ΔW.
         untied: Names of parameters that shared this weight and keep the base's values.
+        difference: The largest absolute difference that the merge makes in the layer's output for the same input, on
+            the probe batch; None without one, or if the batch did not come by.
     """
 
     adapters: tuple[str, ...]
@@ -28,13 +30,20 @@ class LayerMerge:
     survived: float
     error: float
     untied: tuple[str, ...] = ()
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` did, per layer name. Prints as a few lines."""
+    """What `merge` did, per layer name. Prints as a few lines.
+
+    Args:
+        layers: Per layer.
+        difference: The largest absolute difference in the model's outputs on the probe batch; None without one.
+    """
 
     layers: dict[str, LayerMerge] = field(default_factory=dict)
+    difference: float | None = None
 
     @override
     def __str__(self) -> str:
@@ -45,6 +54,10 @@ class MergeReport:
             mean = sum(layer.survived for layer in changed.values()) / len(changed)
             least = f"least in {worst}: {changed[worst].survived:.1%}"
             lines.append(f"of the updates {mean:.1%} survived rounding; {least}")
+        if self.difference is not None:
+            seen = {name: layer.difference for name, layer in self.layers.items() if layer.difference is not None}
+            most = f", of a layer by {max(seen.values()):.2g} in {max(seen, key=seen.__getitem__)}" if seen else ""
+            lines.append(f"on the probe batch the outputs of the model differ by at most {self.difference:.2g}{most}")
         if untied := [name for name, layer in self.layers.items() if layer.untied]:
             lines.append(f"tied weights were untied: {listing(untied)}")
         return "\n".join(lines)

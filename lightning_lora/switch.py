@@ -1,7 +1,7 @@
 """Which adapters take part in a forward, and for which samples."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,7 +48,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         for name, weight in weights.items()
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0
     ]
-    raise_all(ConfigError, [*problems, *_rival_modules(model, weights)], "set_adapter")
+    raise_all(ConfigError, [*problems, *rival_modules(model, weights)], "set_adapter")
     shares = {
         name: None if weight == 1 else torch.tensor(float(weight), dtype=torch.float64)
         for name, weight in weights.items()
@@ -102,6 +102,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in lora_layers(model)]
     active, mixtures = [layer.lora_active for layer in layers], [layer.lora_mixture for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
+    in_place = [*active, *(vars(layer)[MERGED].merged for layer in merged)]
     for layer in merged:
         vars(layer)[MERGED].swap(layer)
     try:
@@ -114,7 +115,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.lora_active, layer.lora_mixture = names, mixture
         for layer in merged:
             vars(layer)[MERGED].swap(layer)
-        put_in_place(model, list(dict.fromkeys(name for names in active for name in names)))
+        put_in_place(model, list(dict.fromkeys(name for names in in_place for name in names)))
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def _weights(adapters: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
     return weights
 
 
-def _rival_modules(model: nn.Module, names: Mapping[str, float]) -> list[str]:
+def rival_modules(model: nn.Module, names: Collection[str]) -> list[str]:
     """Modules of which more than one of these adapters has values of its own."""
     for name, module in model.named_modules():
         owners = {owner for owner, _, _ in kept_values(module)} | {n for n in names if [*values_of(module, n)]}

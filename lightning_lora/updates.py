@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch import nn
 from lightning_lora.adapters import Adapter, LoRAAdapter
 from lightning_lora.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import tensors_of
-from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns
 from lightning_lora.inject import create
 from lightning_lora.layers import LoRALayer
@@ -30,22 +28,6 @@ def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[No
             if here := {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}:
                 found[name] = (node, here)
     return found
-
-
-def value_problems(layers: Mapping[str, tuple[Node, dict[str, Adapter]]]) -> Iterator[str]:
-    """Which adapters have no values, or such that nothing can be worked out with them."""
-    for adapter_name in dict.fromkeys(name for _, here in layers.values() for name in here):
-        adapters = {name: here[adapter_name] for name, (_, here) in layers.items() if adapter_name in here}
-        waiting = [name for name, adapter in adapters.items() if adapter.A.is_meta or not adapter.initialised]
-        odd = [
-            name
-            for name, adapter in adapters.items()
-            if name not in waiting and not all(tensor.isfinite().all() for tensor in tensors_of(adapter).values())
-        ]
-        if waiting:
-            yield f"adapter {adapter_name!r} has no values yet on {listing(waiting, 3)}"
-        if odd:
-            yield f"adapter {adapter_name!r} holds NaN or infinite values on {listing(odd, 3)}: the run diverged"
 
 
 def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:

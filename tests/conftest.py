@@ -22,5 +22,8 @@ def _reproducible(tmp_path, monkeypatch):
     yield
     os.environ.clear()
     os.environ.update(before)
-    left = [t for t in set(threading.enumerate()) - threads if not t.daemon and t.is_alive()]
+    left = [t for t in set(threading.enumerate()) - threads if not t.daemon]
+    for thread in left:
+        thread.join(5)  # pools that were told to end are about to
+    left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {left}"

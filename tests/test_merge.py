@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
+from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
 from tests.helpers.toy import build
+from tests.test_switch import with_heads
 
 
 def adapted(dtype: torch.dtype, scale: float = 1.0, **options: object) -> nn.Module:
@@ -147,3 +149,151 @@ def test_merging_one_of_two_adapters():
         assert torch.equal(model(x), base)
     ll.unmerge(model)
     assert torch.equal(model(x), both)
+
+
+# ---- on a probe batch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_a_merge_changes_in_the_outputs(use_dora):
+    """Of the model, and of each layer for the input that it gets; dropout and modes have no part in it."""
+    model, x = adapted(torch.bfloat16, use_dora=use_dora, lora_dropout=0.5), torch.randn(5, 16, dtype=torch.bfloat16)
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    twin = copy.deepcopy(model).eval()
+    report = ll.merge(model, probe=x)
+    assert [module.training for module in model.modules()] == modes
+    seen = {}
+    for name, layer in twin.named_modules():
+        if hasattr(layer, "lora"):
+            layer.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, (args, out)))
+    expected = twin(x)
+    merged = copy.deepcopy(model).eval()
+    assert report.difference == (merged(x).double() - expected.double()).abs().max().item() > 0
+    first = "blocks.0.q"  # the inputs of later ones are those of the merged model
+    args, out = seen[first]
+    difference = (merged.get_submodule(first)(*args).double() - out.double()).abs().max().item()
+    assert report.layers[first].difference == difference > 0
+    assert all(layer.difference is not None for layer in report.layers.values())
+    assert f"on the probe batch the outputs of the model differ by at most {report.difference:.2g}, of a" in str(report)
+    ll.unmerge(model)
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_probes_of_every_form():
+    model, x = adapted(torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    for probe in (x, (x,), [x], {"x": x}):
+        report = ll.merge(model, probe=probe)
+        assert report.difference < 1e-12
+        ll.unmerge(model)
+    assert ll.merge(model).difference is None
+
+
+def test_a_probe_that_does_not_fit_leaves_the_model_unmerged():
+    model, x = adapted(torch.float32).eval(), torch.randn(5, 16)
+    expected = model(x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'input_ids'"):
+        ll.merge(model, probe={"input_ids": x})
+    assert torch.equal(model(x), expected)
+    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith((".q", ".o")))
+
+
+def test_a_probe_of_one_of_two_adapters_and_of_what_the_batch_goes_by():
+    model = FAMILIES["llama"].make().double()
+    model.extra = nn.Linear(4, 4).double()
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None, target_modules=["extra", "q_proj"]), "a")
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None, target_modules=["v_proj"], use_dora=True), "b")
+    randomise(model)
+    batch = {"input_ids": torch.randint(3, 61, (2, 7))}
+    report = ll.merge(model, "a", probe=batch)
+    assert report.difference < 1e-12
+    assert report.layers["extra"].difference is None
+    assert report.layers["model.layers.0.self_attn.q_proj"].difference < 1e-12
+    assert not any("v_proj" in name for name in report.layers)
+
+
+# ---- what may not be merged --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("act", [ll.merge, ll.merge_and_unload])
+def test_what_is_not_finite_is_refused_with_the_base_intact(act, value):
+    model = adapted(torch.float32)
+    model.blocks[1].o.lora["default"].B.data[2, 1] = value
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ll.ConfigError, match="'default' holds NaN or infinite values on blocks.1.o: the run diverged"):
+        act(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
+    assert model.blocks[0].q.lora_active == ("default",)
+
+
+def test_weights_that_grow_beyond_their_dtype_are_refused():
+    model = adapted(torch.float16, scale=1e6)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ll.ConfigError, match="blocks.0.q, .*the weights are too large for their dtype"):
+        ll.merge(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert model.blocks[0].q.lora_active == ("default",)
+    report = ll.merge(model, dtype="float32")
+    assert report.layers["blocks.0.q"].survived == pytest.approx(1)
+
+
+# ---- heads, and transformers -------------------------------------------------------------------------------------------
+
+
+def test_the_head_of_what_is_merged_is_in_place(tmp_path):
+    model, outputs, batch = with_heads(tmp_path)
+    for name in ("second", "first"):
+        ll.merge(model, name)
+        torch.testing.assert_close(model(**batch).logits, outputs[name], rtol=1e-5, atol=1e-6)
+        with ll.disable_adapters(model):
+            assert torch.equal(model(**batch).logits, outputs["base"])
+        torch.testing.assert_close(model(**batch).logits, outputs[name], rtol=1e-5, atol=1e-6)
+        ll.unmerge(model)
+        assert torch.equal(model(**batch).logits, outputs["first"]), "that of the active one"
+    with pytest.raises(ll.ConfigError, match="'first' and 'second' both train classifier in full"):
+        ll.merge(model, ["first", "second"])
+
+
+RELOADED = {
+    "llama": ({}, {}),
+    "llama-bfloat16": ({}, {"dtype": torch.bfloat16}),
+    "qwen2-tied": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
+    "gpt2": ({"target_modules": ["c_attn", "wte"], "use_dora": True}, {}),
+    "bert": ({"modules_to_save": ["classifier"], "bias": "all"}, {}),
+    "t5": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", RELOADED)
+def test_merged_models_are_reloaded_by_transformers_alone(name, several, tmp_path):
+    """Original classes and keys; tied weights that an adapter untied stay untied."""
+    options, load = RELOADED[name]
+    family = FAMILIES[name.removesuffix("-bfloat16")]
+    family.make().save_pretrained(tmp_path / "base")
+    base = type(family.make()).from_pretrained(tmp_path / "base", **load).eval()
+    keys, classes = base.state_dict().keys(), [type(module) for module in base.modules()]
+    for adapter in ("a", "b") if several else ("a",):
+        ll.inject(base, ll.LoRAConfig(**{"r": 3, "lora_alpha": 5, **options} if adapter == "a" else {"r": 2}), adapter)
+    randomise(base)
+    batch = family.batch(base)
+    if several:
+        ll.set_adapter(base, {"a": 0.7, "b": -0.3} if name != "bert" else {"a": 0.7})
+    expected = base(**batch).logits
+    merged = ll.merge_and_unload(base)
+    assert merged.state_dict().keys() == keys
+    assert [type(module) for module in merged.modules()] == classes
+    logits = merged(**batch).logits
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path, **load).eval()
+    assert torch.equal(again(**batch).logits, logits)
+    tolerance = {"rtol": 0.1, "atol": 0.1} if load else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(logits, expected, **tolerance)
+    if {"embed_tokens", "wte"} & {*options.get("target_modules", [])}:
+        assert merged.config.tie_word_embeddings is False
+        assert not torch.equal(again.get_input_embeddings().weight, again.get_output_embeddings().weight)
