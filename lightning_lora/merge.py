@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter
 from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
-from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
-from lightning_lora.ops.norms import accumulation_dtype, row_chunks
+from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantization import quantizer_of
-from lightning_lora.quantize import dequantize_
 from lightning_lora.switch import rival_modules
-from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
 from lightning_lora.values import value_problems
 
@@ -88,7 +85,7 @@ def merge(
     layers = dict(lora_layers(model))
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     wanted = None if names is None else list(names)
-    raise_all(ConfigError, _problems(model, layers, wanted), "merge")
+    raise_all(ConfigError, merge_problems(model, layers, wanted), "merge")
     target = _dtype(dtype)
     if target and (packed := [name for name, layer in layers.items() if layer.lora_packed]):
         raise ConfigError(
@@ -96,12 +93,12 @@ def merge(
             "layers by ll.merge_and_unload(model)"
         )
     chosen = {name: _chosen(layer, wanted) for name, layer in layers.items()}
-    owners, entries = parameter_owners(nodes(model)), {}
+    owners, entries, scratch = parameter_owners(nodes(model)), {}, Scratch()
     try:
         for name, layer in layers.items():
             if chosen[name]:
                 tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
-                entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied)
+                entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied, scratch)
             else:
                 vars(layer)[MERGED] = Originals(layer, {})
                 layer.lora_active = ()
@@ -138,55 +135,12 @@ def unmerge(model: nn.Module) -> None:
     put_in_place(model, list(dict.fromkeys(name for layer in merged for name in layer.lora_active)))
 
 
-def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
-    """Merges the active adapters for good: plain modules with the original keys.
-
-    Args:
-        model: The model, or a part of it.
-        dequantize: A quantised base becomes dense first, so that the result is the unpacked base plus ΔW, rounded
-            once. Otherwise the merged weights are packed again, with what `merge` reports as error.
-
-    Returns:
-        The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
-        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
-
-    Raises:
-        ConfigError: If the model has no adapters, or they are merged into a quantised base that is to become dense.
-        UnsupportedError: As `eject` does.
-
-    Example:
-        >>> from lightning_lora import LoRAConfig, inject
-        >>> model = nn.Sequential(nn.Linear(16, 4))
-        >>> _ = inject(model, LoRAConfig(r=2))
-        >>> type(merge_and_unload(model)[0]).__name__
-        'Linear'
-    """
-    layers = dict(lora_layers(model))
-    kept = [vars(layer)[MERGED] for layer in layers.values() if MERGED in vars(layer)]
-    names = list(dict.fromkeys(name for originals in kept for name in originals.merged))
-    if kept and dequantize and any(layer.lora_packed for layer in layers.values()):
-        unmerge(model)  # what was packed again is not what was trained
-        kept = []
-    if len(kept) < len(layers) or not layers:
-        raise_all(ConfigError, _problems(model, layers, None), "merge_and_unload")
-        if dequantize:
-            dequantize_(model)
-        merge(model, names or None)
-    replaced = [p for _, layer in lora_layers(model) for p in vars(layer).pop(MERGED).parameters()]
-    eject(model)
-    left = {id(parameter) for parameter in model.parameters()}
-    untied = any(id(parameter) in left for parameter in replaced)
-    for module in model.modules() if untied else ():
-        if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):
-            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return model
-
-
 def _chosen(layer: LoRALayer, wanted: Sequence[str] | None) -> tuple[str, ...]:
     return layer.lora_active if wanted is None else tuple(name for name in wanted if name in layer.lora)
 
 
-def _problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
+def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
+    """Why adapters can't be merged: the active ones, or the wanted ones."""
     known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
     if not layers:
         yield "the model has no adapters"
@@ -200,7 +154,9 @@ def _problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Sequence[s
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
     adapters = {name: layer.lora_adapters() for name, layer in layers.items()}
-    yield from value_problems({n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()})
+    yield from value_problems(
+        {n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()}
+    )
     yield from rival_modules(model, wanted or ())
 
 
@@ -213,23 +169,21 @@ def _dtype(spec: torch.dtype | str | None) -> torch.dtype | None:
 
 @torch.no_grad()
 def _merge_layer(
-    layer: LoRALayer, names: tuple[str, ...], dtype: torch.dtype | None, tied: tuple[str, ...]
+    layer: LoRALayer, names: tuple[str, ...], dtype: torch.dtype | None, tied: tuple[str, ...], scratch: Scratch
 ) -> LayerMerge:
     old, bias, quantizer = layer.weight, layer._parameters.get("bias"), quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
-    W, compared = layer.lora_matrix(), Comparison()
+    W, compared = layer.lora_matrix(), Comparison(scratch)
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     if quantizer is None:
         new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
         result = layer.lora_as_matrix(new)
-        for rows in row_chunks(W):
-            w = W[rows].to(accumulate)
-            exact = _merged(adapters, w, rows)
+        for rows, update, exact in merged_rows(adapters, W, accumulate, scratch):
             result[rows] = exact
-            compared.add(exact.sub_(w), result[rows].to(accumulate) - w)
+            compared.add(update, exact, exact if result.dtype == accumulate else result[rows])
     else:
-        whole = torch.cat([_merged(adapters, W[rows].to(accumulate), rows) for rows in row_chunks(W)])
+        whole = torch.cat([exact.clone() for _, _, exact in merged_rows(adapters, W, accumulate, scratch)])
         new = quantizer.repack(layer, whole)
     changed = {"weight": new}
     if dtype and bias is not None:
@@ -240,14 +194,27 @@ def _merge_layer(
     if quantizer is not None:
         result = layer.lora_matrix()
         for rows in row_chunks(W):
-            w = W[rows].to(accumulate)
-            compared.add(whole[rows].sub_(w), result[rows].to(accumulate) - w)
+            compared.add(whole[rows] - W[rows], whole[rows], result[rows])
     return compared.result(names, tied)
 
 
-def _merged(adapters: Sequence[Adapter], w: Tensor, rows: slice) -> Tensor:
-    """These rows of the merged matrix."""
-    total = adapters[0].merged(w, rows)
-    for adapter in adapters[1:]:
-        total += adapter.merged(w, rows).sub_(w)
-    return total
+def merged_rows(
+    adapters: Sequence[Adapter], W: Tensor, dtype: torch.dtype, scratch: Scratch
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A merged matrix, not rounded yet, in pieces that a cache holds.
+
+    Args:
+        adapters: At least one.
+        W: The layer's matrix.
+        dtype: What to take sums in.
+        scratch: Memory to work in.
+
+    Yields:
+        Rows, ΔW there, and W + ΔW there. Both tensors are written over by the next piece.
+    """
+    for rows in row_chunks(W):
+        w = W[rows]
+        update = adapters[0].delta(w, rows, scratch.like(w, dtype, "update"))
+        for adapter in adapters[1:]:
+            update += adapter.delta(w, rows, scratch.like(w, dtype, "another"))
+        yield rows, update, scratch.like(w, dtype, "exact").copy_(w).add_(update)

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.errors import listing
+from lightning_lora.ops.norms import Scratch
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,39 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@dataclass
 class Comparison:
-    """What became of an update, summed over pieces of a layer."""
+    """What became of an update, summed over pieces of a layer.
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    Args:
+        scratch: Memory to work in.
+    """
 
-    def add(self, update: Tensor, change: Tensor) -> None:
+    def __init__(self, scratch: Scratch) -> None:
+        self.scratch, self.sums = scratch, torch.zeros(3, dtype=torch.float64)
+
+    def add(self, update: Tensor, exact: Tensor, stored: Tensor) -> None:
         """Takes a piece.
 
         Args:
             update: ΔW.
-            change: What rounding or packing left of it; is overwritten.
+            exact: W + ΔW; is overwritten.
+            stored: What rounding or packing made of it.
         """
-        update, change = update.flatten(), change.flatten()
-        size, part = torch.dot(update, update), torch.dot(change, update)
-        error = change.sub_(update)
-        self.sums += torch.stack([size, part, torch.dot(error, error)]).double().cpu()
+        size = torch.dot(update.view(-1), update.view(-1))
+        if stored is exact:
+            self.sums[0] += size.cpu()
+            return
+        error = exact.sub_(self.scratch.like(stored, exact.dtype, "stored").copy_(stored)).view(-1)
+        sums = torch.stack([size, torch.dot(error, update.view(-1)), torch.dot(error, error)])
+        self.sums += sums.double().cpu()
 
     def result(self, adapters: tuple[str, ...], untied: tuple[str, ...]) -> LayerMerge:
         """The layer's line in the report."""
-        size, part, error = self.sums.tolist()
+        size, lost, error = self.sums.tolist()
         return LayerMerge(
             adapters=adapters,
             norm=math.sqrt(size),
-            survived=part / size if size else 1.0,
+            survived=1.0 - lost / size if size else 1.0,
             error=math.sqrt(error / size) if size else 0.0,
             untied=untied,
         )

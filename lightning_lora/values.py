@@ -2,13 +2,26 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
+from torch import Tensor
+
 from lightning_lora.adapters import Adapter
 from lightning_lora.copies import tensors_of
 from lightning_lora.errors import listing
 
+LARGEST = 1e15  # of what a product is finite in bfloat16 and float32
+
+
+def is_sound(tensor: Tensor) -> bool:
+    """Whether all values are finite, and products of them too."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor.detach())  # one pass that allocates nothing; NaN comes out as NaN
+    return bool(low >= -LARGEST) and bool(high <= LARGEST)
+
 
 def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]:
-    """Which adapters have no values, or such that are not finite.
+    """Which adapters have no values, or such that are not finite, or too large to be multiplied.
 
     Args:
         layers: Adapters by name, by the name of the layer that they are on.
@@ -19,7 +32,7 @@ def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]
         odd = [
             name
             for name, adapter in adapters.items()
-            if name not in waiting and not all(tensor.isfinite().all() for tensor in tensors_of(adapter).values())
+            if name not in waiting and not all(map(is_sound, tensors_of(adapter).values()))
         ]
         if waiting:
             yield f"adapter {adapter_name!r} has no values yet on {listing(waiting, 3)}"

@@ -297,3 +297,52 @@ def test_merged_models_are_reloaded_by_transformers_alone(name, several, tmp_pat
     if {"embed_tokens", "wte"} & {*options.get("target_modules", [])}:
         assert merged.config.tie_word_embeddings is False
         assert not torch.equal(again.get_input_embeddings().weight, again.get_output_embeddings().weight)
+
+
+# ---- for good ----------------------------------------------------------------------------------------------------------
+
+
+def test_unloading_writes_in_place_but_not_into_what_is_tied():
+    model = FAMILIES["qwen2-tied"].make()
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None, target_modules=["q_proj", "embed_tokens"]))
+    randomise(model)
+    query, table = model.model.layers[0].self_attn.q_proj.weight, model.lm_head.weight
+    before = query.detach().clone(), table.detach().clone()
+    ll.merge_and_unload(model)
+    assert model.model.layers[0].self_attn.q_proj.weight is query
+    assert not torch.equal(query, before[0])
+    assert model.lm_head.weight is table
+    assert torch.equal(table, before[1])
+    assert not torch.equal(model.model.embed_tokens.weight, table)
+    assert query.requires_grad
+    assert model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_unloading_gives_what_merging_gives(dtype, use_dora):
+    model = adapted(dtype, use_dora=use_dora)
+    twin = copy.deepcopy(model)
+    ll.merge(twin)
+    expected = {key: value for key, value in twin.state_dict().items() if ".lora." not in key}
+    torch.testing.assert_close(dict(ll.merge_and_unload(model).state_dict()), expected, rtol=0, atol=0)
+
+
+def test_unloading_into_float16_changes_nothing_if_it_does_not_fit():
+    model = adapted(torch.float16, scale=1e6)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ll.ConfigError, match="the weights are too large for their dtype"):
+        ll.merge_and_unload(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_unloading_weights_of_inference_mode():
+    with torch.inference_mode():
+        model = build()
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None))
+    randomise(model)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(ll.merge_and_unload(model)(x), expected)

@@ -165,6 +165,20 @@ class Adapter(nn.Module):
             (n, in), in the dtype of W.
         """
 
+    def delta(self, W: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """What this adapter adds to a weight: ``merged(W) - W``.
+
+        Args:
+            W: Rows of the layer's matrix, (n, in).
+            rows: Which rows of the whole matrix they are.
+            out: Where to write it, (n, in), in float32 or float64.
+
+        Returns:
+            ``out``.
+        """
+        W = W.to(out.dtype)
+        return torch.sub(self.merged(W, rows), W, out=out)
+
     @abstractmethod
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds this adapter's part to ``out``.

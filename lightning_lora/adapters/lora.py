@@ -22,6 +22,11 @@ class LoRAAdapter(Adapter):
         A, B = self._weighted()
         return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
 
+    @override
+    def delta(self, W: Tensor, rows: slice, out: Tensor) -> Tensor:
+        A, B = self._weighted()
+        return torch.mm(B[rows].to(out.dtype) * self.scaling, A.to(out.dtype), out=out)
+
     def _weighted(self) -> tuple[Tensor, Tensor]:
         A, B = self.update()
         return A, B if self.share is None else B * self.share

@@ -24,6 +24,26 @@ def row_chunks(W: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, W.shape[0]))
 
 
+class Scratch:
+    """Memory for pieces of matrices, used again: fresh memory for each takes longer than what is done in it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """A tensor of the shape of a piece, whose values are whatever was there.
+
+        Args:
+            piece: The piece, (n, in).
+            dtype: The dtype.
+            purpose: What is given for the same purpose is the same memory.
+        """
+        key = (purpose, dtype, piece.device)
+        if key not in self._kept or self._kept[key].numel() < piece.numel():
+            self._kept[key] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
+        return self._kept[key][: piece.numel()].view(piece.shape)
+
+
 @torch.no_grad()
 def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
     r"""Norm of every row of :math:`W + s B A`.

@@ -1,0 +1,82 @@
+"""Adapters into the base weights for good."""
+
+import torch
+from torch import nn
+
+from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.inject import eject
+from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.marks import MERGED
+from lightning_lora.merge import merge, merge_problems, merged_rows, unmerge
+from lightning_lora.ops.norms import Scratch, accumulation_dtype
+from lightning_lora.quantize import dequantize_
+from lightning_lora.targets.kinds import is_pretrained
+from lightning_lora.targets.walk import nodes, parameter_owners
+
+
+def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
+    """Merges the active adapters for good: plain modules with the original keys.
+
+    Dense weights are written over in place, but for those that are tied within the model: nothing is kept, and it takes
+    no more memory than a piece of a layer. (A float16 model needs a second copy meanwhile: what is merged might not fit
+    that dtype, and then nothing is changed.)
+
+    Args:
+        model: The model, or a part of it.
+        dequantize: A quantised base becomes dense first, so that the result is the unpacked base plus ΔW, rounded
+            once. Otherwise the merged weights are packed again, with what `merge` reports as error.
+
+    Returns:
+        The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
+        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
+
+    Raises:
+        ConfigError: If the model has no adapters, or they are not finite, or some layers are merged and others not.
+        UnsupportedError: As `eject` does.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> _ = inject(model, LoRAConfig(r=2))
+        >>> type(merge_and_unload(model)[0]).__name__
+        'Linear'
+    """
+    layers = dict(lora_layers(model))
+    kept = [vars(layer)[MERGED] for layer in layers.values() if MERGED in vars(layer)]
+    names = list(dict.fromkeys(name for originals in kept for name in originals.merged))
+    if kept and dequantize and any(layer.lora_packed for layer in layers.values()):
+        unmerge(model)  # what was packed again is not what was trained
+        kept = []
+    if len(kept) < len(layers) or not layers:
+        raise_all(ConfigError, merge_problems(model, layers, names or None), "merge_and_unload")
+        if dequantize:
+            dequantize_(model)
+        if names or any(layer.lora_packed or layer.weight.dtype == torch.float16 for layer in layers.values()):
+            merge(model, names or None)
+    owners, scratch = parameter_owners(nodes(model)), Scratch()
+    untied = [_settle(layer, owners, scratch) for layer in layers.values()]
+    eject(model)
+    for module in model.modules() if any(untied) else ():
+        if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return model
+
+
+@torch.no_grad()
+def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) -> bool:
+    """Gives a layer its merged weight for good, and says whether it had to be untied for it."""
+    if (originals := vars(layer).pop(MERGED, None)) is not None:
+        return any(id(parameter) in owners for parameter in originals.parameters())
+    adapters = [layer.lora_adapters()[name] for name in layer.lora_active]
+    if not adapters:
+        return False
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    tied = len(owners[id(weight)]) > 1
+    if tied or weight.is_inference():
+        weight = layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    result, W = layer.lora_as_matrix(weight), layer.lora_matrix()
+    for rows, _, exact in merged_rows(adapters, W, accumulation_dtype(W, *(a.A for a in adapters)), scratch):
+        result[rows] = exact
+    layer.lora_absorbed = ()  # a merged weight lacks nothing
+    return tied
