@@ -18,13 +18,15 @@ from lightning_lora.errors import (
 from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.formats.peft import save_adapter
 from lightning_lora.inject import eject, inject
+from lightning_lora.lint import Finding, lint
 from lightning_lora.load import load_adapter
-from lightning_lora.merge import merge, merge_and_unload, unmerge
+from lightning_lora.merge import merge, unmerge
 from lightning_lora.merge_report import MergeReport
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
 from lightning_lora.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
 from lightning_lora.targets import Plan, plan
+from lightning_lora.unload import merge_and_unload
 
 __all__ = [
     "BaseMismatchError",
@@ -32,6 +34,7 @@ __all__ = [
     "CombineReport",
     "ConfigError",
     "DeadAdapterError",
+    "Finding",
     "LightningLoRAError",
     "LoRA",
     "LoRAConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "disable_adapters",
     "eject",
     "inject",
+    "lint",
     "load_adapter",
     "load_from_checkpoint",
     "merge",

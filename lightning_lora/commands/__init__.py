@@ -1,0 +1,1 @@
+"""One file per subcommand: its arguments, which need no import that takes time, and what it runs, which may."""

@@ -1,0 +1,110 @@
+"""The PEFT folder of an adapter from a checkpoint alone, without the model: what `save_adapter` would write."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
+from lightning_lora.formats.files import read
+from lightning_lora.formats.fingerprint import unpack, within
+from lightning_lora.formats.peft_export import PREFIX
+from lightning_lora.formats.peft_write import hashed, write_peft_folder
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.formats.stored_name import stored_name_problems
+from lightning_lora.names import ancestors
+
+_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
+_TABLE_ENDS = {**_ENDS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str], adapter_name: str | None = None
+) -> str:
+    """Writes an adapter of a checkpoint as a PEFT folder, in the bytes that `save_adapter` would write at that step.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder; appears as a whole or not at all, and other files in it stay.
+        adapter_name: Which adapter, if there are several.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        CheckpointError: If it is damaged, holds no such adapter, or values that are not finite.
+        UnsupportedError: If PEFT would compute something else with it, naming the layers.
+        ConfigError: If the folder can't be replaced, or there is no adapter of that name.
+    """
+    path = Path(checkpoint)
+    stored = read_checkpoint_adapter(path, adapter_name)
+    raise_all(ConfigError, stored_name_problems(stored, adapter_name), "export")
+    whole = read(path)
+    name, meta = str(stored.adapter_name), whole[META]
+    record = _record(path, meta, name)
+    raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
+    raise_all(UnsupportedError, _tied_problems(path, stored, record), "export")
+    tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
+    base = hashed(within(meta["base"], prefix)) if prefix else meta["base"]
+    starts = [_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors]
+    entry = {"adapter_name": name, "config": meta["adapters"][name], "base": base, "starts": starts}
+    entry["step"] = whole.get("global_step")
+    write_peft_folder(folder, tensors, fields, entry, len(stored.layers), record["notes"])
+    return name
+
+
+def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = unpack(meta["peft"][name])
+    except KeyError:
+        raise CheckpointError(
+            f"{path} does not say how PEFT would have adapter {name!r}: load it into its model "
+            "(ll.load_from_checkpoint), and save it by ll.save_adapter"
+        ) from None
+    return record
+
+
+def _tied_problems(path: Path, stored: StoredAdapter, record: dict[str, Any]) -> Iterator[str]:
+    """A weight that several modules share is in a checkpoint once, and in a PEFT folder under all its names."""
+    owners = {outer for key in stored.in_full for outer in ancestors(key)[1:]}
+    shared = [end for end in record["fields"]["modules_to_save"] or () if not any(o.endswith(end) for o in owners)]
+    if shared:
+        yield (
+            f"{listing(shared, 3)}: tied to another module that is trained in full, and {path} has such a weight only "
+            "once: load it into its model (ll.load_from_checkpoint), and save it by ll.save_adapter"
+        )
+
+
+def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """By PEFT's keys, in PEFT's shapes."""
+    prefix, tables = record["prefix"], set(record["embeddings"])
+    inner = {_inside(name, prefix): layer for name, layer in stored.layers.items()}
+    for name, layer in inner.items():
+        ends = _TABLE_ENDS if name in tables else _ENDS
+        for part, value in _update(layer).items():
+            key = f"{PREFIX}{name}.{ends[part]}"
+            yield key, value.reshape(record["shapes"].get(key, value.shape))
+    for key, tensor in stored.in_full.items():
+        owner, _, own = _inside(key, prefix).rpartition(".")
+        middle = "base_layer." if owner in inner else ""
+        yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", tensor.read()
+
+
+def _update(layer: StoredLayer) -> dict[str, Tensor]:
+    """A layer's tensors against the clean base, as `Adapter.update` has them."""
+    values = {part: tensor.read() for part, tensor in layer.tensors.items()}
+    if "start_A" in values:
+        values["A"] = torch.cat([values["A"], values.pop("start_A")])
+        values["B"] = torch.cat([values["B"], -values.pop("start_B")], dim=1)
+    return values
+
+
+def _inside(name: str, prefix: str) -> str:
+    """A name relative to the transformers model."""
+    return name.removeprefix(f"{prefix}.") if prefix else name

@@ -1,0 +1,155 @@
+"""What is in a checkpoint or a PEFT folder, and whether it is intact: every tensor is read."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.combinations import product_norm
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, raise_all
+from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
+from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
+from lightning_lora.formats.files import read
+from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.peft import WEIGHTS
+from lightning_lora.formats.peft_config import read_config
+from lightning_lora.formats.peft_read import is_peft_folder, read_folder
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.formats.tensors import TensorFile
+
+
+@torch.no_grad()
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads all of a checkpoint's adapters, or that of a PEFT folder, and tells what they are, in plain types.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged or holds values that are not finite, with every tensor.
+        UnsupportedError: If it asks for mathematics that are not built here.
+    """
+    source = Path(path)
+    source = source.parent if source.suffix == ".safetensors" else source
+    if source.is_file():
+        return _checkpoint(source)
+    if not is_peft_folder(source):
+        what = "holds no adapter_config.json" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}: give a PEFT folder or a checkpoint")
+    return _folder(source)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint = read(path)
+    if not is_adapter_checkpoint(checkpoint):
+        raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
+    meta = check_format(checkpoint)
+    stored = {name: read_checkpoint_adapter(path, name) for name in meta["adapters"]}
+    raise_all(CheckpointError, [problem for each in stored.values() for problem in _damage(each)])
+    return {
+        "path": str(path),
+        "format": "checkpoint",
+        "bytes": path.stat().st_size,
+        "step": checkpoint.get("global_step"),
+        "epoch": checkpoint.get("epoch"),
+        "versions": meta.get("versions", {}),
+        "checksums": "none",
+        "base": _base(meta["base"], None),
+        "adapters": [_adapter(each, meta["adapters"][name]) for name, each in stored.items()],
+    }
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    fields, stored = read_config(folder), read_folder(folder)
+    raise_all(CheckpointError, _damage(stored))
+    entry = TensorFile(folder / WEIGHTS).entry
+    return {
+        "path": str(folder),
+        "format": "peft",
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "step": entry.get("step"),
+        "epoch": None,
+        "versions": {"peft": fields["peft_version"]} if fields.get("peft_version") else {},
+        "checksums": "verified" if "sha256" in entry else "none",
+        "base": _base(stored.base, fields.get("base_model_name_or_path")),
+        "adapters": [_adapter(stored, fields)],
+    }
+
+
+def _damage(stored: StoredAdapter) -> Iterator[str]:
+    for tensor in _tensors(stored):
+        try:
+            tensor.read()
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _tensors(stored: StoredAdapter) -> Iterator[StoredTensor]:
+    yield from (tensor for layer in stored.layers.values() for tensor in layer.tensors.values())
+    yield from stored.in_full.values()
+
+
+def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any] | None:
+    if fingerprint is None:
+        return None if name is None else {"name": name, "sha256": None, "tensors": None, "quantization": None}
+    return {
+        "name": name,
+        "sha256": fingerprint["sha256"] or None,
+        "tensors": len(unpack(fingerprint["parameters"])),
+        "quantization": fingerprint.get("quantization"),
+    }
+
+
+def _adapter(stored: StoredAdapter, config: dict[str, Any]) -> dict[str, Any]:
+    scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
+    layers = [_layer(name, layer, scale(layer.r, layer.lora_alpha)) for name, layer in stored.layers.items()]
+    in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
+    return {
+        "name": stored.adapter_name,
+        "kind": "dora" if stored.options["use_dora"] else "lora",
+        "ranks": sorted({layer["r"] for layer in layers}),
+        "modules_to_save": stored.modules_to_save,
+        "config": config,
+        **_size(_tensors(stored)),
+        "layers": layers,
+        "in_full": in_full,
+    }
+
+
+def _layer(name: str, layer: StoredLayer, scale: float) -> dict[str, Any]:
+    values = {part: tensor.read() for part, tensor in layer.tensors.items()}
+    wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+    factors = {part: value.to(wide).flatten(1) for part, value in values.items() if part != "magnitude"}
+    return {
+        "name": name,
+        "r": layer.r,
+        "lora_alpha": layer.lora_alpha,
+        "scaling": scale,
+        "norm_A": _norm(factors.get("A")),
+        "norm_B": _norm(factors.get("B")),
+        "norm_update": _update_norm(factors, scale),
+        "norm_magnitude": _norm(values.get("magnitude")),
+        **_size(layer.tensors.values()),
+    }
+
+
+def _update_norm(factors: dict[str, Tensor], scale: float) -> float | None:
+    r""":math:`\|s\,B A\|`, or :math:`\|s\,(B A - B_0 A_0)\|` of an adapter that started with a part of the weight."""
+    if not {"A", "B"} <= factors.keys():
+        return None
+    A, B = factors["A"], factors["B"]
+    if "start_A" in factors:
+        A, B = torch.cat([A, factors["start_A"]]), torch.cat([B, -factors["start_B"]], dim=1)
+    return abs(scale) * product_norm(A, B)
+
+
+def _norm(tensor: Tensor | None) -> float | None:
+    return None if tensor is None else float(torch.linalg.vector_norm(tensor.double()))
+
+
+def _size(tensors: Iterable[StoredTensor]) -> dict[str, int]:
+    known = [(torch.Size(tensor.shape).numel(), tensor.dtype) for tensor in tensors]
+    sizes = [n * dtype.itemsize for n, dtype in known if isinstance(dtype, torch.dtype)]
+    return {"parameters": sum(n for n, _ in known), "bytes": sum(sizes)}

@@ -1,0 +1,96 @@
+"""A model without weights, made of what adapters' files say of their base: adapters sit on it, and nothing computes.
+
+What needs names and shapes alone (combining factors, writing a PEFT folder) works on it as on the model itself. Its
+frozen weights are one zero each, seen as many: they take no memory.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+
+_CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+def stand_in(adapters: Iterable[StoredAdapter]) -> nn.Module:
+    """A model that these adapters from PEFT folders fit on.
+
+    Args:
+        adapters: At least one, all of one base.
+    """
+    adapters, model = list(adapters), nn.Module()
+    described = dict(_described(adapters))
+    for adapter in adapters:
+        for name, layer in adapter.layers.items():
+            if not isinstance(_find(model, name), nn.Module):
+                _put(model, name, _layer(layer, f"{name}.bias" in described))
+    for name, shape in described.items():
+        owner, _, key = name.rpartition(".")
+        module = _make(model, owner)
+        if module._parameters.get(key) is None:
+            module.register_parameter(key, nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False))
+    for adapter in adapters:
+        for name, tensor in adapter.in_full.items():  # has values of its own, so it needs the room for them
+            owner, _, key = name.rpartition(".")
+            dtype: Any = tensor.dtype if isinstance(tensor.dtype, torch.dtype) else torch.int64
+            value = torch.zeros(tensor.shape, dtype=dtype)
+            module = _make(model, owner)
+            module._parameters.pop(key, None)
+            if dtype.is_floating_point:
+                module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+            else:
+                module.register_buffer(key, value)
+    return model
+
+
+def _described(adapters: Iterable[StoredAdapter]) -> Iterator[tuple[str, list[int]]]:
+    """The parameters of the base, as far as some adapter knows them."""
+    for adapter in adapters:
+        if adapter.base is not None:
+            yield from ((name, shape) for name, shape, _ in unpack(adapter.base["parameters"]))
+
+
+def _layer(layer: StoredLayer, bias: bool) -> Any:
+    """A layer of the kind and shape that an adapter was on."""
+    A, B = layer.tensors["A"], layer.tensors["B"]
+    if A.key.endswith("lora_embedding_A"):
+        made: Any = nn.Embedding(1, 1)
+        made.num_embeddings, made.embedding_dim = A.shape[1], B.shape[0]
+        shape: tuple[int, ...] = (A.shape[1], B.shape[0])
+    elif len(A.shape) in _CONVOLUTIONS:
+        made = _CONVOLUTIONS[len(A.shape)](1, 1, A.shape[2:], bias=bias)
+        made.in_channels, made.out_channels = A.shape[1], B.shape[0]
+        shape = (B.shape[0], *A.shape[1:])
+    else:
+        made = nn.Linear(1, 1, bias=bias)
+        made.in_features, made.out_features = A.shape[1], B.shape[0]
+        shape = (B.shape[0], A.shape[1])
+    made.weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
+    if bias:
+        made.bias = nn.Parameter(torch.zeros(1).expand(B.shape[0]), requires_grad=False)
+    return made
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split(".") if name else ():
+        if (inner := model._modules.get(part)) is None:
+            return None
+        model = inner
+    return model
+
+
+def _make(model: nn.Module, name: str) -> nn.Module:
+    for part in name.split(".") if name else ():
+        if model._modules.get(part) is None:
+            model.add_module(part, nn.Module())
+        model = model._modules[part]  # type: ignore[assignment]
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, part = name.rpartition(".")
+    _make(model, owner).add_module(part, module)
