@@ -3,7 +3,7 @@
 Values are copied into the parameter, which stays the object that optimizers and tied modules know.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,16 @@ def bring(module: nn.Module, adapter_name: str, values: Mapping[str, Tensor], wh
 
 
 @torch.no_grad()
-def put_in_place(model: nn.Module, adapter_names: Sequence[str]) -> None:
+def put_in_place(modules: Iterable[nn.Module], adapter_names: Sequence[str]) -> None:
     """Puts the values in place of the first of some adapters that has any; else what was there before all of them.
 
     What was there before is not known where an adapter was trained in place from the start: then its values stay.
+
+    Args:
+        modules: Modules of a model; those below them do not count.
+        adapter_names: The adapters.
     """
-    for module in model.modules():
+    for module in modules:
         copies: dict[str, dict[str, Tensor]] | None = vars(module).get(COPIES)
         if copies is None:
             continue

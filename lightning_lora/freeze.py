@@ -1,16 +1,22 @@
 """What is trained and what stays: freezing the base, and modules that are trained in full."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.copies import tensors_of
-from lightning_lora.layers import LockedStatistics, LoRALayer, lock_statistics, lora_layers, unlock_statistics
+from lightning_lora.layers import (
+    LockedStatistics,
+    LoRALayer,
+    base_modules,
+    lock_statistics,
+    lora_layers,
+    unlock_statistics,
+)
 from lightning_lora.marks import COPIES, THAWED, TRAINED, WHOLE, is_whole, trained_in_full
 from lightning_lora.quantization import is_quantized
-from lightning_lora.targets.walk import Node, base_modules
+from lightning_lora.targets.walk import Node
 
 
 def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> None:
@@ -20,11 +26,35 @@ def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> Non
         model: The model.
         adapter_names: The adapters to train; by default the active ones, layer by layer.
     """
-    trained, adapters = trained_in_full(model, adapter_names), _trained_adapters(model, adapter_names)
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            module.requires_grad_(id(module) in adapters)
-            continue
+    modules = base_modules(model)
+    freeze_adapters(modules, adapter_names)
+    _freeze_own(modules, trained_in_full(modules, adapter_names))
+
+
+def freeze_adapters(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> None:
+    """What of `freeze` concerns adapters."""
+    for layer in modules:
+        if isinstance(layer, LoRALayer):
+            names = layer.lora_active if adapter_names is None else adapter_names
+            for name, adapter in layer.lora_adapters().items():
+                trained = name in names
+                for parameter in adapter._parameters.values():
+                    if parameter is not None and parameter.requires_grad is not trained:
+                        parameter.requires_grad_(trained)
+
+
+def freeze_marked(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> None:
+    """What of `freeze` concerns the modules that adapters train in full, in a model that is frozen already.
+
+    Args:
+        modules: All such modules.
+        adapter_names: As there.
+    """
+    _freeze_own(modules, trained_in_full(modules, adapter_names))
+
+
+def _freeze_own(modules: Iterable[nn.Module], trained: Container[int]) -> None:
+    for module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
                 vars(module).setdefault(THAWED, {}).setdefault(key, parameter.requires_grad)

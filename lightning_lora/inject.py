@@ -18,7 +18,16 @@ from lightning_lora.copies import forget, put_in_place
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
 from lightning_lora.inits import Stage, resolve, stage_of
-from lightning_lora.layers import LoRALayer, attach, detach, kind_of, lora_class, lora_layers, original_type
+from lightning_lora.layers import (
+    LoRALayer,
+    attach,
+    base_modules,
+    detach,
+    kind_of,
+    lora_class,
+    lora_layers,
+    original_type,
+)
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.quantization import guard
@@ -131,7 +140,7 @@ def eject(model: nn.Module) -> None:
     for layer in layers.values():
         for name in list(layer.lora):
             detach(layer, name)
-    put_in_place(model, ())
+    put_in_place(base_modules(model), ())
     thaw(model)
 
 
@@ -142,7 +151,7 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     for layer in layers:
         if adapter_name in layer.lora:
             detach(layer, adapter_name)
-    put_in_place(model, list(active))
+    put_in_place(base_modules(model), list(active))
     forget(model, adapter_name)
     unmark_trained(model, adapter_name)
     if any(True for _ in lora_layers(model)):

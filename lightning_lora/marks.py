@@ -1,6 +1,6 @@
 """What adapters leave on the modules themselves, so that it holds for any part of a model, copies and pickles."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,16 +28,16 @@ class Dense(NamedTuple):
     weight: nn.Parameter | None  # emptied, if an optimizer may know the layer by it
 
 
-def trained_in_full(model: nn.Module, adapter_names: Container[str] | None = None) -> set[int]:
+def trained_in_full(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> set[int]:
     """The parameters that are trained in full, by identity: a tied one is, whichever end was named.
 
     Args:
-        model: The model.
+        modules: Modules of a model; those below them do not count.
         adapter_names: The adapters with which they are; all by default.
     """
     return {
         id(module._parameters[key])
-        for module in model.modules()
+        for module in modules
         for key, name in vars(module).get(TRAINED, {}).items()
         if key in module._parameters and (adapter_names is None or name in adapter_names)
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter
 from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
@@ -107,7 +107,7 @@ def merge(
                 f"merge: {listing(odd, 3)}: with what was merged the weights are too large for their dtype"
             )
         if wanted is not None:
-            put_in_place(model, wanted)
+            put_in_place(base_modules(model), wanted)
         if probe is None:
             return MergeReport(entries)
         merged = {clean(name): layer for name, layer in layers.items() if chosen[name]}
@@ -132,7 +132,7 @@ def unmerge(model: nn.Module) -> None:
         originals = vars(layer).pop(MERGED)
         originals.swap(layer)
         layer.lora_active = originals.active
-    put_in_place(model, list(dict.fromkeys(name for layer in merged for name in layer.lora_active)))
+    put_in_place(base_modules(model), list(dict.fromkeys(name for layer in merged for name in layer.lora_active)))
 
 
 def _chosen(layer: LoRALayer, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -154,9 +154,7 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
         yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
     adapters = {name: layer.lora_adapters() for name, layer in layers.items()}
-    yield from value_problems(
-        {n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()}
-    )
+    yield from value_problems({n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()})
     yield from rival_modules(model, wanted or ())
 
 

@@ -16,7 +16,7 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.inject import create, withdraw
-from lightning_lora.layers import attach, kind_of, lora_layers, original_type
+from lightning_lora.layers import attach, base_modules, kind_of, lora_layers, original_type
 from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.quantization import dense, guard
@@ -60,7 +60,7 @@ def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base
     if adapter_name not in had and had:
         for _, layer in lora_layers(model):
             layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
-    put_in_place(model, list(active) if had else [adapter_name])
+    put_in_place(base_modules(model), list(active) if had else [adapter_name])
     freeze(model)
     guard(model)
     return notes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.inject import eject, initialise
-from lightning_lora.layers import has_own_forward, original_type, rebase
+from lightning_lora.layers import base_modules, has_own_forward, original_type, rebase
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import sample
@@ -19,7 +19,7 @@ from lightning_lora.targets.kinds import is_dense_linear, is_inside, is_pretrain
 from lightning_lora.targets.patterns import modules_within, parse
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.walk import Node, base_modules, nodes, own_parameters, parameter_owners
+from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
 
 def quantize(
@@ -117,7 +117,7 @@ def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
 
 def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
     """The linears that something else than their own product needs as they are."""
-    roles, trained, owners = find_roles(tree), trained_in_full(model), parameter_owners(tree)
+    roles, trained, owners = find_roles(tree), trained_in_full(base_modules(model)), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
 

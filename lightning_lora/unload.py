@@ -73,7 +73,7 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) ->
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     tied = len(owners[id(weight)]) > 1
-    if tied or weight.is_inference():
+    if tied:
         weight = layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     result, W = layer.lora_as_matrix(weight), layer.lora_matrix()
     for rows, _, exact in merged_rows(adapters, W, accumulation_dtype(W, *(a.A for a in adapters)), scratch):

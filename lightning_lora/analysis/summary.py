@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.layers import base_modules
 from lightning_lora.marks import trained_in_full
 
 
@@ -63,7 +64,7 @@ def summary(model: nn.Module) -> Summary:
         16384
     """
     counts = {"base": [0, 0], "adapters": [0, 0], "in_full": [0, 0]}
-    in_full, seen, trainable = trained_in_full(model), set[int](), 0
+    in_full, seen, trainable = trained_in_full(base_modules(model)), set[int](), 0
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is None or id(parameter) in seen:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import BaseMismatchError, listing
+from lightning_lora.layers import base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import SAMPLES, sample
@@ -41,7 +42,7 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
         "samples": (parameters, SAMPLES)}``
     """
     described, samples, modes = [], [], [quantization] if quantization else list[str]()
-    seen = trained_in_full(model)
+    seen = trained_in_full(base_modules(model))
     for name, module in model.named_modules():
         for key, parameter in () if isinstance(module, Adapter) else base_parameters(module):
             if id(parameter) not in seen:

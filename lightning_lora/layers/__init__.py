@@ -2,6 +2,7 @@
 
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
+from lightning_lora.layers.find import base_modules, lora_layers
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
@@ -9,7 +10,6 @@ from lightning_lora.layers.swap import (
     detach,
     lock_statistics,
     lora_class,
-    lora_layers,
     original_type,
     rebase,
     unlock_statistics,
@@ -21,6 +21,7 @@ __all__ = [
     "LockedStatistics",
     "Mixture",
     "attach",
+    "base_modules",
     "detach",
     "has_own_forward",
     "kind_of",

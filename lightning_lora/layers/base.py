@@ -77,7 +77,7 @@ class LoRALayer(Base):
 
     def lora_adapters(self) -> dict[str, "Adapter"]:
         """The adapters by name."""
-        return dict(self.lora.items())  # type: ignore[arg-type]
+        return dict(self._modules["lora"]._modules)  # type: ignore[union-attr, arg-type]
 
     def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the layer as it was, with what was taken out of the stored weight."""

@@ -5,7 +5,7 @@ stays the object that the model, the optimizer and tied modules refer to; ``isin
 no key of the state dict changes. This is the only file that assigns ``__class__``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -116,10 +116,3 @@ def unlock_statistics(module: LockedStatistics) -> None:
     """Undoes `lock_statistics`; the module gets the mode that it would have without it."""
     module.__class__ = type(module).lora_plain_class  # type: ignore[assignment]
     module.training = vars(module).pop(_ASKED)
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """The layers with adapters, each once, under its first name."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import kind_of, original_type
+from lightning_lora.layers import base_modules, kind_of, original_type
 from lightning_lora.marks import was_trainable
 from lightning_lora.targets.kinds import (
     is_dense_linear,
@@ -21,7 +21,7 @@ from lightning_lora.targets.kinds import (
     is_router,
     last_part,
 )
-from lightning_lora.targets.walk import Node, base_modules, own_parameters, unwrapped
+from lightning_lora.targets.walk import Node, own_parameters, unwrapped
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
 _HEAD = re.compile(r"heads|(?:.+_)?(?:head|classifier|regressor)|score")

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import original_type
+from lightning_lora.layers import base_modules, original_type
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
-from lightning_lora.targets.walk import Node, base_modules, own_parameters
+from lightning_lora.targets.walk import Node, own_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

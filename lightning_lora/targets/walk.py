@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import clean
 
@@ -35,11 +34,6 @@ def nodes(model: nn.Module) -> dict[str, Node]:
         if parent is not None and not any(parent is known for known in node.parents):
             node.parents.append(parent)
     return {node.name: node for node in found.values()}
-
-
-def base_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all below it, without adapters."""
-    return (m for m in module.modules() if not isinstance(m, Adapter))
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,0 +1,38 @@
+"""The modules of a model without its adapters, found fast: switching between adapters takes little else."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_lora.layers.base import LoRALayer
+
+
+def base_modules(model: nn.Module) -> list[nn.Module]:
+    """A module and all below it, each once, without adapters."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in found:
+            continue
+        found[id(module)] = module
+        if children := module._modules:
+            adapted = isinstance(module, LoRALayer)
+            waiting += [child for key, child in reversed(children.items()) if not (adapted and key == "lora")]
+    return [*found.values()]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """The layers with adapters, each once, under its first name."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if adapted := isinstance(module, LoRALayer):
+            yield name, module
+        if children := module._modules:
+            prefix, below = f"{name}." if name else "", reversed(children.items())
+            waiting += [(prefix + key, child) for key, child in below if not (adapted and key == "lora")]
