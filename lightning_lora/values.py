@@ -2,22 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 
-import torch
-from torch import Tensor
-
 from lightning_lora.adapters import Adapter
 from lightning_lora.copies import tensors_of
 from lightning_lora.errors import listing
+from lightning_lora.ops.finite import is_finite
 
 LARGEST = 1e15  # of what a product is finite in bfloat16 and float32
-
-
-def is_sound(tensor: Tensor) -> bool:
-    """Whether all values are finite, and products of them too."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    low, high = torch.aminmax(tensor.detach())  # one pass that allocates nothing; NaN comes out as NaN
-    return bool(low >= -LARGEST) and bool(high <= LARGEST)
 
 
 def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]:
@@ -32,7 +22,7 @@ def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]
         odd = [
             name
             for name, adapter in adapters.items()
-            if name not in waiting and not all(map(is_sound, tensors_of(adapter).values()))
+            if name not in waiting and not all(is_finite(tensor, LARGEST) for tensor in tensors_of(adapter).values())
         ]
         if waiting:
             yield f"adapter {adapter_name!r} has no values yet on {listing(waiting, 3)}"

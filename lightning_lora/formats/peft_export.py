@@ -13,6 +13,7 @@ from lightning_lora.formats.peft_names import shortest_patterns, shortest_target
 from lightning_lora.layers import LoRALayer, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
+from lightning_lora.ops.finite import is_finite
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
@@ -84,7 +85,7 @@ class Export:
         """What no file should hold."""
         if waiting := [name for name, held in self.layers.items() if not held.adapter.initialised]:
             yield f"{listing(waiting, 3)} have no values yet"
-        odd = [key for key, tensor in self.tensors() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        odd = [key for key, tensor in self.tensors() if not is_finite(tensor)]
         if odd:
             yield f"{listing(odd, 3)} hold NaN or infinite values: the run diverged"
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.ops.finite import is_finite
 
 META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
 MOST = 1 << 25  # characters of our entry; that of an adapter on 10,000 layers has 3 million
@@ -34,7 +36,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], e
         if (storage := plain[key].untyped_storage().data_ptr()) in seen:
             plain[key] = plain[key].clone()  # tied: the format has no shared tensors
         seen.add(storage)
-    described = {**entry, "sha256": {key: _digest(tensor) for key, tensor in plain.items()}}
+    with ThreadPoolExecutor() as pool:
+        described = {**entry, "sha256": dict(zip(plain, pool.map(_digest, plain.values()), strict=True))}
     save_file(plain, path, {"format": "pt", META: json.dumps(described, sort_keys=True, separators=(",", ":"))})
     _sort_header(Path(path))
 
@@ -114,7 +117,7 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     Raises:
         CheckpointError: If it holds values that are not finite.
     """
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(f"{name} holds NaN or infinite values")
     return tensor
 

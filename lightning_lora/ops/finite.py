@@ -1,0 +1,13 @@
+"""Whether values are finite, in one pass that allocates nothing."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor, largest: float = torch.inf) -> bool:
+    """Whether no value is NaN, infinite, or beyond ``largest``."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # both are NaN if any value is
+    return bool(low > -torch.inf) and bool(high < torch.inf) and bool(low >= -largest) and bool(high <= largest)
