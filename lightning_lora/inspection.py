@@ -84,6 +84,12 @@ def _damage(stored: StoredAdapter) -> Iterator[str]:
             tensor.read()
         except CheckpointError as error:
             yield str(error)
+    for name, layer in stored.layers.items():
+        for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
+            shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
+            whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
+            if not (whole and shapes[0][0] == shapes[1][1] == layer.r):
+                yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
 
 
 def _tensors(stored: StoredAdapter) -> Iterator[StoredTensor]:
@@ -127,18 +133,16 @@ def _layer(name: str, layer: StoredLayer, scale: float) -> dict[str, Any]:
         "r": layer.r,
         "lora_alpha": layer.lora_alpha,
         "scaling": scale,
-        "norm_A": _norm(factors.get("A")),
-        "norm_B": _norm(factors.get("B")),
+        "norm_A": _norm(factors["A"]),
+        "norm_B": _norm(factors["B"]),
         "norm_update": _update_norm(factors, scale),
         "norm_magnitude": _norm(values.get("magnitude")),
         **_size(layer.tensors.values()),
     }
 
 
-def _update_norm(factors: dict[str, Tensor], scale: float) -> float | None:
+def _update_norm(factors: dict[str, Tensor], scale: float) -> float:
     r""":math:`\|s\,B A\|`, or :math:`\|s\,(B A - B_0 A_0)\|` of an adapter that started with a part of the weight."""
-    if not {"A", "B"} <= factors.keys():
-        return None
     A, B = factors["A"], factors["B"]
     if "start_A" in factors:
         A, B = torch.cat([A, factors["start_A"]]), torch.cat([B, -factors["start_B"]], dim=1)

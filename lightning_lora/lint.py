@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import override
 
-from lightning_lora.checks import choice_problems
+from lightning_lora.checks import choice_problems, is_alpha, is_rank
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.peft import WEIGHTS
 from lightning_lora.formats.peft_config import CONFIG
@@ -65,6 +65,11 @@ class _Folder(NamedTuple):
                 found.setdefault(key.removeprefix(PREFIX).removesuffix(end), key)
         return found
 
+    def ranks(self) -> dict[str, int]:
+        """Those of the layers, by their tensors."""
+        keys = self.layers((_FACTORS[0], _TABLES[0]))
+        return {layer: max(1, self.shapes[key][0]) for layer, key in keys.items() if self.shapes[key]}
+
 
 _Check = Callable[[_Folder], Iterator[tuple[str | None, str]]]
 
@@ -106,8 +111,20 @@ def _read(folder: Path, max_lora_rank: int) -> _Folder:
         raise CheckpointError(f"{folder / CONFIG} holds a {type(config).__name__}, not the fields of a LoraConfig")
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(f"{folder} is of peft_type {config.get('peft_type')!r}: only LORA can be checked")
+    raise_all(CheckpointError, _field_problems(config), str(folder / CONFIG))
     shapes = {key: info.shape for key, info in TensorFile(folder / WEIGHTS).tensors.items()}
     return _Folder(config, shapes, max_lora_rank)
+
+
+def _field_problems(config: dict[str, Any]) -> Iterator[str]:
+    for name, is_right in (("r", is_rank), ("lora_alpha", is_alpha)):
+        if not is_right(config.get(name)):
+            yield f"{name} is {config.get(name)!r:.80}"
+        pattern = config.get("rank_pattern" if name == "r" else "alpha_pattern") or {}
+        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+            yield f"the patterns for {name} are {pattern!r:.80}"
+    if not isinstance(config.get("modules_to_save") or [], list):
+        yield f"modules_to_save is {config['modules_to_save']!r:.80}"
 
 
 def _vllm(folder: _Folder) -> Iterator[tuple[str | None, str]]:
@@ -118,8 +135,8 @@ def _vllm(folder: _Folder) -> Iterator[tuple[str | None, str]]:
         yield None, f"it serves no modules that are trained in full ({listing(saved, 3)}): merge the adapter"
     if (bias := config.get("bias") or "none") != "none":
         yield None, f"it serves no biases (bias={bias!r}): merge the adapter"
-    ranks = {layer: folder.shapes[key][0] for layer, key in folder.layers((_FACTORS[0], _TABLES[0])).items()}
-    most = max([*ranks.values(), int(config.get("r") or 1)])
+    ranks = folder.ranks()
+    most = max([*ranks.values(), config["r"]])
     if most > folder.max_lora_rank:
         enough = next((rank for rank in VLLM_RANKS if rank >= most), None)
         way_out = f"start it with --max-lora-rank {enough}" if enough else "reduce it by ll.to_lora(model, rank)"
@@ -150,7 +167,7 @@ def _llama_cpp(folder: _Folder) -> Iterator[tuple[str | None, str]]:
             yield name, "a norm that is trained in full is written, and ignored when it is loaded: merge the adapter"
         elif "magnitude" not in name:
             yield name, "the converter stops at tensors that are no factors: merge the adapter"
-    ranks = {layer: folder.shapes[key][0] for layer, key in folder.layers((_FACTORS[0], _TABLES[0])).items()}
+    ranks = folder.ranks()
     if config.get("use_rslora"):
         yield None, "it knows no use_rslora, and would scale by lora_alpha / r: ll.to_lora gives a scale of 1, or merge"
         config = {**config, "use_rslora": False}
@@ -197,7 +214,7 @@ def _other_scales(config: dict[str, Any], ranks: dict[str, int], own_rank: bool)
     """Layers whose scale is not what follows from the one ``lora_alpha``, and from r or the layer's own rank."""
     names, alphas = PeftNames(config), config.get("alpha_pattern") or {}
     power = 0.5 if config.get("use_rslora") else 1.0
-    r, alpha = int(config.get("r") or 1), float(config.get("lora_alpha") or 1)
+    r, alpha = config["r"], float(config["lora_alpha"])
     for layer, rank in ranks.items():
         right = float(names.value(alphas, layer, alpha)) / rank**power
         there = alpha / (rank if own_rank else r) ** power

@@ -17,6 +17,7 @@ from lightning_lora.formats.folder import sync, whole_folder
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import Shard
 from lightning_lora.formats.stored_name import stored_name_problems
+from lightning_lora.formats.tensors import require_finite
 from lightning_lora.layers import kind_of, original_type
 from lightning_lora.load import read_stored
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
@@ -151,7 +152,7 @@ def _put_in_full(shard: Shard, in_full: dict[str, Tensor], files: BaseFiles) -> 
     for name, value in in_full.items():
         for key in files.places_of(name):
             if key in shard.places:
-                shard.open(key).copy_(value)
+                require_finite(f"{key}, trained in full, in the dtype of the base,", shard.open(key).copy_(value))
 
 
 def _merge_layer(shard: Shard, change: Change, layer: nn.Module, adapter: Adapter, scratch: Scratch) -> LayerMerge:

@@ -11,6 +11,7 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = {
     "finetune.py": ["4"],
+    "merge_and_export.py": ["4"],
     "plain_pytorch.py": ["4"],
     "qlora.py": [
         "fit",

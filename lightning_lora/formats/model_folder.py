@@ -13,6 +13,7 @@ from lightning_lora.formats.shards import Shard
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+ADAPTER = "adapter_config.json"
 
 _OTHER_WEIGHTS = (  # ends of files that hold weights of the base, or say where they are
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -99,7 +100,9 @@ class ModelFolder:
                     f"the base is quantised ({method}), and its files hold packed weights: give the dense model that "
                     "it was made from, which the adapter fits as well"
                 )
-                return
+                break
+        if (self.path / ADAPTER).is_file():
+            yield f"it holds {ADAPTER}, with which transformers loads an adapter beside the model: give the model alone"
         if not (self.path / WEIGHTS).is_file() and not (self.path / INDEX).is_file():
             pickled = [*self.path.glob("pytorch_model*.bin")]
             hint = f"{pickled[0].name} is a pickle: load it and save it with save_pretrained" if pickled else "none"

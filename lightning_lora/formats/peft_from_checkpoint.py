@@ -1,6 +1,7 @@
 """The PEFT folder of an adapter from a checkpoint alone, without the model: what `save_adapter` would write."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,16 @@ def export_checkpoint(
 
 
 def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = unpack(meta["peft"][name])
-    except KeyError:
+    if (packed := meta.get("peft", {}).get(name)) is None:
         raise CheckpointError(
             f"{path} does not say how PEFT would have adapter {name!r}: load it into its model "
             "(ll.load_from_checkpoint), and save it by ll.save_adapter"
-        ) from None
-    return record
+        )
+    try:
+        record: dict[str, Any] = unpack(packed)
+        return {key: record[key] for key in ("prefix", "fields", "shapes", "embeddings", "problems", "notes")}
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zlib.error) as error:
+        raise CheckpointError(f"{path}: what it says of adapter {name!r} can't be read ({error})") from error
 
 
 def _tied_problems(path: Path, stored: StoredAdapter, record: dict[str, Any]) -> Iterator[str]:
@@ -89,7 +92,10 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
         ends = _TABLE_ENDS if name in tables else _ENDS
         for part, value in _update(layer).items():
             key = f"{PREFIX}{name}.{ends[part]}"
-            yield key, value.reshape(record["shapes"].get(key, value.shape))
+            shape = record["shapes"].get(key, value.shape)
+            if torch.Size(shape).numel() != value.numel():
+                raise CheckpointError(f"{stored.source}: {key} has {value.numel()} values, and should be {shape}")
+            yield key, value.reshape(shape)
     for key, tensor in stored.in_full.items():
         owner, _, own = _inside(key, prefix).rpartition(".")
         middle = "base_layer." if owner in inner else ""

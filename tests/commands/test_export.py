@@ -87,6 +87,23 @@ def test_what_peft_would_compute_otherwise(tmp_path, capsys):
     assert "2 problems:\n  - conv: groups\n  - other: dilation" in said
 
 
+def test_a_checkpoint_that_says_nonsense(tmp_path, capsys):
+    fitted(tmp_path, "llama")
+    for record, why in ((torch.zeros(9, dtype=torch.uint8), "can't be read"), (pack({"prefix": ""}), "can't be read")):
+        checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+        checkpoint["lightning_lora"]["peft"]["default"] = record
+        torch.save(checkpoint, tmp_path / "odd.ckpt")
+        assert why in fails(1, capsys, "export", tmp_path / "odd.ckpt", tmp_path / "out")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    record = unpack(checkpoint["lightning_lora"]["peft"]["default"])
+    record["shapes"] = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [3, 5, 7]}
+    checkpoint["lightning_lora"]["peft"]["default"] = pack(record)
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    said = fails(1, capsys, "export", tmp_path / "odd.ckpt", tmp_path / "out")
+    assert "q_proj.lora_A.weight has 128 values, and should be [3, 5, 7]" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_files_and_bad_usage(tmp_path, capsys):
     fitted(tmp_path, "llama")
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)

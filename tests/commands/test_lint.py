@@ -161,5 +161,7 @@ def test_the_command(tmp_path, capsys):
     assert "holds a list, not the fields" in fails(1, capsys, "lint", path)
     (path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     assert "only LORA can be checked" in fails(1, capsys, "lint", path)
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "8", "rank_pattern": [1]}')
+    assert "3 problems" in fails(1, capsys, "lint", path)
     (path / "adapter_config.json").write_text("{")
     assert "is no JSON" in fails(1, capsys, "lint", path)

@@ -200,6 +200,13 @@ def test_what_is_too_large_for_the_dtype_is_refused(tmp_path, capsys):
     said = fails(1, capsys, "merge", "--base", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert "model.layers.1.mlp.down_proj.weight holds NaN or infinite values" in said
     assert "too large for float16" in said
+    model = adapted(base, modules_to_save=["lm_head"])
+    ll.save_adapter(model.float(), tmp_path / "adapter")
+    weights, key = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    held = load_file(weights)
+    save_file({**held, key: torch.full_like(held[key], 1e9)}, weights)
+    said = fails(1, capsys, "merge", "--base", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "lm_head.weight, trained in full, in the dtype of the base, holds NaN or infinite values" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -262,6 +269,10 @@ def test_bases_that_can_not_be_merged_into(tmp_path, capsys):
     assert "is of MyForCausalLM, which transformers" in said_of(architectures=["MyForCausalLM"])
     assert "is of no known class" in said_of(architectures=None)
     (base / "config.json").write_text(json.dumps(config))
+    (base / "adapter_config.json").write_text("{}")
+    said = fails(1, capsys, "merge", "--base", base, tmp_path / "adapter", tmp_path / "out")
+    assert "loads an adapter beside the model: give the model alone" in said
+    (base / "adapter_config.json").unlink()
     for path in base.glob("model*"):
         path.unlink()
     (base / "pytorch_model.bin").write_bytes(b"pickle")
