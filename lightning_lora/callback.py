@@ -153,8 +153,8 @@ class LoRA(CallbackBase):
         if merged:
             remember()
         else:
-            requests, resumes = [lora._request for lora in family], trainer.ckpt_path is not None
-            self._phases = Phases(pl_module, requests, seed, settings, resumes, remember)
+            requests = [lora._request for lora in family]
+            self._phases = Phases(pl_module, requests, seed, settings, lambda: strategy.restored, remember)
             self._phases.begin(self._patches, trainer.strategy)
         strategy.install()
         strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)

@@ -45,7 +45,7 @@ class Phases:
         requests: The adapters.
         seed: What their first values are drawn from.
         quantization: How the base is going to be quantised.
-        resumes: Whether a checkpoint is going to be loaded, which has the values of the adapters.
+        restored: Whether adapters were loaded from the checkpoint of a run that goes on.
         completed: Called after the last phase.
     """
 
@@ -55,12 +55,13 @@ class Phases:
         requests: Sequence[Request],
         seed: int,
         quantization: Quantization | None,
-        resumes: bool,
+        restored: Callable[[], bool],
         completed: Callable[[], None],
     ) -> None:
         self._model, self._requests, self._seed = model, requests, seed
-        self._quantization, self._resumes, self._completed = quantization, resumes, completed
+        self._quantization, self._restored, self._completed = quantization, restored, completed
         self._had = adapters(model).keys()
+        self._to_start = [r for r in requests if r.init_from is not None and r.adapter_name not in self._had]
         self.plans: dict[str, Plan] = {}
 
     def begin(self, patches: Patches, strategy: Any) -> None:
@@ -87,7 +88,6 @@ class Phases:
         try:
             notes = self._inject(last)
             if last:
-                notes += self._start_from_files()
                 if self._quantization is not None:  # what can't be quantised shall be known now, not half-way
                     quantizable(self._model, self._quantization)
                 self._completed()
@@ -97,14 +97,18 @@ class Phases:
         if last and notes:
             rank_zero_warn("\n".join(notes))
 
-    def _start_from_files(self) -> list[str]:
-        """Gives adapters that are new in this run the values of those that they start from."""
-        notes = list[str]()
-        for request in () if self._resumes else self._requests:
-            if request.init_from is not None and request.adapter_name not in self._had:
+    def _start_from_files(self) -> None:
+        """Gives new adapters the values of those that they start from, unless this run goes on from a checkpoint."""
+        requests, self._to_start = self._to_start, []
+        try:
+            for request in () if self._restored() else requests:
+                assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
-                notes += place(self._model, stored, request.adapter_name)
-        return notes
+                for note in place(self._model, stored, request.adapter_name):
+                    rank_zero_warn(note)
+        except Exception:
+            self.undo()
+            raise
 
     def _inject(self, last: bool) -> list[str]:
         drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
@@ -123,6 +127,7 @@ class Phases:
         """BitsandbytesPrecision replaces layers, adapters and all: they are off meanwhile."""
         if not needs_conversion(model):
             return convert(model)
+        self._start_from_files()
         self._initialise(Stage.PACKED, device)
         state = {key: value.clone() for key, value in adapter_state_dict(model).items()}
         with heads_stay_dense(plugin, model):
@@ -135,6 +140,7 @@ class Phases:
 
     def _complete(self, device: torch.device) -> None:
         """Initialises what derives from weights, which no checkpoint can change from here on, and quantises them."""
+        self._start_from_files()
         self._initialise(Stage.COMPLETE, device)
         if self._quantization is not None:
             self._quantize(self._quantization, device)

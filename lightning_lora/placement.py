@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import bring, put_in_place, tensors_of
+from lightning_lora.copies import bring, put_in_place, tensors_of, values_of
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.peft_export import peft_root
@@ -69,22 +69,25 @@ def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base
 def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, StoredAdapter]:
     """What the names in the file are relative to, and the adapter with names that are.
 
-    A PEFT folder's are relative to the one transformers model, or to the model itself; a checkpoint's to a module that
-    the model may be a part of.
+    A PEFT folder's are relative to the one transformers model, or to the model itself; or, as those of a checkpoint, to
+    a module that the model is a part of.
     """
     names, first = {name for node in nodes(model).values() for name in node.names}, next(iter(stored.layers))
     if first in names:
         return "", model, stored
-    if stored.layout == "peft":
-        return *peft_root(model), stored
+    prefix, root = peft_root(model) if stored.layout == "peft" else ("", model)
+    if prefix and f"{prefix}.{first}" in names:
+        return prefix, root, stored
     for outer in ancestors(first)[:0:-1]:
         if first.removeprefix(f"{outer}.") in names:
             return "", model, stored.within(outer)
-    return "", model, stored
+    return prefix, root, stored
 
 
 def _compare_bases(root: nn.Module, stored: StoredAdapter) -> list[str]:
-    trained = {*stored.in_full, *(f"{name}.bias" for name in stored.layers)}
+    trained = {*stored.in_full, *stored.beside, *(f"{name}.bias" for name in stored.layers)}
+    for node in nodes(root).values():
+        trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
     try:
         assert stored.base is not None
         return compare(stored.base, fingerprint(root), trained)

@@ -5,8 +5,8 @@ from torch import nn
 
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.inject import eject
-from lightning_lora.layers import LoRALayer, lora_layers
-from lightning_lora.marks import MERGED
+from lightning_lora.layers import LoRALayer, base_modules, lora_layers
+from lightning_lora.marks import COPIES, MERGED
 from lightning_lora.merge import merge, merge_problems, merged_rows, unmerge
 from lightning_lora.ops.norms import Scratch, accumulation_dtype
 from lightning_lora.quantize import dequantize_
@@ -55,6 +55,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
             merge(model, names or None)
     owners, scratch = parameter_owners(nodes(model)), Scratch()
     untied = [_settle(layer, owners, scratch) for layer in layers.values()]
+    for module in base_modules(model):
+        vars(module).pop(COPIES, None)  # what is in place stays
     eject(model)
     for module in model.modules() if any(untied) else ():
         if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):

@@ -257,6 +257,10 @@ def test_the_head_of_what_is_merged_is_in_place(tmp_path):
         assert torch.equal(model(**batch).logits, outputs["first"]), "that of the active one"
     with pytest.raises(ll.ConfigError, match="'first' and 'second' both train classifier in full"):
         ll.merge(model, ["first", "second"])
+    ll.set_adapter(model, "second")
+    merged = ll.merge_and_unload(model)
+    torch.testing.assert_close(merged(**batch).logits, outputs["second"], rtol=1e-5, atol=1e-6)
+    assert merged.state_dict().keys() == FAMILIES["bert"].make().state_dict().keys()
 
 
 RELOADED = {

@@ -40,6 +40,7 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         },
         layers={},
         modules_to_save=[],
+        beside=[key for keys in meta.get("in_full", {}).values() for key in keys],
         base=meta["base"],
     )
     alphas = [(parse_key(key), alpha) for key, alpha in (config.alpha_pattern or {}).items()]

@@ -49,6 +49,7 @@ class StoredAdapter:
         layers: By module name.
         in_full: What is trained in full, by the name of the parameter or buffer.
         modules_to_save: The modules among that.
+        beside: What other adapters in the file train in full, by name.
         base: The fingerprint of the base that it was trained on.
         init: An initialisation that took a part out of each weight, and has to be run again to know which.
         peft_names: Whether a layer of some name was meant to have an adapter.
@@ -61,6 +62,7 @@ class StoredAdapter:
     layers: dict[str, StoredLayer]
     in_full: dict[str, StoredTensor] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     base: dict[str, Any] | None = None
     init: str | None = None
     is_target: Callable[[str], bool] | None = None
@@ -68,7 +70,13 @@ class StoredAdapter:
 
     def within(self, outer: str) -> "StoredAdapter":
         """The same with names relative to a module, of those that lie in it."""
-        layers = {name.removeprefix(f"{outer}."): layer for name, layer in self.layers.items()}
-        in_full = {key.removeprefix(f"{outer}."): tensor for key, tensor in self.in_full.items()}
-        base = None if self.base is None else within(self.base, outer)
-        return replace(self, layers=layers, in_full=in_full, base=base)
+        start, is_target = f"{outer}.", self.is_target
+        return replace(
+            self,
+            layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
+            in_full={key.removeprefix(start): tensor for key, tensor in self.in_full.items()},
+            modules_to_save=[name.removeprefix(start) for name in self.modules_to_save],
+            beside=[key.removeprefix(start) for key in self.beside],
+            base=None if self.base is None else within(self.base, outer),
+            is_target=None if is_target is None else lambda name: is_target(start + name),
+        )

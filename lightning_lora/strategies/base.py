@@ -86,6 +86,7 @@ class StrategyAdapter:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
+        self.restored = False  # whether adapters were loaded from a checkpoint
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
 
     def install(self) -> None:
@@ -150,6 +151,7 @@ class StrategyAdapter:
         if is_adapter_checkpoint(checkpoint):
             for note in load_adapters(self.model, checkpoint, self.base):
                 rank_zero_info(note)
+            self.restored = True
             return
         is_base = is_base_checkpoint(self.model, checkpoint)
         original(checkpoint, strict=strict)

@@ -37,6 +37,8 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
                 lora_dropout=0.2,
                 quantization=os.environ.get("QUANTIZATION"),
                 init_lora_weights=os.environ.get("INIT", "kaiming"),
+                init_from=os.environ.get("INIT_FROM"),
+                save_peft=bool(os.environ.get("SAVE_PEFT")),
             ),
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
             SeedByRank(),

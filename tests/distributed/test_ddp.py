@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_lora as ll
+from tests.helpers.toy import build
+
 pytestmark = pytest.mark.gloo
 
 
@@ -41,6 +44,19 @@ def test_ddp_on_a_4_bit_base(tmp_path, init):
     assert all(torch.equal(value, rest[key]) for key, value in whole.items())
     dense = run("ddp", tmp_path / "dense")
     assert not any(torch.equal(value, dense[key]) for key, value in whole.items() if key.endswith(".B"))
+
+
+def test_ddp_writes_folders_and_starts_from_them(tmp_path):
+    """One rank writes; every rank starts from what was written, and they stay equal."""
+    state = run("ddp", tmp_path / "first", SAVE_PEFT="1")
+    assert {path.name for path in (tmp_path / "first").glob("*.peft")} == {f"epoch={i}.peft" for i in range(3)}
+    net = build()
+    ll.load_adapter(net, tmp_path / "first" / "epoch=2.peft")
+    assert all(torch.equal(value, state[f"net.{key}"]) for key, value in ll.adapter_state_dict(net).items())
+    second = run("ddp", tmp_path / "second", INIT_FROM=str(tmp_path / "first" / "epoch=2.peft"))
+    again = run("ddp", tmp_path / "second", INIT_FROM=str(tmp_path / "first" / "epoch=2.ckpt"))
+    assert all(torch.equal(value, again[key]) for key, value in second.items())
+    assert not any(torch.equal(value, state[key]) for key, value in second.items())
 
 
 def test_forked_processes_give_adapters_back_that_were_injected_before(tmp_path):
