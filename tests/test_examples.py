@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune.py": ["4"],
     "merge_and_export.py": ["4"],
     "plain_pytorch.py": ["4"],
+    "switch_and_compose.py": ["4"],
     "qlora.py": [
         "fit",
         "--config",
@@ -55,6 +56,9 @@ def test_example(name, tmp_path):
     if name == "plain_pytorch.py":
         assert "Linear again" in done.stdout
         assert len(torch.load(tmp_path / "adapter.pt", weights_only=True)) == 2 * 16
+    if name == "switch_and_compose.py":
+        assert "'both': svd of 'prose', 'code' on 28 layers, rank 8" in done.stdout
+        assert "a mixed batch: (2, 128, 256)" in done.stdout
     if name == "qlora.py":
         (saved,) = (tmp_path / "runs/qlora").glob("*.ckpt")
         assert torch.load(saved, weights_only=True)["lightning_lora"]["base"]["quantization"] == "nf4-dq"
