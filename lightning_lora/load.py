@@ -14,6 +14,8 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.marks import merged_problems
 from lightning_lora.placement import place
 
+_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth")
+
 
 def load_adapter(
     model: nn.Module,
@@ -41,21 +43,23 @@ def load_adapter(
         BaseMismatchError: If it was trained on another base.
         UnsupportedError: If it asks for mathematics that are not built here.
     """
+    problems = merged_problems(model, "call ll.unmerge before others are loaded")
+    problems += [] if adapter_name is None else name_problems(adapter_name)
+    raise_all(ConfigError, problems, "load_adapter")
     stored = read_stored(source, adapter_name)
     name = adapter_name or stored.adapter_name or "default"
-    problems = [*name_problems(name), *merged_problems(model, "call ll.unmerge before others are loaded")]
-    raise_all(ConfigError, problems, "load_adapter")
-    for note in place(model, stored, name, allow_base_mismatch):
+    for note in place(model, stored, name, allow_base_mismatch, dtype=None):
         warnings.warn(note, stacklevel=2)
 
 
 def read_stored(source: str | os.PathLike[str], adapter_name: str | None = None) -> StoredAdapter:
     """The adapter that a file, a folder or a hub id stands for, with tensors that are not read yet."""
     path = Path(source)
+    is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/")) and path.suffix not in _FILES
     path = path.parent if path.suffix == ".safetensors" else path
     if path.is_file():
         return read_checkpoint_adapter(path, adapter_name)
-    if not path.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
+    if is_hub_id and not path.exists():
         path = _from_hub(str(source))
     if not is_peft_folder(path):
         what = "does not exist" if not path.exists() else "holds no adapter_config.json"

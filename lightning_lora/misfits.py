@@ -10,8 +10,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import tensors_of
 from lightning_lora.errors import did_you_mean, listing
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.layers import LoRALayer, kind_of, original_type
-from lightning_lora.targets.kinds import is_inside
+from lightning_lora.names import ancestors
 from lightning_lora.targets.probe import bypass, weight_problem
 from lightning_lora.targets.walk import Node, nodes
 
@@ -53,6 +54,7 @@ class Misfits:
         """Everything that is wrong."""
         if unknown := [name for name in self.stored.layers if name not in self.found]:
             yield f"the model has no {listing(unknown, 3)}.{did_you_mean(unknown[0], self.by_name)}"
+        yield from self._shared()
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
         yield from self._missing_layers()
@@ -62,6 +64,15 @@ class Misfits:
     def scaling(self, layer: StoredLayer) -> float:
         """The factor s of a layer's update."""
         return LoRAConfig(use_rslora=self.stored.options["use_rslora"]).scaling(layer.r, layer.lora_alpha)
+
+    def _shared(self) -> Iterator[str]:
+        """A module with two names has one adapter here; in PEFT it has it where it is called by one of them."""
+        for name, (node, _) in self.found.items():
+            others = [other for other in node.names if other != name]
+            if both := [other for other in others if other in self.found]:
+                yield f"{name} and {both[0]} are one layer, and the file has an adapter for each"
+            elif others and self.stored.layout == "peft" and self.stored.base is None:
+                yield f"{name} is {others[0]} too, where PEFT leaves it as it is"
 
     def _of_layer(self, found: Found) -> Iterator[str]:
         node, layer = found
@@ -78,7 +89,7 @@ class Misfits:
             as_many = part == "magnitude" and torch.Size(tensor.shape).numel() == torch.Size(shapes[part]).numel()
             if tensor.shape != shapes[part] and not as_many:
                 yield f"{part} is {tensor.shape} in the file, and {shapes[part]} here (r={layer.r})"
-            if not (isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point):
+            if tensor.dtype not in FLOATS.values():
                 yield f"{part} is {str(tensor.dtype).removeprefix('torch.')}, which no adapter is"
         if self.stored.init is not None and kind.lora_packed:
             yield f"is quantised, and what {self.stored.init!r} takes out of a weight needs the dense one"
@@ -108,11 +119,21 @@ class Misfits:
             elif own[key].shape != tensor.shape:
                 hint = " (resize the embeddings first)" if len(tensor.shape) == 2 else ""
                 yield f"{key} is {tensor.shape} in the file, and {tuple(own[key].shape)} in the model{hint}"
-        for name in self.stored.modules_to_save:
-            modules = [module for module in self.tree if module and module.endswith(name)]
-            needed = [key for key in own if any(is_inside(key, module) for module in modules)]
-            if missing := [key for key in needed if key not in self.stored.in_full]:
-                yield f"modules_to_save names {name}, and the file has no {listing(missing, 3)}"
+            elif tensor.dtype != own[key].dtype and not (
+                tensor.dtype in FLOATS.values() and own[key].is_floating_point()
+            ):
+                dtypes = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, own[key].dtype)]
+                yield f"{key} is {dtypes[0]} in the file, and {dtypes[1]} in the model"
+        saved = self.saved_modules()
+        missing = [key for key in own if key not in self.stored.in_full and not saved.isdisjoint(ancestors(key))]
+        if missing:
+            names = listing(self.stored.modules_to_save, 3)
+            yield f"modules_to_save names {names}, and the file has no {listing(missing, 3)}"
+
+    def saved_modules(self) -> set[str]:
+        """The modules that ``modules_to_save`` names, as PEFT compares names."""
+        ends = tuple(self.stored.modules_to_save)
+        return {name for name in self.tree if name and name.endswith(ends)}
 
     def _other_adapter(self) -> Iterator[str]:
         """Where the model's own adapter of that name is not the file's."""
@@ -123,7 +144,7 @@ class Misfits:
             yield f"the model's adapter {self.adapter_name!r} is on other layers: {listing(odd, 3)} differ"
         variant = "dora" if self.stored.options["use_dora"] else "lora"
         for name, found in self.found.items():
-            if (layer := self.held.get(found.node.name)) is None:
+            if (layer := self.held.get(found.node.name)) is None or not found.stored.r:
                 continue
             adapter, stored = layer.lora_adapters()[self.adapter_name], found.stored
             old = f"{variant}, r={stored.r}, scale {self.scaling(stored):g}"

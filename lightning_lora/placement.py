@@ -19,11 +19,18 @@ from lightning_lora.inject import create, withdraw
 from lightning_lora.layers import attach, base_modules, kind_of, lora_layers, original_type
 from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
+from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.walk import nodes
 
 
-def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base_mismatch: bool = False) -> list[str]:
+def place(
+    model: nn.Module,
+    stored: StoredAdapter,
+    adapter_name: str,
+    allow_base_mismatch: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> list[str]:
     """Checks everything about an adapter, reads every tensor, and only then changes the model.
 
     Args:
@@ -31,6 +38,7 @@ def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base
         stored: The adapter.
         adapter_name: What it is going to be called.
         allow_base_mismatch: Whether it may be of another base.
+        dtype: Dtype of the master copies of a new adapter; None for what they were, and float32 for what PEFT wrote.
 
     Returns:
         What may differ and does.
@@ -46,12 +54,15 @@ def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
-    notes += _settle_tables(in_full, misfits, allow_base_mismatch)
+    dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
+    raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
+    tables = _tables(in_full, misfits, allow_base_mismatch)
+    config = _config(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_active)
     try:
         if adapter_name not in had:
-            _attach(model, prefix, misfits)
+            _attach(config, prefix, misfits, dtypes)
         _fill(values, in_full, misfits)
     except Exception:
         if adapter_name not in had:
@@ -63,6 +74,10 @@ def place(model: nn.Module, stored: StoredAdapter, adapter_name: str, allow_base
     put_in_place(base_modules(model), list(active) if had else [adapter_name])
     freeze(model)
     guard(model)
+    for key, table in tables.items():
+        with torch.no_grad():
+            misfits.own_tensors[key].copy_(table)
+        notes.append(f"{key} of the base was replaced by that of {stored.source}")
     return notes
 
 
@@ -128,9 +143,38 @@ def _absorbed_problems(values: dict[str, dict[str, Tensor]], misfits: Misfits) -
             yield from [] if why is None else [f"{name}: {why}"]
 
 
-def _settle_tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> list[str]:
-    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own."""
-    notes, own, source = [], misfits.own_tensors, misfits.stored.source
+def _overflows(
+    values: dict[str, dict[str, Tensor]],
+    in_full: dict[str, Tensor],
+    misfits: Misfits,
+    dtypes: dict[str, torch.dtype],
+) -> Iterator[str]:
+    """Values that are finite in the file, and not in the dtype that they get."""
+    named = [(f"{n}: {part}", t, dtypes[n]) for n, tensors in values.items() for part, t in tensors.items()]
+    named += [(key, tensor, misfits.own_tensors[key].dtype) for key, tensor in in_full.items()]
+    for name, tensor, dtype in named:
+        if dtype.is_floating_point and not is_finite(tensor, torch.finfo(dtype).max):
+            yield f"{name} is too large for {str(dtype).removeprefix('torch.')}"
+
+
+def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.dtype:
+    """That of the adapter that the model has, or is going to have."""
+    if (held := misfits.held.get(found.node.name)) is not None:
+        return held.lora_adapters()[misfits.adapter_name].A.dtype
+    weight: Any = found.node.module.weight
+    if weight.dtype == torch.float64:
+        return torch.float64
+    written = found.stored.tensors["A"].dtype if misfits.stored.base is not None else torch.float32
+    assert isinstance(written, torch.dtype)
+    return dtype or written
+
+
+def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> dict[str, Tensor]:
+    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own.
+
+    Takes them out of what is trained in full, and returns those that are not.
+    """
+    others, own, source = dict[str, Tensor](), misfits.own_tensors, misfits.stored.source
     for key in [k for k in in_full if k.endswith(".weight") and k.removesuffix(".weight") in misfits.found]:
         table = in_full.pop(key).to(own[key])
         if torch.equal(table, own[key]):
@@ -140,17 +184,14 @@ def _settle_tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mism
                 f"{source} brings a {key} that is not the base's: load it into the base, or give "
                 "allow_base_mismatch=True to have that done"
             )
-        with torch.no_grad():
-            own[key].copy_(table)
-        notes.append(f"{key} of the base was replaced by that of {source}")
-    return notes
+        others[key] = table
+    return others
 
 
-def _attach(model: nn.Module, prefix: str, misfits: Misfits) -> None:
-    config = _config(model, prefix, misfits)
-    for node, layer in misfits.found.values():
+def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:
+    for key, (node, layer) in misfits.found.items():
         name = f"{prefix}.{node.name}".strip(".")
-        adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name)
+        adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name, dtypes[key])
         attach(node.module, misfits.adapter_name, adapter)
 
 
@@ -176,9 +217,8 @@ def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
     layers = {f"{prefix}.{node.name}".strip("."): layer for node, layer in misfits.found.values()}
     r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
     alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
-    named = {m for name in stored.modules_to_save for m in misfits.tree if m and m.endswith(name)}
     owners = {outer for owner in _by_owner(stored.in_full) for outer in ancestors(owner)}
-    saved = sorted(f"{prefix}.{name}".strip(".") for name in named & owners)
+    saved = sorted(f"{prefix}.{name}".strip(".") for name in misfits.saved_modules() & owners)
     return LoRAConfig(
         r=r,
         lora_alpha=float(alpha),

@@ -1,18 +1,21 @@
 """One adapter out of a checkpoint of this package."""
 
+import zipfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, did_you_mean, listing
+from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
-from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base
 from lightning_lora.formats.tensors import require_finite
-from lightning_lora.targets.patterns import parse_key
 
 
 def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> StoredAdapter:
@@ -21,16 +24,27 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
     Raises:
         CheckpointError: If the file is no checkpoint with adapters, or has several and none of them is named.
     """
+    _check_records(path)
     checkpoint = read(path)
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
-    meta = check_format(checkpoint)
-    known = meta["adapters"]
+    try:
+        meta = check_format(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    known: Any = meta.get("adapters")
+    state: Any = checkpoint.get("state_dict")
+    in_full = meta.get("in_full", {})
+    raise_all(CheckpointError, _wrong_kinds(known, in_full, state), str(path))
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
         hint = did_you_mean(name, known) if name else " Say which by adapter_name."
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
-    config = LoRAConfig.from_dict(known[name])
+    config = _config(path, name, known[name])
+    try:
+        base = checked_base(meta.get("base"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: what it says of its base can't be read ({error})") from error
     stored = StoredAdapter(
         source=str(path),
         adapter_name=name,
@@ -40,21 +54,56 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         },
         layers={},
         modules_to_save=[],
-        beside=[key for keys in meta.get("in_full", {}).values() for key in keys],
-        base=meta["base"],
+        beside=[key for keys in in_full.values() for key in keys],
+        base=base,
     )
-    alphas = [(parse_key(key), alpha) for key, alpha in (config.alpha_pattern or {}).items()]
-    in_full = meta.get("in_full", {}).get(name, [])
-    for key, value in checkpoint["state_dict"].items():
+    names, alphas = PeftNames({}, str(path)), config.alpha_pattern or {}
+    for key, value in state.items():
         module, part = _split(key, name)
         if part is not None:
-            alpha = next((a for pattern, a in alphas if pattern.within(module)), config.lora_alpha)
-            layer = stored.layers.setdefault(module, StoredLayer(0, float(alpha)))
+            layer = stored.layers.get(module)
+            if layer is None:
+                layer = StoredLayer(0, float(names.own_value(alphas, module, config.lora_alpha)))
+                stored.layers[module] = layer
             layer.tensors[part] = _stored(f"{path}: {key}", value)
             layer.r = value.shape[0] if part == "A" and value.dim() else layer.r
-        elif key in in_full:
+        elif key in in_full.get(name, []):
             stored.in_full[key] = _stored(f"{path}: {key}", value)
+    if not stored.layers:
+        raise CheckpointError(f"{path} holds no tensors of adapter {name!r}")
     return stored
+
+
+def _check_records(path: Path) -> None:
+    """Torch reads records that are packed to any size, and does not notice flipped bits in them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            damaged = packed[0] if packed else file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} can't be read: {damaged} in it is damaged, copy the file again")
+
+
+def _wrong_kinds(known: Any, in_full: Any, state: Any) -> Iterator[str]:
+    if not isinstance(known, dict) or not known or not all(isinstance(name, str) for name in known):
+        yield "it does not name its adapters"
+    if not isinstance(in_full, dict) or not all(map(_is_list_of_names, in_full.values())):
+        yield "it does not name what is trained in full"
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        yield "its state_dict does not name its tensors"
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _config(path: Path, name: str, values: Any) -> LoRAConfig:
+    try:
+        return LoRAConfig.from_dict(values)
+    except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: the configuration of adapter {name!r} can't be used: {error}") from error
 
 
 def _split(key: str, adapter_name: str) -> tuple[str, str | None]:
@@ -69,4 +118,8 @@ def _split(key: str, adapter_name: str) -> tuple[str, str | None]:
 def _stored(key: str, value: Any) -> StoredTensor:
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{key} is a {type(value).__name__}, not a tensor")
+    if value.device.type != "cpu" or value.layout is not torch.strided or type(value) not in (Tensor, nn.Parameter):
+        raise CheckpointError(f"{key} is no plain tensor")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{key} claims more values than the file has")
     return StoredTensor(key, tuple(value.shape), value.dtype, partial(require_finite, key, value))

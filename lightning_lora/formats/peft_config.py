@@ -1,7 +1,9 @@
 """``adapter_config.json``: reading it, so that nothing in it is ignored that matters, and writing it."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,16 @@ _IRRELEVANT = {  # who made it and how it was initialised: what matters of that 
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "velora_config",
 }  # fmt: skip
+_CONSTANT = {  # what is written of every adapter
+    "auto_mapping": None,
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "peft_type": "LORA",
+    "revision": None,
+}
 _STARTS = {"pissa", "olora"}  # initialisations that take a part out of the weight, always the same one
 _LOSSY_STARTS = ("pissa_niter", "corda", "lora_ga", "loftq")  # ... and those that can't be done again
 
@@ -40,15 +52,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {size} bytes, which is too much for a configuration")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not the fields of a LoraConfig")
     if (kind := config.get("peft_type")) != "LORA":
-        raise UnsupportedError(f"{path} is of peft_type {kind!r}: only LORA (with its variants) can be loaded")
+        raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA (with its variants) can be loaded")
     raise_all(CheckpointError, _problems(config), str(path))
-    raise_all(UnsupportedError, _unsupported(config), str(path))
+    raise_all(UnsupportedError, islice(_unsupported(config), 20), str(path))
     return config
+
+
+def shown(value: Any) -> str:
+    """A value for a message, however large or nested it is.
+
+    >>> shown([[1.5] * 1000] * 1000)
+    'a list of 1000'
+    """
+    if isinstance(value, (dict, list)) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value)}"
+    return reprlib.repr(value)
 
 
 def start_of(config: Mapping[str, Any]) -> str | None:
@@ -59,54 +84,60 @@ def start_of(config: Mapping[str, Any]) -> str | None:
 
 def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if not is_rank(r):
-        yield f"r must be a positive integer, got {r!r:.80}"
-    if not is_alpha(alpha):
-        yield f"lora_alpha must be a finite number and not 0, got {alpha!r:.80}"
+    if not _is_rank(r):
+        yield f"r must be a positive integer, got {shown(r)}"
+    if not _is_alpha(alpha):
+        yield f"lora_alpha must be a finite number and not 0, got {shown(alpha)}"
     if not is_number(dropout) or not 0 <= dropout < 1:
-        yield f"lora_dropout must be in [0, 1), got {dropout!r:.80}"
+        yield f"lora_dropout must be in [0, 1), got {shown(dropout)}"
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(config.get(name) or False, bool):
-            yield f"{name} must be true or false, got {config[name]!r:.80}"
+            yield f"{name} must be true or false, got {shown(config[name])}"
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        yield f"bias must be none, all or lora_only, got {config['bias']!r:.80}"
+        yield f"bias must be none, all or lora_only, got {shown(config['bias'])}"
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(name)
         text = isinstance(value, str) and name != "modules_to_save"
         if not (value is None or text or (isinstance(value, list) and all(isinstance(part, str) for part in value))):
-            yield f"{name} must be a list of names, got {value!r:.80}"
-    for name, is_right in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
+            yield f"{name} must be a list of names, got {shown(value)}"
+    for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         value = config.get(name) or {}
         if not isinstance(value, dict) or not all(map(is_right, value.values())):
-            yield f"{name} must map names to numbers, got {value!r:.80}"
+            yield f"{name} must map names to numbers, got {shown(value)}"
     layers = config.get("layers_to_transform")
     if not (layers is None or is_int(layers) or (isinstance(layers, list) and all(map(is_int, layers)))):
-        yield f"layers_to_transform must hold layer indices, got {layers!r:.80}"
+        yield f"layers_to_transform must hold layer indices, got {shown(layers)}"
+
+
+def _is_rank(value: Any) -> bool:
+    return is_rank(value) and value < 1 << 31
+
+
+def _is_alpha(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1e300 and is_alpha(value)  # JSON has integers that are no float
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
     for name, value in config.items():
         if name not in _KNOWN | _IRRELEVANT and value not in (None, False, [], {}, ""):
-            yield f"{name}={value!r:.80} is not supported, and would change what the adapter computes"
+            yield f"{name[:80]}={shown(value)} is not supported, and would change what the adapter computes"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_LOSSY_STARTS):
         yield (
-            f"init_lora_weights={init!r} changed the base in a way that can't be done again: save it in PEFT with "
+            f"init_lora_weights={shown(init)} changed the base in a way that can't be done again: save it in PEFT with "
             "path_initial_model_for_weight_conversion, so that it fits the clean base"
         )
 
 
+def edited(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterable[str]:
+    """Where a configuration that was read is not the one that was written with these fields."""
+    written = {**_CONSTANT, **fields}
+    for name in sorted(_KNOWN):
+        if config.get(name) != written.get(name):
+            yield f"{name} is {shown(config.get(name))} in {CONFIG}, and was written as {shown(written.get(name))}"
+
+
 def write_config(folder: Path, fields: Mapping[str, Any]) -> None:
     """Writes a configuration that PEFT, transformers and vLLM read, always in the same bytes."""
-    constant = {
-        "auto_mapping": None,
-        "exclude_modules": None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "peft_type": "LORA",
-        "revision": None,
-    }
-    text = json.dumps({**constant, **fields}, indent=2, sort_keys=True)
+    text = json.dumps({**_CONSTANT, **fields}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, raise_all
-from lightning_lora.formats.peft import FORMAT, WEIGHTS, decode
-from lightning_lora.formats.peft_config import CONFIG, read_config, start_of
+from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
-from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.formats.peft import FORMAT, WEIGHTS, decode
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base
 from lightning_lora.formats.tensors import TensorFile
 
 _ENDS = {
@@ -48,7 +49,7 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
     file = TensorFile(folder / WEIGHTS)
     file.check_complete()
     raise_all(CheckpointError, _disagreements(config, file), str(folder))
-    names = PeftNames(config)
+    names = PeftNames(config, str(folder / CONFIG))
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     stored = StoredAdapter(
         source=str(folder),
@@ -92,18 +93,21 @@ def _split(key: str) -> tuple[str, str | None]:
 
 def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:
     """Halves what was written with twice the rank: an adapter that started with a part of the weight."""
+    own = LoRAConfig.from_dict(entry.get("config") or {})
+    known, factor = [own.lora_alpha, *(own.alpha_pattern or {}).values()], 2**0.5 if own.use_rslora else 2.0
     for name in entry.get("starts") or ():
         layer = stored.layers.get(name)
         if layer is None or not {"A", "B"} <= layer.tensors.keys() or layer.r % 2:
             raise CheckpointError(
                 f"{stored.source}: there is nothing for {name}, which started with a part of its weight"
             )
-        r, alpha = layer.r // 2, layer.lora_alpha / (2**0.5 if stored.options["use_rslora"] else 2.0)
+        r = layer.r // 2
+        alpha = next((a for a in known if a * factor == layer.lora_alpha), layer.lora_alpha / factor)
         A, B = layer.tensors["A"], layer.tensors["B"]
         layer.tensors["start_A"] = _part(A, 0, slice(r, None))
         layer.tensors["start_B"] = _part(B, 1, slice(r, None), sign=-1)
         layer.tensors["A"], layer.tensors["B"] = _part(A, 0, slice(r)), _part(B, 1, slice(r))
-        layer.r, layer.lora_alpha = r, float(f"{alpha:.12g}")  # what was multiplied by √2 is not exact
+        layer.r, layer.lora_alpha = r, float(alpha)  # of our own, since what was multiplied by √2 is not exact
 
 
 def _part(tensor: StoredTensor, dim: int, half: slice, sign: int = 1) -> StoredTensor:
@@ -128,8 +132,8 @@ def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
     if "base" not in entry:
         return None
     try:
-        return decode(entry["base"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return checked_base(decode(entry["base"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: what it says of its base can't be read ({error})") from error
 
 
@@ -140,16 +144,20 @@ def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
         return
     if entry.get("format") != FORMAT:
         found = entry.get("format")
-        yield f"{WEIGHTS} is of format {found!r}, this version reads {FORMAT}: install a newer lightning-lora"
+        yield f"{WEIGHTS} is of format {shown(found)}, this version reads {FORMAT}: install a newer lightning-lora"
         return
     written = entry.get("peft")
     if not isinstance(written, dict):
         yield f"{WEIGHTS} does not say with which configuration it was written"
         return
-    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"):
-        if config.get(name) != written.get(name):
-            yield f"{name} is {config.get(name)!r:.60} in {CONFIG}, and {written.get(name)!r:.60} in {WEIGHTS}"
+    yield from edited(config, written)
+    if (name := entry.get("adapter_name")) is not None and name_problems(name):
+        yield f"{WEIGHTS} calls the adapter {shown(name)}, which is no name"
+    starts = entry.get("starts") or []
+    are_names = isinstance(starts, list) and all(isinstance(name, str) for name in starts)
+    if not are_names or len({*starts}) < len(starts):
+        yield f"{WEIGHTS} says that {shown(starts)} started with a part of their weights"
     try:
         LoRAConfig.from_dict(entry.get("config") or {})
-    except (LightningLoRAError, TypeError, AttributeError) as error:
+    except (LightningLoRAError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         yield f"{WEIGHTS}: {error}"

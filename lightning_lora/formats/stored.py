@@ -1,5 +1,7 @@
 """An adapter in a file, whatever the format: what it says of each layer, and tensors that are not read yet."""
 
+import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,3 +82,33 @@ class StoredAdapter:
             base=None if self.base is None else within(self.base, outer),
             is_target=None if is_target is None else lambda name: is_target(start + name),
         )
+
+
+def checked_base(base: Any) -> dict[str, Any]:
+    """A fingerprint from a file, which may be anything.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    kinds: dict[str, Any] = {"quantization": (str, type(None)), "sha256": str, "parameters": Tensor, "samples": Tensor}
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"it needs {', '.join(kinds)}")
+    parameters, samples = base["parameters"], base["samples"]
+    plain = all(t.device.type == "cpu" and t.layout is torch.strided for t in (parameters, samples))
+    if not plain or (parameters.dtype, samples.dtype) != (torch.uint8, torch.float32) or samples.dim() != 2:
+        raise ValueError("its tensors are of other kinds")
+    most = 1024 * (len(samples) + 1)  # bytes a name and a shape may have
+    try:
+        text = zlib.decompressobj().decompress(parameters.numpy().tobytes(), most)
+        rows = json.loads(text)
+    except (zlib.error, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(rows, list) or len(rows) != len(samples) or not all(map(_is_described, rows)):
+        raise ValueError("it does not name every weight with its shape and dtype")
+    return base
+
+
+def _is_described(row: Any) -> bool:
+    if not isinstance(row, list) or [type(part) for part in row] != [str, list, str]:
+        return False
+    return all(type(size) is int for size in row[1])

@@ -18,8 +18,12 @@ from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.ops.finite import is_finite
 
 META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
-MOST = 1 << 25  # characters of our entry; that of an adapter on 10,000 layers has 3 million
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DIGEST = f"{META}_sha256"  # ... and that of its SHA-256
+MOST = 1 << 26  # bytes of a header; that of an adapter on 10,000 layers, with our entry, has 9 million
+MOST_TENSORS = 1 << 18  # ... and they have 30,000
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers
+_DTYPES = FLOATS | _OTHERS
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
@@ -38,7 +42,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], e
         seen.add(storage)
     with ThreadPoolExecutor() as pool:
         described = {**entry, "sha256": dict(zip(plain, pool.map(_digest, plain.values()), strict=True))}
-    save_file(plain, path, {"format": "pt", META: json.dumps(described, sort_keys=True, separators=(",", ":"))})
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    save_file(plain, path, {"format": "pt", META: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
     _sort_header(Path(path))
 
 
@@ -71,7 +76,10 @@ class TensorFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} does not exist")
         try:
+            _check_header(self.path)
             file: Any = safe_open(str(self.path), framework="pt", device="cpu")
+            if len(file.keys()) > MOST_TENSORS:
+                raise ValueError(f"it has {len(file.keys()):,} tensors")
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
             self.tensors = {
                 key: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
@@ -88,8 +96,7 @@ class TensorFile:
             CheckpointError: If it is not what was written, or holds values that are not finite.
         """
         tensor: Tensor = self._file.get_tensor(key)
-        wanted = self.entry.get("sha256", {}).get(key)
-        if wanted is not None and wanted != _digest(tensor):
+        if self.entry and self.entry["sha256"].get(key) != _digest(tensor):
             raise CheckpointError(f"{self.path}: {key} is not what was written (its SHA-256 differs): copy it again")
         return require_finite(f"{self.path}: {key}", tensor)
 
@@ -122,13 +129,22 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _check_header(path: Path) -> None:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST:
+        raise ValueError(f"its header says that it has {size:,} bytes")
+
+
 def _entry(metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(META, "{}")
-    if len(text) > MOST:
-        raise ValueError(f"its {META} entry has {len(text)} characters")
+    if META not in metadata and DIGEST not in metadata:
+        return {}
+    text = metadata.get(META, "")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get(DIGEST):
+        raise ValueError(f"its {META} entry is not what was written: its SHA-256 differs")
     entry = json.loads(text)
-    if not isinstance(entry, dict) or not isinstance(entry.get("sha256", {}), dict):
-        raise ValueError(f"its {META} entry is no mapping")
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), dict):
+        raise ValueError(f"its {META} entry is no mapping with the SHA-256 of every tensor")
     return entry
 
 
