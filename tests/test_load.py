@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -1067,8 +1068,6 @@ def test_a_checkpoint_with_a_flipped_bit(checkpoint, models, tmp_path):
 
 def test_a_packed_record(checkpoint, models, tmp_path):
     """torch unpacks what it finds, however large."""
-    import zipfile
-
     with (
         zipfile.ZipFile(checkpoint[0]) as old,
         zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as new,
@@ -1077,6 +1076,27 @@ def test_a_packed_record(checkpoint, models, tmp_path):
             new.writestr(info.filename, old.read(info.filename))
         new.writestr("archive/more", bytes(200 << 20))
     refused(models, tmp_path / "a.ckpt", "in it is damaged|is packed")
+
+
+def test_pickles_with_other_bytes(checkpoint, models, tmp_path):
+    """Under right sums: torch raises whatever the next opcode runs into."""
+    path, random = tmp_path / "a.ckpt", torch.Generator().manual_seed(0)
+    with zipfile.ZipFile(checkpoint[0]) as file:
+        records = {info.filename: file.read(info.filename) for info in file.infolist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    caught = 0
+    for _ in range(300):
+        data = bytearray(records[pickled])
+        data[int(torch.randint(len(data), (), generator=random))] = int(torch.randint(256, (), generator=random))
+        with zipfile.ZipFile(path, "w") as file:
+            for name, record in {**records, pickled: bytes(data)}.items():
+                file.writestr(name, record)
+        with suppress(ll.CheckpointError):
+            ll.load_adapter(build(), path)
+            continue
+        caught += 1
+    assert caught > 100
+    assert not Path("evil").exists()
 
 
 META_KINDS = {

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, LightningLoRAError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base
-from lightning_lora.formats.tensors import require_finite
+from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
 
 
 def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> StoredAdapter:
@@ -25,7 +25,12 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         CheckpointError: If the file is no checkpoint with adapters, or has several and none of them is named.
     """
     _check_records(path)
-    checkpoint = read(path)
+    try:
+        checkpoint = read(path)
+    except (LightningLoRAError, OSError):
+        raise
+    except Exception as error:  # whatever torch makes of a pickle that is none
+        raise CheckpointError(f"{path} can't be read ({type(error).__name__}: {str(error)[:200]})") from error
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
     try:
@@ -91,7 +96,7 @@ def _wrong_kinds(known: Any, in_full: Any, state: Any) -> Iterator[str]:
         yield "it does not name its adapters"
     if not isinstance(in_full, dict) or not all(map(_is_list_of_names, in_full.values())):
         yield "it does not name what is trained in full"
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and len(key) <= MOST_IN_KEY for key in state):
         yield "its state_dict does not name its tensors"
 
 

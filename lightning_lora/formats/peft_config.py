@@ -11,7 +11,7 @@ from lightning_lora.checks import is_alpha, is_int, is_number, is_rank
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 
 CONFIG = "adapter_config.json"
-MOST = 1 << 24  # bytes; one with the full names of 10,000 layers has less than a million
+MOST = 1 << 22  # bytes; one with the full names of 10,000 layers has less than a million
 
 _KNOWN = {  # what is read here
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "layers_pattern",

@@ -44,6 +44,8 @@ class PeftNames:
 
     def value(self, patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         """The value that PEFT takes from ``rank_pattern`` or ``alpha_pattern``: that of the first key that matches."""
+        if not patterns:
+            return default
         with self._limited():
             fits = (value for key, value in patterns.items() if self._is_end(key, name))
             return next(fits, default)

@@ -20,7 +20,8 @@ from lightning_lora.ops.finite import is_finite
 META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
 DIGEST = f"{META}_sha256"  # ... and that of its SHA-256
 MOST = 1 << 26  # bytes of a header; that of an adapter on 10,000 layers, with our entry, has 9 million
-MOST_TENSORS = 1 << 18  # ... and they have 30,000
+MOST_TENSORS = 1 << 17  # ... and they have 30,000
+MOST_IN_KEY = 1000  # characters
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers
 _DTYPES = FLOATS | _OTHERS
@@ -78,9 +79,10 @@ class TensorFile:
         try:
             _check_header(self.path)
             file: Any = safe_open(str(self.path), framework="pt", device="cpu")
-            if len(file.keys()) > MOST_TENSORS:
-                raise ValueError(f"it has {len(file.keys()):,} tensors")
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+            keys = file.keys()
+            if len(keys) > MOST_TENSORS or max(map(len, keys), default=0) > MOST_IN_KEY:
+                raise ValueError(f"it has {len(keys):,} tensors, or one with more than {MOST_IN_KEY} characters")
+            slices = {key: file.get_slice(key) for key in keys}
             self.tensors = {
                 key: TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for key, part in slices.items()
