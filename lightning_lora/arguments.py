@@ -48,6 +48,8 @@ def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None
 def name_problems(adapter_name: object) -> list[str]:
     """What is wrong with an adapter's name: it is a key of a ModuleDict and a part of checkpoint keys."""
     if isinstance(adapter_name, str) and re.fullmatch(r"\w[\w-]*", adapter_name):
-        if not hasattr(nn.ModuleDict, adapter_name):
+        if not hasattr(nn.ModuleDict(), adapter_name):
             return []
-    return [f"adapter_name={adapter_name!r} can't be used: letters, digits, '_' and '-', and no method of a ModuleDict"]
+    return [
+        f"adapter_name={adapter_name!r} can't be used: letters, digits, '_' and '-', and no attribute of a ModuleDict"
+    ]

@@ -69,7 +69,7 @@ class BaseFiles:
         stored = self.stored
         if stored.base is None or allow_base_mismatch:
             return []
-        trained = {*stored.in_full, *(f"{name}.bias" for name in stored.layers)}
+        trained = {*stored.in_full, *stored.beside, *(f"{name}.bias" for name in stored.layers)}
         try:
             return compare(stored.base, self._fingerprint(), trained)
         except BaseMismatchError as error:

@@ -23,7 +23,7 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import name_problems as unknown_names
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
-from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of
+from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of
 from lightning_lora.values import value_problems
 
 _Layers = Mapping[str, tuple[Node, dict[str, Adapter]]]
@@ -73,7 +73,8 @@ def combine_adapters(
         weights: How much of which adapter; negative ones take something away.
         adapter_name: What to call the new one.
         method: See above.
-        rank: The rank of the result, for ``"svd"`` and, if wanted, for ``"ties"`` and the two of DARE.
+        rank: The rank of the result, for ``"svd"`` and, if wanted, for ``"ties"`` and the two of DARE; on small layers
+            as much of it as their shape allows.
         density: The share of the entries that TIES and DARE leave, in (0, 1].
         seed: What DARE draws from, the same on every rank; the user's random stream is not touched.
 
@@ -205,6 +206,7 @@ def _combined(
     tensors = [adapter.A for adapter in here.values()]
     with torch.autocast(tensors[0].device.type, enabled=False):
         updates = [update_of(layer, name, weights[name], accumulation_dtype(*tensors)) for name in here]
+        rank = None if rank is None else possible_rank(rank, layer)
         return combine(updates, method, rank, density, source(seed, node.name))
 
 

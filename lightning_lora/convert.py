@@ -18,7 +18,7 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import name_problems as unknown_names
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
-from lightning_lora.updates import as_adapter, held, rank_fields, source, update_of
+from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of
 from lightning_lora.values import value_problems
 
 
@@ -38,7 +38,7 @@ def to_lora(
     Args:
         model: The model, or a part of it.
         rank: One rank; or ranks by pattern, as in ``rank_pattern``, with their own for layers that match none; by
-            default each layer's own.
+            default each layer's own. On small layers as much of it as their shape allows.
         adapter_name: The adapter.
 
     Returns:
@@ -66,7 +66,10 @@ def to_lora(
             "beside it"
         )
     raise_all(ConfigError, problems, "to_lora")
-    ranks = {name: _rank_of(rank, node, here[adapter_name]) for name, (node, here) in layers.items()}
+    ranks = {
+        name: possible_rank(_rank_of(rank, node, here[adapter_name]), _layer(node))
+        for name, (node, here) in layers.items()
+    }
     made = {}
     for name, (node, here) in layers.items():
         A = here[adapter_name].A

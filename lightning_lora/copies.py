@@ -65,6 +65,7 @@ def put_in_place(modules: Iterable[nn.Module], adapter_names: Sequence[str]) -> 
         modules: Modules of a model; those below them do not count.
         adapter_names: The adapters.
     """
+    before: dict[int, Tensor] = {}  # tied tensors are met again when they hold other values already
     for module in modules:
         copies: dict[str, dict[str, Tensor]] | None = vars(module).get(COPIES)
         if copies is None:
@@ -75,9 +76,13 @@ def put_in_place(modules: Iterable[nn.Module], adapter_names: Sequence[str]) -> 
             wanted = next((n for n in (*adapter_names, BASE) if n == current or key in copies.get(n, {})), current)
             if wanted == current:
                 continue
-            copies.setdefault(current, {})[key] = torch.empty(0) if tensor is None else tensor.detach().clone()
             value = copies[wanted].pop(key)
-            if tensor is not None:
+            if tensor is None:
+                copies.setdefault(current, {})[key] = value
+            elif (kept := before.get(id(tensor))) is not None:
+                copies.setdefault(current, {})[key] = kept
+            else:
+                copies.setdefault(current, {})[key] = before[id(tensor)] = tensor.detach().clone()
                 tensor.copy_(value)
             owners.pop(key, None)
             owners |= {} if wanted == BASE else {key: wanted}

@@ -30,6 +30,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
+from lightning_lora.owned import without_owned
 from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, plan
 from lightning_lora.targets.walk import Node, nodes
@@ -60,7 +61,8 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora.default.A', '0.lora.default.B']
     """
-    drafted, had = plan(model, config), {name for _, layer in lora_layers(model) for name in layer.lora}
+    had = {name for _, layer in lora_layers(model) for name in layer.lora}
+    drafted = without_owned(model, config, plan(model, config), adapter_name)
     carry_out(model, config, drafted, adapter_name)
     try:
         initialise(model)

@@ -15,9 +15,9 @@ from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoin
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
 from lightning_lora.formats.files import read
 from lightning_lora.formats.fingerprint import unpack
-from lightning_lora.formats.peft import WEIGHTS
 from lightning_lora.formats.peft_config import read_config
 from lightning_lora.formats.peft_read import is_peft_folder, read_folder
+from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
 from lightning_lora.formats.tensors import TensorFile
 

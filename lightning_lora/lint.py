@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from lightning_lora.checks import choice_problems, is_alpha, is_rank
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.peft import WEIGHTS
 from lightning_lora.formats.peft_config import CONFIG
-from lightning_lora.formats.peft_export import PREFIX
+from lightning_lora.formats.peft_export import HEADS, PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.tensors import TensorFile
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -199,6 +199,15 @@ def _peft(folder: _Folder) -> Iterator[tuple[str | None, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import peft
+    heads = HEADS.get(str(folder.config.get("task_type")), ())
+    if heads and not any(f".{head}." in key for key in folder.shapes for head in heads):
+        yield (
+            None,
+            (
+                f"with task_type={folder.config['task_type']!r} it expects a {' or '.join(heads)} in the folder, and "
+                "fails on models that have one: set task_type to null"
+            ),
+        )
     known = {*peft.LoraConfig.__dataclass_fields__, "peft_version"}
     for name, value in folder.config.items():
         if name not in known and value not in (None, False, [], {}, ""):

@@ -14,8 +14,26 @@ COPIES = "_lora_copies"  # {adapter or BASE: {own tensor: its values, while thos
 BASE = ""  # ... for what was there before any adapter
 THAWED = "_lora_thawed"  # on a module: {its own parameter: requires_grad before adapters came}
 MERGED = "_lora_merged"  # on a layer whose weight holds merged adapters: what `lightning_lora.merge` keeps
+SUSPENDED = "_lora_suspended"  # on a layer, within a context that has to find it again as it is: `Context`
 DENSE = "_lora_dense"  # on a quantised layer: what it was, as `Dense`
 BROKEN = "_lora_broken"  # on a model whose quantisation broke off: the layer
+
+
+class Context:
+    """A context that a model is in. A copy of the model is in none.
+
+    Args:
+        name: Of the function that makes it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class Dense(NamedTuple):
@@ -74,6 +92,13 @@ def merged_layers(model: nn.Module) -> list[str]:
 
 
 def merged_problems(model: nn.Module, way_out: str) -> list[str]:
-    """That adapters are merged, and what to do about it; nothing if none are."""
+    """That adapters are merged, and what to do about it, or that a context has to end first; nothing if neither is."""
     names = merged_layers(model)
-    return [f"adapters are merged into {listing(names)}: {way_out}"] if names else []
+    merged = [f"adapters are merged into {listing(names)}: {way_out}"] if names else []
+    return merged + context_problems(model)
+
+
+def context_problems(model: nn.Module) -> list[str]:
+    """That a model is in a context that has to find it again as it is; nothing if it is not."""
+    found = [context for module in model.modules() if (context := vars(module).get(SUSPENDED)) is not None]
+    return [f"the model is in `with ll.{found[0].name}(...)`: leave that first"] if found else []

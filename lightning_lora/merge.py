@@ -1,7 +1,7 @@
 """Adapters into the base weights and out again."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
-from lightning_lora.marks import MERGED, merged_layers
+from lightning_lora.marks import MERGED, context_problems, merged_layers
 from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
@@ -85,6 +85,8 @@ def merge(
     layers = dict(lora_layers(model))
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     wanted = None if names is None else list(names)
+    if isinstance(adapter_names, Mapping):
+        raise ConfigError("merge takes names: call ll.set_adapter with the weights, and merge what is active")
     raise_all(ConfigError, merge_problems(model, layers, wanted), "merge")
     target = _dtype(dtype)
     if target and (packed := [name for name, layer in layers.items() if layer.lora_packed]):
@@ -127,7 +129,8 @@ def unmerge(model: nn.Module) -> None:
         ConfigError: If nothing is merged.
     """
     merged = [layer for _, layer in lora_layers(model) if MERGED in vars(layer)]
-    raise_all(ConfigError, [] if merged else ["no adapter is merged"], "unmerge")
+    problems = context_problems(model) if merged else ["no adapter is merged"]
+    raise_all(ConfigError, problems, "unmerge")
     for layer in merged:
         originals = vars(layer).pop(MERGED)
         originals.swap(layer)
@@ -146,6 +149,9 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
         yield "the model has no adapters"
     elif wanted is not None and not wanted:
         yield f"adapter_names is empty. Known: {[*known]}"
+    if len(set(wanted or ())) < len(wanted or ()):
+        yield f"a name is there twice in {wanted}: call ll.set_adapter with weights, and merge what is active"
+    yield from context_problems(model)
     for name in wanted or ():
         if name not in known:
             yield f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {[*known]}"

@@ -46,7 +46,8 @@ def merge_files(
 ) -> Merged:
     """Merges an adapter into a folder of files, and writes a new folder.
 
-    The result is what `merge_and_unload` and ``save_pretrained`` would give: W plus the update, summed in float32 at
+    The result is what `merge_and_unload` and ``save_pretrained`` would give (DoRA in float32 up to the last bits: its
+    norms depend on how a weight lies in memory): W plus the update, summed in float32 at
     least and rounded once to the dtype that W has in its file. All other tensors are the same bytes, in the same
     files. Memory is taken for the adapter and for a piece of a weight; the files are mapped.
 
@@ -72,6 +73,7 @@ def merge_files(
     notes = files.compare(allow_base_mismatch)
     adapters = {name: _adapter(name, files) for name in files.layers}
     in_full = {key: tensor.read() for key, tensor in files.stored.in_full.items()}
+    raise_all(CheckpointError, files.misfits.tied_problems(in_full), stored.source)
     notes += _settle_tables(in_full, files, allow_base_mismatch)
     report, shards, scratch = dict[str, LayerMerge](), list[Shard](), Scratch()
     sizes = [shard.path.stat().st_size for shard in folder.shards]

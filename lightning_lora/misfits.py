@@ -124,11 +124,45 @@ class Misfits:
             ):
                 dtypes = [str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, own[key].dtype)]
                 yield f"{key} is {dtypes[0]} in the file, and {dtypes[1]} in the model"
+        if self.stored.layout == "peft":
+            yield from self._half_tied()
         saved = self.saved_modules()
         missing = [key for key in own if key not in self.stored.in_full and not saved.isdisjoint(ancestors(key))]
         if missing:
             names = listing(self.stored.modules_to_save, 3)
             yield f"modules_to_save names {names}, and the file has no {listing(missing, 3)}"
+
+    def tied(self) -> Iterator[dict[str, bool]]:
+        """For tensors with several names in the model, of which the file has one in full: those, and which it has."""
+        groups: dict[int, dict[str, bool]] = {}
+        for node in self.tree.values() if self.stored.in_full else ():
+            for key, tensor in tensors_of(node.module).items():
+                names = [f"{name}.{key}".lstrip(".") for name in node.names]
+                held = next((name for name in names if name in self.stored.in_full), None)
+                groups.setdefault(id(tensor), {})[held or names[0]] = held is not None
+        frozen = {f"{name}.weight" for name in self.found}  # the tables that PEFT writes beside adapters on embeddings
+        for group in groups.values():
+            if len(group) > 1 and any(group.values()) and frozen.isdisjoint(group):
+                yield group
+
+    def tied_problems(self, in_full: Mapping[str, Tensor]) -> Iterator[str]:
+        """Tensors in the file that differ, and are one in the model."""
+        for group in self.tied():
+            first, *others = [name for name, held in group.items() if held]
+            if odd := [name for name in others if not torch.equal(in_full[first], in_full[name])]:
+                yield (
+                    f"{listing(odd)} and {first} differ in the file, and are tied in the model: untie them there "
+                    "before it is loaded (tie_word_embeddings=False)"
+                )
+
+    def _half_tied(self) -> Iterator[str]:
+        for group in self.tied():
+            if not all(group.values()):
+                there, lacking = ([name for name, held in group.items() if held is wanted] for wanted in (True, False))
+                yield (
+                    f"{listing(there)} is tied to {listing(lacking)} in the model, and the file has one without the "
+                    "other: untie them in the model before it is loaded (tie_word_embeddings=False)"
+                )
 
     def saved_modules(self) -> set[str]:
         """The modules that ``modules_to_save`` names, as PEFT compares names."""

@@ -16,6 +16,7 @@ from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
 from lightning_lora.inits import Stage
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.load import read_stored
+from lightning_lora.owned import without_owned
 from lightning_lora.patches import Patches
 from lightning_lora.placement import place
 from lightning_lora.quantize import quantizable, quantize
@@ -114,12 +115,15 @@ class Phases:
         drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
         if last:
             raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), "LoRA")
+        notes, names = list[str](), {request.adapter_name for request in self._requests}
         for request, plan, problems in drafts:
             if not problems:
+                plan = without_owned(self._model, request.config, plan, request.adapter_name, names)
+                notes += plan.notes
                 carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
                 self.plans[request.adapter_name] = plan
         initialise(self._model, Stage.INJECTED)
-        return list(dict.fromkeys(note for _, plan, _ in drafts for note in plan.notes))
+        return list(dict.fromkeys(notes))
 
     def _convert_before(
         self, plugin: Any, device: torch.device, convert: Callable[[nn.Module], nn.Module], model: nn.Module

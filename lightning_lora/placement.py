@@ -54,6 +54,7 @@ def place(
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
+    raise_all(CheckpointError, misfits.tied_problems(in_full), stored.source)
     dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
     raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
     tables = _tables(in_full, misfits, allow_base_mismatch)

@@ -8,11 +8,11 @@ from torch import nn
 
 from lightning_lora.checks import is_alpha
 from lightning_lora.copies import kept_values, put_in_place, values_of
-from lightning_lora.errors import ConfigError, did_you_mean, raise_all
+from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.freeze import freeze_adapters, freeze_marked
 from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
-from lightning_lora.marks import COPIES, MERGED, TRAINED, merged_problems
+from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -42,7 +42,8 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
     weights, modules = _weights(adapters), base_modules(model)
     layers = [module for module in modules if isinstance(module, LoRALayer)]
     adapters_of = [layer.lora_adapters() for layer in layers]
-    problems = merged_problems(model, "call ll.unmerge first") if any(MERGED in vars(layer) for layer in layers) else []
+    odd = any(MERGED in vars(layer) or SUSPENDED in vars(layer) for layer in layers)
+    problems = merged_problems(model, "call ll.unmerge first") if odd else []
     problems += name_problems([*weights], set().union(*adapters_of))
     problems += [
         f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
@@ -74,7 +75,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         adapter_name: The adapter.
 
     Raises:
-        ConfigError: If there is no such adapter, or adapters are merged.
+        ConfigError: If there is no such adapter, or adapters are merged, disabled or mixed.
     """
     problems = merged_problems(model, "call ll.unmerge first")
     problems += name_problems([adapter_name], {name for _, layer in lora_layers(model) for name in layer.lora})
@@ -87,7 +88,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes what the frozen base computes, bit for bit.
 
     Merged adapters are left out too. Modules that were loaded with an adapter (``modules_to_save``) have their first
-    values meanwhile; those that are trained in place stay as they are: no copy of their first values is kept.
+    values meanwhile; those that are trained in place stay as they are: no copy of their first values is kept. Adapters
+    can't be added, switched, merged or deleted before the context ends.
 
     Example:
         >>> import torch
@@ -111,7 +113,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.lora_active, layer.lora_mixture = (), None
         put_in_place(base_modules(model), ())
-        yield
+        with _suspended(layers, "disable_adapters"):
+            yield
     finally:
         for layer, names, mixture in zip(layers, active, mixtures, strict=True):
             layer.lora_active, layer.lora_mixture = names, mixture
@@ -124,8 +127,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
     """Within this context each sample of a batch has an adapter of its own, or none.
 
-    Every layer gives for a sample what it would give if its adapter were the only active one. Samples are what the
-    first dimension of a layer's input counts.
+    Every layer gives for a sample what it would give if its adapter were the only active one, with a weight of 1.
+    Samples are what the first dimension of a layer's input counts. Adapters can't be added, switched, merged or deleted
+    before the context ends.
 
     Args:
         model: The model.
@@ -147,7 +151,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """
     names = dict.fromkeys(name for name in adapter_names if name is not None)
     layers = [layer for _, layer in lora_layers(model)]
-    problems = merged_problems(model, "call ll.unmerge first")
+    merged = merged_layers(model)
+    problems = [f"adapters are merged into {listing(merged)}: call ll.unmerge first"] if merged else []
     problems += name_problems([*names], {name for layer in layers for name in layer.lora})
     problems += [
         f"adapter {name!r} has its own {type(module).__name__} (modules_to_save), over which no batch can be mixed"
@@ -158,15 +163,36 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
     before = [layer.lora_mixture for layer in layers]
+    shares = [(adapter, adapter.share) for layer in layers for adapter in layer.lora_adapters().values()]
+    for adapter, _ in shares:
+        adapter.share = None
     for layer in layers:
         held = {name: adapter.A.device for name, adapter in layer.lora_adapters().items() if name in samples}
         rows = {name: torch.tensor(samples[name], device=device) for name, device in held.items()}
         layer.lora_mixture = Mixture(len(adapter_names), rows)
     try:
-        yield
+        with _suspended(layers, "mixed_batch"):
+            yield
     finally:
         for layer, mixture in zip(layers, before, strict=True):
             layer.lora_mixture = mixture
+        for adapter, share in shares:
+            adapter.share = share
+
+
+@contextmanager
+def _suspended(layers: Sequence[nn.Module], name: str) -> Iterator[None]:
+    """Within this context nothing but contexts may change which adapters there are and which are active."""
+    before = [vars(layer).get(SUSPENDED) for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer)[SUSPENDED] = Context(name)
+        yield
+    finally:
+        for layer, context in zip(layers, before, strict=True):
+            vars(layer)[SUSPENDED] = context
+            if context is None:
+                del vars(layer)[SUSPENDED]
 
 
 def name_problems(names: Sequence[str], known: set[str]) -> list[str]:

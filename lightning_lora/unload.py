@@ -1,16 +1,19 @@
 """Adapters into the base weights for good."""
 
+import warnings
+from typing import Any
+
 import torch
 from torch import nn
 
-from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
-from lightning_lora.marks import COPIES, MERGED
+from lightning_lora.marks import COPIES, MERGED, context_problems
 from lightning_lora.merge import merge, merge_problems, merged_rows, unmerge
 from lightning_lora.ops.norms import Scratch, accumulation_dtype
 from lightning_lora.quantize import dequantize_
-from lightning_lora.targets.kinds import is_pretrained
+from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
 
 
@@ -28,7 +31,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
 
     Returns:
         The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
-        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is.
+        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is; where its class
+        ties such weights all the same (T5) a warning says so.
 
     Raises:
         ConfigError: If the model has no adapters, or they are not finite, or some layers are merged and others not.
@@ -41,6 +45,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         >>> type(merge_and_unload(model)[0]).__name__
         'Linear'
     """
+    raise_all(ConfigError, context_problems(model), "merge_and_unload")
     layers = dict(lora_layers(model))
     kept = [vars(layer)[MERGED] for layer in layers.values() if MERGED in vars(layer)]
     names = list(dict.fromkeys(name for originals in kept for name in originals.merged))
@@ -54,14 +59,31 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         if names or any(layer.lora_packed or layer.weight.dtype == torch.float16 for layer in layers.values()):
             merge(model, names or None)
     owners, scratch = parameter_owners(nodes(model)), Scratch()
-    untied = [_settle(layer, owners, scratch) for layer in layers.values()]
+    untied = [name for name, layer in layers.items() if _settle(layer, owners, scratch)]
     for module in base_modules(model):
         vars(module).pop(COPIES, None)  # what is in place stays
     eject(model)
-    for module in model.modules() if any(untied) else ():
-        if is_pretrained(module) and getattr(module.config, "tie_word_embeddings", False):
-            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for prefix, module in model.named_modules() if untied else ():
+        if is_pretrained(module):
+            _untie(
+                module, [name.removeprefix(f"{prefix}.") for name in untied if is_inside(name, prefix) or not prefix]
+            )
     return model
+
+
+def _untie(module: Any, untied: list[str]) -> None:
+    """Turns ``tie_word_embeddings`` off, and warns where the model's class ties such weights all the same."""
+    if getattr(module.config, "tie_word_embeddings", False):
+        module.config.tie_word_embeddings = False
+    with torch.device("meta"):
+        again = type(module)(type(module.config).from_dict(module.config.to_dict()))  # as from a file
+    tied = [names for names in parameter_owners(nodes(again)).values() if len(names) > 1]
+    if always := [name for name in untied if any(f"{name}.weight" in names for names in tied)]:
+        warnings.warn(
+            f"{listing(always)}: merged into one end of a weight that {type(module).__name__} always ties. This model "
+            "computes with it; what save_pretrained writes of it can't be reloaded as it is",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

@@ -30,6 +30,11 @@ def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[No
     return found
 
 
+def possible_rank(rank: int, layer: LoRALayer) -> int:
+    """A rank, as far as a matrix of this layer's shape can have it."""
+    return min(rank, *layer.lora_matrix_shape(layer))
+
+
 def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
     """What an adapter makes of its layer's weight, whatever weight it has in the forward."""
     adapter = layer.lora_adapters()[adapter_name]

@@ -23,6 +23,7 @@ LEVELS = [
     {"copies"},
     {"values"},
     {"freeze"},
+    {"owned"},
     {"inject", "starts"},
     {"quantize"},
     {"merge_report", "merge_probe"},

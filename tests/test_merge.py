@@ -339,3 +339,22 @@ def test_unloading_into_float16_changes_nothing_if_it_does_not_fit():
         ll.merge_and_unload(model)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["default", "default"], "a name is there twice"), ({"default": 0.5}, "merge takes names: call ll.set_adapter")],
+)
+def test_merging_takes_each_once(names, message):
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.merge(adapted(torch.float32), names)
+
+
+def test_what_always_ties_can_not_be_reloaded():
+    model = FAMILIES["t5"].make()
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None, target_modules=["q", "shared"]))
+    randomise(model)
+    with pytest.warns(
+        UserWarning, match="shared: merged into one end of a weight that T5ForConditionalGeneration always"
+    ):
+        ll.merge_and_unload(model)

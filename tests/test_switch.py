@@ -316,3 +316,110 @@ def test_ejecting_gives_the_head_back(tmp_path):
     model, outputs, batch = with_heads(tmp_path)
     ll.eject(model)
     assert torch.equal(model(**batch).logits, outputs["base"])
+
+
+# ---- tied weights that adapters train in full ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "saved"), [("qwen2-tied", "embed_tokens"), ("gpt2", "wte"), ("t5", "shared")])
+def test_tied_weights_change_place_as_one(tmp_path, family, saved):
+    """Both ends of a weight are in a folder, and are one tensor in the model."""
+    base = FAMILIES[family].make().eval()
+    batch, outputs = FAMILIES[family].batch(base), {}
+    outputs["base"] = base(**batch).logits.detach()
+    for i, name in enumerate("ab"):
+        model = copy.deepcopy(base)
+        ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=[saved]), name)
+        randomise(model, seed=i)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_(std=i + 1.0)
+        outputs[name] = model(**batch).logits.detach()
+        ll.save_adapter(model, tmp_path / name, name)
+    model = copy.deepcopy(base)
+    for name in "ab":
+        ll.load_adapter(model, tmp_path / name)
+    for name in "abab":
+        ll.set_adapter(model, name)
+        torch.testing.assert_close(model(**batch).logits, outputs[name], rtol=1e-5, atol=1e-5)
+        with ll.disable_adapters(model):
+            torch.testing.assert_close(model(**batch).logits, outputs["base"], rtol=1e-5, atol=1e-5)
+    ll.save_adapter(model, tmp_path / "again", "a")  # while b is in place
+    fresh = copy.deepcopy(base)
+    ll.load_adapter(fresh, tmp_path / "again")
+    torch.testing.assert_close(fresh(**batch).logits, outputs["a"], rtol=1e-5, atol=1e-5)
+    ll.eject(model)
+    torch.testing.assert_close(model(**batch).logits, outputs["base"], rtol=1e-5, atol=1e-5)
+
+
+# ---- one head, two adapters --------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_another_adapter_trains(tmp_path):
+    model, _, _ = with_heads(tmp_path)
+    with pytest.raises(ll.ConfigError, match="classifier is trained in full with adapter 'first': leave it out of"):
+        ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=["classifier"]), "third")
+    plan = ll.inject(model, ll.LoRAConfig(r=2), "third")
+    assert plan.modules_to_save == ()
+    assert plan.skipped["classifier"] == "trained in full with adapter 'first'"
+    assert not any("lora" not in key for key in ll.adapter_state_dict(model, "third"))
+
+
+# ---- within contexts -----------------------------------------------------------------------------------------------------------
+
+
+ACTS = {
+    "set_adapter": lambda m: ll.set_adapter(m, "coding"),
+    "delete_adapter": lambda m: ll.delete_adapter(m, "korean"),
+    "merge": lambda m: ll.merge(m),
+    "merge_and_unload": lambda m: ll.merge_and_unload(m),
+    "eject": lambda m: ll.eject(m),
+    "LoRA": lambda m: ll.inject(m, ll.LoRAConfig(modules_to_save=None), "new"),
+    "combine_adapters": lambda m: ll.combine_adapters(m, {"korean": 1.0}, "new"),
+    "to_lora": lambda m: ll.to_lora(m, 2, "coding"),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("context", ["disable_adapters", "mixed_batch"])
+def test_nothing_is_changed_under_a_context(act, context):
+    model = several()
+    before, flags = model(X).detach(), {n: p.requires_grad for n, p in model.named_parameters()}
+    arguments = (["korean"] * 5,) if context == "mixed_batch" else ()
+    with (
+        pytest.raises(ll.ConfigError, match=rf"{act}: the model is in `with ll.{context}\(...\)`: leave that first"),
+        getattr(ll, context)(model, *arguments),
+    ):
+        ACTS[act](model)
+    assert torch.equal(model(X), before)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    ll.set_adapter(model, "coding")
+
+
+def test_unmerging_while_disabled_would_lose_the_base():
+    model = several()
+    before = model(X).detach()
+    ll.merge(model)
+    with pytest.raises(ll.ConfigError, match="unmerge: the model is in"), ll.disable_adapters(model):
+        ll.unmerge(model)
+    ll.unmerge(model)
+    assert torch.equal(model(X), before)
+
+
+def test_a_copy_that_is_made_in_a_context_is_in_none():
+    model = several()
+    with ll.disable_adapters(model):
+        twin = copy.deepcopy(model)
+    ll.set_adapter(twin, "korean")
+    ll.set_adapter(model, "korean")
+    assert torch.equal(twin(X), model(X))
+
+
+def test_weights_have_no_part_in_mixed_batches():
+    model = several()
+    ll.set_adapter(model, "korean")
+    expected = model(X)
+    ll.set_adapter(model, {"korean": 0.1, "coding": 2.0})
+    weighted = model(X)
+    with ll.mixed_batch(model, ["korean"] * len(X)):
+        torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(model(X), weighted)

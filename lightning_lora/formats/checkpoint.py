@@ -30,6 +30,7 @@ from lightning_lora.formats.peft_export import Export
 from lightning_lora.inject import carry_out
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
+from lightning_lora.owned import without_owned
 from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state
 from lightning_lora.targets import draft
 
@@ -143,7 +144,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
         dtypes = [t.dtype for key, t in checkpoint["state_dict"].items() if key.endswith(f".lora.{name}.A")]
-        carry_out(model, config, drafted, name, *dtypes[:1])
+        carry_out(model, config, without_owned(model, config, drafted, name), name, *dtypes[:1])
     for note in load_adapters(model, checkpoint, fingerprint(model)):
         warnings.warn(note, stacklevel=2)
     return model

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.errors import BaseMismatchError, listing
-from lightning_lora.layers import base_modules
+from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import SAMPLES, sample
@@ -43,8 +42,8 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
     """
     described, samples, modes = [], [], [quantization] if quantization else list[str]()
     seen = trained_in_full(base_modules(model))
-    for name, module in model.named_modules():
-        for key, parameter in () if isinstance(module, Adapter) else base_parameters(module):
+    for name, module in named_base_modules(model):
+        for key, parameter in base_parameters(module):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 shape, dtype, values = list(parameter.shape), parameter.dtype, None

@@ -47,7 +47,7 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
             folder.rename(old)
             try:
                 staged.rename(folder)
-            except OSError:
+            except BaseException:  # an interrupt too
                 old.rename(folder)
                 raise
         else:
@@ -55,7 +55,8 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

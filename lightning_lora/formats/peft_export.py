@@ -27,6 +27,11 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+HEADS = {  # what PEFT adds to modules_to_save by itself
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class Held(NamedTuple):
@@ -47,15 +52,16 @@ class Export:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
-        self.prefix, self.root = peft_root(model, adapter_name)
-        self.tree = nodes(self.root)
+        whole = nodes(model)
+        self.prefix, self.root = _root_in(whole, adapter_name)
+        self.tree = nodes(self.root) if self.prefix else whole
         self.layers = {
             name: Held(node, node.module, node.module.lora_adapters()[adapter_name])
             for name, node in self.tree.items()
             if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora
         }
         self.config: LoRAConfig = next(iter(self.layers.values())).adapter.config
-        outside = nodes(model) if self.prefix else {}
+        outside = whole if self.prefix else {}
         self._lost = [
             f"{name}.{key}".lstrip(".")
             for name, node in outside.items()
@@ -106,7 +112,7 @@ class Export:
             "r": r,
             "rank_pattern": ranks,
             "target_modules": shortest_targets(self.layers, others),
-            "task_type": task_of(self.root),
+            "task_type": self._task(),
             "use_dora": self.config.use_dora,
             "use_rslora": self.config.use_rslora,
         }
@@ -139,6 +145,7 @@ class Export:
             "fields": self.fields(),
             "shapes": shapes,
             "embeddings": embeddings,
+            "tied": self._tied(),
             "problems": [*self.problems()],
             "notes": self.notes(),
         }
@@ -169,6 +176,21 @@ class Export:
                 parameter = node.module._parameters.get(key)
                 for full in self._owners.get(id(parameter)) or [f"{name}.{key}".lstrip(".")]:
                     yield full, value
+
+    def _task(self) -> str | None:
+        """PEFT's name for the task; None where it would take a head for trained that is not."""
+        task = task_of(self.root)
+        ends = HEADS.get(task or "", ())
+        heads = [name for name in self.tree if name.endswith(ends)] if ends else []
+        frozen = [n for n in heads if not any(n == whole or is_inside(n, whole) for whole in self.modules_to_save)]
+        return None if frozen else task
+
+    def _tied(self) -> dict[str, list[str]]:
+        """What is trained in full and has several names, by each: a checkpoint has it once."""
+        names: dict[int, list[str]] = {}
+        for key, value in self.in_full.items():
+            names.setdefault(id(value), []).append(key)
+        return {key: keys for keys in names.values() if len(keys) > 1 for key in keys}
 
     def _whole_modules(self) -> list[str]:
         """The outermost modules of which everything is trained in full."""
@@ -201,7 +223,11 @@ def peft_root(model: nn.Module, adapter_name: str | None = None) -> tuple[str, n
 
     The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
     """
-    tree = nodes(model)
+    return _root_in(nodes(model), adapter_name)
+
+
+def _root_in(tree: dict[str, Node], adapter_name: str | None) -> tuple[str, nn.Module]:
+    model = tree[""].module
     inner = [node for node in tree.values() if is_pretrained(node.module)]
     inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]
     if len(inner) != 1 or not inner[0].name:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
 from lightning_lora.formats.files import read
@@ -18,7 +18,6 @@ from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_write import hashed, write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.stored_name import stored_name_problems
-from lightning_lora.names import ancestors
 
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 _TABLE_ENDS = {**_ENDS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -50,7 +49,6 @@ def export_checkpoint(
     name, meta = str(stored.adapter_name), whole[META]
     record = _record(path, meta, name)
     raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
-    raise_all(UnsupportedError, _tied_problems(path, stored, record), "export")
     tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
     base = hashed(within(meta["base"], prefix)) if prefix else meta["base"]
     starts = [_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors]
@@ -68,20 +66,9 @@ def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
         )
     try:
         record: dict[str, Any] = unpack(packed)
-        return {key: record[key] for key in ("prefix", "fields", "shapes", "embeddings", "problems", "notes")}
+        return {key: record[key] for key in ("prefix", "fields", "shapes", "embeddings", "tied", "problems", "notes")}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{path}: what it says of adapter {name!r} can't be read ({error})") from error
-
-
-def _tied_problems(path: Path, stored: StoredAdapter, record: dict[str, Any]) -> Iterator[str]:
-    """A weight that several modules share is in a checkpoint once, and in a PEFT folder under all its names."""
-    owners = {outer for key in stored.in_full for outer in ancestors(key)[1:]}
-    shared = [end for end in record["fields"]["modules_to_save"] or () if not any(o.endswith(end) for o in owners)]
-    if shared:
-        yield (
-            f"{listing(shared, 3)}: tied to another module that is trained in full, and {path} has such a weight only "
-            "once: load it into its model (ll.load_from_checkpoint), and save it by ll.save_adapter"
-        )
 
 
 def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -96,8 +83,10 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
             if torch.Size(shape).numel() != value.numel():
                 raise CheckpointError(f"{stored.source}: {key} has {value.numel()} values, and should be {shape}")
             yield key, value.reshape(shape)
-    for key, tensor in stored.in_full.items():
-        owner, _, own = _inside(key, prefix).rpartition(".")
+    in_full = {_inside(key, prefix): tensor for key, tensor in stored.in_full.items()}
+    everything = [(name, tensor) for key, tensor in in_full.items() for name in record["tied"].get(key, [key])]
+    for key, tensor in everything:
+        owner, _, own = key.rpartition(".")
         middle = "base_layer." if owner in inner else ""
         yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", tensor.read()
 

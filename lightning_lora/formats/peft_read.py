@@ -12,7 +12,7 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, 
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
-from lightning_lora.formats.peft import FORMAT, WEIGHTS, decode
+from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base
 from lightning_lora.formats.tensors import TensorFile
 

@@ -1,18 +1,22 @@
-"""A PEFT folder of an adapter that is in no model."""
+"""PEFT folders, written: ``adapter_config.json``, ``adapter_model.safetensors`` and a card."""
 
+import base64
 import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lora.formats.card import CARD, write_card
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.folder import whole_folder
-from lightning_lora.formats.peft import FORMAT, WEIGHTS, encode
 from lightning_lora.formats.peft_config import CONFIG, write_config
 from lightning_lora.formats.tensors import write_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+FORMAT = 1
 
 
 def write_peft_folder(
@@ -23,7 +27,7 @@ def write_peft_folder(
     layers: int,
     notes: list[str],
 ) -> None:
-    """Writes a folder as `save_adapter` does, as a whole or not at all.
+    """Writes a folder, as a whole or not at all.
 
     Args:
         folder: The folder; other files in it stay.
@@ -46,3 +50,24 @@ def hashed(fingerprint: dict[str, Any]) -> dict[str, Any]:
     structure = repr(sorted((name, shape) for name, shape, _ in unpack(fingerprint["parameters"])))
     digest = hashlib.sha256(structure.encode() + fingerprint["samples"].contiguous().numpy().tobytes())
     return {**fingerprint, "sha256": digest.hexdigest()}
+
+
+def encode(base: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint as plain text."""
+    return {
+        key: base64.b64encode(value.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+        if isinstance(value, Tensor)
+        else value
+        for key, value in base.items()
+    }
+
+
+def decode(base: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint again.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    parameters, samples = (bytearray(base64.b64decode(base[key], validate=True)) for key in ("parameters", "samples"))
+    rows = torch.frombuffer(samples, dtype=torch.float32).view(-1, 4) if samples else torch.empty(0, 4)
+    return {**base, "parameters": torch.frombuffer(parameters, dtype=torch.uint8), "samples": rows}

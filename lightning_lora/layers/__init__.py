@@ -2,7 +2,7 @@
 
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
-from lightning_lora.layers.find import base_modules, lora_layers
+from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.swap import (
     LockedStatistics,
@@ -28,6 +28,7 @@ __all__ = [
     "lock_statistics",
     "lora_class",
     "lora_layers",
+    "named_base_modules",
     "original_type",
     "reaches_base_forward",
     "rebase",

@@ -22,8 +22,8 @@ def base_modules(model: nn.Module) -> list[nn.Module]:
     return [*found.values()]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """The layers with adapters, each once, under its first name."""
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The same with names, each under its first one."""
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module | None]] = [("", model)]
     while waiting:
@@ -31,8 +31,18 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        if adapted := isinstance(module, LoRALayer):
-            yield name, module
+        yield name, module
         if children := module._modules:
-            prefix, below = f"{name}." if name else "", reversed(children.items())
+            adapted, prefix, below = (
+                isinstance(module, LoRALayer),
+                f"{name}." if name else "",
+                reversed(children.items()),
+            )
             waiting += [(prefix + key, child) for key, child in below if not (adapted and key == "lora")]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """The layers with adapters, each once, under its first name."""
+    for name, module in named_base_modules(model):
+        if isinstance(module, LoRALayer):
+            yield name, module

@@ -24,6 +24,8 @@ KINDS = {
     "bias-all": ("qwen2-tied", {"bias": "all"}),
     "bias-lora_only": ("opt", {"bias": "lora_only"}),
     "tied-embedding": ("qwen2-tied", {"target_modules": ["v_proj", "embed_tokens"]}),
+    "tied-in-full": ("qwen2-tied", {"modules_to_save": ["lm_head"]}),
+    "tied-encoder-decoder": ("t5", {"modules_to_save": ["lm_head"]}),
     "gpt2-conv1d": ("gpt2", {}),
     "head": ("bert", {}),
     "convolutions": ("convnet", {}),
@@ -63,10 +65,7 @@ def test_one_of_several_adapters(tmp_path, capsys):
 
 
 def test_what_a_checkpoint_does_not_say(tmp_path, capsys):
-    fitted(tmp_path, "qwen2-tied", modules_to_save=["lm_head"])
-    said = fails(1, capsys, "export", tmp_path / "run.ckpt", tmp_path / "out")
-    assert "embed_tokens: tied to another module that is trained in full" in said
-    assert "ll.load_from_checkpoint" in said
+    fitted(tmp_path, "llama")
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     del checkpoint["lightning_lora"]["peft"]
     torch.save(checkpoint, tmp_path / "old.ckpt")

@@ -339,6 +339,8 @@ def test_the_frozen_table_that_peft_brings(tmp_path, capsys):
 
 def test_what_peft_started_with_a_part_of_the_weight(tmp_path, capsys):
     made(tmp_path, "llama")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as from PEFT, with nothing that says more
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config["init_lora_weights"] = "pissa"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))

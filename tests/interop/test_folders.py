@@ -300,7 +300,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     for broken in ("write_tensors", "write_config", "write_card"):
         with monkeypatch.context() as patch:
             patch.setattr(
-                f"lightning_lora.formats.peft.{broken}", lambda *args: (_ for _ in ()).throw(OSError("disk full"))
+                f"lightning_lora.formats.peft_write.{broken}", lambda *args: (_ for _ in ()).throw(OSError("disk full"))
             )
             with pytest.raises(OSError, match="disk full"):
                 ll.save_adapter(model, tmp_path / "a")
@@ -321,3 +321,56 @@ def test_what_diverged_is_not_saved(tmp_path):
     with pytest.raises(ll.ConfigError, match="there is no adapter 'defualt'. Did you mean 'default'"):
         ll.save_adapter(model, tmp_path / "a", "defualt")
     assert not (tmp_path / "a").exists()
+
+
+# ---- what others found ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, saved):
+    base = FAMILIES["qwen2-tied"].make().eval()
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
+            parameter.add_(0.1 * (i + 1))
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    with pytest.raises(ll.CheckpointError, match=r"tied .*: untie them .*tie_word_embeddings=False"):
+        ll.load_adapter(model, tmp_path)
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", [None, ["pooler"]])
+def test_a_frozen_head_is_not_taken_for_a_trained_one(tmp_path, saved):
+    """PEFT adds heads to modules_to_save by itself, by the task."""
+    base = FAMILIES["bert"].make().eval()
+    model = trained(base, target_modules="attention", modules_to_save=saved)
+    folder = tmp_path / "adapter"
+    ll.save_adapter(model, folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] is None
+    assert ll.lint(folder, "peft") == []
+    batch = {"input_ids": torch.randint(3, 61, (2, 7))}
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    torch.testing.assert_close(theirs(**batch).logits, model.eval()(**batch).logits, rtol=1e-6, atol=1e-6)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    assert "set task_type to null" in str(*ll.lint(folder, "peft"))
+
+
+def test_an_interrupt_loses_nothing(tmp_path, monkeypatch):
+    model = trained(FAMILIES["llama"].make())
+    ll.save_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    rename, calls = Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ll.save_adapter(model, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
