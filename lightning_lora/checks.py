@@ -1,7 +1,7 @@
 """What values arguments may have: each check yields what is wrong."""
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +10,9 @@ from lightning_lora.errors import did_you_mean
 MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 KEYWORDS = ("all-linear", "attention", "mlp")
+
+
+_LARGEST = sys.float_info.max
 
 
 def is_int(value: object) -> bool:
@@ -29,7 +32,7 @@ def is_rank(value: Any) -> bool:
 
 def is_alpha(value: Any) -> bool:
     """Whether it can be a lora_alpha."""
-    return is_number(value) and math.isfinite(value) and value != 0
+    return is_number(value) and abs(value) <= _LARGEST and value != 0  # nan compares as false
 
 
 def mapping_problems(name: str, mapping: Any, wanted: str, is_right: Callable[[Any], bool]) -> Iterable[str]:

@@ -105,7 +105,7 @@ class Phases:
             for request in () if self._restored() else requests:
                 assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
-                for note in place(self._model, stored, request.adapter_name):
+                for note in place(self._model, stored, request.adapter_name, dtype=request.dtype):
                     rank_zero_warn(note)
         except Exception:
             self.undo()

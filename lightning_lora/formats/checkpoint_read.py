@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, LightningLoRAError, did_you_mean, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
 from lightning_lora.formats.peft_names import PeftNames
@@ -25,12 +25,7 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         CheckpointError: If the file is no checkpoint with adapters, or has several and none of them is named.
     """
     _check_records(path)
-    try:
-        checkpoint = read(path)
-    except (LightningLoRAError, OSError):
-        raise
-    except Exception as error:  # whatever torch makes of a pickle that is none
-        raise CheckpointError(f"{path} can't be read ({type(error).__name__}: {str(error)[:200]})") from error
+    checkpoint = read(path)
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
     try:

@@ -74,6 +74,8 @@ class Export:
 
     def problems(self) -> Iterator[str]:
         """What of it PEFT would compute in another way, or can't have."""
+        if shared := [name for name, held in self.layers.items() if held.node.aliases]:
+            yield f"{listing(shared, 3)}: has several names in the model, and PEFT would adapt it under one of them"
         for name, held in self.layers.items():
             kind = held.layer.lora_peft_problem(held.layer)
             cls = original_type(held.layer)
