@@ -1,6 +1,6 @@
 """Putting an adapter from a file into a model: all of it, or nothing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
-from lightning_lora.targets.walk import nodes
+from lightning_lora.targets.walk import Node, nodes
 
 
 def place(
@@ -50,7 +50,7 @@ def place(
     prefix, root, stored = _root_of(model, stored)
     misfits = Misfits(root, stored, adapter_name)
     raise_all(CheckpointError, misfits.problems(), stored.source)
-    notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored)
+    notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
@@ -100,9 +100,9 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
     return prefix, root, stored
 
 
-def _compare_bases(root: nn.Module, stored: StoredAdapter) -> list[str]:
+def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, Node]) -> list[str]:
     trained = {*stored.in_full, *stored.beside, *(f"{name}.bias" for name in stored.layers)}
-    for node in nodes(root).values():
+    for node in tree.values():
         trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
     try:
         assert stored.base is not None
@@ -154,7 +154,8 @@ def _overflows(
     named = [(f"{n}: {part}", t, dtypes[n]) for n, tensors in values.items() for part, t in tensors.items()]
     named += [(key, tensor, misfits.own_tensors[key].dtype) for key, tensor in in_full.items()]
     for name, tensor, dtype in named:
-        if dtype.is_floating_point and not is_finite(tensor, torch.finfo(dtype).max):
+        narrower = dtype.is_floating_point and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
+        if narrower and not is_finite(tensor, torch.finfo(dtype).max):
             yield f"{name} is too large for {str(dtype).removeprefix('torch.')}"
 
 
@@ -214,7 +215,7 @@ def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misf
 
 def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
     """The configuration that says of this model what the file says."""
-    stored = misfits.stored
+    stored, names = misfits.stored, nodes(model) if prefix else misfits.tree
     layers = {f"{prefix}.{node.name}".strip("."): layer for node, layer in misfits.found.values()}
     r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
     alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
@@ -225,7 +226,7 @@ def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
         lora_alpha=float(alpha),
         rank_pattern=ranks or None,
         alpha_pattern=alphas or None,
-        target_modules=shortest_targets(layers, [name for name in nodes(model) if name]),
+        target_modules=shortest_targets(layers, [name for name in names if name]),
         modules_to_save=saved or None,
         **stored.options,
     )

@@ -134,6 +134,8 @@ class Adapter(nn.Module):
 
     def keep_start(self, kept: bool) -> None:
         """Makes room for first factors, or gives up those that there are."""
+        if not kept and self.start_A is None:
+            return
         if not kept:
             self.start_A = self.start_B = None
         elif self.start_A is None:
