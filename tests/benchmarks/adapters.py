@@ -8,7 +8,6 @@ ours does all of that. Times are no tests: run it on a quiet machine.
 """
 
 import argparse
-import gc
 import os
 import shutil
 import statistics
@@ -148,9 +147,9 @@ def main() -> None:
     print("| | ours over PEFT's |\n| --- | --- |")
     for name, (act, other, undo) in rows.items():
         print(f"| {name} | {ratio(act, other, options.repeats, undo):.2f} |", flush=True)
-    del ours, theirs
-    gc.collect()
-    print(f"| merging for good | {unloading(options.layers, options.hidden, config, options.repeats):.2f} |", flush=True)
+    print(
+        f"| merging for good | {unloading(options.layers, options.hidden, config, options.repeats):.2f} |", flush=True
+    )
     files = size(folder / "ours"), size(folder / "theirs" / "korean")
     print(f"| size of the folder | {files[0] / files[1]:.3f} |")
     shutil.rmtree(folder)
