@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpack
@@ -12,7 +12,6 @@ from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.misfits import Misfits
-from lightning_lora.names import ancestors
 from lightning_lora.ops.samples import sample
 from lightning_lora.skeleton import names_in_files, skeleton
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -47,7 +46,8 @@ class BaseFiles:
         self.folder, source = folder, str(folder.path)
         self.model = skeleton(folder.config, source)
         self.keys = names_in_files(self.model, folder)
-        self.stored = _relative_to(self.model, stored)
+        names = {name for node in nodes(self.model).values() for name in node.names}
+        self.stored = stored if stored.layout == "peft" else stored.relative_to(names)
         self.misfits = Misfits(self.model, self.stored, adapter_name)
         raise_all(CheckpointError, self.misfits.problems(), stored.source)
         self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
@@ -69,9 +69,8 @@ class BaseFiles:
         stored = self.stored
         if stored.base is None or allow_base_mismatch:
             return []
-        trained = {*stored.in_full, *stored.beside, *(f"{name}.bias" for name in stored.layers)}
         try:
-            return compare(stored.base, self._fingerprint(), trained)
+            return compare(stored.base, self._fingerprint(), stored.trained)
         except BaseMismatchError as error:
             raise BaseMismatchError(
                 f"{stored.source}: {error}, or allow that they differ (--allow-base-mismatch)"
@@ -166,12 +165,3 @@ class BaseFiles:
             samples.append(sample(self.read(key) if known and key is not None else torch.empty(0)))
         stacked = torch.stack(samples) if samples else made["samples"]
         return {**made, "sha256": "", "parameters": pack(described), "samples": stacked}
-
-
-def _relative_to(model: nn.Module, stored: StoredAdapter) -> StoredAdapter:
-    """The adapter with names that are the model's; those in a checkpoint are a LightningModule's around it."""
-    names, first = {name for node in nodes(model).values() for name in node.names}, next(iter(stored.layers))
-    if first in names or stored.layout == "peft":
-        return stored
-    outer = next((outer for outer in ancestors(first)[:0:-1] if first.removeprefix(f"{outer}.") in names), None)
-    return stored if outer is None else stored.within(outer)

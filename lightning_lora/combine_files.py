@@ -12,12 +12,11 @@ from typing import Any
 from lightning_lora.compose import combine_adapters
 from lightning_lora.compose_report import CombineReport
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, raise_all
-from lightning_lora.formats.fingerprint import compare, pack, unpack
-from lightning_lora.formats.peft_config import read_config
+from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
-from lightning_lora.formats.peft_read import is_peft_folder, read_folder
-from lightning_lora.formats.peft_write import hashed, write_peft_folder
+from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.placement import place
 from lightning_lora.stand_in import stand_in
@@ -26,7 +25,6 @@ from lightning_lora.stand_in import stand_in
 @dataclass(frozen=True)
 class _Source:
     path: Path
-    fields: dict[str, Any]
     stored: StoredAdapter
 
 
@@ -94,10 +92,8 @@ def _read(path: Path, stack: ExitStack) -> _Source:
         export_checkpoint(path, folder)
     elif path.is_file():
         folder = path.parent
-    if not is_peft_folder(folder):
-        what = "does not exist" if not folder.exists() else "holds no adapter_config.json"
-        raise FileNotFoundError(f"{path} {what}: give PEFT folders or checkpoints")
-    return _Source(path, read_config(folder), read_folder(folder))
+    require_peft_folder(folder, "give PEFT folders or checkpoints", path)
+    return _Source(path, read_folder(folder))
 
 
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
@@ -125,8 +121,7 @@ def _needs_base(sources: Iterable[_Source]) -> Iterator[str]:
 
 def _differences(sources: Sequence[_Source]) -> Iterator[str]:
     known = [source for source in sources if source.stored.base is not None]
-    trained = {key for source in known for key in source.stored.in_full}
-    trained |= {f"{name}.bias" for source in known for name in source.stored.layers}
+    trained = {name for source in known for name in source.stored.trained}
     for other in known[1:]:
         first, second = known[0].stored.base, other.stored.base
         try:
@@ -146,7 +141,7 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 
 def _without_tables(stored: StoredAdapter) -> StoredAdapter:
     """Without the frozen tables of the base that PEFT writes beside adapters on embeddings."""
-    tables = {f"{name}.weight" for name in stored.layers}
+    tables = stored.tables
     return replace(stored, in_full={k: v for k, v in stored.in_full.items() if k not in tables}, is_target=None)
 
 
@@ -155,8 +150,8 @@ def _fields(exported: Export, sources: Sequence[_Source]) -> dict[str, Any]:
     raise_all(CheckpointError, exported.unfit(), "combine")
     fields = exported.fields()
     for name in ("task_type", "base_model_name_or_path"):
-        fields[name] = next((source.fields[name] for source in sources if source.fields.get(name)), None)
-    fields["fan_in_fan_out"] = all(source.fields.get("fan_in_fan_out", False) for source in sources)
+        fields[name] = next((source.stored.fields[name] for source in sources if source.stored.fields.get(name)), None)
+    fields["fan_in_fan_out"] = all(source.stored.fields.get("fan_in_fan_out", False) for source in sources)
     if not any(source.stored.base for source in sources):  # then nobody knows what else short names would match
         fields["target_modules"] = sorted(exported.layers)
         saved = {name for source in sources for name in source.stored.modules_to_save}
@@ -169,6 +164,5 @@ def _base(sources: Iterable[_Source], in_full: Iterable[str]) -> dict[str, Any] 
     known = next((source.stored.base for source in sources if source.stored.base is not None), None)
     if known is None:
         return None
-    trained, described = set(in_full), unpack(known["parameters"])
-    kept = [i for i, (name, _, _) in enumerate(described) if name not in trained]
-    return hashed({**known, "parameters": pack([described[i] for i in kept]), "samples": known["samples"][kept]})
+    trained = set(in_full)
+    return part(known, lambda name: None if name in trained else name)

@@ -11,15 +11,12 @@ from torch import Tensor
 from lightning_lora.combinations import product_norm
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, raise_all
-from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
-from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
-from lightning_lora.formats.files import read
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
-from lightning_lora.formats.peft_config import read_config
-from lightning_lora.formats.peft_read import is_peft_folder, read_folder
+from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
-from lightning_lora.formats.tensors import TensorFile
 
 
 @torch.no_grad()
@@ -35,19 +32,15 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     source = source.parent if source.suffix == ".safetensors" else source
     if source.is_file():
         return _checkpoint(source)
-    if not is_peft_folder(source):
-        what = "holds no adapter_config.json" if source.exists() else "does not exist"
-        raise FileNotFoundError(f"{source} {what}: give a PEFT folder or a checkpoint")
+    require_peft_folder(source, "give a PEFT folder or a checkpoint")
     return _folder(source)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = read(path)
-    if not is_adapter_checkpoint(checkpoint):
-        raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
-    meta = check_format(checkpoint)
-    stored = {name: read_checkpoint_adapter(path, name) for name in meta["adapters"]}
-    raise_all(CheckpointError, [problem for each in stored.values() for problem in _damage(each)])
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint[META]
+    stored = [checkpoint_adapter(path, checkpoint, name) for name in meta["adapters"]]
+    raise_all(CheckpointError, [problem for each in stored for problem in _damage(each)])
     return {
         "path": str(path),
         "format": "checkpoint",
@@ -57,14 +50,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "versions": meta.get("versions", {}),
         "checksums": "none",
         "base": _base(meta["base"], None),
-        "adapters": [_adapter(each, meta["adapters"][name]) for name, each in stored.items()],
+        "adapters": [_adapter(each) for each in stored],
     }
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    fields, stored = read_config(folder), read_folder(folder)
+    stored = read_folder(folder)
     raise_all(CheckpointError, _damage(stored))
-    entry = TensorFile(folder / WEIGHTS).entry
+    fields, entry = stored.fields, stored.entry
     return {
         "path": str(folder),
         "format": "peft",
@@ -74,7 +67,7 @@ def _folder(folder: Path) -> dict[str, Any]:
         "versions": {"peft": fields["peft_version"]} if fields.get("peft_version") else {},
         "checksums": "verified" if "sha256" in entry else "none",
         "base": _base(stored.base, fields.get("base_model_name_or_path")),
-        "adapters": [_adapter(stored, fields)],
+        "adapters": [_adapter(stored)],
     }
 
 
@@ -108,7 +101,7 @@ def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any
     }
 
 
-def _adapter(stored: StoredAdapter, config: dict[str, Any]) -> dict[str, Any]:
+def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     layers = [_layer(name, layer, scale(layer.r, layer.lora_alpha)) for name, layer in stored.layers.items()]
     in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
@@ -117,7 +110,7 @@ def _adapter(stored: StoredAdapter, config: dict[str, Any]) -> dict[str, Any]:
         "kind": "dora" if stored.options["use_dora"] else "lora",
         "ranks": sorted({layer["r"] for layer in layers}),
         "modules_to_save": stored.modules_to_save,
-        "config": config,
+        "config": stored.fields,
         **_size(_tensors(stored)),
         "layers": layers,
         "in_full": in_full,

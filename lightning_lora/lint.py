@@ -6,7 +6,6 @@ Read from their sources: vLLM's ``vllm/lora`` (``peft_helper.py``, ``lora_model.
 """
 
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.checks import choice_problems, is_alpha, is_rank
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.peft_config import CONFIG
+from lightning_lora.formats.peft_config import CONFIG, parse_config
 from lightning_lora.formats.peft_export import HEADS, PREFIX
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_write import WEIGHTS
@@ -101,14 +100,7 @@ def lint(folder: str | os.PathLike[str], target: str = "vllm", *, max_lora_rank:
 
 
 def _read(folder: Path, max_lora_rank: int) -> _Folder:
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder / CONFIG} does not exist: {folder} is no PEFT folder")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG} holds a {type(config).__name__}, not the fields of a LoraConfig")
+    config = parse_config(folder)
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(f"{folder} is of peft_type {config.get('peft_type')!r}: only LORA can be checked")
     raise_all(CheckpointError, _field_problems(config), str(folder / CONFIG))

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.arguments import name_problems
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
-from lightning_lora.formats.peft_read import is_peft_folder, read_folder
+from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.marks import merged_problems
 from lightning_lora.placement import place
@@ -61,9 +61,7 @@ def read_stored(source: str | os.PathLike[str], adapter_name: str | None = None)
         return read_checkpoint_adapter(path, adapter_name)
     if is_hub_id and not path.exists():
         path = _from_hub(str(source))
-    if not is_peft_folder(path):
-        what = "does not exist" if not path.exists() else "holds no adapter_config.json"
-        raise FileNotFoundError(f"{os.fspath(source)} {what}: give a PEFT folder, a checkpoint, or a hub id")
+    require_peft_folder(path, "give a PEFT folder, a checkpoint, or a hub id", os.fspath(source))
     return read_folder(path)
 
 

@@ -217,8 +217,14 @@ def merged_rows(
         Rows, ΔW there, and W + ΔW there. Both tensors are written over by the next piece.
     """
     for rows in row_chunks(W):
-        w = W[rows]
-        update = adapters[0].delta(w, rows, scratch.like(w, dtype, "update"))
-        for adapter in adapters[1:]:
-            update += adapter.delta(w, rows, scratch.like(w, dtype, "another"))
-        yield rows, update, scratch.like(w, dtype, "exact").copy_(w).add_(update)
+        yield rows, *merged_piece(adapters, W[rows], rows, dtype, scratch)
+
+
+def merged_piece(
+    adapters: Sequence[Adapter], W: Tensor, rows: slice, dtype: torch.dtype, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """The same of some rows of the matrix: ΔW, and W + ΔW."""
+    update = adapters[0].delta(W, rows, scratch.like(W, dtype, "update"))
+    for adapter in adapters[1:]:
+        update += adapter.delta(W, rows, scratch.like(W, dtype, "another"))
+    return update, scratch.like(W, dtype, "exact").copy_(W).add_(update)

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, variant_class
 from lightning_lora.base_files import BaseFiles, Change
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import tensors_of
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.formats.folder import sync, whole_folder
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import Shard
-from lightning_lora.formats.stored_name import stored_name_problems
 from lightning_lora.formats.tensors import require_finite
 from lightning_lora.layers import kind_of, original_type
 from lightning_lora.load import read_stored
+from lightning_lora.merge import merged_piece
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 
@@ -68,7 +67,7 @@ def merge_files(
     """
     raise_all(ConfigError, _place_problems(Path(base), Path(out)), "merge")
     folder, stored = ModelFolder(base), read_stored(adapter, adapter_name)
-    raise_all(ConfigError, stored_name_problems(stored, adapter_name), "merge")
+    raise_all(ConfigError, stored.name_problems(adapter_name), "merge")
     files = BaseFiles(folder, stored, stored.adapter_name or "default")
     notes = files.compare(allow_base_mismatch)
     adapters = {name: _adapter(name, files) for name in files.layers}
@@ -110,14 +109,12 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
     """A layer's adapter, by itself."""
     node, layer = files.misfits.found[name]
     kind: Any = kind_of(original_type(node.module))
-    rows, columns = kind.lora_matrix_shape(node.module)
-    shapes = {"A": (-1, columns), "B": (rows, -1), "magnitude": (rows,)}
-    values = {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in layer.tensors.items()}
+    shape = kind.lora_matrix_shape(node.module)
     config = LoRAConfig(**files.stored.options)
     key = files.source_of(files.layers[name].key)
     dtype = torch.float64 if files.folder.shard_of[key].places[key].dtype == "F64" else torch.float32
     adapter = variant_class(config.variant)(
-        (rows, columns),
+        shape,
         r=layer.r,
         lora_alpha=layer.lora_alpha,
         config=config,
@@ -125,17 +122,14 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    adapter.keep_start("start_A" in values)
-    own = tensors_of(adapter)
-    for part, value in values.items():
-        own[part].copy_(value)
+    adapter.take(layer.read(*shape))
     return adapter
 
 
 def _settle_tables(in_full: dict[str, Tensor], files: BaseFiles, allow_base_mismatch: bool) -> list[str]:
     """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own."""
     notes, source = [], files.stored.source
-    for key in [k for k in in_full if k.endswith(".weight") and k.removesuffix(".weight") in files.misfits.found]:
+    for key in files.stored.tables:
         table, (place, *_) = in_full[key], files.places_of(key)
         own = files.read(files.source_of(place))
         if torch.equal(table.to(own.dtype), own):
@@ -167,8 +161,7 @@ def _merge_layer(shard: Shard, change: Change, layer: nn.Module, adapter: Adapte
         place = kind.lora_as_matrix(layer, shard.open(change.key, rows)) if whole is None else whole[rows]
         W = place.clone() if whole is None else place  # a file's tensors lie at any byte, and sums may depend on that
         dtype = accumulation_dtype(W, adapter.A)
-        update = adapter.delta(W, rows, scratch.like(W, dtype, "update"))
-        exact = scratch.like(W, dtype, "exact").copy_(W).add_(update)
+        update, exact = merged_piece([adapter], W, rows, dtype, scratch)
         place.copy_(exact)
         if not place.isfinite().all():
             raise CheckpointError(

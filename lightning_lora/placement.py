@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import bring, put_in_place, tensors_of, values_of
+from lightning_lora.copies import bring, put_in_place, values_of
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.peft_export import peft_root
@@ -88,20 +88,19 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
     A PEFT folder's are relative to the one transformers model, or to the model itself; or, as those of a checkpoint, to
     a module that the model is a part of.
     """
-    names, first = {name for node in nodes(model).values() for name in node.names}, next(iter(stored.layers))
+    tree, first = nodes(model), next(iter(stored.layers))
+    names = {name for node in tree.values() for name in node.names}
     if first in names:
         return "", model, stored
-    prefix, root = peft_root(model) if stored.layout == "peft" else ("", model)
+    prefix, root = peft_root(tree) if stored.layout == "peft" else ("", model)
     if prefix and f"{prefix}.{first}" in names:
         return prefix, root, stored
-    for outer in ancestors(first)[:0:-1]:
-        if first.removeprefix(f"{outer}.") in names:
-            return "", model, stored.within(outer)
-    return prefix, root, stored
+    inner = stored.relative_to(names)
+    return (prefix, root, stored) if inner is stored else ("", model, inner)
 
 
 def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, Node]) -> list[str]:
-    trained = {*stored.in_full, *stored.beside, *(f"{name}.bias" for name in stored.layers)}
+    trained = stored.trained
     for node in tree.values():
         trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
     try:
@@ -116,9 +115,7 @@ def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """A layer's tensors in the shapes of an adapter's."""
     node, layer = found
     kind: Any = kind_of(original_type(node.module))
-    rows, columns = kind.lora_matrix_shape(node.module)
-    shapes = {"A": (-1, columns), "B": (rows, -1), "magnitude": (rows,)}
-    values = {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in layer.tensors.items()}
+    values = layer.read(*kind.lora_matrix_shape(node.module))
     if misfits.stored.init is not None and kind.lora_starts_as_told:
         values |= _start_again(found, misfits)
     return values
@@ -177,7 +174,7 @@ def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: b
     Takes them out of what is trained in full, and returns those that are not.
     """
     others, own, source = dict[str, Tensor](), misfits.own_tensors, misfits.stored.source
-    for key in [k for k in in_full if k.endswith(".weight") and k.removesuffix(".weight") in misfits.found]:
+    for key in misfits.stored.tables:
         table = in_full.pop(key).to(own[key])
         if torch.equal(table, own[key]):
             continue
@@ -201,12 +198,7 @@ def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str,
 def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misfits: Misfits) -> None:
     for name, tensors in values.items():
         layer: Any = misfits.found[name].node.module
-        adapter = layer.lora_adapters()[misfits.adapter_name]
-        adapter.keep_start("start_A" in tensors)
-        own = tensors_of(adapter)
-        for part, value in tensors.items():
-            own[part].copy_(value)
-        adapter.initialised = True
+        layer.lora_adapters()[misfits.adapter_name].take(tensors)
     for owner, keys in _by_owner(in_full).items():
         bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
         brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}

@@ -1,7 +1,7 @@
 """What every adapter is: a low-rank pair with float32 masters, and an equation for the merged weight."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -134,12 +134,20 @@ class Adapter(nn.Module):
 
     def keep_start(self, kept: bool) -> None:
         """Makes room for first factors, or gives up those that there are."""
-        if not kept and self.start_A is None:
+        if kept == (self.start_A is not None):
             return
         if not kept:
             self.start_A = self.start_B = None
-        elif self.start_A is None:
+        else:
             self.start_A, self.start_B = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
+
+    @torch.no_grad()
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Takes values from a file, by the names of its own tensors; first factors if there are any among them."""
+        self.keep_start("start_A" in values)
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+        self.initialised = True
 
     def start(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The first factors A₀ and B₀, which are there, in the dtype of a tensor."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
-from lightning_lora.formats.checkpoint import check_format, is_adapter_checkpoint
+from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base
@@ -24,6 +24,15 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
     Raises:
         CheckpointError: If the file is no checkpoint with adapters, or has several and none of them is named.
     """
+    return checkpoint_adapter(path, read_checkpoint(path), adapter_name)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint with adapters, whole.
+
+    Raises:
+        CheckpointError: If the file is no such checkpoint.
+    """
     _check_records(path)
     checkpoint = read(path)
     if not is_adapter_checkpoint(checkpoint):
@@ -32,10 +41,19 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         meta = check_format(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    known: Any = meta.get("adapters")
-    state: Any = checkpoint.get("state_dict")
-    in_full = meta.get("in_full", {})
-    raise_all(CheckpointError, _wrong_kinds(known, in_full, state), str(path))
+    kinds = _wrong_kinds(meta.get("adapters"), meta.get("in_full", {}), checkpoint.get("state_dict"))
+    raise_all(CheckpointError, kinds, str(path))
+    return checkpoint
+
+
+def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str | None = None) -> StoredAdapter:
+    """One adapter of a checkpoint that was read.
+
+    Raises:
+        CheckpointError: If there is no such adapter, or several and none of them is named.
+    """
+    meta, state = checkpoint[META], checkpoint["state_dict"]
+    known, in_full = meta["adapters"], meta.get("in_full", {})
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
         hint = did_you_mean(name, known) if name else " Say which by adapter_name."
@@ -56,6 +74,7 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
         modules_to_save=[],
         beside=[key for keys in in_full.values() for key in keys],
         base=base,
+        fields=known[name],
     )
     names, alphas = PeftNames({}, str(path)), config.alpha_pattern or {}
     for key, value in state.items():

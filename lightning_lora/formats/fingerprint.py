@@ -7,7 +7,7 @@ base loaded in another dtype is recognised: values are compared after rounding t
 import hashlib
 import json
 import zlib
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,7 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
                 described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
                 samples.append(sample(parameter) if values is None else values)
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
-    structure = repr(sorted((name, shape) for name, shape, _ in described))
-    digest = hashlib.sha256(structure.encode() + stacked.numpy().tobytes()).hexdigest()
-    mode = modes[0] if modes else None
-    return {"quantization": mode, "sha256": digest, "parameters": pack(described), "samples": stacked}
+    return _made(described, stacked, modes[0] if modes else None)
 
 
 @dataclass(frozen=True)
@@ -107,10 +104,26 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
 
 def within(fingerprint: dict[str, Any], outer: str) -> dict[str, Any]:
     """The fingerprint of a module inside a model, from that of the model."""
-    described = unpack(fingerprint["parameters"])
-    inner = [i for i, (name, _, _) in enumerate(described) if name.startswith(f"{outer}.")]
-    kept = [[described[i][0].removeprefix(f"{outer}."), *described[i][1:]] for i in inner]
-    return {**fingerprint, "sha256": "", "parameters": pack(kept), "samples": fingerprint["samples"][inner]}
+    start = f"{outer}."
+    return part(fingerprint, lambda name: name.removeprefix(start) if name.startswith(start) else None)
+
+
+def part(fingerprint: dict[str, Any], renamed: Callable[[str], str | None]) -> dict[str, Any]:
+    """The fingerprint of some of the weights, under other names.
+
+    Args:
+        fingerprint: That of all.
+        renamed: The new name of a weight; None for one that is left out.
+    """
+    names = [(renamed(name), shape, dtype) for name, shape, dtype in unpack(fingerprint["parameters"])]
+    kept = [i for i, (name, _, _) in enumerate(names) if name is not None]
+    return _made([names[i] for i in kept], fingerprint["samples"][kept], fingerprint.get("quantization"))
+
+
+def _made(described: Sequence[Sequence[Any]], samples: Tensor, mode: str | None) -> dict[str, Any]:
+    structure = repr(sorted((name, shape) for name, shape, _ in described))
+    digest = hashlib.sha256(structure.encode() + samples.contiguous().numpy().tobytes()).hexdigest()
+    return {"quantization": mode, "sha256": digest, "parameters": pack(described), "samples": samples}
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

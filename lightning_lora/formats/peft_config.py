@@ -45,6 +45,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: If it is no such configuration, with everything that is wrong.
         UnsupportedError: If it asks for mathematics that are not built here.
     """
+    path, config = folder / CONFIG, parse_config(folder)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA (with its variants) can be loaded")
+    raise_all(CheckpointError, _problems(config), str(path))
+    raise_all(UnsupportedError, islice(_unsupported(config), 20), str(path))
+    return config
+
+
+def parse_config(folder: Path) -> dict[str, Any]:
+    """What the configuration in a folder says, whatever that is.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        CheckpointError: If it can't be read.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} is no PEFT folder")
@@ -58,10 +73,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not the fields of a LoraConfig")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA (with its variants) can be loaded")
-    raise_all(CheckpointError, _problems(config), str(path))
-    raise_all(UnsupportedError, islice(_unsupported(config), 20), str(path))
     return config
 
 
@@ -114,7 +125,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return is_number(value) and abs(value) < 1e300 and is_alpha(value)  # JSON has integers that are no float
+    return is_alpha(value) and abs(value) < 1e300
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:

@@ -53,7 +53,7 @@ class Export:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
         whole = nodes(model)
-        self.prefix, self.root = _root_in(whole, adapter_name)
+        self.prefix, self.root = peft_root(whole, adapter_name)
         self.tree = nodes(self.root) if self.prefix else whole
         self.layers = {
             name: Held(node, node.module, node.module.lora_adapters()[adapter_name])
@@ -220,15 +220,11 @@ class Export:
         return next((end for end in ends if not any(other.endswith(end) for other in others)), name)
 
 
-def peft_root(model: nn.Module, adapter_name: str | None = None) -> tuple[str, nn.Module]:
+def peft_root(tree: dict[str, Node], adapter_name: str | None = None) -> tuple[str, nn.Module]:
     """What names in a PEFT folder are relative to, and its own name in the model.
 
     The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
     """
-    return _root_in(nodes(model), adapter_name)
-
-
-def _root_in(tree: dict[str, Node], adapter_name: str | None) -> tuple[str, nn.Module]:
     model = tree[""].module
     inner = [node for node in tree.values() if is_pretrained(node.module)]
     inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]

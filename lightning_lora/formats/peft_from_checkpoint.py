@@ -11,13 +11,11 @@ from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
-from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
-from lightning_lora.formats.files import read
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack, within
 from lightning_lora.formats.peft_export import PREFIX
-from lightning_lora.formats.peft_write import hashed, write_peft_folder
+from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
-from lightning_lora.formats.stored_name import stored_name_problems
 
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 _TABLE_ENDS = {**_ENDS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -43,16 +41,16 @@ def export_checkpoint(
         ConfigError: If the folder can't be replaced, or there is no adapter of that name.
     """
     path = Path(checkpoint)
-    stored = read_checkpoint_adapter(path, adapter_name)
-    raise_all(ConfigError, stored_name_problems(stored, adapter_name), "export")
-    whole = read(path)
+    whole = read_checkpoint(path)
+    stored = checkpoint_adapter(path, whole, adapter_name)
+    raise_all(ConfigError, stored.name_problems(adapter_name), "export")
     name, meta = str(stored.adapter_name), whole[META]
     record = _record(path, meta, name)
     raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
     tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
-    base = hashed(within(meta["base"], prefix)) if prefix else meta["base"]
+    base = within(meta["base"], prefix) if prefix else meta["base"]
     starts = [_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors]
-    entry = {"adapter_name": name, "config": meta["adapters"][name], "base": base, "starts": starts}
+    entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}
     entry["step"] = whole.get("global_step")
     write_peft_folder(folder, tensors, fields, entry, len(stored.layers), record["notes"])
     return name

@@ -31,6 +31,22 @@ def is_peft_folder(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+def require_peft_folder(folder: Path, hint: str, source: object = None) -> None:
+    """Nothing, for a folder with a PEFT configuration in it.
+
+    Args:
+        folder: The folder.
+        hint: What to give instead.
+        source: What was given, if that is something else.
+
+    Raises:
+        FileNotFoundError: If it is none.
+    """
+    if not is_peft_folder(folder):
+        what = "holds no adapter_config.json" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder if source is None else source} {what}: {hint}")
+
+
 def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
     """The adapter in a PEFT folder, with tensors that are not read yet.
 
@@ -61,6 +77,8 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         init=start_of(config),
         is_target=names.is_target,
         layout="peft",
+        fields=config,
+        entry=file.entry,
     )
     for key, info in file.tensors.items():
         if ".modules_to_save." in key or ".original_module." in key:

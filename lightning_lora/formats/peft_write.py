@@ -1,7 +1,6 @@
 """PEFT folders, written: ``adapter_config.json``, ``adapter_model.safetensors`` and a card."""
 
 import base64
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_lora.formats.card import CARD, write_card
-from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, write_config
 from lightning_lora.formats.tensors import write_tensors
@@ -43,13 +41,6 @@ def write_peft_folder(
         write_tensors(staged / WEIGHTS, tensors, {"format": FORMAT, "peft": fields, **described})
         write_config(staged, fields)
         write_card(staged, fields, layers, sum(tensor.numel() for tensor in tensors.values()), notes)
-
-
-def hashed(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A part of a fingerprint with the hash that `lightning_lora.formats.fingerprint.fingerprint` would give it."""
-    structure = repr(sorted((name, shape) for name, shape, _ in unpack(fingerprint["parameters"])))
-    digest = hashlib.sha256(structure.encode() + fingerprint["samples"].contiguous().numpy().tobytes())
-    return {**fingerprint, "sha256": digest.hexdigest()}
 
 
 def encode(base: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.errors import did_you_mean
 from lightning_lora.formats.fingerprint import within
+from lightning_lora.names import ancestors
 
 TENSORS = ("A", "B", "magnitude", "start_A", "start_B")  # what a layer of an adapter can have
 
@@ -39,6 +41,11 @@ class StoredLayer:
     lora_alpha: float
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
+    def read(self, rows: int, columns: int) -> dict[str, Tensor]:
+        """Its values in the shapes that they have in an `Adapter` for a matrix (rows, columns)."""
+        shapes = {"A": (-1, columns), "B": (rows, -1), "magnitude": (rows,)}
+        return {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in self.tensors.items()}
+
 
 @dataclass
 class StoredAdapter:
@@ -54,8 +61,10 @@ class StoredAdapter:
         beside: What other adapters in the file train in full, by name.
         base: The fingerprint of the base that it was trained on.
         init: An initialisation that took a part out of each weight, and has to be run again to know which.
-        peft_names: Whether a layer of some name was meant to have an adapter.
+        is_target: Whether a layer of some name was meant to have an adapter.
         layout: Whether tensors have PEFT's shapes ("peft") or those of `Adapter` ("own").
+        fields: The configuration in the file, as it stands there.
+        entry: What else we wrote beside the tensors of a PEFT folder.
     """
 
     source: str
@@ -69,6 +78,33 @@ class StoredAdapter:
     init: str | None = None
     is_target: Callable[[str], bool] | None = None
     layout: str = "own"
+    fields: dict[str, Any] = field(default_factory=dict)
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> set[str]:
+        """The names of what may not be the base's: what this or another adapter in the file trains, and biases."""
+        return {*self.in_full, *self.beside, *(f"{name}.bias" for name in self.layers)}
+
+    @property
+    def tables(self) -> list[str]:
+        """The frozen weights among what it has in full: PEFT writes the table of an embedding with an adapter."""
+        frozen = {f"{name}.weight" for name in self.layers}
+        return [key for key in self.in_full if key in frozen]
+
+    def name_problems(self, adapter_name: str | None) -> Iterator[str]:
+        """That it is not the one that was asked for: a file with one adapter gives that one, whatever the name was."""
+        known = self.adapter_name
+        if adapter_name is not None and known is not None and adapter_name != known:
+            hint = did_you_mean(adapter_name, [known])
+            yield f"{self.source} has no adapter {adapter_name!r}.{hint} It has {known!r}"
+
+    def relative_to(self, names: Collection[str]) -> "StoredAdapter":
+        """The same with names that are some of these, if there is a part of what it was trained on that has them."""
+        first = next(iter(self.layers))
+        outers = () if first in names else ancestors(first)[:0:-1]
+        outer = next((outer for outer in outers if first.removeprefix(f"{outer}.") in names), None)
+        return self if outer is None else self.within(outer)
 
     def within(self, outer: str) -> "StoredAdapter":
         """The same with names relative to a module, of those that lie in it."""
