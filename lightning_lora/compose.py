@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter, LoRAAdapter
 from lightning_lora.arguments import name_problems
-from lightning_lora.checks import choice_problems, is_alpha, is_int, is_number, is_rank
+from lightning_lora.checks import choice_problems, is_int, is_number, is_rank
 from lightning_lora.combinations import BY_FACTOR, METHODS, Combined, combine
 from lightning_lora.compose_report import CombineReport, LayerCombination
 from lightning_lora.config import LoRAConfig
@@ -20,7 +20,7 @@ from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.switch import name_problems as unknown_names
+from lightning_lora.switch import unknown_names, weight_problems
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
 from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of
@@ -104,11 +104,7 @@ def combine_adapters(
         raise_all(ConfigError, problems, "combine_adapters")
     weights = dict(weights)
     problems += unknown_names([*weights], known)
-    problems += [
-        f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
-        for name, weight in weights.items()
-        if not is_alpha(weight)
-    ]
+    problems += weight_problems(weights)
     layers, in_full = held(model, weights), _in_full(model, weights)
     problems += [
         *value_problems({name: here for name, (_, here) in layers.items()}),

@@ -15,7 +15,7 @@ from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.switch import name_problems as unknown_names
+from lightning_lora.switch import unknown_names
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
 from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.copies import put_in_place
-from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import MERGED, context_problems, merged_layers
 from lightning_lora.merge_probe import differences
@@ -18,7 +18,7 @@ from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantization import quantizer_of
-from lightning_lora.switch import rival_modules
+from lightning_lora.switch import rival_modules, unknown_names
 from lightning_lora.targets.walk import nodes, parameter_owners
 from lightning_lora.values import value_problems
 
@@ -152,9 +152,7 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
     if len(set(wanted or ())) < len(wanted or ()):
         yield f"a name is there twice in {wanted}: call ll.set_adapter with weights, and merge what is active"
     yield from context_problems(model)
-    for name in wanted or ():
-        if name not in known:
-            yield f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {[*known]}"
+    yield from unknown_names(wanted or (), known)
     if waiting := [name for name, layer in layers.items() if (q := quantizer_of(layer)) and not q.is_packed(layer)]:
         yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"
     if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:

@@ -28,6 +28,8 @@ def without_owned(
     Raises:
         ConfigError: If they were not found but named: two adapters can't train one module at once.
     """
+    if not drafted.modules_to_save:
+        return drafted
     tree = nodes(model)
     owners = {saved.name: _owner(tree, saved.name, adapter_name) for saved in drafted.modules_to_save}
     if not (owned := {name: owner for name, owner in owners.items() if owner is not None}):

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -85,31 +86,34 @@ class Phases:
         for name in {request.adapter_name for request in self._requests} - self._had:
             withdraw(self._model, name)
 
-    def _run(self, last: bool) -> None:
+    @contextmanager
+    def _all_or_nothing(self, kind: type[Exception]) -> Iterator[None]:
+        """After an error of some kind within this context the model has no adapters of this run."""
         try:
+            yield
+        except kind:
+            self.undo()
+            raise
+
+    def _run(self, last: bool) -> None:
+        with self._all_or_nothing(Exception):
             notes = self._inject(last)
             if last:
                 if self._quantization is not None:  # what can't be quantised shall be known now, not half-way
                     quantizable(self._model, self._quantization)
                 self._completed()
-        except Exception:
-            self.undo()
-            raise
         if last and notes:
             rank_zero_warn("\n".join(notes))
 
     def _start_from_files(self) -> None:
         """Gives new adapters the values of those that they start from, unless this run goes on from a checkpoint."""
         requests, self._to_start = self._to_start, []
-        try:
+        with self._all_or_nothing(Exception):
             for request in () if self._restored() else requests:
                 assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
                 for note in place(self._model, stored, request.adapter_name, dtype=request.dtype):
                     rank_zero_warn(note)
-        except Exception:
-            self.undo()
-            raise
 
     def _inject(self, last: bool) -> list[str]:
         drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
@@ -151,18 +155,12 @@ class Phases:
         self._initialise(Stage.PACKED, device)
 
     def _initialise(self, stage: Stage, device: torch.device) -> None:
-        try:
+        with self._all_or_nothing(LightningLoRAError):
             initialise(self._model, stage, device)
-        except LightningLoRAError:
-            self.undo()
-            raise
 
     def _quantize(self, settings: Quantization, device: torch.device) -> None:
         """Quantises, and refreshes the plans: the targets are the same, their weights are not."""
-        try:
+        with self._all_or_nothing(LightningLoRAError):
             quantize(self._model, settings, device, release=True)
-        except LightningLoRAError:
-            self.undo()
-            raise
         for request in self._requests:
             self.plans[request.adapter_name], _ = draft(self._model, request.config)

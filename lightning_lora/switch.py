@@ -1,6 +1,6 @@
 """Which adapters take part in a forward, and for which samples."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,12 +44,8 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
     adapters_of = [layer.lora_adapters() for layer in layers]
     odd = any(MERGED in vars(layer) or SUSPENDED in vars(layer) for layer in layers)
     problems = merged_problems(model, "call ll.unmerge first") if odd else []
-    problems += name_problems([*weights], set().union(*adapters_of))
-    problems += [
-        f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
-        for name, weight in weights.items()
-        if not is_alpha(weight)
-    ]
+    problems += unknown_names([*weights], set().union(*adapters_of))
+    problems += weight_problems(weights)
     raise_all(ConfigError, [*problems, *rival_modules(model, weights)], "set_adapter")
     shares = {name: torch.tensor(float(w), dtype=torch.float64) for name, w in weights.items() if w != 1}
     for layer, own in zip(layers, adapters_of, strict=True):
@@ -78,7 +74,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ConfigError: If there is no such adapter, or adapters are merged, disabled or mixed.
     """
     problems = merged_problems(model, "call ll.unmerge first")
-    problems += name_problems([adapter_name], {name for _, layer in lora_layers(model) for name in layer.lora})
+    problems += unknown_names([adapter_name], {name for _, layer in lora_layers(model) for name in layer.lora})
     raise_all(ConfigError, problems, "delete_adapter")
     withdraw(model, adapter_name)
 
@@ -153,7 +149,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     layers = [layer for _, layer in lora_layers(model)]
     merged = merged_layers(model)
     problems = [f"adapters are merged into {listing(merged)}: call ll.unmerge first"] if merged else []
-    problems += name_problems([*names], {name for layer in layers for name in layer.lora})
+    problems += unknown_names([*names], {name for layer in layers for name in layer.lora})
     problems += [
         f"adapter {name!r} has its own {type(module).__name__} (modules_to_save), over which no batch can be mixed"
         for module in model.modules()
@@ -195,12 +191,21 @@ def _suspended(layers: Sequence[nn.Module], name: str) -> Iterator[None]:
                 del vars(layer)[SUSPENDED]
 
 
-def name_problems(names: Sequence[str], known: set[str]) -> list[str]:
+def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:
     """Which of some names no adapter has."""
     return [
         f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {sorted(known)}"
         for name in names
         if name not in known
+    ]
+
+
+def weight_problems(weights: Mapping[str, float]) -> list[str]:
+    """Which weights of adapters are none."""
+    return [
+        f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
+        for name, weight in weights.items()
+        if not is_alpha(weight)
     ]
 
 
