@@ -26,7 +26,7 @@ class BaseWeights:
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Iterable[str]) -> None:
         self._model, self._optimizers = model, optimizers
         self._trained = {id(parameter) for _, parameter in trained_parameters(model, adapter_names)}
-        self._first: dict[str, Any] = fingerprint(model)
+        self._first: dict[str, Any] = fingerprint(model, local=True)
         self._held = 0
 
     def check_optimizers(self) -> None:
@@ -44,7 +44,7 @@ class BaseWeights:
 
     def changed(self) -> str | None:
         """What to say if the base is not what it was: a few sampled values of each weight are compared."""
-        names = changed(self._first, fingerprint(self._model))
+        names = changed(self._first, fingerprint(self._model, local=True))
         return f"weights of the frozen base changed in training: {listing(names, 4)}. {_WAY_OUT}" if names else None
 
     def check_values(self) -> None:

@@ -10,23 +10,21 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import announce
 from lightning_lora.arguments import check_arguments
-from lightning_lora.base_buffers import BaseBuffers
-from lightning_lora.base_weights import BaseWeights
-from lightning_lora.compatibility import check_compatibility, final_mode, quantization_of, warn_of_copies
+from lightning_lora.compatibility import check_compatibility, final_mode, is_accumulating, warn_of_copies
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
+from lightning_lora.family import options_of, quantization_of, settings_of
 from lightning_lora.formats.checkpoint import META, complete_averages
 from lightning_lora.formats.peft import check_exportable
 from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
-from lightning_lora.health import Watch, check_before
+from lightning_lora.health import check_before
 from lightning_lora.inits import Init
 from lightning_lora.inject import default_seed
 from lightning_lora.lightning_packages import CallbackBase
@@ -36,7 +34,9 @@ from lightning_lora.patches import Patches
 from lightning_lora.phases import Phases, Request
 from lightning_lora.random_states import RandomStates
 from lightning_lora.state import adapters
-from lightning_lora.strategies import StrategyAdapter, strategy_adapter
+from lightning_lora.strategies import Options, StrategyAdapter, strategy_adapter
+from lightning_lora.strategies.agreement import require_same_settings
+from lightning_lora.training import Training
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,7 +49,7 @@ class LoRA(CallbackBase):
     ``configure_model``), freezes the rest, and sees to it that optimizers hold, and checkpoints contain, exactly what
     is trained. A layer with weight W then computes :math:`(W + s B A) x`; see `LoRAConfig`.
 
-    Put it before callbacks that copy the model. Not built yet: FSDP, ModelParallel and DeepSpeed strategies.
+    Put it before callbacks that copy the model.
 
     Args:
         r: Rank of A and B.
@@ -76,6 +76,9 @@ class LoRA(CallbackBase):
         init_from: A PEFT folder, a checkpoint of adapters or a hub id to start from. A run that is resumed does not
             read it again.
         save_peft: Write a PEFT folder beside every checkpoint: ``epoch=0.peft`` beside ``epoch=0.ckpt``.
+        sync_base: Let rank 0 send its base to the other ranks, which otherwise have to load the same one.
+        shard_adapters: Under ModelParallelStrategy, shard adapters over the data-parallel ranks; by default if they
+            are large.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -112,6 +115,8 @@ class LoRA(CallbackBase):
         adapter_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
         init_from: str | os.PathLike[str] | None = None,
         save_peft: bool = False,
+        sync_base: bool = False,
+        shard_adapters: bool | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         own = {name: given.pop(name) for name in list(given) if name not in LoRAConfig.__dataclass_fields__}
@@ -125,14 +130,13 @@ class LoRA(CallbackBase):
         self.quantization = None if quantization is None else Quantization.of(quantization)
         self.gradient_checkpointing = gradient_checkpointing
         self.save_peft, dtype = save_peft, getattr(torch, adapter_dtype)
+        self.options = Options(sync_base, shard_adapters)
         self._request = Request(self.config, adapter_name, dtype, loraplus_lr_ratio, init_from)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
         self._patches = Patches()
         self._phases: Phases | None = None
         self._strategy: StrategyAdapter | None = None
-        self._watch: Watch | None = None
-        self._base: BaseWeights | None = None
-        self._buffers: BaseBuffers | None = None
+        self._training: Training | None = None
         self._random = RandomStates()
 
     @override
@@ -145,17 +149,18 @@ class LoRA(CallbackBase):
         check_compatibility(trainer, family, pl_module)
         if (merged := merged_layers(pl_module)) and stage == "fit":
             raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
-        strategy = self._strategy = strategy_adapter(trainer.strategy)
+        strategy = self._strategy = strategy_adapter(trainer.strategy, options_of(family))
+        require_same_settings(settings_of(family))
         seed = trainer.strategy.broadcast(default_seed())
         warn_of_copies(trainer, pl_module)
         settings = quantization_of(family)
-        remember = functools.partial(strategy.remember_base, pl_module, final_mode(trainer, settings))
+        mode = final_mode(trainer, settings)
         if merged:
-            remember()
+            strategy.settle_base(pl_module, mode)
         else:
             requests = [lora._request for lora in family]
-            self._phases = Phases(pl_module, requests, seed, settings, lambda: strategy.restored, remember)
-            self._phases.begin(self._patches, trainer.strategy)
+            self._phases = Phases(pl_module, requests, seed, settings, mode, strategy)
+            self._phases.begin(self._patches)
         strategy.install()
         strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)
         if stage == "fit":
@@ -170,7 +175,7 @@ class LoRA(CallbackBase):
         if self._phases is None:
             return
         train_mode(pl_module, self._phases.plans.keys())
-        announce(self._phases.plans, summary(pl_module), trainer)
+        announce(self._phases.plans, self._phases.counts or summary(pl_module), trainer)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -184,11 +189,9 @@ class LoRA(CallbackBase):
             check_exportable(pl_module, name)
         if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
             restore_ratios(optimizers)  # the learning-rate finder set all groups alike
-        self._watch = Watch(pl_module, optimizers, names)
-        self._base = BaseWeights(pl_module, optimizers, names)
+        self._training = Training(pl_module, optimizers, names)
         if self._strategy is not None:
-            self._strategy.check_base = self._base.check_values  # type: ignore[method-assign]
-        self._buffers = BaseBuffers(pl_module)
+            self._strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)
 
     @override
@@ -199,29 +202,27 @@ class LoRA(CallbackBase):
     @override
     def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch begins."""
-        if self._base is not None:
-            self._base.check_optimizers()
-        if self._watch is not None:
-            self._watch.training = True
+        if self._training is not None:
+            self._training.begin_batch()
+
+    @override
+    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called after each backward pass. Averages gradients that the strategy does not."""
+        if self._strategy is not None and not is_accumulating(trainer):
+            self._strategy.average_gradients()
 
     @override
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
-        if self._buffers is not None and (changed := self._buffers.restore()):
-            rank_zero_info(f"Buffers of the frozen base change in training and are put back: {listing(changed)}")
-        if self._watch is not None:
-            self._watch.training = False
-            if self._watch.done:
-                self._watch.close()
-                self._watch = None
+        if self._training is not None:
+            self._training.end_batch()
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training ends. Warns about what never moved."""
-        if self._watch is not None:
-            self._watch.close(finished=True)
-        if self._base is not None and (problem := self._base.changed()) is not None:
-            rank_zero_warn(problem)
+        if self._training is not None and self._strategy is not None:
+            self._strategy.rest()
+            self._training.end()
         self._forget()
 
     @override
@@ -259,11 +260,11 @@ class LoRA(CallbackBase):
     def _forget(self) -> None:
         if self._strategy is not None:
             vars(self._strategy).pop("check_base", None)
-        self._watch = self._base = self._buffers = self._strategy = None
+        self._training = self._strategy = None
 
     def _release(self) -> None:
         self._patches.release()
-        if self._watch is not None:
-            self._watch.close()
+        if self._training is not None:
+            self._training.close()
         self._forget()
         self._phases = None

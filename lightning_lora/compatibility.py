@@ -52,17 +52,10 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
     raise_all(UnsupportedError, unsupported, "LoRA")
 
 
-def quantization_of(family: list[Any]) -> Quantization | None:
-    """What the LoRA callbacks of a Trainer want the base to be.
-
-    Raises:
-        ConfigError: If they want different things.
-    """
-    wanted = {callback.adapter_name: callback.quantization for callback in family if callback.quantization is not None}
-    if len({str(settings) for settings in wanted.values()}) > 1:
-        each = ", ".join(f"{name!r}: {settings.mode}" for name, settings in wanted.items())
-        raise ConfigError(f"LoRA: one base can't be quantised in several ways ({each}): give one of them")
-    return next(iter(wanted.values()), None)
+def is_accumulating(trainer: Any) -> bool:
+    """Whether the gradients of this backward pass are not stepped with yet: those of the last one have all of them."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return bool(automatic and trainer.fit_loop._should_accumulate())
 
 
 def final_mode(trainer: Any, settings: Quantization | None) -> str | None:

@@ -18,6 +18,7 @@ from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.names import ancestors
+from lightning_lora.ops.sharded import gathered
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.kinds import is_pretrained
@@ -212,7 +213,7 @@ class Watch:
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
             return None
         self._had_gradient.add(id(parameter))
-        if not parameter.grad.any():
+        if not gathered(parameter.grad.any()):
             return None
         if not torch.equal(_mark(parameter), before):
             return True
@@ -249,7 +250,8 @@ def _mentions_weight(cls: type) -> bool:
 def _mark(parameter: Tensor) -> Tensor:
     """Sum and norm in float64: they tell a tensor that moved from one that did not, without a copy of it."""
     values = parameter.detach()
-    return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)])
+    marks = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
+    return torch.stack([gathered(mark) for mark in marks])
 
 
 def _below_compiled(model: nn.Module) -> set[int]:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.analysis import Summary, summary
 from lightning_lora.bitsandbytes_plugin import heads_stay_dense, is_bitsandbytes, needs_conversion
 from lightning_lora.compatibility import overrides_configure_model
 from lightning_lora.config import LoRAConfig, Quantization
@@ -22,6 +23,7 @@ from lightning_lora.patches import Patches
 from lightning_lora.placement import place
 from lightning_lora.quantize import quantizable, quantize
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
+from lightning_lora.strategies import StrategyAdapter
 from lightning_lora.targets import Plan, draft
 
 
@@ -46,9 +48,9 @@ class Phases:
         model: The LightningModule.
         requests: The adapters.
         seed: What their first values are drawn from.
-        quantization: How the base is going to be quantised.
-        restored: Whether adapters were loaded from the checkpoint of a run that goes on.
-        completed: Called after the last phase.
+        quantization: How the base is going to be quantised by us.
+        mode: How it is going to be quantised, by whom ever.
+        strategy: What is different under the strategy of the run.
     """
 
     def __init__(
@@ -57,29 +59,41 @@ class Phases:
         requests: Sequence[Request],
         seed: int,
         quantization: Quantization | None,
-        restored: Callable[[], bool],
-        completed: Callable[[], None],
+        mode: str | None,
+        strategy: StrategyAdapter,
     ) -> None:
         self._model, self._requests, self._seed = model, requests, seed
-        self._quantization, self._restored, self._completed = quantization, restored, completed
+        self._quantization, self._mode, self._strategy = quantization, mode, strategy
         self._had = adapters(model).keys()
         self._to_start = [r for r in requests if r.init_from is not None and r.adapter_name not in self._had]
+        self._packed = False  # by us, in this run, so that it can't be done again
         self.plans: dict[str, Plan] = {}
+        self.counts: Summary | None = None  # of the model before a strategy hides a part of it
 
-    def begin(self, patches: Patches, strategy: Any) -> None:
+    def begin(self, patches: Patches) -> None:
         """Runs the first phase, and wraps what Lightning calls for the others.
 
         The base is quantised behind the user's own precision plugin, and before the model is moved to its device.
         """
-        lazy, plugin = overrides_configure_model(self._model), strategy.precision_plugin
+        lazy, strategy = overrides_configure_model(self._model), self._strategy.strategy
+        plugin = strategy.precision_plugin
         self._run(last=False)
         patches.call_after(self._model, "setup", functools.partial(self._run, last=not lazy))
         if lazy:
-            patches.call_after(self._model, "configure_model", functools.partial(self._run, last=True))
-        patches.call_after(plugin, "convert_module", functools.partial(self._complete, strategy.root_device))
+            patches.wrap(self._model, "configure_model", self._configure_model)
+        complete = functools.partial(self._complete, strategy.root_device, patches)
+        patches.call_after(plugin, "convert_module", complete)
         if is_bitsandbytes(plugin):
             convert = functools.partial(self._convert_before, plugin, strategy.root_device)
             patches.wrap(plugin, "convert_module", convert)
+
+    def _configure_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self._strategy.shards_early and self.plans and self._quantization is not None:
+            self._settle_base()
+            self._convert(self._strategy.strategy.root_device)  # what is sharded can't be quantised any more
+        with self._strategy.building(self._model):
+            original(*args, **kwargs)
+        self._run(last=True)
 
     def undo(self) -> None:
         """Takes off the adapters that were not there before this run."""
@@ -99,9 +113,12 @@ class Phases:
         with self._all_or_nothing(Exception):
             notes = self._inject(last)
             if last:
-                if self._quantization is not None:  # what can't be quantised shall be known now, not half-way
+                self._strategy.place(self._model)
+                if (
+                    self._quantization is not None and not self._packed
+                ):  # what can't be quantised shall be known now, not half-way
                     quantizable(self._model, self._quantization)
-                self._completed()
+                self._settle_base()
         if last and notes:
             rank_zero_warn("\n".join(notes))
 
@@ -109,7 +126,7 @@ class Phases:
         """Gives new adapters the values of those that they start from, unless this run goes on from a checkpoint."""
         requests, self._to_start = self._to_start, []
         with self._all_or_nothing(Exception):
-            for request in () if self._restored() else requests:
+            for request in () if self._strategy.restored else requests:
                 assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
                 for note in place(self._model, stored, request.adapter_name, dtype=request.dtype):
@@ -146,12 +163,22 @@ class Phases:
         load_adapter_state(model, {**state, **extra_state(model)})
         return converted
 
-    def _complete(self, device: torch.device) -> None:
+    def _settle_base(self) -> None:
+        if not self._strategy.base:
+            self._strategy.settle_base(self._model, self._mode)
+
+    def _complete(self, device: torch.device, patches: Patches) -> None:
+        self._convert(device)
+        self.counts = summary(self._model)
+        self._strategy.prepare(self._model, patches)
+
+    def _convert(self, device: torch.device) -> None:
         """Initialises what derives from weights, which no checkpoint can change from here on, and quantises them."""
         self._start_from_files()
         self._initialise(Stage.COMPLETE, device)
-        if self._quantization is not None:
+        if self._quantization is not None and not self._packed:
             self._quantize(self._quantization, device)
+            self._packed = self._strategy.shards_early
         self._initialise(Stage.PACKED, device)
 
     def _initialise(self, stage: Stage, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, li
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.quantization import is_quantized
 
 
@@ -96,6 +97,15 @@ def trained_parameters(
                 yield key, tensor
 
 
+def moving_tensors(model: nn.Module) -> list[Tensor]:
+    """What a run may change: trained parameters, and buffers of the LightningModule and of what is trained in full."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    in_full = [tensor for module in model.modules() for _, tensor in values_of(module, None)]
+    return (
+        trained + in_full + [b for _, module in modules_beside_the_base(model) for b in module.buffers(recurse=False)]
+    )
+
+
 def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Copies exactly the tensors of `adapter_state_dict` into a model, and hands it exactly its `extra_state`.
 
@@ -126,9 +136,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
         layer.lora_adapters()[name].keep_start(f"{prefix}start_A" in state)
     with torch.no_grad():
         for key, tensor in adapter_state_dict(model).items():
-            tensor.copy_(state[key])
-    if extra:
-        model.load_state_dict({key: state[key] for key in extra}, strict=False)
+            copy_whole_(tensor, state[key])
+    load_extra_state(model, state, extra)
     for module in model.modules():
         if isinstance(module, Adapter):
             module.initialised = True
@@ -139,8 +148,26 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {clean(name) for name, _ in tensors}
     packed = tuple(f"{clean(name)}." for name, module in model.named_modules() if is_quantized(module))
-    entries = {clean(key): value for key, value in model.state_dict().items()}
+    entries = {clean(f"{outer}{k}"): v for outer, part in _own_parts(model) for k, v in part.state_dict().items()}
     return {key: value for key, value in entries.items() if key not in known and not key.startswith(packed)}
+
+
+def load_extra_state(model: nn.Module, state: dict[str, Any], keys: Iterable[str]) -> None:
+    """Hands the entries of `extra_state` back."""
+    for outer, part in _own_parts(model) if keys else ():
+        own = {key.removeprefix(outer): state[key] for key in keys if key.startswith(outer)}
+        part.load_state_dict(own, strict=False)
+
+
+def _own_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules whose ``state_dict`` is asked.
+
+    FSDP would gather the base for that of a model it has wrapped: of such a one only metrics, and what else has no
+    parameters, are asked.
+    """
+    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return [("", model)]
+    return [(f"{name}.", child) for name, child in modules_beside_the_base(model) if name and "." not in name]
 
 
 def is_lightning_module(model: nn.Module) -> bool:

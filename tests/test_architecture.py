@@ -24,6 +24,7 @@ LEVELS = [
     {"values"},
     {"freeze"},
     {"owned"},
+    {"sharding"},
     {"inject", "starts"},
     {"quantize"},
     {"merge_report", "merge_probe"},
@@ -42,8 +43,9 @@ LEVELS = [
     {"merge_files", "combine_files", "inspection", "lint"},
     {"strategies", "analysis"},
     {"bitsandbytes_plugin"},
-    {"health", "base_buffers", "base_weights", "compatibility", "recipes"},
+    {"health", "base_buffers", "base_weights", "compatibility", "family", "recipes"},
     {"recompute", "random_states"},
+    {"training"},
     {"phases", "configure"},
     {"callback"},
     {"demo"},
@@ -149,6 +151,8 @@ def test_signatures_of_the_contract():
         "adapter_dtype": "float32",
         "init_from": None,
         "save_peft": False,
+        "sync_base": False,
+        "shard_adapters": None,
     }
     config = {name: p.default for name, p in inspect.signature(ll.LoRAConfig).parameters.items()}
     assert config == {name: defaults[name] for name in list(defaults)[:16]}

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
+from lightning_lora.ops.sharded import copy_whole_, gathered
 
 
 class Host(Protocol):
@@ -107,8 +108,9 @@ class Adapter(nn.Module):
         if self.A.is_meta or not self.initialised:
             return True
         if self.start_A is not None and self.start_B is not None:
-            return torch.equal(self.A, self.start_A) and torch.equal(self.B, self.start_B)
-        return not (self.A.any() and self.B.any())
+            pairs = ((self.A, self.start_A), (self.B, self.start_B))
+            return all(torch.equal(gathered(now), gathered(first)) for now, first in pairs)
+        return not (gathered(self.A.any()) and gathered(self.B.any()))
 
     def generator(self) -> torch.Generator:
         """The source of its first values: the same on every rank, and apart from the user's own random stream."""
@@ -124,21 +126,19 @@ class Adapter(nn.Module):
             B: (out, r).
             of_the_weight: Whether s B A stands for a part of W, and is to be kept and taken off the update.
         """
-        self.A.copy_(A)
-        self.B.copy_(B)
+        copy_whole_(self.A, A)
+        copy_whole_(self.B, B)
         self.keep_start(of_the_weight)
-        if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(self.A)
-            self.start_B.copy_(self.B)
+        for start, factor in ((self.start_A, self.A), (self.start_B, self.B)):
+            if start is not None:
+                start.copy_(factor)
         self.initialised = True
 
     def keep_start(self, kept: bool) -> None:
         """Makes room for first factors, or gives up those that there are."""
-        if kept == (self.start_A is not None):
-            return
         if not kept:
             self.start_A = self.start_B = None
-        else:
+        elif self.start_A is None:
             self.start_A, self.start_B = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class Adapter(nn.Module):
         """Takes values from a file, by the names of its own tensors; first factors if there are any among them."""
         self.keep_start("start_A" in values)
         for name, value in values.items():
-            getattr(self, name).copy_(value)
+            copy_whole_(getattr(self, name), value)
         self.initialised = True
 
     def start(self, like: Tensor) -> tuple[Tensor, Tensor]:

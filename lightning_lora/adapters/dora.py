@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters.base import Adapter, Host, variant
 from lightning_lora.ops.norms import merged_row_norms, row_squares
+from lightning_lora.ops.sharded import copy_whole_, gathered
 
 
 @variant("dora")
@@ -40,14 +41,19 @@ class DoRAAdapter(Adapter):
     @torch.no_grad()
     def initialise(self, W: Tensor, A: Tensor, B: Tensor, of_the_weight: bool = False) -> None:
         super().initialise(W, A, B, of_the_weight)
-        self.magnitude.copy_(merged_row_norms(W, *self.update(), self.scaling))
+        self._take_norms(W)
 
     @override
     @torch.no_grad()
     def follow(self, host: Host) -> None:
         self.squares = None
         if self.initialised and self.untouched:
-            self.magnitude.copy_(merged_row_norms(host.lora_matrix(), *self.update(), self.scaling))
+            self._take_norms(host.lora_matrix())
+
+    def _take_norms(self, W: Tensor) -> None:
+        """The magnitude with which the merged weight is what it is without one."""
+        A, B = map(gathered, self.update())
+        copy_whole_(self.magnitude, merged_row_norms(gathered(W), A, B, self.scaling))
 
     def gain(self, W: Tensor, rows: slice = slice(None), squares: Tensor | None = None) -> Tensor:
         """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""

@@ -19,12 +19,13 @@ from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import SAMPLES, sample
+from lightning_lora.ops.sharded import own_part
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, quantization: str | None = None, *, local: bool = False) -> dict[str, Any]:
     """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
     Merged layers count with the base's own weights, quantised ones with those that they were quantised from, as far as
@@ -35,6 +36,7 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
     Args:
         model: The model.
         quantization: The mode in which the base is going to be quantised.
+        local: Of sharded weights take the values of this rank's shards, which asks no other rank.
 
     Returns:
         ``{"quantization": mode or None, "sha256": of everything, "parameters": zlib-compressed JSON as uint8,
@@ -51,7 +53,7 @@ def fingerprint(model: nn.Module, quantization: str | None = None) -> dict[str, 
                     shape, dtype, values = dense_record(module)
                     modes.append(quantizer.mode(module))
                 described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
-                samples.append(sample(parameter) if values is None else values)
+                samples.append(sample(own_part(parameter) if local else parameter) if values is None else values)
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)
 

@@ -12,6 +12,7 @@ from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
+from lightning_lora.ops.sharded import gathered
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -169,8 +170,8 @@ class LoRALayer(Base):
             init: The initialisation; that of the adapter's config by default.
         """
         W, init = self.lora_matrix(), init or resolve(adapter.config.init_lora_weights)
-        if device is not None and getattr(init, "stage", Stage.INJECTED) > Stage.INJECTED:
-            W = W.to(device)
+        if getattr(init, "stage", Stage.INJECTED) > Stage.INJECTED:
+            W = gathered(W) if device is None else gathered(W).to(device)
         with plain_defaults():
             A, B, of_the_weight = self.lora_initial_factors(init, W, adapter)
         adapter.initialise(W, A, B, of_the_weight)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.sharded import is_sharded
+
 CHUNK = 1 << 18  # elements of W that are converted at a time: what a CPU's cache holds; an accelerator takes 64 of them
 
 
@@ -75,7 +77,8 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Ten
 @torch.no_grad()
 def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     r""":math:`\|W\|^2` by row, in float32 at least. A weight of another dtype is cast in pieces."""
-    if W.dtype == dtype:
+    if W.dtype == dtype or is_sharded(W):
+        W = W.to(dtype)
         whole: Tensor = torch.linalg.vector_norm(W, dim=1).square()
         return whole
     if _is_transposed(W):
@@ -88,8 +91,8 @@ def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _product(W: Tensor, A: Tensor) -> Tensor:
     r""":math:`W A^T`, in the dtype of A. A weight of another dtype is cast in pieces."""
-    if W.dtype == A.dtype:
-        return W @ A.T
+    if W.dtype == A.dtype or is_sharded(W):
+        return W.to(A.dtype) @ A.T
     if _is_transposed(W):
         product = W.new_zeros(len(W), len(A), dtype=A.dtype)
         for columns in row_chunks(W.T):

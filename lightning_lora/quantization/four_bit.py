@@ -34,7 +34,9 @@ class FourBit(Bitsandbytes):
 
     @override
     def mode(self, layer: Any) -> str:
-        return f"{layer.weight.quant_type}{'-dq' if layer.weight.compress_statistics else ''}"
+        state = _state(layer)
+        double = layer.weight.compress_statistics if state is None else state.nested
+        return f"{(layer.weight if state is None else state).quant_type}{'-dq' if double else ''}"
 
     @override
     def is_packed(self, layer: Any) -> bool:

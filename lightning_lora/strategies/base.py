@@ -1,12 +1,13 @@
-"""Single device and DDP: every rank holds whole tensors."""
+"""What every strategy has in common, and all that it takes on a single device."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -25,7 +26,10 @@ from lightning_lora.formats.checkpoint import (
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft import save_adapter
 from lightning_lora.formats.peft_config import CONFIG
+from lightning_lora.ops.sharded import gathered, is_sharded
+from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
+from lightning_lora.strategies.agreement import require_same_base, send_base
 
 ENTRY_POINTS = "lightning_lora.strategies"
 
@@ -43,7 +47,7 @@ def handles(*strategy_classes: str) -> Callable[[_AdapterT], _AdapterT]:
     return register
 
 
-def strategy_adapter(strategy: Any) -> "StrategyAdapter":
+def strategy_adapter(strategy: Any, options: "Options | None" = None) -> "StrategyAdapter":
     """The adapter for a strategy or its nearest known ancestor.
 
     Other packages add their own by an entry point of the group ``lightning_lora.strategies``, which has the name of
@@ -58,12 +62,21 @@ def strategy_adapter(strategy: Any) -> "StrategyAdapter":
     known = next((c.__name__ for c in type(strategy).__mro__ if c.__name__ in _ADAPTERS), None)
     if known is None or (adapter := _ADAPTERS[known]) is None:
         raise UnsupportedError(
-            f"{type(strategy).__name__} is not built yet. Use one device (strategy='auto', devices=1) or strategy='ddp'"
+            f"{type(strategy).__name__} is not built yet. Use one device, 'ddp', 'fsdp', 'deepspeed' or "
+            "ModelParallelStrategy"
         )
-    return adapter(strategy)
+    return adapter(strategy, options)
 
 
-@handles("SingleDeviceStrategy", "DDPStrategy")
+class Options(NamedTuple):
+    """What a user says about many devices."""
+
+    sync_base: bool = False  # rank 0 sends its base to the others
+    shard_adapters: bool | None = None  # under FSDP; None: if they are large
+    save_sharded: bool = False  # each rank writes its part of the adapters
+
+
+@handles("SingleDeviceStrategy")
 class StrategyAdapter:
     """Makes a strategy save and load adapters instead of the whole model.
 
@@ -73,9 +86,11 @@ class StrategyAdapter:
 
     Args:
         strategy: A Lightning strategy.
+        options: What the user says about many devices.
     """
 
-    REPLACED = (
+    shards_early = False  # weights are sharded in configure_model, and can't be quantised any more behind it
+    REPLACED: tuple[str, ...] = (
         "lightning_module_state_dict",
         "load_model_state_dict",
         "load_optimizer_state_dict",
@@ -83,8 +98,8 @@ class StrategyAdapter:
         "remove_checkpoint",
     )
 
-    def __init__(self, strategy: Any) -> None:
-        self.strategy = strategy
+    def __init__(self, strategy: Any, options: Options | None = None) -> None:
+        self.strategy, self.options = strategy, options or Options()
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
         self.restored = False  # whether adapters were loaded from a checkpoint
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
@@ -98,9 +113,32 @@ class StrategyAdapter:
             replacement.lora_original = original  # type: ignore[attr-defined]
             setattr(self.strategy, name, replacement)
 
-    def remember_base(self, model: nn.Module, quantization: str | None) -> None:
-        """Takes the fingerprint of the base, which is complete now and not yet cast, quantised or sharded."""
+    def building(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around the user's ``configure_model``, for a model that may have adapters already."""
+        return nullcontext()
+
+    def settle_base(self, model: nn.Module, quantization: str | None) -> None:
+        """Called when all of the base is there. Sees to it that ranks hold the same, and takes its fingerprint.
+
+        Raises:
+            BaseMismatchError: If they don't.
+        """
+        if self.options.sync_base:
+            send_base(model, self.strategy.root_device)
         self.base = fingerprint(model, quantization)
+        require_same_base(self.base)
+
+    def place(self, model: nn.Module) -> None:
+        """Called behind ``configure_model``, in which the user may have sharded the base: adapters follow it."""
+
+    def prepare(self, model: nn.Module, patches: Patches) -> None:
+        """Called when the model is complete, before the strategy moves and wraps it."""
+
+    def average_gradients(self) -> None:
+        """Called after a backward pass, for parameters whose gradients the strategy does not reduce by itself."""
+
+    def rest(self) -> None:
+        """Called before parameters are looked at between steps: what is gathered for a while is let go of."""
 
     def check_base(self) -> None:
         """Called before a file is written; a run in progress puts its own check here."""
@@ -117,8 +155,9 @@ class StrategyAdapter:
         return replacement(original, *args, **kwargs)
 
     def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
-        """The ``state_dict`` of a checkpoint."""
-        return {**adapter_state_dict(self.model), **extra_state(self.model)}
+        """The ``state_dict`` of a checkpoint: whole tensors, on every rank."""
+        self.rest()
+        return {**_whole(adapter_state_dict(self.model)), **extra_state(self.model)}
 
     def save_checkpoint(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -127,14 +166,38 @@ class StrategyAdapter:
         self.check_base()
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
         leave_out_base(self.model, checkpoint)
-        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
-        if not plain or storage_options is not None:
-            original(checkpoint, filepath, storage_options=storage_options)
-        elif self.strategy.is_global_zero:
-            files.write(checkpoint, os.fspath(filepath))
         if self.as_peft and "://" in str(filepath):
             raise UnsupportedError(f"save_peft writes to folders of this machine, and {filepath} is none")
-        for name in self.as_peft if self.strategy.is_global_zero else ():
+        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
+        if not plain or storage_options is not None:
+            self.write_elsewhere(original, checkpoint, filepath, storage_options)
+        with self._only_here():
+            if self.strategy.is_global_zero:
+                if plain and storage_options is None:
+                    files.write(checkpoint, os.fspath(filepath))
+                self._write_folders(filepath, checkpoint)
+
+    def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
+        """Writes a checkpoint by a user's own CheckpointIO, or not to a disk of this machine."""
+        original(checkpoint, filepath, storage_options=options)
+
+    @contextmanager
+    def _only_here(self) -> Iterator[None]:
+        """An error that rank 0 alone can have ends the run on every rank, and leaves none waiting for it."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        problem = self.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if problem is not None:
+            raise CheckpointError(f"rank 0 could not write the checkpoint: {problem}")
+
+    def _write_folders(self, filepath: Any, checkpoint: dict[str, Any]) -> None:
+        """PEFT folders, from the tensors that the checkpoint has."""
+        for name in self.as_peft:
             folder = peft_folder(filepath) / name if len(self.as_peft) > 1 else peft_folder(filepath)
             save_adapter(self.model, folder, name, step=checkpoint.get("global_step"))
 
@@ -164,6 +227,10 @@ class StrategyAdapter:
 
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Loads optimizer states after a check that they are for these parameters."""
+        self._check_states(checkpoint)
+        original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
+
+    def _check_states(self, checkpoint: dict[str, Any]) -> None:
         for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=False):
             saved = [len(group["params"]) for group in state["param_groups"]]
             current = [len(group["params"]) for group in optimizer.param_groups]
@@ -172,7 +239,10 @@ class StrategyAdapter:
                     f"the optimizer's parameter groups differ, {saved} -> {current} tensors: resume with the same "
                     "configure_optimizers, loraplus_lr_ratio and modules_to_save"
                 )
-        original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
+
+
+def _whole(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: gathered(value).cpu() if is_sharded(value) else value for key, value in state.items()}
 
 
 def peft_folder(checkpoint: Any) -> Path:
@@ -181,5 +251,4 @@ def peft_folder(checkpoint: Any) -> Path:
     return path.with_name(f"{path.name.removesuffix('.ckpt')}.peft")
 
 
-# Known, so that a subclass of SingleDeviceStrategy or DDPStrategy among them is not taken for its parent.
-_ADAPTERS.update(dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")))
+_ADAPTERS["DeepSpeedStrategy"] = None  # a subclass of DDPStrategy, which shall not be taken for it

@@ -1,0 +1,55 @@
+"""Gradients of parameters that every rank holds whole, where the strategy itself reduces those of its shards only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lightning_lora.ops.sharded import own_part
+
+
+class ReplicatedGradients:
+    """Averages gradients over the data-parallel ranks in one flat all-reduce per dtype.
+
+    The mean of means is the mean, and what was averaged before stays what it is: after any backward of several that
+    accumulate, this gives what it would give after all of them.
+
+    Args:
+        parameters: The same ones in the same order on every rank; of tensor-parallel ones the local part counts.
+        group: The process group over which the data is spread.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Any) -> None:
+        self._group = group
+        self._by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            self._by_dtype.setdefault(parameter.dtype, []).append(parameter)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """A collective. A parameter that got a gradient on any rank has one on every rank then."""
+        for parameters in self._by_dtype.values():
+            parts = [own_part(p if p.grad is None else p.grad) for p in parameters]
+            given = parts[0].new_tensor([p.grad is not None for p in parameters])
+            pieces = [
+                torch.zeros_like(part) if p.grad is None else part for p, part in zip(parameters, parts, strict=True)
+            ]
+            flat = torch.cat([*(piece.reshape(-1) for piece in pieces), given])
+            flat.div_(distributed.get_world_size(self._group))
+            distributed.all_reduce(flat, group=self._group)
+            *means, anywhere = torch.split(flat, [*(part.numel() for part in parts), len(parts)])
+            for parameter, part, mean, has in zip(parameters, parts, means, anywhere.tolist(), strict=True):
+                if parameter.grad is not None:
+                    part.copy_(mean.view(part.shape))
+                elif has:
+                    parameter.grad = _like(parameter, mean.view(part.shape).clone())
+
+
+def _like(parameter: Any, local: Tensor) -> Tensor:
+    """A local tensor as a gradient of the parameter."""
+    if type(parameter).__name__ != "DTensor":
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False)

@@ -1,0 +1,42 @@
+"""ModelParallelStrategy: FSDP2 and tensor parallelism, as the user has it in ``configure_model``."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_lora.sharding import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
+from lightning_lora.strategies.base import handles
+from lightning_lora.strategies.sharded import ShardedAdapter
+
+
+@handles("ModelParallelStrategy")
+class ModelParallelAdapter(ShardedAdapter):
+    """Adapters stay out of what the user does to the base, and are placed as it is afterwards."""
+
+    shards_early = True
+
+    @override
+    def building(self, model: nn.Module) -> AbstractContextManager[None]:
+        return withheld(model)
+
+    @override
+    def place(self, model: nn.Module) -> None:
+        place(model, self.strategy.device_mesh, self.options.shard_adapters)
+
+    @override
+    def rest(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():  # the outermost one keeps its weights gathered after a forward
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @override
+    def data_parallel_group(self) -> Any:
+        return self.strategy.device_mesh[DATA_PARALLEL].get_group()
+
+    @override
+    def is_reduced(self, parameter: nn.Parameter) -> bool:
+        return is_reduced_by_fsdp(parameter)

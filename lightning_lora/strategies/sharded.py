@@ -1,0 +1,121 @@
+"""What strategies that shard the base have in common."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.errors import CheckpointError, UnsupportedError, listing
+from lightning_lora.formats import files
+from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
+from lightning_lora.layers import named_base_modules
+from lightning_lora.names import clean
+from lightning_lora.ops.sharded import copy_whole_, gathered, is_sharded, placed_like
+from lightning_lora.strategies.base import StrategyAdapter
+from lightning_lora.strategies.gradients import ReplicatedGradients
+
+
+class ShardedAdapter(StrategyAdapter):
+    """Adapters travel in the one portable file; the base stays where it is.
+
+    Lightning restores these strategies after their setup, model and optimizers at once, and asks them for a file in a
+    format of their own. Here every rank reads the file and takes its part: nothing is sent.
+    """
+
+    REPLACED = (*StrategyAdapter.REPLACED, "load_checkpoint", "optimizer_state")
+    _gradients: ReplicatedGradients | None = None
+
+    def data_parallel_group(self) -> Any:
+        """The process group over which the data is spread; None for all ranks."""
+        return None
+
+    @override
+    def average_gradients(self) -> None:
+        if self._gradients is None:
+            replicated = [p for p in self.model.parameters() if p.requires_grad and not self.is_reduced(p)]
+            self._gradients = ReplicatedGradients(replicated, self.data_parallel_group())
+        self._gradients.average()
+
+    def is_reduced(self, parameter: nn.Parameter) -> bool:
+        """Whether the strategy itself reduces a parameter's gradient."""
+        raise NotImplementedError
+
+    def optimizer_state(self, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
+        """An optimizer's state by the position of its parameters, as one device writes it: whole tensors."""
+        state = getattr(optimizer, "optimizer", optimizer).state_dict()
+        whole = {
+            index: {key: gathered(v).cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
+            for index, values in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    def load_checkpoint(
+        self, original: Callable[..., Any], checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads the file on every rank."""
+        path = Path(self.strategy.broadcast(checkpoint_path))
+        if path.is_dir():
+            raise UnsupportedError(
+                f"{path} is a folder of a whole model's shards: load it as the base in configure_model, or resume from "
+                "a checkpoint of adapters"
+            )
+        return files.read(path)
+
+    @override
+    def load_model_state_dict(
+        self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
+    ) -> None:
+        if not is_adapter_checkpoint(checkpoint) and not is_base_checkpoint(self.model, checkpoint):
+            raise CheckpointError("the checkpoint holds adapters, and was not written with a LoRA callback")
+        super().load_model_state_dict(self._load_base, checkpoint, strict)
+        if self.model.trainer.state.fn == "fit" and checkpoint.get("optimizer_states"):  # type: ignore[union-attr]
+            self.load_optimizer_state_dict(original, checkpoint)
+
+    @override
+    def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        self._check_states(checkpoint)
+        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(_placed(files.own_storage(state), getattr(optimizer, "optimizer", optimizer)))
+
+    @override
+    def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
+        if self.strategy.is_global_zero:
+            self.strategy.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+
+    def _load_base(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Loads a checkpoint of a model without adapters as the base."""
+        state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
+        own = dict(_base_tensors(self.model))
+        missing, other = [key for key in own if key not in state], [key for key in state if key not in own]
+        if strict and (missing or other):
+            lacks = f"it lacks {listing(missing, 3)}" if missing else f"the model has no {listing(other, 3)}"
+            raise CheckpointError(f"the checkpoint is not of this base: {lacks}")
+        for key in own.keys() & state.keys():
+            copy_whole_(own[key], state[key])
+
+
+def _base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    found = []
+    for name, module in named_base_modules(model):
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        tensors = {**module._parameters, **buffers}
+        found += [(clean(f"{name}.{k}".lstrip(".")), t.detach()) for k, t in tensors.items() if t is not None]
+    return found
+
+
+def _placed(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Whole states split as their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        **state,
+        "state": {
+            index: {
+                key: placed_like(v, p) if isinstance(v, Tensor) and v.shape == p.shape and is_sharded(p) else v
+                for key, v in values.items()
+            }
+            for index, values in state["state"].items()
+            for p in (parameters[index],)
+        },
+    }

@@ -1,0 +1,203 @@
+"""Run in processes of its own: python -m tests.distributed.many STRATEGY FOLDER '{"options": ...}'.
+
+The same model, data and callback under any strategy. Options: see `main`.
+"""
+
+import json
+import os
+import sys
+import warnings
+
+warnings.simplefilter("ignore")
+import torch
+from torch import distributed
+
+torch.set_num_threads(1)
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+import lightning_lora as ll
+from tests.helpers.toy import Lit, Net, build, data
+
+
+class Sharded(Lit):
+    """A user's module that shards itself, as the Lightning docs have it."""
+
+    def __init__(self, built="init", tp=False, quantize=None, dtype=None, checkpointing=False, compiled=False):
+        super().__init__(built if built != "meta" else "setup")
+        self.tp, self.quantize, self.dtype_, self.meta = tp, quantize, dtype, built == "meta"
+        self.checkpointing, self.compiled, self.sharded = checkpointing, compiled, False
+        if dtype and self.net is not None:
+            self.net.to(getattr(torch, dtype))
+
+    def setup(self, stage):
+        if not self.meta:
+            super().setup(stage)
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if self.sharded:
+            return
+        self.sharded = True
+        if self.meta:
+            with torch.device("meta"):
+                self.net = Net()
+        super().configure_model()
+        if self.quantize:
+            ll.quantize(self.net, self.quantize)
+        if self.tp:
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+            for block in self.net.blocks:
+                parallelize_module(
+                    block, self.device_mesh["tensor_parallel"], {"q": ColwiseParallel(), "o": RowwiseParallel()}
+                )
+        if self.checkpointing:
+            from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+            apply_activation_checkpointing(self.net, check_fn=lambda m: type(m).__name__ == "Block")
+        if self.compiled:
+            for block in self.net.blocks:
+                block.compile(backend="aot_eager")
+        mesh = self.device_mesh["data_parallel"]
+        if mesh.size() > 1:
+            for block in self.net.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+    def on_fit_start(self):
+        if self.meta:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(self.net, build(self.seed).state_dict(), options=options)
+
+
+class CPUFSDP(FSDPStrategy):
+    """Lightning refuses FSDP on the CPU by its type, and torch without a device."""
+
+    def _setup_model(self, model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return model
+        options = {"cpu_offload": self.cpu_offload, "mixed_precision": self.mixed_precision_config, **self.kwargs}
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **options
+        )
+
+
+def no_dropout(module):
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return module
+
+
+def strategy_of(name, devices):
+    from tests.helpers.toy import Block
+
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
+    if name == "tp":
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=devices)
+    if name == "2d":
+        return ModelParallelStrategy(data_parallel_size=devices // 2, tensor_parallel_size=2)
+    if name == "fsdp":
+        return CPUFSDP(auto_wrap_policy={Block})
+    return name
+
+
+def main(name, folder, options):
+    devices = options.get("devices", 2)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.manual_seed(rank)  # ranks get different seeds on purpose: adapters must start equal all the same
+    model_options = {"tp": name in ("tp", "2d"), **options.get("module", {})}
+    if name in ("fsdp2", "tp", "2d"):
+        module = Sharded(**model_options)
+    else:
+        module = Lit(model_options.get("built", "init"))
+        if dtype := model_options.get("dtype"):
+            module.net.to(getattr(torch, dtype))
+    if module.net is not None:
+        no_dropout(module)
+    counter = Bytes() if options.get("count") else None
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy_of(name, devices) if devices > 1 else "auto",
+        max_epochs=options.get("epochs", 2),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[
+            ll.LoRA(r=4, lora_alpha=6, **options.get("lora", {})),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+            NoDropout(),
+            *([counter] if counter else []),
+        ],
+        **options.get("trainer", {}),
+    )
+    # the same samples in each global batch, whatever the number of data-parallel ranks
+    ranks = devices if name not in ("tp", "2d") else devices // 2 if name == "2d" else 1
+    loader = data(batch_size=16 // ranks)
+    trainer.fit(module, loader, loader, ckpt_path=options.get("ckpt"))
+    result = {
+        "val_loss": trainer.callback_metrics["val_loss"],
+        "types": sorted({type(p).__name__ for p in module.parameters()}),
+    }
+    if counter:
+        result["bytes"] = counter.found
+    if options.get("test"):
+        again = Sharded(**model_options) if name in ("fsdp2", "tp", "2d") else Lit(model_options.get("built", "init"))
+        result["test"] = trainer.test(again, loader, ckpt_path=f"{folder}/epoch=0.ckpt", verbose=False)
+    if trainer.is_global_zero:
+        torch.save(result, f"{folder}/result.pt")
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+class NoDropout(pl.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        no_dropout(pl_module)
+
+
+class Bytes(pl.Callback):
+    """Counts what collectives send, by step and by save."""
+
+    def __init__(self):
+        self.found = {"step": {}, "save": {}, "setup": {}}
+        self.kind, self.mode = "setup", None
+
+    def setup(self, trainer, pl_module, stage):
+        from tests.distributed.collectives import Counter
+
+        self.mode = Counter(self.found["setup"])
+        self.mode.__enter__()
+
+    def on_train_start(self, trainer, pl_module):
+        self.mode.into = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.mode.into = self.found["step"] if trainer.global_step == 1 else {}
+
+    def on_train_batch_end(self, *args):
+        self.mode.into = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        self.mode.into = self.found["save"] if trainer.current_epoch == 0 else {}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pass
+
+    def on_train_end(self, trainer, pl_module):
+        self.mode.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})
