@@ -1,0 +1,109 @@
+"""Two nodes on loopback, started as torchrun, SLURM, Kubernetes and people start them."""
+
+import re
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_lora as ll
+from tests.helpers.nodes import ROOT, by_hand, free_port, run
+from tests.helpers.toy import Lit
+
+pytestmark = pytest.mark.gloo
+MODULE = "tests.distributed.torchrun_run"
+PAGE = ROOT / "docs" / "multi_node.md"
+
+
+def torchrun(*script: str) -> list[list[str]]:
+    shared = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    shared.append(f"--master-port={free_port()}")
+    return [[*shared, f"--node-rank={rank}", *script] for rank in range(2)]
+
+
+def slurm() -> list[dict[str, str]]:
+    """What srun sets for ``--nodes=2 --ntasks-per-node=1``, with this host as both nodes."""
+    shared = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "lora",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_NODELIST": socket.gethostbyname("localhost"),
+        "SLURM_LOCALID": "0",
+        "MASTER_PORT": str(free_port()),  # Lightning's own choice is 15000 and the last digits of the job
+    }
+    return [{**shared, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
+
+
+def pods() -> list[dict[str, str]]:
+    """What the operator of a PyTorchJob sets, with KubeflowEnvironment in the script and no torchrun."""
+    shared = {"PODS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    return [{**shared, "RANK": str(rank)} for rank in range(2)]
+
+
+def pods_with_torchrun() -> list[dict[str, str]]:
+    """What the same operator sets for torchrun, which then needs no arguments."""
+    shared = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1"}
+    shared["PET_MASTER_PORT"] = str(free_port())
+    return [{**shared, "PET_NODE_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+
+
+def results(folder: Path, commands, environments) -> list[dict]:
+    for end in run(commands, environments):
+        assert end.code == 0, end.output[-3000:]
+    return [torch.load(folder / f"rank={rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def check(ranks: list[dict], environment: str, names: list[str]) -> None:
+    assert [rank["environment"] for rank in ranks] == [environment] * 2
+    assert [rank["node"] for rank in ranks] == [0, 1]
+    gradients = sum(value.nbytes for value in ranks[0]["state"].values())  # as docs/multi_node.md computes them
+    assert {size for rank in ranks for size in rank["sends"]} == {gradients}
+    assert [rank["writes"] for rank in ranks] == [names, []]  # once, and by rank 0
+
+
+def test_torchrun_resumes_from_what_rank_0_wrote(tmp_path):
+    whole = results(tmp_path, torchrun("-m", MODULE, str(tmp_path)), [{}, {}])
+    check(whole, "TorchElasticEnvironment", ["epoch=0.ckpt", "epoch=1.ckpt"])
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    first = str(tmp_path / "epoch=0.ckpt")
+    rest = results(resumed, torchrun("-m", MODULE, str(resumed), first), [{}, {}])
+    check(rest, "TorchElasticEnvironment", ["epoch=1.ckpt"])
+    assert all(torch.equal(value, rest[0]["state"][key]) for key, value in whole[0]["state"].items())
+
+
+@pytest.mark.parametrize(
+    ("variables", "prefix", "environment"),
+    [
+        (slurm, [], "SLURMEnvironment"),
+        (pods, [], "KubeflowEnvironment"),
+        (pods_with_torchrun, ["-m", "torch.distributed.run"], "TorchElasticEnvironment"),
+        (by_hand, [], "LightningEnvironment"),
+    ],
+    ids=["slurm", "pods", "pods-torchrun", "by-hand"],
+)
+def test_other_launchers(tmp_path, variables, prefix, environment):
+    ranks = results(tmp_path, [*prefix, "-m", MODULE, str(tmp_path)], variables())
+    check(ranks, environment, ["epoch=0.ckpt", "epoch=1.ckpt"])
+
+
+def test_the_commands_of_the_docs(tmp_path):
+    """The page's script, started by the page's two commands: only the port is another."""
+    page = PAGE.read_text()
+    (script,) = re.findall(r"^```\{code-block\} python\n:caption: train.py\n\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "my_project.py").write_text(
+        "from tests.helpers.toy import Lit as MyModule, data\n\ntrain_data = data(batch_size=4)\n"
+    )
+    lines = re.findall(r"^torchrun (.*127\.0\.0\.1.*)$", page, re.M)
+    assert len(lines) == 2
+    port = str(free_port())
+    commands = [["-m", "torch.distributed.run", *shlex.split(line.replace("29500", port))] for line in lines]
+    for end in run(commands, [{}, {}], cwd=tmp_path):
+        assert end.code == 0, end.output[-3000:]
+    (checkpoint,) = (tmp_path / "runs").glob("*.ckpt")
+    assert ll.adapters(ll.load_from_checkpoint(Lit, checkpoint))["default"].r == 16
