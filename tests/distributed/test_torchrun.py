@@ -1,5 +1,6 @@
 """Two nodes on loopback, started as torchrun, SLURM, Kubernetes and people start them."""
 
+import os
 import re
 import shlex
 import socket
@@ -89,6 +90,19 @@ def test_torchrun_resumes_from_what_rank_0_wrote(tmp_path):
 def test_other_launchers(tmp_path, variables, prefix, environment):
     ranks = results(tmp_path, [*prefix, "-m", MODULE, str(tmp_path)], variables())
     check(ranks, environment, ["epoch=0.ckpt", "epoch=1.ckpt"])
+
+
+def test_slurm_requeues_and_goes_on(tmp_path):
+    """Lightning saves when the signal comes, asks for the job again, and the job finds what was saved."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["-m", MODULE, str(tmp_path)]
+    first = results(tmp_path, command, [{**rank, **path, "SIGNAL": "1"} for rank in slurm()])
+    assert first[0]["writes"] == ["epoch=0.ckpt", "hpc_ckpt_1.ckpt", "epoch=1.ckpt"]
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    second = results(tmp_path, command, slurm())
+    assert [rank["started"] for rank in second] == [5, 5]
 
 
 def test_the_commands_of_the_docs(tmp_path):

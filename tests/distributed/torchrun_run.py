@@ -1,6 +1,7 @@
 """Run by test_torchrun.py on every node: python -m tests.distributed.torchrun_run FOLDER [CKPT]."""
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -52,8 +53,19 @@ class Sends(pl.Callback):
         self.steps.append(0)
 
 
+class Requeue(pl.Callback):
+    """SLURM's signal before the time is up, at the same moment on all ranks."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.started = trainer.global_step
+
+    def on_train_batch_start(self, trainer, *args):
+        if "SIGNAL" in os.environ and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def main(folder: str, ckpt_path: str | None = None) -> None:
-    writes, sends = Writes(), Sends()
+    writes, sends, requeue = Writes(), Sends(), Requeue()
     plugins = [KubeflowEnvironment()] if "PODS" in os.environ else []
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -66,7 +78,12 @@ def main(folder: str, ckpt_path: str | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[ll.LoRA(r=4, lora_dropout=0.2), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), sends],
+        callbacks=[
+            ll.LoRA(r=4, lora_dropout=0.2),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+            sends,
+            requeue,
+        ],
     )
     # Ranks get different seeds on purpose: adapters must start equal all the same.
     torch.manual_seed(trainer.global_rank + 10 * (ckpt_path is not None))
@@ -81,6 +98,7 @@ def main(folder: str, ckpt_path: str | None = None) -> None:
         "state": state,
         "writes": writes.names,
         "sends": sends.steps,
+        "started": requeue.started,
         "environment": type(trainer.strategy.cluster_environment).__name__,
         "node": trainer.node_rank,
     }
