@@ -184,6 +184,7 @@ class LoRA(CallbackBase):
             return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         names = self._phases.plans.keys()
+        require_same_settings({"global_step": trainer.global_step, "current_epoch": trainer.current_epoch})
         check_before(pl_module, optimizers, names)
         for name in self._strategy.as_peft if self._strategy is not None else ():
             check_exportable(pl_module, name)

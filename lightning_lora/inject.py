@@ -30,6 +30,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import is_flattened
 from lightning_lora.owned import without_owned
 from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, plan
@@ -178,8 +179,9 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
     """
     for layer_name, layer in lora_layers(model):
         for adapter in layer.lora_adapters().values():
-            if adapter.A.is_meta or layer.lora_stored_matrix().is_meta:
-                continue
+            weight = layer._parameters["weight"]
+            if adapter.A.is_meta or weight is None or weight.is_meta or is_flattened(weight):
+                continue  # it has no values yet, or these can't be seen any more
             if adapter.initialised:
                 adapter.follow(layer)
             elif stage_of(adapter.config.init_lora_weights) <= (Stage.PACKED if layer.lora_packed and stage else stage):

@@ -1,14 +1,13 @@
 """Adapters of layers whose weights are spread over ranks: FSDP2 (data parallel), tensor parallel, or both."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, lora_class, lora_layers, undressed
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import is_sharded
 
@@ -16,24 +15,14 @@ DATA_PARALLEL = "data_parallel"  # the name that Lightning gives the mesh dimens
 LARGE = 1 << 30  # bytes of weights, gradients and Adam's states (16 for each parameter), from which on they are sharded
 
 
-@contextmanager
-def withheld(model: nn.Module) -> Iterator[None]:
+def withheld(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which a model shows no adapters, so that what is done to its layers is not done to them.
 
     ``parallelize_module`` can't split them, and ``fully_shard`` would make them part of the base's groups. Adapters
     that come into the model meanwhile (by the user's own `inject`) stay, and are sharded as the user has it.
     """
-    kept = [(layer, layer.lora, layer.lora_active) for _, layer in lora_layers(model)]
-    for layer, _, _ in kept:
-        layer.lora, layer.lora_active = nn.ModuleDict(), ()
-    try:
-        yield
-    finally:
-        for layer, adapters, active in kept:
-            for name, adapter in adapters.items():
-                if name not in layer.lora:
-                    layer.lora[name] = adapter
-            layer.lora_active = (*active, *(name for name in layer.lora_active if name not in active))
+    layers = [layer for _, layer in lora_layers(model)]
+    return undressed([layer for layer in layers if type(layer) is lora_class(type(layer).lora_plain_class)])
 
 
 def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
@@ -91,8 +80,8 @@ def _split(name: str, layer: LoRALayer, adapter: Adapter, mesh: Any, placement: 
 
     if not isinstance(layer, nn.Linear):
         raise UnsupportedError(
-            f"{name}: an adapter on a tensor-parallel {type(layer).lora_plain_class.__name__} is not built yet: name it "
-            "in exclude_modules"
+            f"{name}: an adapter on a tensor-parallel {type(layer).lora_plain_class.__name__} is not built yet: name "
+            "it in exclude_modules"
         )
     of_rows = Shard(0) if placement.is_shard(0) else Replicate()
     of_columns = Shard(1) if placement.is_shard(1) else Replicate()

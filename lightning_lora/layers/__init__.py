@@ -12,6 +12,7 @@ from lightning_lora.layers.swap import (
     lora_class,
     original_type,
     rebase,
+    undressed,
     unlock_statistics,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "reaches_base_forward",
     "rebase",
     "registered_base",
+    "undressed",
     "unlock_statistics",
 ]

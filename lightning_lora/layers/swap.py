@@ -5,7 +5,8 @@ stays the object that the model, the optimizer and tied modules refer to; ``isin
 no key of the state dict changes. This is the only file that assigns ``__class__``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -99,6 +100,29 @@ def detach(layer: LoRALayer, name: str) -> None:
         del layer.lora, layer.lora_active
         vars(layer).pop("lora_absorbed", None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
+
+
+@contextmanager
+def undressed(layers: Iterable[LoRALayer]) -> Iterator[None]:
+    """A context in which layers have their own classes and no adapters, which they get back behind it.
+
+    One that got another adapter of the same name meanwhile keeps that.
+    """
+    kept = [(layer, layer.lora_adapters(), layer.lora_active, layer.lora_absorbed) for layer in layers]
+    for layer, _, _, _ in kept:
+        del layer.lora, layer.lora_active
+        vars(layer).pop("lora_absorbed", None)
+        layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, adapters, active, absorbed in kept:
+            for name, adapter in adapters.items():
+                if name not in getattr(layer, "lora", ()):
+                    attach(layer, name, adapter)
+            layer.lora_active = (*active, *(name for name in layer.lora_active if name not in adapters))
+            if absorbed:
+                layer.lora_absorbed = absorbed
 
 
 def rebase(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -11,6 +11,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether it is what this rank holds of a weight in a flat parameter of FSDP1: of any size, and without shape."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank: a collective if it is sharded."""
     if not is_sharded(tensor):

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.config import Quantization
 from lightning_lora.ops.packed import packed_linear
+from lightning_lora.ops.sharded import gathered
 from lightning_lora.quantization.base import quantizes
 from lightning_lora.quantization.bitsandbytes_layer import Bitsandbytes, PackedLayer
 from lightning_lora.quantization.packing import four_bits
@@ -44,8 +45,7 @@ class FourBit(Bitsandbytes):
 
     @override
     def dense(self, layer: Any) -> Tensor:
-        packed: Tensor = layer.weight.data
-        state = _state(layer)
+        packed, state = gathered(layer.weight.data), _state(layer)
         return packed if state is None else F4.dequantize_4bit(packed, state)
 
     @override

@@ -23,6 +23,7 @@ class FSDPAdapter(ShardedAdapter):
 
     @override
     def prepare(self, model: nn.Module, patches: Patches) -> None:
+        super().prepare(model, patches)
         kwargs: dict[str, Any] = self.strategy.kwargs
         if not kwargs.get("use_orig_params", True):
             raise ConfigError("FSDPStrategy(use_orig_params=False) can't be used with adapters: leave it out")

@@ -1,12 +1,13 @@
 """Gradients of parameters that every rank holds whole, where the strategy itself reduces those of its shards only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
-from lightning_lora.ops.sharded import own_part
+from lightning_lora.ops.sharded import gathered, is_sharded, own_part
 
 
 class ReplicatedGradients:
@@ -46,9 +47,40 @@ class ReplicatedGradients:
                     parameter.grad = _like(parameter, mean.view(part.shape).clone())
 
 
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scales gradients down to a total norm, as torch's ``clip_grad_norm_`` does, which can't mix sharded and whole."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    norms = [gathered(torch.linalg.vector_norm(gradient, dtype=torch.float32)) for gradient in gradients]
+    factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        own_part(gradient).mul_(factor)
+
+
+def split_apart(optimizer: Optimizer) -> list[int]:
+    """Makes an optimizer take one step after the other where a group mixes sharded and whole parameters.
+
+    Steps over many tensors at a time can't be taken over both.
+
+    Returns:
+        The indices of these groups.
+    """
+    mixed = [i for i, g in enumerate(optimizer.param_groups) if len({_mesh(p) for p in g["params"]}) > 1]
+    for index in mixed:
+        group = optimizer.param_groups[index]
+        group |= {key: False for key in ("foreach", "fused") if key in group}
+    return mixed
+
+
+def _mesh(parameter: Any) -> Any:
+    return parameter.device_mesh if is_sharded(parameter) else None
+
+
 def _like(parameter: Any, local: Tensor) -> Tensor:
     """A local tensor as a gradient of the parameter."""
-    if type(parameter).__name__ != "DTensor":
+    if not is_sharded(parameter):
         return local
     from torch.distributed.tensor import DTensor
 

@@ -13,8 +13,9 @@ from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_che
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_sharded, placed_like
+from lightning_lora.patches import Patches
 from lightning_lora.strategies.base import StrategyAdapter
-from lightning_lora.strategies.gradients import ReplicatedGradients
+from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, split_apart
 
 
 class ShardedAdapter(StrategyAdapter):
@@ -32,6 +33,20 @@ class ShardedAdapter(StrategyAdapter):
         return None
 
     @override
+    def prepare(self, model: nn.Module, patches: Patches) -> None:
+        patches.replace(self.strategy.precision_plugin, "clip_grad_by_norm", self._clip)
+        patches.wrap(self.strategy, "setup_optimizers", self._setup_optimizers)
+
+    def _setup_optimizers(self, original: Callable[..., Any], *args: Any) -> None:
+        original(*args)
+        for optimizer in self.strategy.optimizers:
+            split_apart(_plain(optimizer))
+
+    def _clip(self, optimizer: Any, clip_val: float) -> None:
+        if clip_val > 0:
+            clip_by_norm(self.strategy.precision_plugin.main_params(optimizer), clip_val)
+
+    @override
     def average_gradients(self) -> None:
         if self._gradients is None:
             replicated = [p for p in self.model.parameters() if p.requires_grad and not self.is_reduced(p)]
@@ -44,12 +59,17 @@ class ShardedAdapter(StrategyAdapter):
 
     def optimizer_state(self, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """An optimizer's state by the position of its parameters, as one device writes it: whole tensors."""
-        state = getattr(optimizer, "optimizer", optimizer).state_dict()
+        optimizer = _plain(optimizer)
+        state, apart = optimizer.state_dict(), split_apart(optimizer)
+        groups = [
+            {**group, **{key: None for key in ("foreach", "fused") if key in group and index in apart}}
+            for index, group in enumerate(state["param_groups"])
+        ]
         whole = {
             index: {key: gathered(v).cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
             for index, values in state["state"].items()
         }
-        return {**state, "state": whole}
+        return {**state, "state": whole, "param_groups": groups}
 
     def load_checkpoint(
         self, original: Callable[..., Any], checkpoint_path: Any, weights_only: bool | None = None
@@ -77,7 +97,9 @@ class ShardedAdapter(StrategyAdapter):
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         self._check_states(checkpoint)
         for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(_placed(files.own_storage(state), getattr(optimizer, "optimizer", optimizer)))
+            plain = _plain(optimizer)
+            plain.load_state_dict(_placed(files.own_storage(state), plain))
+            split_apart(plain)
 
     @override
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
@@ -94,6 +116,11 @@ class ShardedAdapter(StrategyAdapter):
             raise CheckpointError(f"the checkpoint is not of this base: {lacks}")
         for key in own.keys() & state.keys():
             copy_whole_(own[key], state[key])
+
+
+def _plain(optimizer: Any) -> Any:
+    """An optimizer without what Lightning puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

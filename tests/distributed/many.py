@@ -1,11 +1,13 @@
-"""Run in processes of its own: python -m tests.distributed.many STRATEGY FOLDER '{"options": ...}'.
+"""Run in processes of its own: python -m tests.distributed.many FOLDER DEVICES '{NAME: {"strategy": ...}, ...}'.
 
-The same model, data and callback under any strategy. Options: see `main`.
+The same model, data and callback under any strategy: one fit after the other, each in a folder of its name, where it
+leaves ``result.pt``. The options of each: see `fit`.
 """
 
 import json
 import os
 import sys
+import traceback
 import warnings
 
 warnings.simplefilter("ignore")
@@ -111,55 +113,99 @@ def strategy_of(name, devices):
     return name
 
 
-def main(name, folder, options):
-    devices = options.get("devices", 2)
+def fit(folder, devices, strategy, module=None, lora=None, trainer=None, epochs=2, ckpt=None, count=False, test=False):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.manual_seed(rank)  # ranks get different seeds on purpose: adapters must start equal all the same
-    model_options = {"tp": name in ("tp", "2d"), **options.get("module", {})}
-    if name in ("fsdp2", "tp", "2d"):
-        module = Sharded(**model_options)
+    options = module or {}
+    if strategy in ("fsdp2", "tp", "2d"):
+        make = lambda: Sharded(tp=strategy in ("tp", "2d"), **options)
     else:
-        module = Lit(model_options.get("built", "init"))
-        if dtype := model_options.get("dtype"):
-            module.net.to(getattr(torch, dtype))
-    if module.net is not None:
-        no_dropout(module)
-    counter = Bytes() if options.get("count") else None
-    trainer = pl.Trainer(
+        make = lambda: plain(**options)
+    counter = Bytes() if count else None
+    run = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy=strategy_of(name, devices) if devices > 1 else "auto",
-        max_epochs=options.get("epochs", 2),
+        strategy=strategy_of(strategy, devices),
+        max_epochs=epochs,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         callbacks=[
-            ll.LoRA(r=4, lora_alpha=6, **options.get("lora", {})),
+            ll.LoRA(r=4, lora_alpha=6, **lora_options(lora)),
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
             NoDropout(),
             *([counter] if counter else []),
         ],
-        **options.get("trainer", {}),
+        **(trainer or {}),
     )
-    # the same samples in each global batch, whatever the number of data-parallel ranks
-    ranks = devices if name not in ("tp", "2d") else devices // 2 if name == "2d" else 1
-    loader = data(batch_size=16 // ranks)
-    trainer.fit(module, loader, loader, ckpt_path=options.get("ckpt"))
-    result = {
-        "val_loss": trainer.callback_metrics["val_loss"],
-        "types": sorted({type(p).__name__ for p in module.parameters()}),
-    }
+    lit = make()
+    run.fit(lit, datamodule=Samples(), ckpt_path=ckpt)
+    result = {"val_loss": run.callback_metrics["val_loss"].item()}
+    result["types"] = {ll_name(name): type(p).__name__ for name, p in lit.named_parameters() if p.requires_grad}
     if counter:
         result["bytes"] = counter.found
-    if options.get("test"):
-        again = Sharded(**model_options) if name in ("fsdp2", "tp", "2d") else Lit(model_options.get("built", "init"))
-        result["test"] = trainer.test(again, loader, ckpt_path=f"{folder}/epoch=0.ckpt", verbose=False)
-    if trainer.is_global_zero:
-        torch.save(result, f"{folder}/result.pt")
+    if test:
+        again = pl.Trainer(
+            accelerator="cpu",
+            devices=devices,
+            strategy=strategy_of(strategy, devices),
+            logger=False,
+            enable_progress_bar=False,
+            callbacks=[ll.LoRA(r=4, lora_alpha=6, **lora_options(lora))],
+        )
+        result["test"] = again.test(make(), data(), ckpt_path=f"{folder}/epoch={epochs - 1}.ckpt", verbose=False)[0]
+    return result
+
+
+def lora_options(options):
+    options = dict(options or {})
+    if isinstance(settings := options.get("quantization"), dict):
+        options["quantization"] = ll.Quantization(**settings)
+    return options
+
+
+def ll_name(name):
+    from lightning_lora.names import clean
+
+    return clean(name)
+
+
+def plain(built="init", dtype=None):
+    module = Lit(built)
+    return module.to(getattr(torch, dtype)) if dtype else module
+
+
+def main(folder, devices, scenarios):
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    for name, options in scenarios.items():
+        place = f"{folder}/{name}"
+        os.makedirs(place, exist_ok=True)
+        try:
+            result = fit(place, devices, **options)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+            if options.pop("trace", True):
+                traceback.print_exc()
+        torch.save(result, f"{place}/{'result' if rank == 0 else f'rank{rank}'}.pt")
+        if distributed.is_initialized():
+            distributed.barrier()
     if distributed.is_initialized():
-        distributed.barrier()
         distributed.destroy_process_group()
+
+
+class Samples(pl.LightningDataModule):
+    """The same 16 samples in each step, whatever the number of data-parallel ranks. (Lightning's sampler shuffles.)"""
+
+    def train_dataloader(self):
+        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        dataset = data().dataset
+        sampler = torch.utils.data.DistributedSampler(dataset, shuffle=False, **kwargs)
+        return torch.utils.data.DataLoader(dataset, batch_size=16 // kwargs["num_replicas"], sampler=sampler)
+
+    def val_dataloader(self):
+        return data()
 
 
 class NoDropout(pl.Callback):
@@ -200,4 +246,4 @@ class Bytes(pl.Callback):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
