@@ -26,7 +26,7 @@ def require_same_settings(settings: Mapping[str, Any]) -> None:
         if each[0].get(key) != other.get(key)
     ]
     if different:
-        raise ConfigError(f"LoRA: ranks were given different settings: {'; '.join(different[:5])}")
+        raise ConfigError(f"LoRA: ranks differ: {'; '.join(different[:5])}")
 
 
 def require_same_base(base: Mapping[str, Any]) -> None:
