@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_lora.analysis import summary
 from lightning_lora.analysis.report import announce
 from lightning_lora.arguments import check_arguments
-from lightning_lora.compatibility import check_compatibility, final_mode, is_accumulating, warn_of_copies
+from lightning_lora.compatibility import check_compatibility, final_mode, is_accumulating
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
@@ -24,12 +24,13 @@ from lightning_lora.formats.checkpoint import META, complete_averages
 from lightning_lora.formats.peft import check_exportable
 from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
-from lightning_lora.health import check_before
+from lightning_lora.health import check_before, explain
 from lightning_lora.inits import Init
 from lightning_lora.inject import default_seed
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
 from lightning_lora.optim import restore_ratios
+from lightning_lora.parent import bring_adapters_back
 from lightning_lora.patches import Patches
 from lightning_lora.phases import Phases, Request
 from lightning_lora.random_states import RandomStates
@@ -138,6 +139,7 @@ class LoRA(CallbackBase):
         self._strategy: StrategyAdapter | None = None
         self._training: Training | None = None
         self._random = RandomStates()
+        bring_adapters_back(_requests)
 
     @override
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -145,21 +147,19 @@ class LoRA(CallbackBase):
         self._release()
         if not self._leads(trainer):
             return
-        family = [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
+        family = _family(trainer)
         check_compatibility(trainer, family, pl_module)
         if (merged := merged_layers(pl_module)) and stage == "fit":
             raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
         strategy = self._strategy = strategy_adapter(trainer.strategy, options_of(family))
         require_same_settings(settings_of(family))
         seed = trainer.strategy.broadcast(default_seed())
-        warn_of_copies(trainer, pl_module)
         settings = quantization_of(family)
         mode = final_mode(trainer, settings)
         if merged:
             strategy.settle_base(pl_module, mode)
         else:
-            requests = [lora._request for lora in family]
-            self._phases = Phases(pl_module, requests, seed, settings, mode, strategy)
+            self._phases = Phases(pl_module, _requests(trainer), seed, settings, mode, strategy)
             self._phases.begin(self._patches)
         strategy.install()
         strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)
@@ -180,19 +180,18 @@ class LoRA(CallbackBase):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
-        if self._phases is None:
+        if self._phases is None or (strategy := self._strategy) is None:
             return
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         names = self._phases.plans.keys()
         require_same_settings({"global_step": trainer.global_step, "current_epoch": trainer.current_epoch})
         check_before(pl_module, optimizers, names)
-        for name in self._strategy.as_peft if self._strategy is not None else ():
+        for name in strategy.as_peft:
             check_exportable(pl_module, name)
         if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
             restore_ratios(optimizers)  # the learning-rate finder set all groups alike
         self._training = Training(pl_module, optimizers, names)
-        if self._strategy is not None:
-            self._strategy.check_base = self._training.check_base  # type: ignore[method-assign]
+        strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)
 
     @override
@@ -221,7 +220,7 @@ class LoRA(CallbackBase):
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training ends. Warns about what never moved."""
-        if self._training is not None and self._strategy is not None:
+        if self._strategy is not None and self._training is not None:
             self._strategy.rest()
             self._training.end()
         self._forget()
@@ -249,23 +248,28 @@ class LoRA(CallbackBase):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Called when a run is broken off; `teardown` is not called then. Takes the wrappers off the module."""
         self._release()
-        if self._leads(trainer) and isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
-            exception.add_note(
-                "lightning_lora: only the adapters need gradients, and none reached the loss. If the layers lie in a "
-                "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
-            )
+        if self._leads(trainer):
+            explain(exception)
 
-    def _leads(self, trainer: "Trainer") -> bool:
-        return next(callback for callback in trainer.callbacks if isinstance(callback, LoRA)) is self  # type: ignore[attr-defined]
+    def _leads(self, trainer: Any) -> bool:
+        return _family(trainer)[0] is self
 
     def _forget(self) -> None:
+        if self._training is not None:
+            self._training.close()
         if self._strategy is not None:
             vars(self._strategy).pop("check_base", None)
         self._training = self._strategy = None
 
     def _release(self) -> None:
         self._patches.release()
-        if self._training is not None:
-            self._training.close()
         self._forget()
         self._phases = None
+
+
+def _family(trainer: Any) -> list[LoRA]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]
+
+
+def _requests(trainer: Any) -> list[Request]:
+    return [lora._request for lora in _family(trainer)]

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.bitsandbytes_plugin import is_bitsandbytes, mode_of
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.quantization import is_quantized
-from lightning_lora.state import adapters
 
 REPLACING_PLUGINS = ("TransformerEnginePrecision",)
 
@@ -64,15 +62,6 @@ def final_mode(trainer: Any, settings: Quantization | None) -> str | None:
         return settings.mode
     plugin = trainer.precision_plugin
     return mode_of(plugin) if is_bitsandbytes(plugin) else None
-
-
-def warn_of_copies(trainer: Any, model: nn.Module) -> None:
-    """Warns if processes that are started now get adapters, and the module that the user holds gets none."""
-    if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher" and not adapters(model):
-        rank_zero_warn(
-            "Adapters are added in the processes that are started now, and not to the module that you hold: load them "
-            "with ll.load_from_checkpoint, or call ll.inject(module, config) before the run"
-        )
 
 
 def overrides_configure_model(model: nn.Module) -> bool:

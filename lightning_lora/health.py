@@ -68,6 +68,15 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
     require_trained(model, optimizers)
 
 
+def explain(exception: BaseException) -> None:
+    """Adds to an exception of torch what it most likely means here."""
+    if isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
+        exception.add_note(
+            "lightning_lora: only the adapters need gradients, and none reached the loss. If the layers lie in a "
+            "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
+        )
+
+
 def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:
     """Makes reentrant activation checkpointing of transformers models work behind a frozen embedding.
 

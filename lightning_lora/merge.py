@@ -17,6 +17,7 @@ from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
+from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.switch import rival_modules, unknown_names
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -152,6 +153,8 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
     if len(set(wanted or ())) < len(wanted or ()):
         yield f"a name is there twice in {wanted}: call ll.set_adapter with weights, and merge what is active"
     yield from context_problems(model)
+    if is_spread(model):
+        yield "the model is sharded over ranks: save the adapter, and merge it into the model on one device"
     yield from unknown_names(wanted or (), known)
     if waiting := [name for name, layer in layers.items() if (q := quantizer_of(layer)) and not q.is_packed(layer)]:
         yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"

@@ -88,9 +88,10 @@ class Phases:
             patches.wrap(plugin, "convert_module", convert)
 
     def _configure_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self._strategy.shards_early and self.plans and self._quantization is not None:
-            self._settle_base()
-            self._convert(self._strategy.strategy.root_device)  # what is sharded can't be quantised any more
+        if self._strategy.shards_early and self.plans:  # of what is sharded ranks have no whole to compare or to pack
+            self._strategy.settle_base(self._model, self._mode)
+            if self._quantization is not None:
+                self._convert(self._strategy.strategy.root_device)
         with self._strategy.building(self._model):
             original(*args, **kwargs)
         self._run(last=True)
@@ -118,7 +119,7 @@ class Phases:
                     self._quantization is not None and not self._packed
                 ):  # what can't be quantised shall be known now, not half-way
                     quantizable(self._model, self._quantization)
-                self._settle_base()
+                self._strategy.settle_base(self._model, self._mode)
         if last and notes:
             rank_zero_warn("\n".join(notes))
 
@@ -162,10 +163,6 @@ class Phases:
         self._inject(last=True)
         load_adapter_state(model, {**state, **extra_state(model)})
         return converted
-
-    def _settle_base(self) -> None:
-        if not self._strategy.base:
-            self._strategy.settle_base(self._model, self._mode)
 
     def _complete(self, device: torch.device, patches: Patches) -> None:
         self._convert(device)

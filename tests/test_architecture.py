@@ -47,6 +47,7 @@ LEVELS = [
     {"recompute", "random_states"},
     {"training"},
     {"phases", "configure"},
+    {"parent"},
     {"callback"},
     {"demo"},
     {"commands"},

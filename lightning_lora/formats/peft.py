@@ -8,6 +8,7 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_write import write_peft_folder
+from lightning_lora.ops.sharded import is_flattened, is_spread
 from lightning_lora.state import require_adapter
 
 
@@ -19,7 +20,7 @@ def save_adapter(
     Names in it are relative to the transformers model when the model holds exactly one around all adapted layers, else
     to the model that is passed. An adapter that started with a part of the weight (PiSSA, OLoRA, LoftQ) is written
     against the clean base, with twice the rank. The folder appears as a whole or not at all; other files in it stay.
-    With several processes the first one writes.
+    With several processes the first one writes; where the model is sharded, all of them have to call this.
 
     Args:
         model: The model, or a part of it.
@@ -34,17 +35,20 @@ def save_adapter(
     """
     exported = check_exportable(model, adapter_name)
     raise_all(CheckpointError, exported.unfit(), f"adapter {adapter_name!r}")
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+    sharded = is_spread(model)
+    first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if not first and not sharded:
         return
     entry = {
         "adapter_name": adapter_name,
         "config": exported.config.to_dict(),
-        "base": fingerprint(exported.root),
+        "base": None if any(map(is_flattened, exported.root.parameters())) else fingerprint(exported.root),
         "starts": [name for name, held in exported.layers.items() if held.adapter.start_A is not None],
         "step": step,
     }
     tensors, layers = dict(exported.tensors()), len(exported.layers)
-    write_peft_folder(folder, tensors, exported.fields(), entry, layers, exported.notes())
+    if first:
+        write_peft_folder(folder, tensors, exported.fields(), entry, layers, exported.notes())
 
 
 def check_exportable(model: nn.Module, adapter_name: str) -> Export:

@@ -14,6 +14,7 @@ from lightning_lora.layers import LoRALayer, has_own_forward, original_type, rea
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
+from lightning_lora.ops.sharded import gathered
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
@@ -123,7 +124,8 @@ class Export:
         """By PEFT's keys, in PEFT's shapes."""
         for name, held in self.layers.items():
             A, B = held.adapter.update()
-            values = [A, B, getattr(held.adapter, "magnitude", None)]
+            magnitude = getattr(held.adapter, "magnitude", None)
+            values = [gathered(A), gathered(B), None if magnitude is None else gathered(magnitude)]
             shapes = held.layer.lora_peft_shapes(held.layer, len(A))
             for (end, shape), value in zip(shapes.items(), values, strict=True):
                 if value is not None:
@@ -131,7 +133,7 @@ class Export:
         for key, value in self.in_full.items():
             owner, _, own = key.rpartition(".")
             middle = "base_layer." if owner in self.layers else ""
-            yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", value.detach()
+            yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", gathered(value).detach()
 
     def record(self) -> dict[str, Any]:
         """What it takes to write the PEFT folder later, from tensors of the adapter alone."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -14,6 +14,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_flattened(tensor: Tensor) -> bool:
     """Whether it is what this rank holds of a weight in a flat parameter of FSDP1: of any size, and without shape."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a rank has a part of the model only."""
+    return any(is_sharded(p) or is_flattened(p) for p in model.parameters())
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -196,10 +196,13 @@ class StrategyAdapter:
             raise CheckpointError(f"rank 0 could not write the checkpoint: {problem}")
 
     def _write_folders(self, filepath: Any, checkpoint: dict[str, Any]) -> None:
-        """PEFT folders, from the tensors that the checkpoint has."""
         for name in self.as_peft:
             folder = peft_folder(filepath) / name if len(self.as_peft) > 1 else peft_folder(filepath)
-            save_adapter(self.model, folder, name, step=checkpoint.get("global_step"))
+            self.write_folder(folder, name, filepath, checkpoint)
+
+    def write_folder(self, folder: Path, name: str, filepath: Any, checkpoint: dict[str, Any]) -> None:
+        """Writes the PEFT folder of an adapter, on one rank."""
+        save_adapter(self.model, folder, name, step=checkpoint.get("global_step"))
 
     def remove_checkpoint(self, original: Callable[..., Any], filepath: Any) -> None:
         """Removes the PEFT folder with its checkpoint."""

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
+from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_sharded, placed_like
@@ -105,6 +106,11 @@ class ShardedAdapter(StrategyAdapter):
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
         if self.strategy.is_global_zero:
             self.strategy.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+
+    @override
+    def write_folder(self, folder: Path, name: str, filepath: Any, checkpoint: dict[str, Any]) -> None:
+        """From the checkpoint: one rank has not all of the model."""
+        export_checkpoint(filepath, folder, name)
 
     def _load_base(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Loads a checkpoint of a model without adapters as the base."""

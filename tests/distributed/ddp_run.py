@@ -21,7 +21,7 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
     # Ranks get different seeds on purpose: adapters must start equal all the same, and dropout must differ.
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)) + 10 * (ckpt_path is not None))
     module = Lit()
-    if strategy == "ddp_fork":
+    if os.environ.get("INJECT"):
         ll.inject(module, ll.LoRAConfig(r=4, lora_dropout=0.2))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -35,7 +35,7 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
             ll.LoRA(
                 r=4,
                 lora_dropout=0.2,
-                quantization=os.environ.get("QUANTIZATION"),
+                quantization=os.environ.get("QUANTIZATION") or None,
                 init_lora_weights=os.environ.get("INIT", "kaiming"),
                 init_from=os.environ.get("INIT_FROM"),
                 save_peft=bool(os.environ.get("SAVE_PEFT")),

@@ -4,6 +4,7 @@ The same model, data and callback under any strategy: one fit after the other, e
 leaves ``result.pt``. The options of each: see `fit`.
 """
 
+import functools
 import json
 import os
 import sys
@@ -27,8 +28,8 @@ from tests.helpers.toy import Lit, Net, build, data
 class Sharded(Lit):
     """A user's module that shards itself, as the Lightning docs have it."""
 
-    def __init__(self, built="init", tp=False, quantize=None, dtype=None, checkpointing=False, compiled=False):
-        super().__init__(built if built != "meta" else "setup")
+    def __init__(self, built="init", tp=False, quantize=None, dtype=None, checkpointing=False, compiled=False, seed=1):
+        super().__init__(built if built != "meta" else "setup", seed)
         self.tp, self.quantize, self.dtype_, self.meta = tp, quantize, dtype, built == "meta"
         self.checkpointing, self.compiled, self.sharded = checkpointing, compiled, False
         if dtype and self.net is not None:
@@ -108,19 +109,39 @@ def strategy_of(name, devices):
         return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=devices)
     if name == "2d":
         return ModelParallelStrategy(data_parallel_size=devices // 2, tensor_parallel_size=2)
+    if name == "fsdp-flat":
+        return CPUFSDP(auto_wrap_policy={Block}, use_orig_params=False)
     if name == "fsdp":
         return CPUFSDP(auto_wrap_policy={Block})
     return name
 
 
-def fit(folder, devices, strategy, module=None, lora=None, trainer=None, epochs=2, ckpt=None, count=False, test=False):
+def fit(
+    folder,
+    devices,
+    strategy,
+    module=None,
+    lora=None,
+    trainer=None,
+    epochs=2,
+    ckpt=None,
+    count=False,
+    test=False,
+    by_rank=None,
+    after=False,
+):
     rank = int(os.environ.get("LOCAL_RANK", 0))
+    for key, values in (by_rank or {}).items():
+        if key == "seed":
+            module = {**(module or {}), key: values[rank]}
+        else:
+            lora = {**(lora or {}), key: values[rank]}
     torch.manual_seed(rank)  # ranks get different seeds on purpose: adapters must start equal all the same
     options = module or {}
     if strategy in ("fsdp2", "tp", "2d"):
-        make = lambda: Sharded(tp=strategy in ("tp", "2d"), **options)
+        make = functools.partial(Sharded, tp=strategy in ("tp", "2d"), **options)
     else:
-        make = lambda: plain(**options)
+        make = functools.partial(plain, **options)
     counter = Bytes() if count else None
     run = pl.Trainer(
         accelerator="cpu",
@@ -146,6 +167,12 @@ def fit(folder, devices, strategy, module=None, lora=None, trainer=None, epochs=
     result["types"] = {ll_name(name): type(p).__name__ for name, p in lit.named_parameters() if p.requires_grad}
     if counter:
         result["bytes"] = counter.found
+    if after:
+        ll.save_adapter(lit, f"{folder}/by-hand")
+        try:
+            ll.merge(lit)
+        except ll.ConfigError as error:
+            result["merge"] = str(error)
     if test:
         again = pl.Trainer(
             accelerator="cpu",
@@ -153,6 +180,7 @@ def fit(folder, devices, strategy, module=None, lora=None, trainer=None, epochs=
             strategy=strategy_of(strategy, devices),
             logger=False,
             enable_progress_bar=False,
+            use_distributed_sampler=False,
             callbacks=[ll.LoRA(r=4, lora_alpha=6, **lora_options(lora))],
         )
         result["test"] = again.test(make(), data(), ckpt_path=f"{folder}/epoch={epochs - 1}.ckpt", verbose=False)[0]
@@ -172,8 +200,8 @@ def ll_name(name):
     return clean(name)
 
 
-def plain(built="init", dtype=None):
-    module = Lit(built)
+def plain(built="init", dtype=None, seed=1):
+    module = Lit(built, seed)
     return module.to(getattr(torch, dtype)) if dtype else module
 
 

@@ -59,8 +59,17 @@ def test_ddp_writes_folders_and_starts_from_them(tmp_path):
     assert not any(torch.equal(value, state[key]) for key, value in second.items())
 
 
-def test_forked_processes_give_adapters_back_that_were_injected_before(tmp_path):
-    state = run("ddp_fork", tmp_path)
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+@pytest.mark.parametrize("quantization", ["", "nf4-dq"])
+def test_the_parent_process_gets_the_adapters_that_its_children_trained(tmp_path, strategy, quantization):
+    state = run(strategy, tmp_path, QUANTIZATION=quantization)
     assert all(value.count_nonzero() for key, value in state.items() if key.endswith(".B"))
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in state.items())
+
+
+def test_a_parent_process_that_had_adapters_before(tmp_path):
+    state = run("ddp_fork", tmp_path, INJECT="1")
     saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[key]) for key, value in state.items())

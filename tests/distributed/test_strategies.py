@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.gloo
 
 DORA, QDORA = {"use_dora": True}, {"use_dora": True, "quantization": "nf4-dq"}
 ONE = {
     "lora": {"strategy": "auto"},
-    "dora": {"strategy": "auto", "lora": DORA},
+    "dora": {"strategy": "auto", "lora": {**DORA, "save_peft": True}},
     "qdora": {"strategy": "auto", "lora": QDORA},
     "clip": {"strategy": "auto", "trainer": {"gradient_clip_val": 0.05}},
     "accumulate": {"strategy": "auto", "trainer": {"accumulate_grad_batches": 2}},
@@ -28,7 +29,7 @@ TWO = {
     "ddp": {"strategy": "ddp", "count": True, "test": True},
     "ddp-qdora": {"strategy": "ddp", "lora": QDORA},
     "fsdp": {"strategy": "fsdp", "count": True, "test": True},
-    "fsdp-dora": {"strategy": "fsdp", "lora": DORA},
+    "fsdp-dora": {"strategy": "fsdp", "lora": {**DORA, "save_peft": True}, "after": True},
     "fsdp-accumulate": {"strategy": "fsdp", "trainer": {"accumulate_grad_batches": 2}},
     "fsdp-qdora": {
         "strategy": "fsdp",
@@ -39,7 +40,7 @@ TWO = {
 FSDP2 = {
     "fsdp2": {"strategy": "fsdp2", "count": True, "test": True},
     "fsdp2-dora": {"strategy": "fsdp2", "lora": DORA},
-    "fsdp2-sharded": {"strategy": "fsdp2", "lora": {"shard_adapters": True, **DORA}},
+    "fsdp2-sharded": {"strategy": "fsdp2", "lora": {"shard_adapters": True, "save_peft": True, **DORA}, "after": True},
     "fsdp2-qdora": {"strategy": "fsdp2", "lora": QDORA},
     "fsdp2-lazy": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": DORA},
     "fsdp2-meta": {"strategy": "fsdp2", "module": {"built": "meta"}, "lora": DORA},
@@ -49,7 +50,12 @@ FSDP2 = {
     "fsdp2-compiled": {"strategy": "fsdp2", "module": {"compiled": True}},
     "fsdp2-bf16": {"strategy": "fsdp2", "module": {"dtype": "bfloat16"}},
     "tp": {"strategy": "tp"},
-    "tp-dora": {"strategy": "tp", "lora": DORA, "module": {"built": "configure_model"}},
+    "tp-dora": {
+        "strategy": "tp",
+        "after": True,
+        "lora": {**DORA, "save_peft": True},
+        "module": {"built": "configure_model"},
+    },
     "tp-clip": {"strategy": "tp", "trainer": {"gradient_clip_val": 0.05}},
 }
 FOUR = {
@@ -129,3 +135,33 @@ def test_adapters_and_optimizer_states_are_those_of_one_device(one, many, name):
         assert found["val_loss"] == pytest.approx(loss, rel=1e-2)
         for key, value in saved(many / name)["state_dict"].items():
             assert (value - wanted["state_dict"][key]).norm() < 0.1 * value.norm(), key
+
+
+@pytest.mark.parametrize("name", ["fsdp-dora", "fsdp2-sharded", "tp-dora"])
+def test_peft_folders_are_those_of_one_device(one, many, name):
+    """Beside each checkpoint, and by `save_adapter` behind the fit."""
+    wanted = load_file(one / "dora/epoch=1.peft/adapter_model.safetensors")
+    for folder in ("epoch=1.peft", "by-hand"):
+        found = load_file(many / name / folder / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    assert "sharded over ranks" in result(many / name)["merge"]
+
+
+def test_what_is_sent(many):
+    """In a step: gradients of what is trained. In a save: that again, and the random states. The base: never."""
+    trained, tensors = 4 * 580, 10
+    for name in ("ddp", "fsdp"):
+        sent = result(many / name)["bytes"]
+        assert trained <= sent["step"]["allreduce"] <= trained + 4 * tensors
+        assert sent["setup"]["broadcast"] < trained + 400
+    assert not set(result(many / "ddp")["bytes"]["step"]) - {"allreduce", "broadcast"}
+    sent = result(many / "fsdp2")["bytes"]
+    head, adapters = 4 * 68, 4 * 512
+    assert adapters <= sent["step"]["allreduce"] <= adapters + 4 * tensors
+    assert sent["step"]["_reduce_scatter_base"] == head
+    for name in ("ddp", "fsdp", "fsdp2"):
+        sent = result(many / name)["bytes"]["save"]
+        assert sent.pop("allgather") < 2 * 6000  # the random states of two ranks
+        assert sum(sent.values()) < 6 * head

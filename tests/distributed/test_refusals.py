@@ -1,0 +1,60 @@
+"""What can't be right on several ranks is an error on each of them, before the first step."""
+
+import pytest
+import torch
+
+from tests.distributed.test_strategies import launch, result
+
+pytestmark = pytest.mark.gloo
+
+TWO = {
+    "another-base": {"strategy": "ddp", "by_rank": {"seed": [1, 2]}},
+    "sent-base": {"strategy": "ddp", "by_rank": {"seed": [1, 2]}, "lora": {"sync_base": True, "use_dora": True}},
+    "sent-4-bit": {
+        "strategy": "ddp",
+        "by_rank": {"seed": [1, 2]},
+        "lora": {"sync_base": True, "quantization": "nf4-dq"},
+    },
+    "sent-fsdp2": {"strategy": "fsdp2", "by_rank": {"seed": [1, 2]}, "lora": {"sync_base": True, "use_dora": True}},
+    "same": {"strategy": "ddp", "lora": {"use_dora": True}},
+    "same-4-bit": {"strategy": "ddp", "lora": {"quantization": "nf4-dq"}},
+    "another-fsdp2": {"strategy": "fsdp2", "by_rank": {"seed": [1, 2]}},
+    "another-r": {"strategy": "ddp", "by_rank": {"lora_dropout": [0.0, 0.1]}},
+    "quantise-late": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": {"quantization": "nf4"}},
+    "flat": {"strategy": "fsdp-flat"},
+    "shard-fsdp": {"strategy": "fsdp", "lora": {"shard_adapters": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refusals")
+    launch(folder, 2, {name: {**options, "epochs": 1} for name, options in TWO.items()})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("another-base", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0", "sync_base=True"]),
+        ("another-fsdp2", "BaseMismatchError", ["rank 1 holds another base model", "sync_base=True"]),
+        ("another-r", "ConfigError", ["default: lora_dropout: 0.0 on rank 0, 0.1 on rank 1"]),
+        ("quantise-late", "TargetError", ["is sharded already: call ll.quantize(model, 'nf4') before fully_shard"]),
+        ("flat", "ConfigError", ["use_orig_params=False"]),
+        ("shard-fsdp", "UnsupportedError", ["ModelParallelStrategy can shard them"]),
+    ],
+)
+def test_refused_on_every_rank(runs, name, error, words):
+    for file in ("result.pt", "rank1.pt"):
+        found = torch.load(runs / name / file, weights_only=True)["error"]
+        assert found.startswith(error), found
+        assert all(word in found for word in words), found
+    assert not list((runs / name).glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "same"), [("sent-base", "same"), ("sent-4-bit", "same-4-bit"), ("sent-fsdp2", "same")]
+)
+def test_a_base_that_is_sent_is_that_of_rank_0(runs, sent, same):
+    """Also for what derives from it: the magnitude of DoRA, packed weights."""
+    assert result(runs / sent)["val_loss"] == pytest.approx(result(runs / same)["val_loss"], rel=1e-5)
