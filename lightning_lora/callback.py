@@ -5,8 +5,8 @@ restored before the strategy is set up. So `LoRA.setup` puts thin wrappers on th
 takes them off when the run ends.
 """
 
-import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,12 +74,10 @@ class LoRA(CallbackBase):
         gradient_checkpointing: Recompute activations in the backward pass.
         adapter_name: Key of this adapter in the model and in checkpoints.
         adapter_dtype: Dtype of the master copies of A, B and magnitude; products follow the input's dtype.
-        init_from: A PEFT folder, a checkpoint of adapters or a hub id to start from. A run that is resumed does not
-            read it again.
+        init_from: A PEFT folder, a checkpoint of adapters or a hub id to start from, unless the run is resumed.
         save_peft: Write a PEFT folder beside every checkpoint: ``epoch=0.peft`` beside ``epoch=0.ckpt``.
         sync_base: Let rank 0 send its base to the other ranks, which otherwise have to load the same one.
-        shard_adapters: Under ModelParallelStrategy, shard adapters over the data-parallel ranks; by default if they
-            are large.
+        shard_adapters: Shard adapters too, under ModelParallelStrategy; by default if they are large.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -145,9 +143,9 @@ class LoRA(CallbackBase):
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Called when fit, validate, test or predict begins. Injects, and wraps what Lightning calls next."""
         self._release()
-        if not self._leads(trainer):
-            return
         family = _family(trainer)
+        if family[0] is not self:
+            return
         check_compatibility(trainer, family, pl_module)
         if (merged := merged_layers(pl_module)) and stage == "fit":
             raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
@@ -166,7 +164,10 @@ class LoRA(CallbackBase):
         if stage == "fit":
             recompute = any(lora.gradient_checkpointing for lora in family)
             ratios = {lora.adapter_name: lora.loraplus_lr_ratio for lora in family}
-            configure = functools.partial(configure_optimizers, pl_module, self._patches, ratios, recompute)
+
+            def configure(original: Callable[[], Any]) -> Any:
+                return configure_optimizers(pl_module, self._patches, ratios, recompute, strategy.moved, original)
+
             self._patches.wrap(pl_module, "configure_optimizers", configure)
 
     @override
@@ -182,6 +183,7 @@ class LoRA(CallbackBase):
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
         if self._phases is None or (strategy := self._strategy) is None:
             return
+        strategy.rest()
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
         names = self._phases.plans.keys()
         require_same_settings({"global_step": trainer.global_step, "current_epoch": trainer.current_epoch})
@@ -228,13 +230,13 @@ class LoRA(CallbackBase):
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a full checkpoint is saved, also after a run. Adds the random states of all ranks."""
-        if self._leads(trainer) and adapters(pl_module):
+        if _family(trainer)[0] is self and adapters(pl_module):
             checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
 
     @override
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
-        if self._leads(trainer):
+        if _family(trainer)[0] is self:
             complete_averages(pl_module, checkpoint)
             if trainer.state.fn == "fit" and (states := checkpoint.get(META, {}).get("rng")) is not None:
                 self._random.resume(states, trainer)
@@ -248,11 +250,8 @@ class LoRA(CallbackBase):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Called when a run is broken off; `teardown` is not called then. Takes the wrappers off the module."""
         self._release()
-        if self._leads(trainer):
+        if _family(trainer)[0] is self:
             explain(exception)
-
-    def _leads(self, trainer: Any) -> bool:
-        return _family(trainer)[0] is self
 
     def _forget(self) -> None:
         if self._training is not None:

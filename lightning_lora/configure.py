@@ -1,6 +1,6 @@
 """What has to happen right before and right after the optimizers are made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,7 +10,7 @@ from lightning_lora.errors import listing
 from lightning_lora.freeze import freeze
 from lightning_lora.health import let_gradients_through
 from lightning_lora.inject import initialise
-from lightning_lora.optim import complete_optimizers
+from lightning_lora.optim import Moved, complete_optimizers
 from lightning_lora.patches import Patches
 from lightning_lora.recompute import checkpoint_activations
 
@@ -20,6 +20,7 @@ def configure_optimizers(
     patches: Patches,
     lr_ratios: Mapping[str, float | None],
     gradient_checkpointing: bool,
+    moved: Sequence[Moved],
     original: Callable[[], Any],
 ) -> Any:
     """Calls a LightningModule's own ``configure_optimizers`` on a model that is ready to train, and completes them.
@@ -29,6 +30,7 @@ def configure_optimizers(
         patches: What undoes everything but the result.
         lr_ratios: The adapters that the run trains, with the ratio of LoRA+.
         gradient_checkpointing: Whether to recompute activations.
+        moved: Parameters that gave place to others.
         original: The module's own method.
 
     Returns:
@@ -43,5 +45,7 @@ def configure_optimizers(
     for undo in helped.values():
         patches.later(undo)
     configured = original()
-    complete_optimizers(model, configured, {name: ratio for name, ratio in lr_ratios.items() if ratio is not None})
+    complete_optimizers(
+        model, configured, {name: ratio for name, ratio in lr_ratios.items() if ratio is not None}, moved
+    )
     return configured

@@ -1,7 +1,7 @@
 """Optimizers that hold exactly what is trained, whoever built them and when."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -20,7 +20,17 @@ _LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # of a scheduler, on
 _LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 
 
-def complete_optimizers(model: nn.Module, configured: Any, lr_ratios: Mapping[str, float] | None = None) -> None:
+class Moved(NamedTuple):
+    """A parameter that gave place to another one in its module."""
+
+    parameter: nn.Parameter
+    module: nn.Module
+    key: str
+
+
+def complete_optimizers(
+    model: nn.Module, configured: Any, lr_ratios: Mapping[str, float] | None = None, moved: Sequence[Moved] = ()
+) -> None:
     """Makes what ``configure_optimizers`` returned train this model, in place.
 
     Frozen parameters leave their groups. An adapter that is in no group joins the one that holds the weight it
@@ -31,6 +41,7 @@ def complete_optimizers(model: nn.Module, configured: Any, lr_ratios: Mapping[st
         model: The model.
         configured: Whatever ``configure_optimizers`` returned.
         lr_ratios: By adapter, learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4).
+        moved: Parameters that optimizers may hold, and that were sharded since.
 
     Raises:
         DeadAdapterError: If a trainable parameter is in no optimizer.
@@ -39,6 +50,8 @@ def complete_optimizers(model: nn.Module, configured: Any, lr_ratios: Mapping[st
     parts = list(_flatten(configured))
     optimizers = list(dict.fromkeys(part for part in parts if isinstance(part, Optimizer)))
     schedulers = list({id(part): part for part in parts if not isinstance(part, Optimizer)}.values())
+    for optimizer in optimizers:
+        _follow_moved(optimizer, moved)
     adopt_adapters(model, optimizers)
     for optimizer in optimizers:
         drop_frozen(optimizer)
@@ -85,6 +98,15 @@ def drop_frozen(optimizer: Optimizer) -> None:
         for key in ("params", "param_names"):
             if key in group:
                 group[key][:] = [group[key][i] for i in keep]
+
+
+def _follow_moved(optimizer: Optimizer, moved: Sequence[Moved]) -> None:
+    now = {id(old): module._parameters[key] for old, module, key in moved}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in now:
+                optimizer.state.pop(parameter, None)
+        group["params"][:] = [now.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def restore_ratios(optimizers: list[Optimizer]) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "merge_and_export.py": ["4"],
     "plain_pytorch.py": ["4"],
     "switch_and_compose.py": ["4"],
+    "many_devices.py": [],
     "qlora.py": [
         "fit",
         "--config",
@@ -38,7 +39,25 @@ def test_every_example_is_run_and_short():
     assert all(len((EXAMPLES / name).read_text().splitlines()) <= 80 for name in scripts)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.gloo
+def test_many_devices(tmp_path):
+    """Each strategy goes on with the checkpoint of the one before it. FSDP needs what makes it run on a CPU."""
+    common = ["--data.examples=64", "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu"]
+    root = EXAMPLES.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    for epochs, name in enumerate(["ddp", "fsdp2", "fsdp"], 1):
+        config = ["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), f"--trainer.max_epochs={epochs}"]
+        more = ["--trainer.strategy.class_path=tests.distributed.many.CPUFSDP"] if name == "fsdp" else []
+        resume = ["--ckpt_path=runs/devices/last.ckpt"] if epochs > 1 else []
+        command = [sys.executable, str(EXAMPLES / "many_devices.py"), "fit", *config, *common, *more, *resume]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        saved = torch.load(tmp_path / "runs/devices/last.ckpt", weights_only=True)
+        assert saved["global_step"] == 4 * epochs
+        assert len(saved["state_dict"]) == 2 * 28
+
+
+@pytest.mark.parametrize("name", [name for name, arguments in COMMANDS.items() if arguments])
 def test_example(name, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     done = subprocess.run(

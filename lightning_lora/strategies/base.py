@@ -27,6 +27,7 @@ from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft import save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.ops.sharded import gathered, is_sharded
+from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import require_same_base, send_base
@@ -102,6 +103,7 @@ class StrategyAdapter:
         self.strategy, self.options = strategy, options or Options()
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
         self.restored = False  # whether adapters were loaded from a checkpoint
+        self.moved: list[Moved] = []  # parameters that gave place to others since an optimizer may have been built
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
 
     def install(self) -> None:

@@ -1,11 +1,13 @@
 """ModelParallelStrategy: FSDP2 and tensor parallelism, as the user has it in ``configure_model``."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_lora.optim import Moved
 from lightning_lora.sharding import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
 from lightning_lora.strategies.base import handles
 from lightning_lora.strategies.sharded import ShardedAdapter
@@ -18,8 +20,19 @@ class ModelParallelAdapter(ShardedAdapter):
     shards_early = True
 
     @override
-    def building(self, model: nn.Module) -> AbstractContextManager[None]:
-        return withheld(model)
+    @contextmanager
+    def building(self, model: nn.Module) -> Iterator[None]:
+        before = [
+            Moved(parameter, module, key)
+            for module in model.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        with withheld(model):
+            yield
+        self.moved = [moved for moved in before if moved.module._parameters[moved.key] is not moved.parameter]
+        for moved in self.moved:  # what an optimizer still holds shall not hold the memory
+            moved.parameter.data = moved.parameter.data.new_empty(0)
 
     @override
     def place(self, model: nn.Module) -> None:

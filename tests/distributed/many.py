@@ -151,7 +151,7 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,
         use_distributed_sampler=False,
         callbacks=[
             ll.LoRA(r=4, lora_alpha=6, **lora_options(lora)),

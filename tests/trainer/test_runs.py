@@ -599,12 +599,21 @@ def test_a_compiled_model(tmp_path):
 
 
 def test_strategies_that_are_not_built_yet():
-    run = trainer(ll.LoRA(), strategy=ModelParallelStrategy(), devices=1)
+    from lightning_lora.strategies import strategy_adapter
+
+    class Another:
+        pass
+
+    with pytest.raises(ll.UnsupportedError, match="Another is not built yet. Use one device"):
+        strategy_adapter(Another())
+
+
+def test_model_parallel_on_one_device():
+    run = trainer(ll.LoRA(), strategy=ModelParallelStrategy(1, 1), devices=1)
     module = Lit("configure_model")
-    with pytest.raises(ll.UnsupportedError, match="ModelParallelStrategy is not built yet. Use one device"):
-        run.fit(module, data())
+    run.fit(module, data())
     distributed.destroy_process_group()
-    assert module.net is None
+    assert all(a.B.any() for a in (module.net.blocks[0].q.lora["default"], module.net.blocks[1].o.lora["default"]))
 
 
 def test_strategies_of_other_packages(monkeypatch):
