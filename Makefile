@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv demo test check docs clean
+.PHONY: venv demo test test-deepspeed check docs clean
 
 venv: $(READY)
 
@@ -18,6 +18,14 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -q
 
+# DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
+.deepspeed: constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target .deepspeed -c constraints.txt deepspeed einops hjson msgpack ninja py-cpuinfo
+
+test-deepspeed: venv .deepspeed
+	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
+
 check: venv docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,4 +35,4 @@ docs: venv
 	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv .deepspeed docs/_build

@@ -21,7 +21,6 @@ from lightning_lora.configure import configure_optimizers
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.family import options_of, quantization_of, settings_of
 from lightning_lora.formats.checkpoint import META, complete_averages
-from lightning_lora.formats.peft import check_exportable
 from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
 from lightning_lora.health import check_before, explain
@@ -184,14 +183,11 @@ class LoRA(CallbackBase):
         if self._phases is None or (strategy := self._strategy) is None:
             return
         strategy.rest()
-        optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
-        names = self._phases.plans.keys()
+        optimizers, names = strategy.optimizers(), self._phases.plans.keys()
         require_same_settings({"global_step": trainer.global_step, "current_epoch": trainer.current_epoch})
         check_before(pl_module, optimizers, names)
-        for name in strategy.as_peft:
-            check_exportable(pl_module, name)
-        if any("LRCallback" in type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            restore_ratios(optimizers)  # the learning-rate finder set all groups alike
+        strategy.check_folders()
+        restore_ratios(trainer)
         self._training = Training(pl_module, optimizers, names)
         strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
+from lightning_lora.movement import gradient_of, mark_of
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.optim import require_trained
@@ -175,10 +176,10 @@ class Watch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, _ in self._waiting(optimizer):
-            self._before[id(parameter)] = _mark(parameter)
+            self._before[id(parameter)] = mark_of(parameter, optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if not any(gradient_of(p, optimizer) is not None for group in optimizer.param_groups for p in group["params"]):
             return  # a step that was skipped, by a training_step that returned None: it says nothing
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         dead: dict[str, list[str]] = {}
@@ -192,17 +193,17 @@ class Watch:
         self._clock += 1
         self._stepped_at[id(optimizer)] = self._clock
         if not dead and self._steps[id(optimizer)] >= PATIENCE:
-            late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p)]
+            late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p, optimizer)]
             if late:
                 dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
         raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
 
-    def _is_alternative(self, parameter: nn.Parameter) -> bool:
+    def _is_alternative(self, parameter: nn.Parameter, optimizer: Optimizer) -> bool:
         """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task."""
         name = self._names[id(parameter)]
         numbered = [prefix for prefix in ancestors(name) if prefix.rpartition(".")[2].isdigit()]
         lists = {prefix.rpartition(".")[0] for prefix in numbered}
-        return parameter.grad is None and any(
+        return gradient_of(parameter, optimizer) is None and any(
             moved.startswith(f"{outer}.") for outer in lists for moved in self._moved.values()
         )
 
@@ -213,8 +214,10 @@ class Watch:
     def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: Any, before: Tensor) -> bool | str | None:
         """True: well. None: it may wait. Otherwise why it is dead."""
         owner, parents = self._owners[id(parameter)]
-        if parameter.grad is None:
-            if any(id(p) in self._had_gradient or p.grad is not None for p in _parameters_of(owner)):
+        gradient = gradient_of(parameter, optimizer)
+        if gradient is None:
+            beside = _parameters_of(owner)
+            if any(id(p) in self._had_gradient or gradient_of(p, optimizer) is not None for p in beside):
                 return None  # it had one before, or what it lies beside has one: a parameter that some batches need
             if self._was_called(owner, optimizer):
                 return f"called, but no gradient came back. {_WAYS_OUT['called']}"
@@ -222,9 +225,9 @@ class Watch:
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
             return None
         self._had_gradient.add(id(parameter))
-        if not gathered(parameter.grad.any()):
+        if not gathered(gradient.any()):
             return None
-        if not torch.equal(_mark(parameter), before):
+        if not torch.equal(mark_of(parameter, optimizer), before):
             return True
         waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
         if waits or before.any():
@@ -253,14 +256,6 @@ def _mentions_weight(cls: type) -> bool:
             return True
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
     return False
-
-
-@torch.no_grad()
-def _mark(parameter: Tensor) -> Tensor:
-    """Sum and norm in float64: they tell a tensor that moved from one that did not, without a copy of it."""
-    values = parameter.detach()
-    marks = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
-    return torch.stack([gathered(mark) for mark in marks])
 
 
 def _below_compiled(model: nn.Module) -> set[int]:

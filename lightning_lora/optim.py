@@ -109,9 +109,10 @@ def _follow_moved(optimizer: Optimizer, moved: Sequence[Moved]) -> None:
         group["params"][:] = [now.get(id(parameter), parameter) for parameter in group["params"]]
 
 
-def restore_ratios(optimizers: list[Optimizer]) -> None:
-    """Sets the learning rates of B's groups anew, after something (the learning-rate finder) set all groups alike."""
-    for optimizer in optimizers:
+def restore_ratios(trainer: Any) -> None:
+    """Sets the learning rates of B's groups anew, if a Trainer's learning-rate finder set all groups alike."""
+    finders = [callback for callback in trainer.callbacks if "LRCallback" in type(callback).__name__]
+    for optimizer in trainer.optimizers if finders else ():
         for group in optimizer.param_groups:
             if RATIO in group and group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]:
                 group["lr"] = group["lr"] * group[RATIO]

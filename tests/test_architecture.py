@@ -42,7 +42,7 @@ LEVELS = [
     {"load"},
     {"merge_files", "combine_files", "inspection", "lint"},
     {"strategies", "analysis"},
-    {"bitsandbytes_plugin"},
+    {"bitsandbytes_plugin", "movement"},
     {"health", "base_buffers", "base_weights", "compatibility", "family", "recipes"},
     {"recompute", "random_states"},
     {"training"},

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
-from lightning_lora.ops.sharded import copy_whole_, gathered
+from lightning_lora.ops.sharded import copy_whole_, gathered, shape_of
 
 
 class Host(Protocol):
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
     @property
     def r(self) -> int:
         """The rank."""
-        return self.A.shape[0]
+        return shape_of(self.A)[0]
 
     @classmethod
     def parameter_count(cls, shape: tuple[int, int], r: int) -> int:
@@ -207,7 +207,7 @@ class Adapter(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.B.shape[0]}x{self.A.shape[1]}, r={self.r}, scaling={self.scaling:g}"
+        return f"{shape_of(self.B)[0]}x{shape_of(self.A)[1]}, r={self.r}, scaling={self.scaling:g}"
 
     def reset_parameters(self) -> None:
         """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""

@@ -76,6 +76,30 @@ def check_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
+def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """Checks that an adapter checkpoint is of these adapters, on this base. Its tensors are not looked at.
+
+    Args:
+        model: The model.
+        checkpoint: What the file holds.
+        base: The fingerprint of the model's frozen weights.
+
+    Returns:
+        What may differ and does.
+
+    Raises:
+        CheckpointError: If configurations differ, each as "old -> new".
+        BaseMismatchError: If it was trained on another base.
+    """
+    meta = check_format(checkpoint)
+    saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
+    if differences := _differences(saved, current, _MATHEMATICS):
+        if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
+            raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
+    trained = checkpoint.get("state_dict", {}).keys() | adapter_state_dict(model).keys()
+    return compare(meta["base"], base, trained=trained)
+
+
 def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
     """Loads an adapter checkpoint into a model that has the same adapters.
 
@@ -91,17 +115,13 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
         CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
         BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
     """
-    meta = check_format(checkpoint)
-    saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
-    if differences := _differences(saved, current, _MATHEMATICS):
-        if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
-            raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
-    notes = compare(meta["base"], base, trained=checkpoint["state_dict"].keys() | adapter_state_dict(model).keys())
+    notes = check_adapters(model, checkpoint, base)
     try:
         load_adapter_state(model, checkpoint["state_dict"])
     except CheckpointError as error:
-        hints = _differences(saved, current, _PLACES)
-        raise CheckpointError("\n".join([str(error), *hints])) from None
+        saved = checkpoint[META]["adapters"]
+        current = {name: config.to_dict() for name, config in adapters(model).items()}
+        raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
     return notes
 
 

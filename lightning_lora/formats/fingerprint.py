@@ -19,7 +19,7 @@ from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import SAMPLES, sample
-from lightning_lora.ops.sharded import own_part
+from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
 
@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module, quantization: str | None = None, *, local: boo
         for key, parameter in base_parameters(module):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                shape, dtype, values = list(parameter.shape), parameter.dtype, None
+                shape, dtype, values = list(shape_of(parameter)), parameter.dtype, None
                 if key == "weight" and (quantizer := quantizer_of(module)) is not None:
                     shape, dtype, values = dense_record(module)
                     modes.append(quantizer.mode(module))

@@ -31,9 +31,17 @@ def gathered(tensor: Tensor) -> Tensor:
     return done
 
 
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor, also while DeepSpeed's stage 3 leaves an empty one in its place."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of it."""
     sharded: Any = tensor
+    if hasattr(tensor, "ds_tensor"):  # DeepSpeed's stage 3: the parameter itself is empty between its uses
+        return torch.as_tensor(sharded.ds_tensor.detach())
     part: Tensor = sharded.detach().to_local() if is_sharded(tensor) else tensor.detach()
     return part
 

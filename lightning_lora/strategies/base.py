@@ -24,7 +24,7 @@ from lightning_lora.formats.checkpoint import (
     load_adapters,
 )
 from lightning_lora.formats.fingerprint import fingerprint
-from lightning_lora.formats.peft import save_adapter
+from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.ops.sharded import gathered, is_sharded
 from lightning_lora.optim import Moved
@@ -138,6 +138,15 @@ class StrategyAdapter:
 
     def average_gradients(self) -> None:
         """Called after a backward pass, for parameters whose gradients the strategy does not reduce by itself."""
+
+    def check_folders(self) -> None:
+        """Raises UnsupportedError if PEFT could not have an adapter whose folder is to be written."""
+        for name in self.as_peft:
+            check_exportable(self.model, name)
+
+    def optimizers(self) -> list[Any]:
+        """The optimizers, as they hold parameters of the model and take steps."""
+        return [getattr(optimizer, "optimizer", optimizer) for optimizer in self.strategy.optimizers]
 
     def rest(self) -> None:
         """Called before parameters are looked at between steps: what is gathered for a while is let go of."""
@@ -254,6 +263,3 @@ def peft_folder(checkpoint: Any) -> Path:
     """Where the PEFT folder of a checkpoint is: ``epoch=0.ckpt`` has ``epoch=0.peft`` beside it."""
     path = Path(checkpoint)
     return path.with_name(f"{path.name.removesuffix('.ckpt')}.peft")
-
-
-_ADAPTERS["DeepSpeedStrategy"] = None  # a subclass of DDPStrategy, which shall not be taken for it

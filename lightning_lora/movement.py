@@ -1,0 +1,23 @@
+"""What an optimizer step found and did, for a parameter that may lie in pieces."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.ops.sharded import gathered
+
+
+def gradient_of(parameter: nn.Parameter, optimizer: Any) -> Tensor | None:
+    """The gradient of a step, or what an optimizer that frees gradients says of it."""
+    return optimizer.gradient(parameter) if hasattr(optimizer, "gradient") else parameter.grad
+
+
+@torch.no_grad()
+def mark_of(parameter: nn.Parameter, optimizer: Any) -> Tensor:
+    """Sum and norm in float64: they tell a tensor that moved from one that did not, without a copy of it."""
+    if hasattr(optimizer, "mark"):  # it holds values in pieces
+        return torch.as_tensor(optimizer.mark(parameter))
+    values = parameter.detach()
+    marks = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
+    return torch.stack([gathered(mark) for mark in marks])

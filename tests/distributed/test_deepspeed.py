@@ -1,0 +1,196 @@
+"""ZeRO on two processes over gloo, in float32 and bfloat16. DeepSpeed itself runs on CPUs, Lightning's strategy only
+after `deepspeed_run` has taken its check for CUDA away. Its float16 engine and its own offloaded optimizers need a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_lora as ll
+from tests.helpers.toy import Lit
+
+if find_spec("deepspeed") is None:  # importing it here would set up an accelerator
+    pytest.skip("deepspeed is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.gloo
+
+TRAINED, BASE = 452, 1152  # parameters; of each, Adam has two states
+WHOLE = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}  # else small weights stay whole
+
+
+def run(name, folder: Path, ckpt: Path | None = None, fails: bool = False, **options) -> str:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.distributed.deepspeed_run", str(name), str(folder)]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPTIONS": json.dumps(options)}
+    done = subprocess.run(
+        [*command, *([str(ckpt)] if ckpt else [])],
+        cwd=root,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode != 0) is fails, done.stderr[-3000:]
+    return done.stderr
+
+
+def end(folder: Path) -> dict:
+    """What a run ended with: of DeepSpeed the file that every strategy reads."""
+    return torch.load(
+        next(p for p in (folder / "end.adapters.ckpt", folder / "end.ckpt") if p.is_file()), weights_only=True
+    )
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Adapters, states and step counters of the optimizer, settings of its groups, and schedulers: bit for bit."""
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
+    states, others = one["optimizer_states"][0], other["optimizer_states"][0]
+    assert states["param_groups"] == others["param_groups"]
+    assert states["state"].keys() == others["state"].keys()
+    for index, state in states["state"].items():
+        assert state.keys() == others["state"][index].keys()
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(others["state"][index][k])) for k, v in state.items()
+        )
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    run("ddp", folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_does_what_ddp_does_and_both_ways_to_resume_it_are_exact(tmp_path, ddp, stage):
+    run(stage, tmp_path / "whole")
+    whole = end(tmp_path / "whole")
+    assert_same(end(ddp), whole)
+    assert len(whole["optimizer_states"][0]["state"]) == 10
+    assert all(state["step"] == 8 for state in whole["optimizer_states"][0]["state"].values())
+    run(stage, tmp_path / "folder", tmp_path / "whole" / "epoch=0.ckpt")
+    assert_same(whole, end(tmp_path / "folder"))
+    run(stage, tmp_path / "file", ddp / "epoch=0.ckpt")
+    assert_same(whole, end(tmp_path / "file"))
+
+
+def test_ddp_and_one_device_go_on_from_the_file_of_stage_3(tmp_path, ddp):
+    run(3, tmp_path / "zero", **WHOLE)
+    file = tmp_path / "zero" / "epoch=0.adapters.ckpt"
+    run("ddp", tmp_path / "ddp", file)
+    assert_same(end(ddp), end(tmp_path / "ddp"))
+    run("single", tmp_path / "single", file, max_epochs=1)
+    assert_same(torch.load(ddp / "epoch=0.ckpt", weights_only=True), end(tmp_path / "single"))
+    module = ll.load_from_checkpoint(Lit, file)
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[key]) for key, value in ll.adapter_state_dict(module).items())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_saving_sends_and_writes_what_is_trained(tmp_path, stage):
+    """Values and two states of each; stage 3 gathers the values of adapters once more, to describe them."""
+    run(stage, tmp_path, **WHOLE)
+    sent = json.loads((tmp_path / "traffic.json").read_text())
+    assert sent == TRAINED * (3 if stage == 2 else 4)
+    for path in (tmp_path / "end.ckpt").rglob("*_model_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        assert saved["module"].keys() == end(tmp_path)["state_dict"].keys()
+        assert not saved.get("frozen_param_fragments")
+        if stage == 2:
+            assert sum(value.numel() for value in saved["module"].values()) == TRAINED
+
+
+def test_stage_3_on_another_number_of_ranks_and_without_training(tmp_path, ddp):
+    """DeepSpeed can do neither from its own folder: the file beside it is read."""
+    run(3, tmp_path / "two", stages=["validate", "test", "predict"], again=True, **WHOLE)
+    run(3, tmp_path / "one", tmp_path / "two" / "epoch=0.ckpt", devices=1, max_epochs=1)
+    assert_same(torch.load(ddp / "epoch=0.ckpt", weights_only=True), end(tmp_path / "one"))
+
+
+def test_dora_and_lora_plus_on_a_model_that_is_built_late(tmp_path):
+    options = {"built": "configure_model", "lora": {"use_dora": True, "loraplus_lr_ratio": 4, "save_peft": True}}
+    run(3, tmp_path / "zero", **options, **WHOLE)
+    run("ddp", tmp_path / "ddp", **options)
+    assert_same(end(tmp_path / "ddp"), end(tmp_path / "zero"))
+    assert (tmp_path / "zero" / "end.peft" / "adapter_model.safetensors").is_file()
+
+
+def test_groups_that_are_empty_are_in_the_file_and_not_in_deepspeed(tmp_path):
+    """Of two learning rates the second one is used; a scheduler counts both."""
+    run("ddp", tmp_path / "ddp", two_groups=True)
+    rates = json.loads((tmp_path / "ddp" / "rates.json").read_text())
+    run(2, tmp_path / "zero", two_groups=True)
+    assert json.loads((tmp_path / "zero" / "rates.json").read_text()) == rates
+    run("ddp", tmp_path / "back", tmp_path / "zero" / "epoch=0.adapters.ckpt", two_groups=True)
+    assert_same(end(tmp_path / "ddp"), end(tmp_path / "back"))
+
+
+def test_4_bit_base(tmp_path):
+    options = {"lora": {"quantization": "nf4-dq"}}
+    run("ddp", tmp_path / "ddp", **options)
+    run(3, tmp_path / "zero", **options)
+    assert_same(end(tmp_path / "ddp"), end(tmp_path / "zero"))
+    run(3, tmp_path / "rest", tmp_path / "zero" / "epoch=0.ckpt", **options)
+    assert_same(end(tmp_path / "zero"), end(tmp_path / "rest"))
+
+
+def test_bfloat16_engines_keep_float32_masters_in_the_file(tmp_path):
+    run(1, tmp_path / "1", precision="bf16-mixed")
+    run(3, tmp_path / "3", precision="bf16-mixed")
+    assert_same(end(tmp_path / "1"), end(tmp_path / "3"))
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in end(tmp_path / "1")["state_dict"].values())
+    run(1, tmp_path / "rest", tmp_path / "3" / "epoch=0.adapters.ckpt", precision="bf16-mixed")
+    assert_same(end(tmp_path / "1"), end(tmp_path / "rest"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states(tmp_path, ddp, stage):
+    run(stage, tmp_path, strategy={"offload_optimizer": True}, config={"zero_force_ds_cpu_optimizer": False})
+    assert_same(end(ddp), end(tmp_path))
+
+
+def test_removing_a_checkpoint_removes_both(tmp_path):
+    run(1, tmp_path, save_top_k=1)
+    names = {path.name for path in tmp_path.glob("epoch*")}
+    assert names == {"epoch=1.ckpt", "epoch=1.adapters.ckpt"}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_that_get_no_gradient_are_noticed(tmp_path, stage):
+    error = run(stage, tmp_path, fails=True, dead=True)
+    assert "net.blocks.1.q.lora.default.A" in error
+    assert "called, but no gradient came back" in error
+
+
+def test_another_adapter_is_refused_before_anything_is_loaded(tmp_path):
+    run(2, tmp_path / "one", max_epochs=1)
+    error = run(2, tmp_path / "two", tmp_path / "one" / "epoch=0.ckpt", fails=True, lora={"lora_alpha": 4})
+    assert "lora_alpha: 16.0 -> 4" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_float16_on_a_gpu(tmp_path, stage, offload):
+    options = {"accelerator": "cuda", "devices": 1, "precision": "16-mixed"}
+    if offload and stage > 1:
+        options["strategy"] = {"offload_optimizer": True, "offload_parameters": stage == 3}
+    run(stage, tmp_path / "whole", optimizer="cpu_adam" if offload and stage > 1 else None, **options)
+    run(
+        stage,
+        tmp_path / "rest",
+        tmp_path / "whole" / "epoch=0.ckpt",
+        optimizer="cpu_adam" if offload and stage > 1 else None,
+        **options,
+    )
+    assert_same(end(tmp_path / "whole"), end(tmp_path / "rest"))
