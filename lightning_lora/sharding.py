@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.errors import UnsupportedError
-from lightning_lora.layers import LoRALayer, lora_class, lora_layers, undressed
+from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.layers import LoRALayer, lora_class, lora_layers, named_base_modules, undressed
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.quantization import is_quantized
 
 DATA_PARALLEL = "data_parallel"  # the name that Lightning gives the mesh dimension over which the data is spread
 LARGE = 1 << 30  # bytes of weights, gradients and Adam's states (16 for each parameter), from which on they are sharded
@@ -39,8 +40,14 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
         shard: Whether to shard over data-parallel ranks; None: if they are large.
 
     Raises:
-        UnsupportedError: If a layer that is no linear is split for tensor parallelism.
+        UnsupportedError: If a layer that is no linear, or a packed one, is split for tensor parallelism.
     """
+    packed = [(name, module) for name, module in named_base_modules(model) if is_quantized(module)]
+    if cut := [clean(name) for name, module in packed if _tensor_parallel(module._parameters["weight"]) is not None]:
+        raise UnsupportedError(
+            f"{listing(cut)}: packed, and cut for tensor parallelism, where no rank can unpack its part. Quantise with "
+            "FSDP2 alone (tensor_parallel_size=1), or leave quantization out"
+        )
     adapters = list[Adapter]()
     for name, layer in lora_layers(model):
         split = _tensor_parallel(layer._parameters["weight"])

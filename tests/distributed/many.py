@@ -59,9 +59,7 @@ class Sharded(Lit):
                     block, self.device_mesh["tensor_parallel"], {"q": ColwiseParallel(), "o": RowwiseParallel()}
                 )
         if self.checkpointing:
-            from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-
-            apply_activation_checkpointing(self.net, check_fn=lambda m: type(m).__name__ == "Block")
+            checkpointed(self.net)
         if self.compiled:
             for block in self.net.blocks:
                 block.compile(backend="aot_eager")
@@ -77,6 +75,12 @@ class Sharded(Lit):
 
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.net, build(self.seed).state_dict(), options=options)
+
+
+def checkpointed(net):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    apply_activation_checkpointing(net, check_fn=lambda m: type(m).__name__ == "Block")
 
 
 class CPUFSDP(FSDPStrategy):
@@ -200,8 +204,12 @@ def ll_name(name):
     return clean(name)
 
 
-def plain(built="init", dtype=None, seed=1):
+def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False):
     module = Lit(built, seed)
+    if checkpointing:
+        checkpointed(module.net)
+    for block in module.net.blocks if compiled else ():
+        block.compile(backend="aot_eager")
     return module.to(getattr(torch, dtype)) if dtype else module
 
 

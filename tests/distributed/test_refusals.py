@@ -21,6 +21,7 @@ TWO = {
     "another-fsdp2": {"strategy": "fsdp2", "by_rank": {"seed": [1, 2]}},
     "another-r": {"strategy": "ddp", "by_rank": {"lora_dropout": [0.0, 0.1]}},
     "quantise-late": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": {"quantization": "nf4"}},
+    "quantised-tp": {"strategy": "tp", "lora": {"quantization": "nf4"}},
     "flat": {"strategy": "fsdp-flat"},
     "shard-fsdp": {"strategy": "fsdp", "lora": {"shard_adapters": True}},
 }
@@ -40,6 +41,7 @@ def runs(tmp_path_factory):
         ("another-fsdp2", "BaseMismatchError", ["rank 1 holds another base model", "sync_base=True"]),
         ("another-r", "ConfigError", ["default: lora_dropout: 0.0 on rank 0, 0.1 on rank 1"]),
         ("quantise-late", "TargetError", ["is sharded already: call ll.quantize(model, 'nf4') before fully_shard"]),
+        ("quantised-tp", "UnsupportedError", ["net.blocks.0.q", "cut for tensor parallelism"]),
         ("flat", "ConfigError", ["use_orig_params=False"]),
         ("shard-fsdp", "UnsupportedError", ["ModelParallelStrategy can shard them"]),
     ],

@@ -28,6 +28,14 @@ ONE = {
 TWO = {
     "ddp": {"strategy": "ddp", "count": True, "test": True},
     "ddp-qdora": {"strategy": "ddp", "lora": QDORA},
+    "ddp-dora": {"strategy": "ddp", "lora": DORA},
+    "ddp-compiled": {"strategy": "ddp", "module": {"compiled": True}},
+    "ddp-checkpointing": {"strategy": "ddp", "module": {"checkpointing": True}},
+    "ddp-recomputed": {"strategy": "ddp", "lora": {"gradient_checkpointing": True}},
+    "ddp-accumulate": {"strategy": "ddp", "trainer": {"accumulate_grad_batches": 2}},
+    "fsdp-compiled": {"strategy": "fsdp", "module": {"compiled": True}},
+    "fsdp-checkpointing": {"strategy": "fsdp", "module": {"checkpointing": True}},
+    "fsdp-clip": {"strategy": "fsdp", "trainer": {"gradient_clip_val": 0.05}},
     "fsdp": {"strategy": "fsdp", "count": True, "test": True},
     "fsdp-dora": {"strategy": "fsdp", "lora": {**DORA, "save_peft": True}, "after": True},
     "fsdp-accumulate": {"strategy": "fsdp", "trainer": {"accumulate_grad_batches": 2}},
@@ -56,6 +64,8 @@ FSDP2 = {
         "lora": {**DORA, "save_peft": True},
         "module": {"built": "configure_model"},
     },
+    "tp-compiled": {"strategy": "tp", "module": {"compiled": True}},
+    "tp-checkpointing": {"strategy": "tp", "module": {"checkpointing": True}},
     "tp-clip": {"strategy": "tp", "trainer": {"gradient_clip_val": 0.05}},
 }
 FOUR = {
