@@ -48,7 +48,6 @@ class LoRA(CallbackBase):
     When a run is set up, it adds low-rank adapters to the model (built in ``__init__``, ``setup`` or
     ``configure_model``), freezes the rest, and sees to it that optimizers hold, and checkpoints contain, exactly what
     is trained. A layer with weight W then computes :math:`(W + s B A) x`; see `LoRAConfig`.
-
     Put it before callbacks that copy the model.
 
     Args:
@@ -77,6 +76,7 @@ class LoRA(CallbackBase):
         save_peft: Write a PEFT folder beside every checkpoint: ``epoch=0.peft`` beside ``epoch=0.ckpt``.
         sync_base: Let rank 0 send its base to the other ranks, which otherwise have to load the same one.
         shard_adapters: Shard adapters too, under ModelParallelStrategy; by default if they are large.
+        save_sharded: Under FSDP, write checkpoints as folders in which each rank has its part.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -115,6 +115,7 @@ class LoRA(CallbackBase):
         save_peft: bool = False,
         sync_base: bool = False,
         shard_adapters: bool | None = None,
+        save_sharded: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         own = {name: given.pop(name) for name in list(given) if name not in LoRAConfig.__dataclass_fields__}
@@ -128,7 +129,7 @@ class LoRA(CallbackBase):
         self.quantization = None if quantization is None else Quantization.of(quantization)
         self.gradient_checkpointing = gradient_checkpointing
         self.save_peft, dtype = save_peft, getattr(torch, adapter_dtype)
-        self.options = Options(sync_base, shard_adapters)
+        self.options = Options(sync_base, shard_adapters, save_sharded)
         self._request = Request(self.config, adapter_name, dtype, loraplus_lr_ratio, init_from)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
         self._patches = Patches()
@@ -172,10 +173,9 @@ class LoRA(CallbackBase):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
-        if self._phases is None:
-            return
-        train_mode(pl_module, self._phases.plans.keys())
-        announce(self._phases.plans, self._phases.counts or summary(pl_module), trainer)
+        if self._phases is not None:
+            train_mode(pl_module, self._phases.plans.keys())
+            announce(self._phases.plans, self._phases.counts or summary(pl_module), trainer)
 
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

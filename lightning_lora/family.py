@@ -29,7 +29,8 @@ def options_of(family: list[Any]) -> Options:
     shard = {lora.options.shard_adapters for lora in family if lora.options.shard_adapters is not None}
     if len(shard) > 1:
         raise ConfigError("LoRA: shard_adapters is True for one adapter and False for another: give one of them")
-    return Options(any(lora.options.sync_base for lora in family), next(iter(shard), None))
+    sync, save = (any(getattr(lora.options, name) for lora in family) for name in ("sync_base", "save_sharded"))
+    return Options(sync, next(iter(shard), None), save)
 
 
 def settings_of(family: list[Any]) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def test_signatures_of_the_contract():
         "save_peft": False,
         "sync_base": False,
         "shard_adapters": None,
+        "save_sharded": False,
     }
     config = {name: p.default for name, p in inspect.signature(ll.LoRAConfig).parameters.items()}
     assert config == {name: defaults[name] for name in list(defaults)[:16]}

@@ -24,9 +24,9 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, listing, raise_all
-from lightning_lora.formats.files import read
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack
 from lightning_lora.formats.peft_export import Export
+from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.inject import carry_out
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
@@ -143,7 +143,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
         CheckpointError: If the file holds no adapters, or they do not fit what the class builds.
         BaseMismatchError: If the class builds another base than the adapters were trained on.
     """
-    checkpoint = read(path)
+    checkpoint = read_either(path)
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
     stripped = io.BytesIO()

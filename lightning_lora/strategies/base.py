@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import CheckpointError, UnsupportedError
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
     META,
@@ -26,47 +25,12 @@ from lightning_lora.formats.checkpoint import (
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
 from lightning_lora.ops.sharded import gathered, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import require_same_base, send_base
-
-ENTRY_POINTS = "lightning_lora.strategies"
-
-_AdapterT = TypeVar("_AdapterT", bound=type["StrategyAdapter"])
-_ADAPTERS: dict[str, type["StrategyAdapter"] | None] = {}
-
-
-def handles(*strategy_classes: str) -> Callable[[_AdapterT], _AdapterT]:
-    """Registers an adapter for Lightning strategies, by class name: both Lightning packages have them."""
-
-    def register(cls: _AdapterT) -> _AdapterT:
-        _ADAPTERS.update(dict.fromkeys(strategy_classes, cls))
-        return cls
-
-    return register
-
-
-def strategy_adapter(strategy: Any, options: "Options | None" = None) -> "StrategyAdapter":
-    """The adapter for a strategy or its nearest known ancestor.
-
-    Other packages add their own by an entry point of the group ``lightning_lora.strategies``, which has the name of
-    the strategy's class and loads a subclass of `StrategyAdapter`.
-
-    Raises:
-        UnsupportedError: If adapters can't be saved and loaded under this strategy yet.
-    """
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name not in _ADAPTERS:
-            _ADAPTERS[entry.name] = entry.load()
-    known = next((c.__name__ for c in type(strategy).__mro__ if c.__name__ in _ADAPTERS), None)
-    if known is None or (adapter := _ADAPTERS[known]) is None:
-        raise UnsupportedError(
-            f"{type(strategy).__name__} is not built yet. Use one device, 'ddp', 'fsdp', 'deepspeed' or "
-            "ModelParallelStrategy"
-        )
-    return adapter(strategy, options)
 
 
 class Options(NamedTuple):
@@ -77,7 +41,6 @@ class Options(NamedTuple):
     save_sharded: bool = False  # each rank writes its part of the adapters
 
 
-@handles("SingleDeviceStrategy")
 class StrategyAdapter:
     """Makes a strategy save and load adapters instead of the whole model.
 
@@ -91,8 +54,10 @@ class StrategyAdapter:
     """
 
     shards_early = False  # weights are sharded in configure_model, and can't be quantised any more behind it
+    can_save_sharded = False
     REPLACED: tuple[str, ...] = (
         "lightning_module_state_dict",
+        "load_checkpoint",
         "load_model_state_dict",
         "load_optimizer_state_dict",
         "save_checkpoint",
@@ -101,6 +66,8 @@ class StrategyAdapter:
 
     def __init__(self, strategy: Any, options: Options | None = None) -> None:
         self.strategy, self.options = strategy, options or Options()
+        if self.options.save_sharded and not self.can_save_sharded:
+            raise ConfigError(f"save_sharded: adapters are not sharded under {type(strategy).__name__}: leave it out")
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
         self.restored = False  # whether adapters were loaded from a checkpoint
         self.moved: list[Moved] = []  # parameters that gave place to others since an optimizer may have been built
@@ -174,9 +141,7 @@ class StrategyAdapter:
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Adds what the file holds, and writes it so that a failure destroys nothing."""
-        self.check_base()
-        checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
-        leave_out_base(self.model, checkpoint)
+        self.complete(checkpoint)
         if self.as_peft and "://" in str(filepath):
             raise UnsupportedError(f"save_peft writes to folders of this machine, and {filepath} is none")
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
@@ -187,6 +152,12 @@ class StrategyAdapter:
                 if plain and storage_options is None:
                     files.write(checkpoint, os.fspath(filepath))
                 self._write_folders(filepath, checkpoint)
+
+    def complete(self, checkpoint: dict[str, Any]) -> None:
+        """Makes a checkpoint what this package writes."""
+        self.check_base()
+        checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
+        leave_out_base(self.model, checkpoint)
 
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
         """Writes a checkpoint by a user's own CheckpointIO, or not to a disk of this machine."""
@@ -220,6 +191,12 @@ class StrategyAdapter:
         original(filepath)
         if self.strategy.is_global_zero and any(peft_folder(filepath).rglob(CONFIG)):
             shutil.rmtree(peft_folder(filepath))
+
+    def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reads a checkpoint; Lightning would not read a folder that ranks wrote together."""
+        if is_folder_of_ranks(checkpoint_path):
+            return read_folder(Path(checkpoint_path))
+        return original(checkpoint_path, *args, **kwargs)
 
     def load_model_state_dict(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True

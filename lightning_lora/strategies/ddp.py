@@ -5,7 +5,8 @@ from typing_extensions import override
 
 from lightning_lora.patches import Patches
 from lightning_lora.state import moving_tensors
-from lightning_lora.strategies.base import StrategyAdapter, handles
+from lightning_lora.strategies.base import StrategyAdapter
+from lightning_lora.strategies.registry import handles
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # on a module: what DDP and Lightning leave alone, by name
 

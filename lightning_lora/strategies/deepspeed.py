@@ -26,7 +26,8 @@ from lightning_lora.optim import SPLIT_FROM
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state, trained_parameters
 from lightning_lora.strategies import zero
-from lightning_lora.strategies.base import StrategyAdapter, handles
+from lightning_lora.strategies.base import StrategyAdapter
+from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.zero_folder import checked, only, parts_in, portable_file
 from lightning_lora.strategies.zero_groups import Groups
 from lightning_lora.strategies.zero_optimizer import ZeroOptimizer

@@ -9,7 +9,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.patches import Patches
 from lightning_lora.state import moving_tensors
 from lightning_lora.strategies.agreement import send_trained
-from lightning_lora.strategies.base import handles
+from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.sharded import ShardedAdapter
 
 

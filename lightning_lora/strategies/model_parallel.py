@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.optim import Moved
 from lightning_lora.sharding import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
-from lightning_lora.strategies.base import handles
+from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.sharded import ShardedAdapter
 
 

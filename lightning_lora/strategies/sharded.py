@@ -11,10 +11,12 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_sharded, placed_like
 from lightning_lora.patches import Patches
+from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, split_apart
 
@@ -26,7 +28,8 @@ class ShardedAdapter(StrategyAdapter):
     format of their own. Here every rank reads the file and takes its part: nothing is sent.
     """
 
-    REPLACED = (*StrategyAdapter.REPLACED, "load_checkpoint", "optimizer_state")
+    can_save_sharded = True
+    REPLACED = (*StrategyAdapter.REPLACED, "optimizer_state")
     _gradients: ReplicatedGradients | None = None
 
     def data_parallel_group(self) -> Any:
@@ -66,17 +69,40 @@ class ShardedAdapter(StrategyAdapter):
             {**group, **{key: None for key in ("foreach", "fused") if key in group and index in apart}}
             for index, group in enumerate(state["param_groups"])
         ]
+        if self.options.save_sharded:
+            return {**state, "param_groups": groups}
         whole = {
             index: {key: gathered(v).cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
             for index, values in state["state"].items()
         }
         return {**state, "state": whole, "param_groups": groups}
 
-    def load_checkpoint(
-        self, original: Callable[..., Any], checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    @override
+    def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
+        if not self.options.save_sharded:
+            return super().lightning_module_state_dict(original)
+        self.rest()
+        return {**adapter_state_dict(self.model), **extra_state(self.model)}
+
+    @override
+    def save_checkpoint(
+        self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """One file, or a folder in which each rank writes its part."""
+        if not self.options.save_sharded:
+            super().save_checkpoint(original, checkpoint, filepath, storage_options)
+            return
+        if self.as_peft or "://" in str(filepath):
+            raise UnsupportedError("save_sharded writes to folders of this machine, and no PEFT folders beside them")
+        self.complete(checkpoint)
+        write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
+
+    @override
+    def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Reads the file on every rank."""
         path = Path(self.strategy.broadcast(checkpoint_path))
+        if is_folder_of_ranks(path):
+            return read_folder(path)
         if path.is_dir():
             raise UnsupportedError(
                 f"{path} is a folder of a whole model's shards: load it as the base in configure_model, or resume from "

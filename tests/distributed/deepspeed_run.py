@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 import lightning_lora as ll
 from lightning_lora.strategies import zero
+from tests.distributed.many import checkpointed
 from tests.helpers.toy import Lit, data
 
 
@@ -116,6 +117,10 @@ def main(name: str, folder: str, ckpt_path: str | None = None) -> None:
     chosen = cpu_adam if options.get("optimizer") == "cpu_adam" else two_groups if options.get("two_groups") else None
     extra = {} if chosen is None else {"optimizers_": chosen}
     module, rates = (Dead if options.get("dead") else Lit)(options.get("built", "init"), **extra), Lr()
+    if options.get("checkpointing"):
+        checkpointed(module.net)
+    for block in module.net.blocks if options.get("compiled") else ():
+        block.compile(backend="aot_eager")
     trainer = pl.Trainer(
         accelerator=options.get("accelerator", "cpu"),
         devices=options.get("devices", 1 if name == "single" else 2),

@@ -134,6 +134,13 @@ def test_groups_that_are_empty_are_in_the_file_and_not_in_deepspeed(tmp_path):
     assert_same(end(tmp_path / "ddp"), end(tmp_path / "back"))
 
 
+def test_checkpointed_blocks(tmp_path):
+    run("ddp", tmp_path / "ddp", checkpointing=True, max_epochs=1)
+    for stage in (1, 2, 3):
+        run(stage, tmp_path / str(stage), checkpointing=True, max_epochs=1)
+        assert_same(end(tmp_path / "ddp"), end(tmp_path / str(stage)))
+
+
 def test_4_bit_base(tmp_path):
     options = {"lora": {"quantization": "nf4-dq"}}
     run("ddp", tmp_path / "ddp", **options)

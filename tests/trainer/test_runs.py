@@ -618,7 +618,7 @@ def test_model_parallel_on_one_device():
 
 def test_strategies_of_other_packages(monkeypatch):
     from lightning_lora import strategies
-    from lightning_lora.strategies import base
+    from lightning_lora.strategies import registry as base
 
     class Theirs(strategies.StrategyAdapter):
         pass

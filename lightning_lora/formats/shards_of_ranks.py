@@ -1,0 +1,108 @@
+"""A checkpoint of adapters as a folder that ranks write together (torch.distributed.checkpoint).
+
+``lightning_lora.ckpt`` in it is the checkpoint without its tensors, and is there once all of them are.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightning_lora.formats import files
+
+REST = "lightning_lora.ckpt"
+
+
+def is_folder_of_ranks(path: str | os.PathLike[str]) -> bool:
+    """Whether it is such a folder."""
+    return (Path(path) / REST).is_file()
+
+
+def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Writes a checkpoint, each rank what it holds. It is staged beside the target, whole, and put in its place.
+
+    A collective.
+
+    Args:
+        checkpoint: What Lightning gives; tensors of ``state_dict`` and ``optimizer_states`` may be sharded.
+        folder: Where to.
+    """
+    staged, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    first = distributed.get_rank() == 0
+    tensors = dict[str, Tensor]()
+
+    def taken(key: str, tensor: Tensor) -> str:
+        tensors[key] = tensor.detach()
+        return key
+
+    rest = {**checkpoint, **_split(checkpoint, taken)}
+    if first:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    distributed.barrier()
+    save(tensors, checkpoint_id=staged)
+    if first:
+        files.write(rest, staged / REST)
+        if folder.is_dir():
+            folder.replace(old)
+        else:
+            folder.unlink(missing_ok=True)
+        staged.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+
+
+def read_either(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint in a file or in such a folder."""
+    return read_folder(Path(path)) if is_folder_of_ranks(path) else files.read(path)
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The checkpoint, with whole tensors, on any number of ranks: each reads what it asks for."""
+    rest = files.read(folder / REST)
+    described: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in described.items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what is meant
+        load(tensors, checkpoint_id=folder, no_dist=True)
+    return {**rest, **_split(rest, lambda _, key: tensors[key], str)}
+
+
+def _split(checkpoint: dict[str, Any], change: Callable[[str, Any], Any], kind: type = Tensor) -> dict[str, Any]:
+    """The parts of a checkpoint that hold tensors, with each of these (or its key) changed."""
+    parts: dict[str, Any] = {
+        "state_dict": {
+            key: change(f"state_dict/{key}", value) if _is_one(value, kind) else value
+            for key, value in checkpoint["state_dict"].items()
+        }
+    }
+    if "optimizer_states" in checkpoint:
+        parts["optimizer_states"] = [
+            {
+                **state,
+                "state": {
+                    index: {
+                        key: change(f"optimizer_states/{i}/{index}/{key}", value) if _is_one(value, kind) else value
+                        for key, value in values.items()
+                    }
+                    for index, values in state["state"].items()
+                },
+            }
+            for i, state in enumerate(checkpoint["optimizer_states"])
+        ]
+    return parts
+
+
+def _is_one(value: Any, kind: type) -> bool:
+    """Whether it is a tensor, or the key of one."""
+    return isinstance(value, Tensor) if kind is Tensor else str(value).startswith(("state_dict/", "optimizer_states/"))
