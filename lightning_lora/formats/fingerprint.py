@@ -18,7 +18,7 @@ from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
-from lightning_lora.ops.samples import SAMPLES, sample
+from lightning_lora.ops.samples import SAMPLES, sample_each
 from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
@@ -42,18 +42,22 @@ def fingerprint(model: nn.Module, quantization: str | None = None, *, local: boo
         ``{"quantization": mode or None, "sha256": of everything, "parameters": zlib-compressed JSON as uint8,
         "samples": (parameters, SAMPLES)}``
     """
-    described, samples, modes = [], [], [quantization] if quantization else list[str]()
+    described, modes = [], [quantization] if quantization else list[str]()
+    weights, known = list[Tensor](), dict[int, Tensor]()
     seen = trained_in_full(base_modules(model))
     for name, module in named_base_modules(model):
         for key, parameter in base_parameters(module):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                shape, dtype, values = list(shape_of(parameter)), parameter.dtype, None
+                shape, dtype = list(shape_of(parameter)), parameter.dtype
                 if key == "weight" and (quantizer := quantizer_of(module)) is not None:
                     shape, dtype, values = dense_record(module)
                     modes.append(quantizer.mode(module))
+                    known[len(weights)] = values
                 described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
-                samples.append(sample(own_part(parameter) if local else parameter) if values is None else values)
+                seen_here = len(weights) in known  # of a packed weight what it was is known
+                weights.append(torch.empty(0) if seen_here else own_part(parameter) if local else parameter)
+    samples = [known.get(i, values) for i, values in enumerate(sample_each(weights))]
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)
 

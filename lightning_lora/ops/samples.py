@@ -1,5 +1,6 @@
 """A few values of a tensor, to know it again by."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,30 +13,49 @@ SAMPLES = 4
 
 @torch.no_grad()
 def sample(tensor: Tensor) -> Tensor:
-    """`SAMPLES` values in float32 on the CPU, evenly spread; nan where there are none to compare.
-
-    Of a tensor that ranks hold parts of they are what they are of the whole: a collective of a few bytes.
-    """
+    """`SAMPLES` values in float32 on the CPU, evenly spread; nan where there are none to compare."""
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.full((SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
-    index = torch.linspace(0, tensor.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
-    if is_sharded(tensor):
-        return _of_shards(tensor.detach(), index).cpu()
     flat = tensor.detach().reshape(-1)
-    return flat[index.to(flat.device)].float().cpu()
+    return flat[_places(tensor).to(flat.device)].float().cpu()
 
 
-def _of_shards(tensor: Any, index: Tensor) -> Tensor:
-    """The values at flat indices of a DTensor: each from a rank that holds it."""
+@torch.no_grad()
+def sample_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Samples of several tensors; of those that ranks hold parts of what they are of the whole.
+
+    These are a collective of a few bytes, one for each mesh dimension.
+    """
+    spread = [i for i, tensor in enumerate(tensors) if is_sharded(tensor) and not tensor.is_meta]
+    samples: dict[int, Tensor] = {}
+    for mesh in dict.fromkeys(_mesh(tensors[i]) for i in spread):
+        here = [i for i in spread if _mesh(tensors[i]) == mesh]
+        found = torch.stack([_held(tensors[i].detach()) for i in here])
+        for dim in range(mesh.ndim):
+            distributed.all_reduce(found, group=mesh.get_group(dim))
+        samples |= dict(zip(here, (found[:, 0] / found[:, 1]).cpu(), strict=True))
+    return [samples[i] if i in samples else sample(tensor) for i, tensor in enumerate(tensors)]
+
+
+def _places(tensor: Tensor) -> Tensor:
+    return torch.linspace(0, tensor.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+
+
+def _mesh(tensor: Any) -> Any:
+    return tensor.device_mesh
+
+
+def _held(tensor: Any) -> Tensor:
+    """Of the samples of a DTensor those that this rank holds, and which they are: (2, SAMPLES)."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     part = tensor.to_local()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    found = torch.zeros(2, SAMPLES, dtype=torch.float32, device=part.device)  # sums of values, and of how many
-    for i, place in enumerate(torch.stack(torch.unravel_index(index, tensor.shape), 1).tolist()):
+    found = torch.zeros(2, SAMPLES, dtype=torch.float32, device=part.device)
+    if not part.is_floating_point():
+        return found
+    for i, place in enumerate(torch.stack(torch.unravel_index(_places(tensor), tensor.shape), 1).tolist()):
         local = [at - start for at, start in zip(place, offset, strict=True)]
         if all(0 <= at < size for at, size in zip(local, part.shape, strict=True)):
             found[0, i], found[1, i] = part[tuple(local)], 1
-    for dim in range(tensor.device_mesh.ndim):
-        distributed.all_reduce(found, group=tensor.device_mesh.get_group(dim))
-    return found[0] / found[1]
+    return found

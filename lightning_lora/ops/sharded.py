@@ -1,9 +1,12 @@
 """Tensors of which each rank holds a part (DTensors), whole again and back. Everything else passes through."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+BATCH = 1 << 24  # elements that each rank gives to one collective
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -35,6 +38,51 @@ def shape_of(tensor: Tensor) -> torch.Size:
     """The shape of the whole tensor, also while DeepSpeed's stage 3 leaves an empty one in its place."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
+
+
+@torch.no_grad()
+def gathered_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Whole tensors, on every rank: those that are split by rows in a few collectives, and not in one for each."""
+    found: dict[int, Tensor] = {}
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        sharded: Any = tensor
+        if is_sharded(tensor) and sharded.device_mesh.ndim == 1 and type(sharded.placements[0]).__name__ == "Shard":
+            if sharded.placements[0].dim == 0:
+                groups.setdefault((sharded.device_mesh, tensor.dtype), []).append(i)
+    for (mesh, _), members in groups.items():
+        sizes = [-(-tensors[i].shape[0] // mesh.size()) * tensors[i].shape[1:].numel() for i in members]
+        for start, end in _batches(sizes):
+            batch = members[start:end]
+            found |= dict(zip(batch, _gathered_rows([tensors[i] for i in batch], mesh), strict=True))
+    return [found[i] if i in found else gathered(tensor) for i, tensor in enumerate(tensors)]
+
+
+def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of about `BATCH` elements."""
+    start = total = 0
+    for end, size in enumerate(sizes, 1):
+        total += size
+        if total >= BATCH or end == len(sizes):
+            yield start, end
+            start, total = end, 0
+
+
+def _gathered_rows(tensors: Sequence[Tensor], mesh: Any) -> list[Tensor]:
+    """Tensors of which each rank has as many rows, the last ones fewer or none."""
+    padded = []
+    for tensor in tensors:
+        part, rows = own_part(tensor), -(-tensor.shape[0] // mesh.size())
+        padded.append(part.new_zeros(rows, *tensor.shape[1:]))
+        padded[-1][: len(part)] = part
+    flat = torch.cat([part.reshape(-1) for part in padded])
+    whole = flat.new_empty(mesh.size() * len(flat))
+    distributed.all_gather_into_tensor(whole, flat, group=mesh.get_group())
+    pieces = torch.split(whole.view(mesh.size(), -1), [part.numel() for part in padded], dim=1)
+    rows_of = [
+        piece.reshape(-1, *tensor.shape[1:])[: len(tensor)] for piece, tensor in zip(pieces, tensors, strict=True)
+    ]
+    return [rows.clone() for rows in rows_of]
 
 
 def own_part(tensor: Tensor) -> Tensor:

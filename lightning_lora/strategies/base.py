@@ -26,7 +26,7 @@ from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
-from lightning_lora.ops.sharded import gathered, is_sharded
+from lightning_lora.ops.sharded import gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
@@ -233,7 +233,8 @@ class StrategyAdapter:
 
 
 def _whole(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: gathered(value).cpu() if is_sharded(value) else value for key, value in state.items()}
+    whole = dict(zip(state, gathered_all(list(state.values())), strict=True))
+    return {key: whole[key].cpu() if is_sharded(value) else value for key, value in state.items()}
 
 
 def peft_folder(checkpoint: Any) -> Path:

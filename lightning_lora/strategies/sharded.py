@@ -14,7 +14,7 @@ from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean
-from lightning_lora.ops.sharded import copy_whole_, gathered, is_sharded, placed_like
+from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, placed_like
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.strategies.base import StrategyAdapter
@@ -71,11 +71,13 @@ class ShardedAdapter(StrategyAdapter):
         ]
         if self.options.save_sharded:
             return {**state, "param_groups": groups}
-        whole = {
-            index: {key: gathered(v).cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
+        tensors = [v for values in state["state"].values() for v in values.values() if isinstance(v, Tensor)]
+        whole = iter(gathered_all(tensors))
+        states = {
+            index: {key: next(whole).cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
             for index, values in state["state"].items()
         }
-        return {**state, "state": whole, "param_groups": groups}
+        return {**state, "state": states, "param_groups": groups}
 
     @override
     def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
