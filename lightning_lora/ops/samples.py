@@ -32,8 +32,8 @@ def sample_each(tensors: Sequence[Tensor]) -> list[Tensor]:
         here = [i for i in spread if _mesh(tensors[i]) == mesh]
         found = torch.stack([_held(tensors[i].detach()) for i in here])
         for dim in range(mesh.ndim):
-            distributed.all_reduce(found, group=mesh.get_group(dim))
-        samples |= dict(zip(here, (found[:, 0] / found[:, 1]).cpu(), strict=True))
+            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+        samples |= dict(zip(here, found.masked_fill(found == -torch.inf, torch.nan).cpu(), strict=True))
     return [samples[i] if i in samples else sample(tensor) for i, tensor in enumerate(tensors)]
 
 
@@ -46,16 +46,16 @@ def _mesh(tensor: Any) -> Any:
 
 
 def _held(tensor: Any) -> Tensor:
-    """Of the samples of a DTensor those that this rank holds, and which they are: (2, SAMPLES)."""
+    """The samples of a DTensor that this rank holds, and -inf for those that others do."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     part = tensor.to_local()
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    found = torch.zeros(2, SAMPLES, dtype=torch.float32, device=part.device)
+    found = torch.full((SAMPLES,), -torch.inf, dtype=torch.float32, device=part.device)
     if not part.is_floating_point():
         return found
     for i, place in enumerate(torch.stack(torch.unravel_index(_places(tensor), tensor.shape), 1).tolist()):
         local = [at - start for at, start in zip(place, offset, strict=True)]
         if all(0 <= at < size for at, size in zip(local, part.shape, strict=True)):
-            found[0, i], found[1, i] = part[tuple(local)], 1
+            found[i] = part[tuple(local)]
     return found
