@@ -184,7 +184,6 @@ class LoRA(CallbackBase):
             return
         strategy.rest()
         optimizers, names = strategy.optimizers(), self._phases.plans.keys()
-        require_same_settings({"global_step": trainer.global_step, "current_epoch": trainer.current_epoch})
         check_before(pl_module, optimizers, names)
         strategy.check_folders()
         restore_ratios(trainer)

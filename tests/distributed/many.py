@@ -136,7 +136,9 @@ def fit(
 ):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     for key, values in (by_rank or {}).items():
-        if key == "seed":
+        if key == "ckpt":
+            ckpt = values[rank]
+        elif key == "seed":
             module = {**(module or {}), key: values[rank]}
         else:
             lora = {**(lora or {}), key: values[rank]}

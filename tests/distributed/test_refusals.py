@@ -30,7 +30,9 @@ TWO = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
-    launch(folder, 2, {name: {**options, "epochs": 1} for name, options in TWO.items()})
+    first = {"strategy": "ddp", "by_rank": {"ckpt": [str(folder / "same" / "epoch=0.ckpt"), None]}, "epochs": 2}
+    runs = {name: {"epochs": 1, **options} for name, options in {**TWO, "another-step": first}.items()}
+    launch(folder, 2, runs)
     return folder
 
 
@@ -40,6 +42,7 @@ def runs(tmp_path_factory):
         ("another-base", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0", "sync_base=True"]),
         ("another-fsdp2", "BaseMismatchError", ["rank 1 holds another base model", "sync_base=True"]),
         ("another-r", "ConfigError", ["default: lora_dropout: 0.0 on rank 0, 0.1 on rank 1"]),
+        ("another-step", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
         ("quantise-late", "TargetError", ["is sharded already: call ll.quantize(model, 'nf4') before fully_shard"]),
         ("quantised-tp", "UnsupportedError", ["net.blocks.0.q", "cut for tensor parallelism"]),
         ("flat", "ConfigError", ["use_orig_params=False"]),
