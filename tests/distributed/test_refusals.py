@@ -30,7 +30,12 @@ TWO = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
-    first = {"strategy": "ddp", "by_rank": {"ckpt": [str(folder / "same" / "epoch=0.ckpt"), None]}, "epochs": 2}
+    first = {
+        "strategy": "ddp",
+        "lora": {"use_dora": True},
+        "by_rank": {"ckpt": [str(folder / "same" / "epoch=0.ckpt"), None]},
+        "epochs": 2,
+    }
     runs = {name: {"epochs": 1, **options} for name, options in {**TWO, "another-step": first}.items()}
     launch(folder, 2, runs)
     return folder
