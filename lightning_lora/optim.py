@@ -18,6 +18,7 @@ SPLIT_FROM = "lora_split_from"  # ... and that group's index
 _LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # of a group, as optimizers and schedulers keep them
 _LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # of a scheduler, one entry per group
 _LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+PER_GROUP = (*_LR_LISTS, *_LISTS)
 
 
 class Moved(NamedTuple):

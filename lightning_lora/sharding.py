@@ -13,6 +13,7 @@ from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.quantization import is_quantized
 
 DATA_PARALLEL = "data_parallel"  # the name that Lightning gives the mesh dimension over which the data is spread
+TENSOR_PARALLEL = "tensor_parallel"  # ... and over which layers are split
 LARGE = 1 << 30  # bytes of weights, gradients and Adam's states (16 for each parameter), from which on they are sharded
 
 
@@ -70,7 +71,7 @@ def is_reduced_by_fsdp(parameter: Any) -> bool:
     if not is_sharded(parameter):
         return False
     names = parameter.device_mesh.mesh_dim_names
-    return names is None or set(names) != {"tensor_parallel"}
+    return names is None or set(names) != {TENSOR_PARALLEL}
 
 
 def _tensor_parallel(weight: Any) -> tuple[Any, Any] | None:
@@ -78,8 +79,9 @@ def _tensor_parallel(weight: Any) -> tuple[Any, Any] | None:
     if weight is None or not is_sharded(weight):
         return None
     names = weight.device_mesh.mesh_dim_names or ()
-    dims = [dim for dim, name in enumerate(names) if name == "tensor_parallel"]
-    return (weight.device_mesh[names[dims[0]]], weight.placements[dims[0]]) if dims else None
+    if TENSOR_PARALLEL not in names:
+        return None
+    return weight.device_mesh[TENSOR_PARALLEL], weight.placements[names.index(TENSOR_PARALLEL)]
 
 
 def _split(name: str, layer: LoRALayer, adapter: Adapter, mesh: Any, placement: Any) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class StrategyAdapter:
 
     def optimizers(self) -> list[Any]:
         """The optimizers, as they hold parameters of the model and take steps."""
-        return [getattr(optimizer, "optimizer", optimizer) for optimizer in self.strategy.optimizers]
+        return [plain_optimizer(optimizer) for optimizer in self.strategy.optimizers]
 
     def rest(self) -> None:
         """Called before parameters are looked at between steps: what is gathered for a while is let go of."""
@@ -223,13 +223,23 @@ class StrategyAdapter:
 
     def _check_states(self, checkpoint: dict[str, Any]) -> None:
         for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=False):
-            saved = [len(group["params"]) for group in state["param_groups"]]
-            current = [len(group["params"]) for group in optimizer.param_groups]
-            if saved != current:
-                raise CheckpointError(
-                    f"the optimizer's parameter groups differ, {saved} -> {current} tensors: resume with the same "
-                    "configure_optimizers, loraplus_lr_ratio and modules_to_save"
-                )
+            saved, current = state["param_groups"], optimizer.param_groups
+            require_same_groups(*([group["params"] for group in groups] for groups in (saved, current)))
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """An optimizer without what Lightning puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> None:
+    """Raises CheckpointError if parameter groups of a saved state and of an optimizer differ in size."""
+    sizes, own = ([len(parameters) for parameters in groups] for groups in (saved, current))
+    if sizes != own:
+        raise CheckpointError(
+            f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
+            "configure_optimizers, loraplus_lr_ratio and modules_to_save"
+        )
 
 
 def _whole(state: dict[str, Any]) -> dict[str, Any]:

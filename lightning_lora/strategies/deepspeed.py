@@ -14,11 +14,8 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
-    META,
     check_adapters,
-    describe,
     is_adapter_checkpoint,
-    leave_out_base,
     load_adapters,
 )
 from lightning_lora.names import clean
@@ -26,7 +23,7 @@ from lightning_lora.optim import SPLIT_FROM
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state, trained_parameters
 from lightning_lora.strategies import zero
-from lightning_lora.strategies.base import StrategyAdapter
+from lightning_lora.strategies.base import StrategyAdapter, require_same_groups
 from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.zero_folder import checked, only, parts_in, portable_file
 from lightning_lora.strategies.zero_groups import Groups
@@ -131,13 +128,11 @@ class DeepSpeedAdapter(StrategyAdapter):
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Writes both."""
-        self.check_base()
         filepath = self.strategy.broadcast(filepath)
         if "://" in str(filepath):
             raise UnsupportedError(f"DeepSpeed writes to folders of this machine, and {filepath} is none")
         with zero.gathering(self._partitioned()):
-            checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
-            leave_out_base(self.model, checkpoint)
+            self.complete(checkpoint)
             with self._only_here():
                 if self.strategy.is_global_zero:
                     portable = dict(checkpoint)
@@ -202,12 +197,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         """Loads a plain optimizer state; Lightning does not ask for it under DeepSpeed."""
         optimizer = self.strategy.optimizers[0]
         saved = [group for group in state["param_groups"] if group["params"]]
-        sizes = [len(group["params"]) for group in saved]
-        if sizes != (current := [len(group) for group in self._held().parameters]):
-            raise CheckpointError(
-                f"the optimizer's parameter groups differ, {sizes} -> {current} tensors: resume with the same "
-                "configure_optimizers, loraplus_lr_ratio and modules_to_save"
-            )
+        require_same_groups([group["params"] for group in saved], self._held().parameters)
         for group, values in zip(optimizer.optimizer.param_groups, saved, strict=True):
             left_out = ("params", "param_names", SPLIT_FROM)
             group.update({key: value for key, value in values.items() if key not in left_out})

@@ -40,10 +40,10 @@ class ReplicatedGradients:
             flat.div_(distributed.get_world_size(self._group))
             distributed.all_reduce(flat, group=self._group)
             *means, anywhere = torch.split(flat, [*(part.numel() for part in parts), len(parts)])
-            for parameter, part, mean, has in zip(parameters, parts, means, anywhere.tolist(), strict=True):
+            for index, (parameter, part, mean) in enumerate(zip(parameters, parts, means, strict=True)):
                 if parameter.grad is not None:
                     part.copy_(mean.view(part.shape))
-                elif has:
+                elif anywhere[index]:  # read only where it matters: it waits for the device
                     parameter.grad = _like(parameter, mean.view(part.shape).clone())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.copies import tensors_of
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
@@ -17,7 +18,7 @@ from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, placed_like
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
-from lightning_lora.strategies.base import StrategyAdapter
+from lightning_lora.strategies.base import StrategyAdapter, plain_optimizer
 from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, split_apart
 
 
@@ -43,8 +44,8 @@ class ShardedAdapter(StrategyAdapter):
 
     def _setup_optimizers(self, original: Callable[..., Any], *args: Any) -> None:
         original(*args)
-        for optimizer in self.strategy.optimizers:
-            split_apart(_plain(optimizer))
+        for optimizer in self.optimizers():
+            split_apart(optimizer)
 
     def _clip(self, optimizer: Any, clip_val: float) -> None:
         if clip_val > 0:
@@ -63,7 +64,7 @@ class ShardedAdapter(StrategyAdapter):
 
     def optimizer_state(self, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """An optimizer's state by the position of its parameters, as one device writes it: whole tensors."""
-        optimizer = _plain(optimizer)
+        optimizer = plain_optimizer(optimizer)
         state, apart = optimizer.state_dict(), split_apart(optimizer)
         groups = [
             {**group, **{key: None for key in ("foreach", "fused") if key in group and index in apart}}
@@ -125,10 +126,9 @@ class ShardedAdapter(StrategyAdapter):
     @override
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         self._check_states(checkpoint)
-        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=True):
-            plain = _plain(optimizer)
-            plain.load_state_dict(_placed(files.own_storage(state), plain))
-            split_apart(plain)
+        for optimizer, state in zip(self.optimizers(), checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(_placed(files.own_storage(state), optimizer))
+            split_apart(optimizer)
 
     @override
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
@@ -143,27 +143,17 @@ class ShardedAdapter(StrategyAdapter):
     def _load_base(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Loads a checkpoint of a model without adapters as the base."""
         state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
-        own = dict(_base_tensors(self.model))
+        own = {
+            clean(f"{name}.{key}".lstrip(".")): tensor.detach()
+            for name, module in named_base_modules(self.model)
+            for key, tensor in tensors_of(module).items()
+        }
         missing, other = [key for key in own if key not in state], [key for key in state if key not in own]
         if strict and (missing or other):
             lacks = f"it lacks {listing(missing, 3)}" if missing else f"the model has no {listing(other, 3)}"
             raise CheckpointError(f"the checkpoint is not of this base: {lacks}")
         for key in own.keys() & state.keys():
             copy_whole_(own[key], state[key])
-
-
-def _plain(optimizer: Any) -> Any:
-    """An optimizer without what Lightning puts around it."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    found = []
-    for name, module in named_base_modules(model):
-        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        tensors = {**module._parameters, **buffers}
-        found += [(clean(f"{name}.{k}".lstrip(".")), t.detach()) for k, t in tensors.items() if t is not None]
-    return found
 
 
 def _placed(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:

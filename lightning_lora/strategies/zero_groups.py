@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lora.optim import SPLIT_FROM
-
-_PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas", "base_momentums", "max_momentums")
+from lightning_lora.optim import PER_GROUP, SPLIT_FROM
 
 
 class Groups:
@@ -60,7 +58,7 @@ class Groups:
         every = len(self._kept) + len(self.empty)
         short = {
             key: [value for i, value in enumerate(state[key]) if i not in self.empty]
-            for key in _PER_GROUP
+            for key in PER_GROUP
             if self.empty and isinstance(state.get(key), list) and len(state[key]) == every
         }
         if _is_sequential(state):
@@ -70,7 +68,7 @@ class Groups:
     def with_empty(self, state: dict[str, Any]) -> dict[str, Any]:
         """A scheduler's state with entries for empty groups: what they began with, since nothing depends on it."""
         state = dict(state)
-        for key in _PER_GROUP:
+        for key in PER_GROUP:
             if self.empty and isinstance(values := state.get(key), list) and len(values) == len(self._kept):
                 filled, own = list(values), "initial_lr" if key in ("base_lrs", "max_lrs") else "lr"
                 for index, group in sorted(self.empty.items()):

@@ -22,15 +22,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 import lightning_lora as ll
+from lightning_lora.names import clean
 from tests.helpers.toy import Lit, Net, build, data
 
 
 class Sharded(Lit):
     """A user's module that shards itself, as the Lightning docs have it."""
 
-    def __init__(self, built="init", tp=False, quantize=None, dtype=None, checkpointing=False, compiled=False, seed=1):
+    def __init__(self, built="init", tp=False, dtype=None, checkpointing=False, compiled=False, seed=1):
         super().__init__(built if built != "meta" else "setup", seed)
-        self.tp, self.quantize, self.dtype_, self.meta = tp, quantize, dtype, built == "meta"
+        self.tp, self.meta = tp, built == "meta"
         self.checkpointing, self.compiled, self.sharded = checkpointing, compiled, False
         if dtype and self.net is not None:
             self.net.to(getattr(torch, dtype))
@@ -49,8 +50,6 @@ class Sharded(Lit):
             with torch.device("meta"):
                 self.net = Net()
         super().configure_model()
-        if self.quantize:
-            ll.quantize(self.net, self.quantize)
         if self.tp:
             from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -170,7 +169,7 @@ def fit(
     lit = make()
     run.fit(lit, datamodule=Samples(), ckpt_path=ckpt)
     result = {"val_loss": run.callback_metrics["val_loss"].item()}
-    result["types"] = {ll_name(name): type(p).__name__ for name, p in lit.named_parameters() if p.requires_grad}
+    result["types"] = {clean(name): type(p).__name__ for name, p in lit.named_parameters() if p.requires_grad}
     if counter:
         result["bytes"] = counter.found
     if after:
@@ -200,12 +199,6 @@ def lora_options(options):
     return options
 
 
-def ll_name(name):
-    from lightning_lora.names import clean
-
-    return clean(name)
-
-
 def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False):
     module = Lit(built, seed)
     if checkpointing:
@@ -224,8 +217,7 @@ def main(folder, devices, scenarios):
             result = fit(place, devices, **options)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
-            if options.pop("trace", True):
-                traceback.print_exc()
+            traceback.print_exc()
         torch.save(result, f"{place}/{'result' if rank == 0 else f'rank{rank}'}.pt")
         if distributed.is_initialized():
             distributed.barrier()
@@ -256,7 +248,7 @@ class Bytes(pl.Callback):
 
     def __init__(self):
         self.found = {"step": {}, "save": {}, "setup": {}}
-        self.kind, self.mode = "setup", None
+        self.mode = None
 
     def setup(self, trainer, pl_module, stage):
         from tests.distributed.collectives import Counter
@@ -275,9 +267,6 @@ class Bytes(pl.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         self.mode.into = self.found["save"] if trainer.current_epoch == 0 else {}
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        pass
 
     def on_train_end(self, trainer, pl_module):
         self.mode.__exit__(None, None, None)
