@@ -1,11 +1,11 @@
 """Packing a dense weight in pieces: bitsandbytes on a CPU takes many times the weight for its temporaries."""
 
-from collections.abc import Iterator
-
 import torch
 from bitsandbytes import functional as F4
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
+
+from lightning_lora.quantization.nearest import float32_by_default, quantize_4bit, values
 
 PIECE = 1 << 16  # weights that are packed at a time on a CPU; whole blocks, of any size
 
@@ -13,17 +13,14 @@ PIECE = 1 << 16  # weights that are packed at a time on a CPU; whole blocks, of 
 def four_bits(W: Tensor, kind: str, double: bool, blocksize: int, storage: torch.dtype) -> nn.Parameter:
     """The same as `bitsandbytes.functional.quantize_4bit`, without its temporaries of many times the weight."""
     flat = W.contiguous().view(-1)
-    pieces = [
-        F4.quantize_4bit(piece, blocksize=blocksize, compress_statistics=False, quant_type=kind, quant_storage=storage)
-        for piece in _pieces(flat)
-    ]
-    absmax = torch.cat([state.absmax for _, state in pieces])
-    state = F4.QuantState(absmax, W.shape, pieces[0][1].code, blocksize, kind, W.dtype)
+    codes, absmax = quantize_4bit(flat, kind, blocksize) or _by_bitsandbytes(flat, kind, blocksize)
+    state = F4.QuantState(absmax, W.shape, values(kind, W.device), blocksize, kind, W.dtype)
     if double:  # the scales themselves in 8 bits, in blocks of 256 (section 3, "Double Quantization")
         state.offset, state.nested = absmax.mean(), True
-        state.absmax, state.state2 = F4.quantize_blockwise(absmax - state.offset, blocksize=256)
+        with float32_by_default():
+            state.absmax, state.state2 = F4.quantize_blockwise(absmax - state.offset, blocksize=256)
     packed: nn.Parameter = Params4bit(
-        torch.cat([data for data, _ in pieces]),
+        codes.view(storage).unsqueeze(1),
         quant_state=state,
         blocksize=blocksize,
         compress_statistics=double,
@@ -48,6 +45,11 @@ def eight_bits(W: Tensor) -> nn.Parameter:
     return packed
 
 
-def _pieces(flat: Tensor) -> Iterator[Tensor]:
+def _by_bitsandbytes(flat: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales, in pieces on a CPU."""
     step = PIECE if flat.device.type == "cpu" else max(1, flat.numel())
-    return (flat[start : start + step] for start in range(0, flat.numel(), step))
+    pieces = [
+        F4.quantize_4bit(piece, blocksize=blocksize, compress_statistics=False, quant_type=kind)
+        for piece in torch.split(flat, step)
+    ]
+    return torch.cat([codes.view(-1) for codes, _ in pieces]), torch.cat([state.absmax for _, state in pieces])

@@ -504,11 +504,11 @@ def test_dense_weights_go_one_by_one(mode):
 def test_packing_in_pieces_is_what_bitsandbytes_does(monkeypatch, mode, shape):
     import bitsandbytes as bnb
 
-    from lightning_lora.quantization import packing
+    from lightning_lora.quantization import nearest
 
     W = torch.randn(shape)
     data, state = bnb.functional.quantize_4bit(W, quant_type=mode[:3], compress_statistics=mode.endswith("dq"))
-    monkeypatch.setattr(packing, "PIECE", 1 << 12)
+    monkeypatch.setattr(nearest, "PIECE", 1 << 12)
     layer = nn.Linear(*shape[::-1])
     layer.weight.data.copy_(W)
     ll.quantize(model := nn.Sequential(layer), mode)
