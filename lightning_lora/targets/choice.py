@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
-from lightning_lora.layers import kind_of, original_type
 from lightning_lora.targets.blocks import BlockFilter
-from lightning_lora.targets.kinds import in_attention, in_mlp, is_dense_linear
-from lightning_lora.targets.patterns import Pattern, modules_within, parse, unmatched
+from lightning_lora.targets.kinds import in_attention, in_mlp
+from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
 from lightning_lora.targets.roles import Roles
 from lightning_lora.targets.saved import SavedModule
@@ -30,14 +29,15 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     choice, probe = Choice(), Probe(config)
     names = [name for node in tree.values() for name in node.names]
     words, patterns = _split(config.target_modules)
-    hits = {pattern.text: [n for n in tree.values() if any(map(pattern.matches, n.names))] for pattern in patterns}
+    by_tail = tails(tree)
+    hits = {p.text: [n for n in by_tail.get(p.tail, ()) if any(map(p.matches, n.names))] for p in patterns}
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
     excluded = _excluded(tree, config.exclude_modules, roles, choice.problems)
     blocks = BlockFilter(config.layers_to_transform, names)
     for node in tree.values():
-        if (kind := kind_of(original_type(node.module))) is None:
+        if (kind := node.kind) is None:
             continue
         against = roles.reason_against(node.name)
         by_word = kind.lora_dense_linear and against is None and _is_meant(node, tree, words)
@@ -97,10 +97,11 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
     """Every pattern of target_modules must match a layer that can have an adapter."""
     if not hits:
         return unmatched("target_modules", pattern, names)
-    kinds = [node for node in hits if kind_of(original_type(node.module)) is not None] or hits
-    obstacles = {node.name: probe.obstacle(node) for node in kinds}
-    if None in obstacles.values():
-        return None
+    kinds, obstacles = [node for node in hits if node.kind is not None] or hits, {}
+    for node in kinds:
+        if (why := probe.obstacle(node)) is None:
+            return None
+        obstacles[node.name] = why
     reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
     return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons})"
 
@@ -108,8 +109,7 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
 def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
     reasons = [f"{name}: {why}" for name, why in skipped.items()]
     left_out = f"Left out: {listing(reasons)}" if reasons else "The model has no layer of that kind"
-    others = [n.module for n in tree.values() if kind_of(original_type(n.module)) and not is_dense_linear(n.module)]
-    kinds = [original_type(module).__name__ for module in others]
+    kinds = [n.cls.__name__ for n in tree.values() if n.kind is not None and not n.is_dense_linear]
     counts = [f"{kinds.count(kind)} of type {kind}" for kind in dict.fromkeys(kinds)]
     could = f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
     return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could}"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -24,16 +25,20 @@ def is_dense_linear(module: nn.Module) -> bool:
 
 def is_pretrained(module: nn.Module) -> bool:
     """Whether it is a transformers model, told by name so that transformers need not be imported."""
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in type(module).__mro__
-    )
+    cls: Any = type(module)
+    return _is_pretrained(cls)
+
+
+@cache
+def _is_pretrained(cls: type) -> bool:
+    return any(c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in cls.__mro__)
 
 
 def is_router(node: Node) -> bool:
     """Whether a linear chooses experts: by its class, or by its name beside experts."""
-    if not is_dense_linear(node.module):
+    if not node.is_dense_linear:
         return False
-    classes = [original_type(node.module).__name__, *(type(parent).__name__ for parent in node.parents)]
+    classes = [node.cls.__name__, *(type(parent).__name__ for parent in node.parents)]
     if any(_ROUTER_CLASS.search(name) for name in classes):
         return True
     by_name = _ROUTER.fullmatch(last_part(node.name)) is not None

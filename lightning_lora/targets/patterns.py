@@ -19,6 +19,11 @@ class Pattern:
     matches: Callable[[str], bool]
     plain: bool = False
 
+    @property
+    def tail(self) -> str | None:
+        """The last part that a name must have to match; None where this is not known."""
+        return self.text.rpartition(".")[2] if self.plain else None
+
     def within(self, name: str) -> bool:
         """Whether it matches the module or one that the module lies in."""
         return any(self.matches(ancestor) for ancestor in ancestors(name))
@@ -39,6 +44,15 @@ def parse_key(text: str) -> Pattern:
     except re.error:  # a glob such as "*.q_proj" is no regex
         return Pattern(text, item)
     return Pattern(text, lambda name: item(name) or suffix(name))
+
+
+def tails(tree: Mapping[str, Node]) -> dict[str | None, list[Node]]:
+    """The modules by the last parts of their names, and all of them under None: where to look for a pattern."""
+    found: dict[str | None, list[Node]] = {None: [*tree.values()]}
+    for node in tree.values():
+        for tail in {name.rpartition(".")[2] for name in node.names}:
+            found.setdefault(tail, []).append(node)
+    return found
 
 
 def modules_within(

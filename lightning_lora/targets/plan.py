@@ -9,7 +9,6 @@ from typing_extensions import override
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
-from lightning_lora.layers import kind_of, original_type
 from lightning_lora.marks import BROKEN
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
@@ -91,7 +90,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
 def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
     """The plan as far as it goes, and what is wrong with it: for models that are not complete yet."""
     tree = nodes(model)
-    peft = [n.name or type(n.module).__name__ for n in tree.values() if _is_peft(n.module)]
+    of_peft = {cls for cls in {type(n.module) for n in tree.values()} if _is_peft(cls)}
+    peft = [n.name or type(n.module).__name__ for n in tree.values() if type(n.module) in of_peft]
     if peft:
         return Plan(targets=()), [
             f"the model already has PEFT adapters ({listing(peft)}); take them off first (PeftModel.unload() gives the "
@@ -115,8 +115,8 @@ def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
     return Plan(targets=targets, modules_to_save=saved, skipped=choice.skipped, notes=(*choice.notes, *high)), problems
 
 
-def _is_peft(module: nn.Module) -> bool:
-    return any(c.__name__ in ("PeftModel", "BaseTunerLayer") for c in type(module).__mro__)
+def _is_peft(cls: type) -> bool:
+    return any(c.__name__ in ("PeftModel", "BaseTunerLayer") for c in cls.__mro__)
 
 
 def _targets(
@@ -124,9 +124,9 @@ def _targets(
 ) -> tuple[Target, ...]:
     ranks = [(parse_key(key), rank) for key, rank in (config.rank_pattern or {}).items()]
     alphas = [(parse_key(key), alpha) for key, alpha in (config.alpha_pattern or {}).items()]
-    targets = []
+    targets, variant = [], variant_class(config.variant)
     for node in chosen:
-        kind, weight = kind_of(original_type(node.module)), node.module.weight
+        kind, weight = node.kind, node.module.weight
         assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (`choose` takes no others)
         matrix = kind.lora_matrix_shape(node.module)
         r = next((rank for key, rank in ranks if any(map(key.within, node.names))), config.r)
@@ -134,13 +134,13 @@ def _targets(
         targets.append(
             Target(
                 name=node.name,
-                type=original_type(node.module).__name__,
+                type=node.cls.__name__,
                 shape=matrix if kind.lora_packed else tuple(weight.shape),
                 matrix=matrix,
                 r=r,
                 lora_alpha=float(alpha),
                 bits=bits_per_weight(node.module),
-                parameters=variant_class(config.variant).parameter_count(matrix, r),
+                parameters=variant.parameter_count(matrix, r),
                 aliases=tuple(node.aliases),
                 tied=tuple(n for n in owners.get(id(weight), ()) if n != f"{node.name}.weight"),
             )

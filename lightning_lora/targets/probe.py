@@ -27,6 +27,8 @@ from lightning_lora.targets.walk import Node
 TOLERANCE = 0.02  # of the update's norm: layers may round to bfloat16
 ROWS = 8  # of an embedding that is tried
 
+_GAINED = frozenset(GAINED)
+
 
 class Probe:
     """Finds out which layers can have an adapter of a config. Remembers what it found for a class.
@@ -37,15 +39,16 @@ class Probe:
 
     def __init__(self, config: LoRAConfig) -> None:
         self._config = config
+        self._own: dict[type, list[str]] = {}
         self._wrong: dict[type, str | None] = {}
         self._untried: dict[type, str | None] = {}
 
     def obstacle(self, node: Node) -> str | None:
         """Why this layer cannot have an adapter; None when it can."""
-        layer, cls = node.module, original_type(node.module)
+        layer, cls = node.module, node.cls
         if (why := bypass(node)) is not None:
             return why
-        if not isinstance(layer, LoRALayer) and (taken := [name for name in GAINED if hasattr(layer, name)]):
+        if not isinstance(layer, LoRALayer) and (taken := self._taken(layer)):
             return f"it has an attribute {taken[0]!r} of its own"
         if layer._parameters.get("weight") is None:
             return "its weight is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
@@ -56,7 +59,17 @@ class Probe:
 
     def doubt(self, node: Node) -> str | None:
         """Why it is not known whether an adapter on this layer would do what it should."""
-        return self._untried.get(original_type(node.module))
+        return self._untried.get(node.cls)
+
+    def _taken(self, layer: nn.Module) -> list[str]:
+        """The names of what adapters add to a layer that it has already."""
+        cls: Any = type(layer)
+        if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not object.__getattribute__:
+            return [name for name in GAINED if hasattr(layer, name)]
+        if cls not in self._own:
+            self._own[cls] = [name for name in GAINED if hasattr(cls, name)]
+        own = (vars(layer), layer._parameters, layer._buffers, layer._modules)
+        return self._own[cls] or [name for names in own for name in _GAINED.intersection(names)]
 
     def _try(self, layer: nn.Module, cls: type[nn.Module]) -> None:
         if cls not in self._wrong:
@@ -71,9 +84,8 @@ class Probe:
 
 def bypass(node: Node) -> str | None:
     """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
-    cls = original_type(node.module)
-    if kind_of(cls) is None:
-        return f"{cls.__name__} is no layer type that can have an adapter"
+    if node.kind is None:
+        return f"{node.cls.__name__} is no layer type that can have an adapter"
     readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
     if readers:
         return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import base_modules, kind_of, original_type
+from lightning_lora.layers import base_modules
 from lightning_lora.marks import was_trainable
 from lightning_lora.targets.kinds import (
-    is_dense_linear,
     is_inside,
     is_numbered,
     is_pretrained,
@@ -67,8 +66,8 @@ def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretraine
         output = _ask(node.module, "get_output_embeddings", name_of)
         if output is not None:
             found[output] = "output embedding"
-    tables: list[Any] = [n.module for n in tree.values() if isinstance(n.module, nn.Embedding)]
-    linears = [n for n in tree.values() if is_dense_linear(n.module)]
+    tables: list[Any] = [n.module for n in tree.values() if issubclass(n.cls, nn.Embedding)]
+    linears = [n for n in tree.values() if n.is_dense_linear]
     for node in linears:
         if any(node.module._parameters.get("weight") is table.weight for table in tables):
             found.setdefault(node.name, "output embedding, tied to the input embedding")
@@ -92,7 +91,7 @@ def _heads_of_pretrained(node: Node, tree: dict[str, Node], name_of: dict[int, s
     is called head (SigLIP's pooler), and parts outside what it calls its base.
     """
     model: Any = node.module
-    base, cls = name_of[id(unwrapped(model.base_model))], original_type(model)
+    base, cls = name_of[id(unwrapped(model.base_model))], node.cls
     if any(is_inside(output, node.name) for output in roles.outside):
         for name, _ in _parts_without(node.name, [base], tree):
             roles.outside.setdefault(name, "part of the pretrained language-model head")
@@ -120,14 +119,14 @@ def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], role
     for node in tree.values():
         if (classifier := _ask(node.module, "get_classifier", name_of)) is not None:
             heads[classifier] = "the classifier of a timm model"
-    layers = [n.name for n in tree.values() if kind_of(original_type(n.module)) is not None]
+    layers = [n.name for n in tree.values() if n.kind is not None]
     if not all(any(name == h or is_inside(name, h) for h in heads) for name in layers):
         roles.heads |= heads
 
 
 def _named_like_heads(candidates: list[Node], among: list[Node]) -> dict[str, str]:
     """Modules that are called head, classifier, score, ..., or fc if that is the last linear."""
-    linears = [node for node in among if is_dense_linear(node.module)]
+    linears = [node for node in among if node.is_dense_linear]
     return {
         node.name: "named like a head"
         for node in candidates

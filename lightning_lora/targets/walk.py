@@ -5,18 +5,28 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, kind_of, original_type
 from lightning_lora.names import clean
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A module under its first name; ``aliases`` are its others (shared modules), ``parents`` all that hold it."""
+    """A module under its first name; ``aliases`` are its others (shared modules), ``parents`` all that hold it.
+
+    ``cls`` is the class that the user gave it, ``kind`` the mixin for such layers, if there is one.
+    """
 
     name: str
     module: nn.Module
+    cls: type[nn.Module]
+    kind: type[LoRALayer] | None
     parents: list[nn.Module] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
+
+    @property
+    def is_dense_linear(self) -> bool:
+        """Whether it is what "all-linear" means, if it is in the backbone."""
+        return self.kind is not None and self.kind.lora_dense_linear
 
     @property
     def names(self) -> list[str]:
@@ -27,12 +37,26 @@ class Node:
 def nodes(model: nn.Module) -> dict[str, Node]:
     """Every module once, by its first name and in order, without adapters and the wrappers of ``torch.compile``."""
     found: dict[int, Node] = {}
-    for name, module, parent in _paths(model, "", None, ()):
-        node = found.setdefault(id(module), Node(clean(name), module))
-        if clean(name) not in node.names:
-            node.aliases.append(clean(name))
-        if parent is not None and not any(parent is known for known in node.parents):
-            node.parents.append(parent)
+    kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
+
+    def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...]) -> None:
+        module = unwrapped(module)
+        if (node := found.get(id(module))) is None:
+            if (cls := original_type(module)) not in kinds:
+                kinds[cls] = kind_of(cls)
+            node = found[id(module)] = Node(name, module, cls, kinds[cls])
+        elif name != node.name and name not in node.aliases:
+            node.aliases.append(name)
+        if above and not any(above[-1] is known for known in node.parents):
+            node.parents.append(above[-1])
+        above = (*above, module)
+        for key, child in module._modules.items():
+            is_adapter = key == "lora" and isinstance(module, LoRALayer)
+            if child is not None and not is_adapter and not any(child is outer for outer in above):
+                below = f"{prefix}{key}."
+                visit(child, prefix + key, clean(below) if key.startswith("_") else below, above)
+
+    visit(model, "", "", ())
     return {node.name: node for node in found.values()}
 
 
@@ -43,19 +67,8 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
-
-
-def _paths(
-    module: nn.Module, name: str, parent: nn.Module | None, above: tuple[nn.Module, ...]
-) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    module = unwrapped(module)
-    yield name, module, parent
-    for child_name, child in module._modules.items():
-        is_adapter = isinstance(module, LoRALayer) and child_name == "lora"
-        if child is not None and not is_adapter and not any(child is outer for outer in (*above, module)):
-            yield from _paths(child, f"{name}.{child_name}" if name else child_name, module, (*above, module))
+    inner = module._modules["_orig_mod"] if "_orig_mod" in module._modules else None  # noqa: SIM401  (jit has no get)
+    return module if inner is None else inner
 
 
 def parameter_owners(tree: dict[str, Node]) -> dict[int, list[str]]:
