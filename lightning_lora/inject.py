@@ -9,7 +9,7 @@ import warnings
 import zlib
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.adapters import Adapter, variant_class
 from lightning_lora.arguments import name_problems
@@ -23,17 +23,15 @@ from lightning_lora.layers import (
     attach,
     base_modules,
     detach,
-    kind_of,
     lora_class,
     lora_layers,
-    original_type,
 )
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import is_flattened
 from lightning_lora.owned import without_owned
 from lightning_lora.quantization import guard
-from lightning_lora.targets import Plan, plan
+from lightning_lora.targets import Plan, draft
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -62,9 +60,12 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora.default.A', '0.lora.default.B']
     """
-    had = {name for _, layer in lora_layers(model) for name in layer.lora}
-    drafted = without_owned(model, config, plan(model, config), adapter_name)
-    carry_out(model, config, drafted, adapter_name)
+    tree = nodes(model)
+    had = {name for node in tree.values() if isinstance(node.module, LoRALayer) for name in node.module.lora}
+    drafted, problems = draft(model, config, tree)
+    raise_all(TargetError, problems, "LoRA")
+    drafted = without_owned(model, config, drafted, adapter_name)
+    carry_out(model, config, drafted, adapter_name, tree=tree)
     try:
         initialise(model)
     except Exception:
@@ -83,17 +84,27 @@ def carry_out(
     adapter_name: str,
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
+    tree: dict[str, Node] | None = None,
 ) -> None:
     """Brings a model to a plan: adapters that it has stay, those that it lacks come, all zero until `initialise`.
 
     A model may be built in several steps, and what its parts are for is clear only when it is complete. So adapters
     that the plan does not have (any more) are taken off, unless there is something in them.
+
+    Args:
+        model: The model.
+        config: What was asked for.
+        drafted: The plan.
+        adapter_name: The adapter's name.
+        dtype: Dtype of the master copies.
+        seed: What the first values are drawn from; `default_seed` by default.
+        tree: The modules that the model has, where these are known.
     """
     _check_adapter(model, config, adapter_name)
     guard(model)
-    tree = nodes(model)
+    tree = nodes(model) if tree is None else tree
     targets = {id(tree[target.name].module): target for target in drafted.targets}
-    held = [layer for _, layer in lora_layers(model) if adapter_name in layer.lora]
+    held = [n.module for n in tree.values() if isinstance(n.module, LoRALayer) and adapter_name in n.module.lora]
     present = {id(layer) for layer in held}
     seed = default_seed() if seed is None else seed
     created = [
@@ -233,9 +244,8 @@ def create(
         dtype: Dtype of the master copies; a float64 layer gets float64.
         seed: The seed.
     """
-    layer, kind = node.module, kind_of(original_type(node.module))
-    weight = layer.weight
-    assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
+    layer, kind, weight = node.module, node.kind, node.module._parameters["weight"]
+    assert kind is not None and weight is not None  # noqa: PT018  (plan sees to it)
     adapter = variant_class(config.variant)(
         kind.lora_matrix_shape(layer),
         r=r,
@@ -245,5 +255,6 @@ def create(
         dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
         device=weight.device,
     )
-    adapter.keep_start(kind.lora_starts_as_told and getattr(resolve(config.init_lora_weights), "of_the_weight", False))
+    if kind.lora_starts_as_told and getattr(resolve(config.init_lora_weights), "of_the_weight", False):
+        adapter.keep_start(True)
     return adapter

@@ -80,16 +80,14 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         >>> print(plan(nn.Sequential(nn.Linear(16, 4)), LoRAConfig(r=2)).targets[0].parameters)
         40
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     result, problems = draft(model, config)
     raise_all(TargetError, problems, "LoRA")
     return result
 
 
-def draft(model: nn.Module, config: LoRAConfig) -> tuple[Plan, list[str]]:
+def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = None) -> tuple[Plan, list[str]]:
     """The plan as far as it goes, and what is wrong with it: for models that are not complete yet."""
-    tree = nodes(model)
+    tree = nodes(model) if tree is None else tree
     of_peft = {cls for cls in {type(n.module) for n in tree.values()} if _is_peft(cls)}
     peft = [n.name or type(n.module).__name__ for n in tree.values() if type(n.module) in of_peft]
     if peft:

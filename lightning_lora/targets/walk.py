@@ -36,6 +36,8 @@ class Node:
 
 def nodes(model: nn.Module) -> dict[str, Node]:
     """Every module once, by its first name and in order, without adapters and the wrappers of ``torch.compile``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, Node] = {}
     kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
 
