@@ -1,6 +1,7 @@
 """LoRA and DoRA for PyTorch Lightning: one callback turns any Trainer run into a fine-tuning run of adapters."""
 
 from lightning_lora.analysis.summary import Summary, summary
+from lightning_lora.attached import attach_optimizer
 from lightning_lora.callback import LoRA
 from lightning_lora.compose import combine_adapters
 from lightning_lora.compose_report import CombineReport
@@ -46,6 +47,7 @@ __all__ = [
     "UnsupportedError",
     "adapter_state_dict",
     "adapters",
+    "attach_optimizer",
     "combine_adapters",
     "delete_adapter",
     "disable_adapters",

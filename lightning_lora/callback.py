@@ -47,8 +47,7 @@ class LoRA(CallbackBase):
 
     When a run is set up, it adds low-rank adapters to the model (built in ``__init__``, ``setup`` or
     ``configure_model``), freezes the rest, and sees to it that optimizers hold, and checkpoints contain, exactly what
-    is trained. A layer with weight W then computes :math:`(W + s B A) x`; see `LoRAConfig`.
-    Put it before callbacks that copy the model.
+    is trained: see `LoRAConfig`. Put it before callbacks that copy the model.
 
     Args:
         r: Rank of A and B.
@@ -63,6 +62,7 @@ class LoRA(CallbackBase):
         use_rslora: Scale by the square root of r.
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``input`` as in PEFT, or ``lora``: on the low-rank branch only.
+        dropout_mask: ``joint``: layers with the same input may share one; or ``module``, as in PEFT.
         init_lora_weights: ``kaiming``, ``gaussian``, ``pissa``, ``olora``, ``loftq``, or an Init object with options.
         bias: Which biases are trained: ``none``, ``all`` of the model, or ``lora_only``: those of adapted layers.
         modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
@@ -102,6 +102,7 @@ class LoRA(CallbackBase):
         use_rslora: bool = False,
         use_dora: bool = False,
         dora_dropout: Literal["input", "lora"] = "input",
+        dropout_mask: Literal["joint", "module"] = "joint",
         init_lora_weights: str | Init = "kaiming",
         bias: Literal["none", "all", "lora_only"] = "none",
         modules_to_save: Literal["auto"] | list[str] | None = "auto",

@@ -54,6 +54,8 @@ class LoRAConfig:
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``"input"``: DoRA's dropout acts on the input of the base product too, as in PEFT and the paper
             (it costs a second base product); ``"lora"``: on the low-rank branch only.
+        dropout_mask: ``"joint"``: layers that a module calls with the same input (query, key and value) may drop the
+            same of its values, which costs one mask for all; ``"module"``: each layer draws its own, as in PEFT.
         init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"pissa"``, ``"olora"``, ``"loftq"`` (with a
             quantised base), or an ``Init`` object with options.
         bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
@@ -82,6 +84,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     dora_dropout: Literal["input", "lora"] = "input"
+    dropout_mask: Literal["joint", "module"] = "joint"
     init_lora_weights: str | Callable[..., Any] = "kaiming"
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: Literal["auto"] | list[str] | None = "auto"
@@ -143,6 +146,7 @@ class LoRAConfig:
             if not isinstance(getattr(self, flag), bool):
                 yield f"{flag} must be true or false, got {getattr(self, flag)!r}"
         yield from choice_problems("dora_dropout", self.dora_dropout, ("input", "lora"))
+        yield from choice_problems("dropout_mask", self.dropout_mask, ("joint", "module"))
         if self.dora_dropout == "lora" and not self.use_dora:
             yield "dora_dropout='lora' has no effect without use_dora=True"
         yield from choice_problems("bias", self.bias, ("none", "all", "lora_only"))

@@ -170,6 +170,8 @@ class Watch:
         if self.training:
             self._called_at[id(module)] = self._clock
 
+    _note_call.lora_only_looks = True  # type: ignore[attr-defined]  # layers can still be computed together
+
     def _was_called(self, module: nn.Module, optimizer: Optimizer) -> bool:
         """Whether it was called since the optimizer's last step."""
         return self._called_at.get(id(module), -1) >= self._stepped_at.get(id(optimizer), 0)

@@ -20,6 +20,7 @@ from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
 from lightning_lora.inits import Stage, resolve, stage_of
 from lightning_lora.layers import (
     LoRALayer,
+    arrange,
     attach,
     base_modules,
     detach,
@@ -129,6 +130,7 @@ def carry_out(
     for saved in drafted.modules_to_save:
         mark_trained(tree, saved.name, adapter_name)
     freeze(model)
+    arrange(model)
 
 
 def eject(model: nn.Module) -> None:
@@ -156,6 +158,7 @@ def eject(model: nn.Module) -> None:
             detach(layer, name)
     put_in_place(base_modules(model), ())
     thaw(model)
+    arrange(model)
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
@@ -170,6 +173,7 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     unmark_trained(model, adapter_name)
     if any(True for _ in lora_layers(model)):
         freeze(model)
+        arrange(model)
     else:
         eject(model)
 

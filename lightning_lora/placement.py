@@ -16,7 +16,7 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.inject import create, withdraw
-from lightning_lora.layers import attach, base_modules, kind_of, lora_layers, original_type
+from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
 from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
@@ -75,6 +75,7 @@ def place(
     put_in_place(base_modules(model), list(active) if had else [adapter_name])
     freeze(model)
     guard(model)
+    arrange(model)
     for key, table in tables.items():
         with torch.no_grad():
             misfits.own_tensors[key].copy_(table)

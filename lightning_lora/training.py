@@ -6,6 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.attached import Attached
 from lightning_lora.base_buffers import BaseBuffers
 from lightning_lora.base_weights import BaseWeights
 from lightning_lora.errors import listing
@@ -25,6 +26,7 @@ class Training:
         self._watch: Watch | None = Watch(model, optimizers, adapter_names)
         self._base = BaseWeights(model, optimizers, adapter_names)
         self._buffers = BaseBuffers(model)
+        self._attached = [Attached(model, optimizer) for optimizer in optimizers if isinstance(optimizer, Optimizer)]
         self.check_base: Callable[[], None] = self._base.check_values
 
     def begin_batch(self) -> None:
@@ -40,7 +42,7 @@ class Training:
         if self._watch is not None:
             self._watch.training = False
             if self._watch.done:
-                self.close()
+                self._stop_watching()
 
     def end(self) -> None:
         """Training ends. Warns about what never moved, and about what moved and should not."""
@@ -51,6 +53,11 @@ class Training:
 
     def close(self) -> None:
         """Takes all hooks off."""
+        self._stop_watching()
+        for attached in self._attached:
+            attached.remove()
+
+    def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self._watch = None

@@ -31,7 +31,7 @@ LEVELS = [
     {"switch"},
     {"merge", "state"},
     {"unload"},
-    {"optim"},
+    {"optim", "attached"},
     {"formats"},
     {"updates"},
     {"compose", "convert"},
@@ -141,6 +141,7 @@ def test_signatures_of_the_contract():
         "use_rslora": False,
         "use_dora": False,
         "dora_dropout": "input",
+        "dropout_mask": "joint",
         "init_lora_weights": "kaiming",
         "bias": "none",
         "modules_to_save": "auto",
@@ -157,7 +158,7 @@ def test_signatures_of_the_contract():
         "save_sharded": False,
     }
     config = {name: p.default for name, p in inspect.signature(ll.LoRAConfig).parameters.items()}
-    assert config == {name: defaults[name] for name in list(defaults)[:16]}
+    assert config == {name: defaults[name] for name in list(defaults)[:17]}
     assert str(inspect.signature(ll.inject)).startswith("(model: ")
     for function, names in {
         ll.plan: ["model", "config"],

@@ -2,43 +2,17 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.adapters.host import Host
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
+from lightning_lora.ops.fused import LowRank
 from lightning_lora.ops.sharded import copy_whole_, gathered, shape_of
-
-
-class Host(Protocol):
-    """How the layer that an adapter sits on meets it; `layers` has one implementation per layer type."""
-
-    lora_packed: bool
-    """Whether the weight is packed: it is frozen for sure, and unpacked for every use."""
-
-    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """The layer's own kind of product with the matrix B A, without scale and bias."""
-
-    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """``out`` plus scale times the product with the matrix B A."""
-
-    def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward of the frozen layer, bias included."""
-
-    def lora_matrix(self) -> Tensor:
-        """The frozen weight as a matrix (out, in); read only."""
-
-    def lora_per_row(self, vector: Tensor) -> Tensor:
-        """A vector (out,) in the shape that broadcasts over the layer's output."""
-
-    def lora_bias_per_row(self) -> Tensor | None:
-        """The layer's bias in that shape, or None."""
-
-    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
-        """Dropout on the adapter's input; the identity where the input can't be dropped (token ids)."""
 
 
 class Adapter(nn.Module):
@@ -128,6 +102,7 @@ class Adapter(nn.Module):
         """
         copy_whole_(self.A, A)
         copy_whole_(self.B, B)
+        self.forget()
         self.keep_start(of_the_weight)
         for start, factor in ((self.start_A, self.A), (self.start_B, self.B)):
             if start is not None:
@@ -145,6 +120,7 @@ class Adapter(nn.Module):
     def take(self, values: Mapping[str, Tensor]) -> None:
         """Takes values from a file, by the names of its own tensors; first factors if there are any among them."""
         self.keep_start("start_A" in values)
+        self.forget()
         for name, value in values.items():
             copy_whole_(getattr(self, name), value)
         self.initialised = True
@@ -159,6 +135,9 @@ class Adapter(nn.Module):
         if self.start_A is None or self.start_B is None:
             return self.A, self.B
         return torch.cat([self.A, self.start_A]), torch.cat([self.B, -self.start_B], dim=1)
+
+    def forget(self) -> None:
+        """Its values are others now: what was derived from them is not theirs."""
 
     def follow(self, host: Host) -> None:
         """The layer may have got another weight: an untouched adapter derives from it again what it needs."""
@@ -188,6 +167,13 @@ class Adapter(nn.Module):
         """
         W = W.to(out.dtype)
         return torch.sub(self.merged(W, rows), W, out=out)
+
+    def beside(self, host: Host) -> LowRank | None:
+        """What a product of a linear layer and this adapter in one step takes, as `forward` would compute it.
+
+        None where there is no such step.
+        """
+        return None
 
     @abstractmethod
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -224,6 +210,7 @@ class Adapter(nn.Module):
             dtype = torch.float64 if moved.dtype == torch.float64 else self.master_dtype
             return moved if moved.dtype == dtype else tensor.to(device=moved.device, dtype=dtype)
 
+        self.forget()
         super()._apply(keep_master_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -232,6 +219,7 @@ class Adapter(nn.Module):
         own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
         if any(key in state_dict for key in own):
             self.keep_start(f"{prefix}start_A" in state_dict)
+            self.forget()
             super()._load_from_state_dict(state_dict, prefix, *args)
             self.initialised = True
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapters.base import Adapter, Host, variant
+from lightning_lora.adapters.base import Adapter, variant
+from lightning_lora.adapters.host import Host
+from lightning_lora.ops.fused import LowRank, gain_of
 from lightning_lora.ops.norms import merged_row_norms, row_squares
-from lightning_lora.ops.sharded import copy_whole_, gathered
+from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 
 
 @variant("dora")
@@ -22,6 +24,9 @@ class DoRAAdapter(Adapter):
 
     The bias is not scaled. With dropout, g - 1 multiplies the base product of the *dropped* input, as in the paper
     and PEFT, which takes a second base product; ``dora_dropout="lora"`` drops on the low-rank branch only.
+
+    The norms are taken in every forward, unless an optimizer says when it steps (`lightning_lora.attach_optimizer`):
+    then once for each step. ``Tensor._version`` alone does not tell: fused optimizers don't change it.
     """
 
     magnitude: nn.Parameter
@@ -30,7 +35,12 @@ class DoRAAdapter(Adapter):
     def __init__(self, shape: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(shape, **kwargs)
         self.magnitude = nn.Parameter(torch.ones(shape[0], dtype=self.A.dtype, device=self.A.device))
-        self.register_buffer("squares", None, persistent=False)  # of a packed weight, whose rows are not read twice
+        self.register_buffer("squares", None, persistent=False)  # of the frozen rows, where they can't change unseen
+        self._squares_of = 0  # the version of the weight that they belong to
+        self.attended = False  # an optimizer says when A and B have changed
+        self._norms: Tensor | None = None
+        self._versions: tuple[int, int] | None = None  # of A and B, to which the norms belong
+        self._at_zero: bool | None = None  # whether a magnitude is 0, if that is known
 
     @override
     @classmethod
@@ -47,6 +57,7 @@ class DoRAAdapter(Adapter):
     @torch.no_grad()
     def follow(self, host: Host) -> None:
         self.squares = None
+        self.forget()
         if self.initialised and self.untouched:
             self._take_norms(host.lora_matrix())
 
@@ -55,33 +66,86 @@ class DoRAAdapter(Adapter):
         A, B = map(gathered, self.update())
         copy_whole_(self.magnitude, merged_row_norms(gathered(W), A, B, self.scaling))
 
-    def gain(self, W: Tensor, rows: slice = slice(None), squares: Tensor | None = None) -> Tensor:
-        """G for these rows of the matrix, (n,), in float32 at least; differentiable in the magnitude alone."""
-        A, B = self.update()
-        norms = merged_row_norms(W, A, B[rows], self.scaling, squares)
-        zero = norms == 0
-        return torch.where(zero, 1.0, self.magnitude[rows].to(norms.dtype) / norms.masked_fill_(zero, 1.0))
+    @override
+    def forget(self) -> None:
+        self._norms = self._versions = self._at_zero = None
+
+    @override
+    def train(self, mode: bool = True) -> "DoRAAdapter":
+        self._versions = None  # between train and eval mode, averages may take the place of values
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no optimizer yet."""
+        return {**vars(self), "attended": False, "_norms": None, "_versions": None}
+
+    def norms(self, host: Host) -> Tensor:
+        """Norms of the merged rows, (d,), in float32 at least, without gradient."""
+        if self._versions is not None and self.training and self._norms is not None:
+            if torch.compiler.is_compiling() or self._versions == (self.A._version, self.B._version):
+                return self._norms
+        norms = self._new_norms(host)
+        if self.attended and self.training and not torch.compiler.is_compiling():
+            self._keep(norms)
+        return norms
+
+    def refresh(self, host: Host) -> None:
+        """A and B have changed. Compiled graphs read the norms from where they are, so that they are taken at once."""
+        self._versions = None
+        if self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole():
+            self._keep(self._new_norms(host))
+
+    @torch.no_grad()
+    def _new_norms(self, host: Host) -> Tensor:
+        W = host.lora_matrix()
+        return merged_row_norms(W, *self.update(), self.scaling, self._squares(host, W))
+
+    def _keep(self, norms: Tensor) -> None:
+        if not is_plain(norms) or not is_plain(self.A) or norms.is_inference() or self.A.is_inference():
+            return
+        if self._norms is None:
+            self._norms = norms
+        else:
+            self._norms.copy_(norms)
+        self._versions = self.A._version, self.B._version
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
-        r""":math:`\|W\|^2` of a packed weight, which nothing changes without a call of `follow`: taken once."""
-        if host.lora_packed and self.squares is None and not torch.compiler.is_compiling():
+        r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""
+        if torch.compiler.is_compiling():
+            return self.squares if host.lora_packed else None
+        version = 0 if host.lora_packed or W.is_inference() else W._version
+        if not host.lora_packed and not (self.attended and is_plain(W)):
+            return None
+        if self.squares is None or self._squares_of != version:
             with torch.inference_mode(False):
                 self.squares = row_squares(W.clone() if W.is_inference() else W)
-        return self.squares if host.lora_packed else None
+            self._squares_of = version
+        return self.squares
 
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.update()
+        gain = gain_of(self.magnitude[rows], merged_row_norms(W, A, B[rows], self.scaling))
         direction = torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
-        merged = direction.mul_(self.gain(W, rows).to(W.dtype)[:, None])
+        merged = direction.mul_(gain.to(W.dtype)[:, None])
         return merged if self.share is None else torch.lerp(W, merged, self.share.to(W))
+
+    @override
+    def beside(self, host: Host) -> LowRank | None:
+        if self.share is not None:
+            return None
+        if self._at_zero is None or self._at_zero:
+            self._at_zero = bool((self.magnitude == 0).any())
+        if self._at_zero:
+            return None  # what is multiplied by 0 can't be had back from the product
+        return LowRank(*self.update(), self.scaling, self.magnitude, self.norms(host))
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B = self.update()
         dtype = x.dtype if x.is_floating_point() else out.dtype  # token ids have none
-        W = host.lora_matrix()
-        gain = self.gain(W, squares=self._squares(host, W))
+        gain = gain_of(self.magnitude, self.norms(host))
         dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
         bias = host.lora_bias_per_row()
         again = dropped is not x and self.config.dora_dropout == "input"
@@ -91,6 +155,6 @@ class DoRAAdapter(Adapter):
         of_base, of_update = gain - 1, gain * self.scaling
         if self.share is not None:
             of_base, of_update = of_base * self.share, of_update * self.share
-        out = out + product * host.lora_per_row(of_base.to(out.dtype))
         update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
-        return out + update * host.lora_per_row(of_update.to(out.dtype))
+        update = update * host.lora_per_row(of_update.to(out.dtype))
+        return out + (update + product * host.lora_per_row(of_base.to(out.dtype)))  # the small parts first

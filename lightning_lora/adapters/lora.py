@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.adapters.base import Adapter, Host, variant
+from lightning_lora.adapters.base import Adapter, variant
+from lightning_lora.adapters.host import Host
+from lightning_lora.ops.fused import LowRank
 
 
 @variant("lora")
@@ -30,6 +32,10 @@ class LoRAAdapter(Adapter):
     def _weighted(self) -> tuple[Tensor, Tensor]:
         A, B = self.update()
         return A, B if self.share is None else B * self.share
+
+    @override
+    def beside(self, host: Host) -> LowRank | None:
+        return None if self.share is not None else LowRank(*self.update(), self.scaling)
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from lightning_lora.layers import activation, conv, conv1d, embedding, quantized
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
+from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -21,6 +22,7 @@ __all__ = [
     "LoRALayer",
     "LockedStatistics",
     "Mixture",
+    "arrange",
     "attach",
     "base_modules",
     "detach",

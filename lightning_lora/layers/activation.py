@@ -1,21 +1,105 @@
 """nn.Linear and its subclasses: y = f(x) + what the active adapters add."""
 
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.registry import adapts
+from lightning_lora.layers.registry import adapts, registered_base
+from lightning_lora.layers.siblings import scope
+from lightning_lora.ops.fused import Site, fused_linears
+from lightning_lora.ops.fused_dropout import fused_dora_dropout
+from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.sharded import is_plain
+from lightning_lora.ops.transforms import in_transform
+
+if TYPE_CHECKING:
+    from lightning_lora.adapters import Adapter
 
 
 @adapts("torch.nn.modules.linear.Linear")
 class LoRALinear(LoRALayer):
-    """x (..., in) meets A (r, in) and B (out, r)."""
+    """x (..., in) meets A (r, in) and B (out, r).
+
+    There are two ways to the same output: in one step with the layer (`lightning_lora.ops.fused`), and if anything is
+    unusual the plain one, an operation after the other.
+    """
 
     lora_dense_linear = True
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and _is_usual(input) and (out := self.lora_fused(input)) is not None:
+            return out
+        return super().forward(input, *args, **kwargs)
+
+    def lora_fused(self, x: Tensor) -> Tensor | None:
+        """The output in one step, with those of layers that will get the same input; None where it has to be plain."""
+        running = scope()
+        if running is not None and (out := running.take(self, x)) is not None:
+            return out
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if (adapter := self.lora_alone()) is None or (site := self.lora_site(adapter, x, dtype)) is None:
+            return None
+        config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
+        if p > 0 and config.use_dora and config.dora_dropout == "input":
+            return fused_dora_dropout(x.to(dtype), site, p)
+        layers, sites = [self], [site]
+        if running is not None and not (p > 0 and config.dropout_mask == "module"):
+            for other in running.together(self):
+                if isinstance(other, LoRALinear) and (beside := other.lora_sibling(adapter, x, dtype)) is not None:
+                    layers.append(other)
+                    sites.append(beside)
+        outs = fused_linears(x.to(dtype), sites, p)
+        if running is not None and len(outs) > 1:
+            running.put(x, {id(layer): out for layer, out in zip(layers[1:], outs[1:], strict=True)})
+        return outs[0]
+
+    def lora_alone(self) -> "Adapter | None":
+        """The adapter that takes part in the forward, if there is one only and nothing about it is unusual."""
+        if len(self.lora_active) != 1 or self.lora_mixture is not None:
+            return None
+        adapter: Any = self._modules["lora"]._modules[self.lora_active[0]]  # type: ignore[union-attr]
+        usual = adapter.initialised and not adapter._forward_hooks and len(adapter._forward_pre_hooks) == 1  # its own
+        return adapter if usual and is_plain(adapter.A) and is_plain(adapter.B) else None
+
+    def lora_sibling(self, first: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+        """What can be computed together with a layer that has this adapter, before it is called itself."""
+        adapter, config = self.lora_alone(), first.config
+        if (
+            adapter is None
+            or adapter.training != first.training
+            or not (adapter.config is config or adapter.config == config)
+        ):
+            return None
+        hooks = [hook for hook in self._forward_pre_hooks.values() if not hasattr(hook, "lora_only_looks")]
+        if hooks or "forward" in vars(self) or self.lora_matrix_shape(self)[1] != x.shape[-1]:
+            return None
+        return self.lora_site(adapter, x, dtype)
+
+    def lora_site(self, adapter: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+        """What a step for this layer takes; None where there is no such step."""
+        weight = None if self.lora_absorbed else self.lora_operand(x, dtype)
+        if weight is None or (low_rank := adapter.beside(self)) is None:
+            return None
+        return Site(weight, self.bias, low_rank)  # type: ignore[arg-type]
+
+    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Unpack | None:
+        """The weight, if the layer's forward is the product with it, in this dtype."""
+        weight: Any = self.weight
+        fits = weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64)
+        usual = is_plain(weight) and not weight.requires_grad and _is_product(cast("Any", type(self)))
+        return self.lora_oriented(weight) if usual and fits and weight.device == x.device else None
+
+    def lora_oriented(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in): the very parameter if it is stored so, since strategies move what it holds."""
+        return weight
 
     @override
     @staticmethod
@@ -32,3 +116,29 @@ class LoRALinear(LoRALayer):
         if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
             return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
         return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+
+
+def _is_usual(x: Any) -> bool:
+    """Whether a plain tensor goes through plain eager autograd."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.dim() > 1
+        and x.is_floating_point()
+        and not x.is_nested
+        and x.numel() > 0
+        and not x.is_meta
+        and not x.is_inference()
+        and not in_transform()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+@cache
+def _is_product(cls: Any) -> bool:
+    """Whether what is computed below the adapters is the forward of the registered class, and not one of the user's."""
+    base, below = registered_base(cls), cls.__mro__[cls.__mro__.index(LoRALayer) + 1 :]
+    owner = next((each for each in below if "forward" in vars(each)), None)
+    return owner is not None and owner is base

@@ -12,7 +12,7 @@ from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.ops.sharded import gathered
+from lightning_lora.ops.sharded import gathered, is_plain, is_sharded
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -98,6 +98,11 @@ class LoRALayer(Base):
                 "exclude_modules."
             )
         return out
+
+    def lora_is_whole(self) -> bool:
+        """Whether this process has the whole weight, and in no unusual kind of tensor."""
+        weight = self.weight
+        return isinstance(weight, Tensor) and (is_plain(weight) or (self.lora_packed and not is_sharded(weight)))
 
     @staticmethod
     def lora_matrix_shape(layer: Any) -> tuple[int, int]:

@@ -21,3 +21,7 @@ class LoRAConv1D(LoRALinear):
     @override
     def lora_as_matrix(self, weight: Tensor) -> Tensor:
         return weight.detach().T
+
+    @override
+    def lora_oriented(self, weight: Tensor) -> Tensor:
+        return weight.T

@@ -11,8 +11,8 @@ from typing_extensions import override
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.registry import adapts
 from lightning_lora.marks import MERGED
-from lightning_lora.ops.packed import packed_lora_linear
-from lightning_lora.ops.transforms import in_transform
+from lightning_lora.ops.fused import LowRank, Site
+from lightning_lora.ops.operand import Unpack
 from lightning_lora.quantization import Quantizer, dense, moves_only, quantizer_of
 
 if TYPE_CHECKING:
@@ -26,37 +26,25 @@ class LoRAQuantizedLinear(LoRALinear):
     lora_packed = True
 
     @override
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (adapter := self._lora_alone(input)) is None:
-            return super().forward(input, *args, **kwargs)
-        dropped = self.lora_drop(input, adapter.config.lora_dropout, adapter.training)
-        unpack, bias = functools.partial(dense, self), self._parameters["bias"]
-        A, B = (adapter.A, adapter.B) if self.lora_absorbed else adapter.update()
-        return packed_lora_linear(input, dropped, unpack, bias, A, B, adapter.scaling)
-
-    def _lora_alone(self, x: Tensor) -> "Adapter | None":
-        """The adapter that can be computed in one step with the layer: a LoRA, alone, where nothing is unusual."""
-        adapter: Any = self.lora[self.lora_active[0]] if len(self.lora_active) == 1 else None
-        drops = adapter is not None and adapter.training and adapter.config.lora_dropout > 0
-        usual = (
-            adapter is not None
-            and adapter.variant == "lora"
-            and adapter.initialised
-            and adapter.share is None
-            and self.lora_mixture is None
-            and (not self.lora_absorbed or (self.lora_absorbed == self.lora_active and not drops))
-            and _quantizer(self).follows_input(self, x)
-            and torch.is_grad_enabled()
-            and x.dim() > 1
-            and not x.is_nested
-            and x.numel() > 0
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not in_transform()
-            and not adapter._forward_hooks
-            and len(adapter._forward_pre_hooks) == 1  # its own
+    def lora_site(self, adapter: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+        if not self.lora_absorbed:
+            return super().lora_site(adapter, x, dtype)
+        drops = adapter.training and adapter.config.lora_dropout > 0
+        if drops or adapter.variant != "lora" or adapter.share is not None or self.lora_absorbed != self.lora_active:
+            return None
+        weight = self.lora_operand(x, dtype)  # what was taken out of the weight is what the adapter started with
+        return (
+            None
+            if weight is None
+            else Site(weight, self._parameters["bias"], LowRank(adapter.A, adapter.B, adapter.scaling))
         )
-        return adapter if usual else None
+
+    @override
+    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Unpack | None:
+        quantizer = _quantizer(self)
+        if not quantizer.follows_input(self, dtype) or self.weight.device != x.device:
+            return None
+        return functools.partial(quantizer.operand, self)
 
     @override
     def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,6 +9,12 @@ from typing_extensions import override
 from lightning_lora.ops.transforms import in_transform
 
 _STEPS = 1 << 16  # probabilities are multiples of 1/_STEPS
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -29,26 +35,53 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling() or in_transform():
         return torch.dropout(x, p, True)
-    dropped: Tensor = _Dropout.apply(x, min(max(round(p * _STEPS), 1), _STEPS - 1))  # type: ignore[no-untyped-call]
+    dropped: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return dropped
+
+
+def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """Which values of a tensor dropout keeps, drawn anew, and what these are multiplied by.
+
+    Args:
+        x: Of any shape.
+        p: In (0, 1).
+
+    Returns:
+        A mask for `masked`, with one byte for each value, and the factor.
+    """
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p), 1 / (1 - p)
+    steps = min(max(round(p * _STEPS), 1), _STEPS - 1)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
+    keep = bits[: x.numel()].ge_(steps - _STEPS // 2).neg_()  # 0 or -1, all bits of which are 1
+    return keep.to(torch.int8).view(x.shape), _STEPS / (_STEPS - steps)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """The values that a mask keeps, and 0 for the others."""
+    if mask.dtype == torch.bool:
+        return x * mask
+    return (x.view(_BITS[x.dtype]) & mask).view(x.dtype)
+
+
+def masked_(x: Tensor, mask: Tensor) -> Tensor:
+    """The same in place."""
+    if mask.dtype == torch.bool:
+        return x.mul_(mask)
+    x.view(_BITS[x.dtype]).bitwise_and_(mask)
+    return x
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, steps: int) -> Tensor:
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
-        keep = (bits.view(torch.int16)[: x.numel()] >= steps - _STEPS // 2).view(x.shape)
-        ctx.scale = _STEPS / (_STEPS - steps)
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        keep, ctx.scale = keep_mask(x, p)
         ctx.save_for_backward(keep)
-        return _masked(x, keep, ctx.scale)
+        return masked(x, keep).mul_(ctx.scale)
 
     @staticmethod
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return _masked(dy, keep, ctx.scale), None
-
-
-def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    return torch.where(keep, x, 0).mul_(scale)
+        return masked(dy, keep).mul_(ctx.scale), None

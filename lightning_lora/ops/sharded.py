@@ -14,6 +14,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor that this process has as a whole, and of no kind of its own."""
+    return type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id") and not is_flattened(tensor)
+
+
 def is_flattened(tensor: Tensor) -> bool:
     """Whether it is what this rank holds of a weight in a flat parameter of FSDP1: of any size, and without shape."""
     return bool(getattr(tensor, "_fsdp_flattened", False))

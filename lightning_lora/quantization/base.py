@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Quantization
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.ops.operand import operand
 
 _BACKENDS = {"bitsandbytes": "lightning_lora.quantization.bitsandbytes"}  # by the package that defines the layers
 
@@ -38,8 +39,12 @@ class Quantizer(ABC):
         """The layer's product. Nothing dense is kept for the backward pass."""
 
     @abstractmethod
-    def follows_input(self, layer: Any, x: Tensor) -> bool:
-        """Whether the product is that of x and the unpacked weight, in the dtype of x."""
+    def follows_input(self, layer: Any, dtype: torch.dtype) -> bool:
+        """Whether the product with an input of a dtype is that with the unpacked weight, in this dtype."""
+
+    def operand(self, layer: Any, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+        """The weight for one product: in its dtype, with its rows scaled, and only until the next call."""
+        return operand(self.dense(layer), dtype, gain)
 
     @abstractmethod
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:

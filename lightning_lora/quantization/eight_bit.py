@@ -55,7 +55,7 @@ class EightBit(Bitsandbytes):
         return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
     @override
-    def follows_input(self, layer: Any, x: Tensor) -> bool:
+    def follows_input(self, layer: Any, dtype: torch.dtype) -> bool:
         return False  # it is quantised too
 
     @override

@@ -1,5 +1,6 @@
 """4-bit layers of bitsandbytes (QLoRA, arXiv:2305.14314, section 3)."""
 
+import functools
 from typing import Any
 
 import bitsandbytes as bnb
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.config import Quantization
+from lightning_lora.ops.operand import operand, workspace
 from lightning_lora.ops.packed import packed_linear
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.quantization.base import quantizes
@@ -19,6 +21,9 @@ from lightning_lora.quantization.packing import four_bits
 
 class Linear4bit(PackedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
     """A 4-bit linear without memory: bitsandbytes' own keeps the dtype of its first input, and casts its bias to it."""
+
+
+PIECE = 1 << 20  # weights that are unpacked at a time on a CPU: what its cache holds
 
 
 @quantizes("nf4", "nf4-dq", "fp4", "fp4-dq", "bitsandbytes.nn.modules.Linear4bit")
@@ -49,6 +54,39 @@ class FourBit(Bitsandbytes):
         return packed if state is None else F4.dequantize_4bit(packed, state)
 
     @override
+    def operand(self, layer: Any, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+        """As it is needed for one product: on a CPU piece by piece into memory that is used again."""
+        packed, state = gathered(layer.weight.data), _state(layer)
+        rows, columns = state.shape
+        if columns % state.blocksize:
+            return operand(F4.dequantize_4bit(packed, state), dtype, gain)
+        scales = state.absmax
+        if state.nested:
+            scales = F4.dequantize_blockwise(scales, state.state2).add_(state.offset).float()
+        scales = scales.view(rows, -1)
+        if gain is not None:
+            scales = scales * gain[:, None]  # a block lies in one row
+        codes = packed.view(torch.uint8).view(rows, -1)
+        step = rows if codes.device.type != "cpu" else max(1, PIECE // columns)
+        out = workspace((rows, columns), dtype, codes.device) if step < rows or dtype != state.dtype else None
+        for start in range(0, rows, step):
+            some = slice(start, min(start + step, rows))
+            shape = (some.stop - start, columns)
+            W: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+                codes[some].reshape(-1, 1),
+                scales[some].reshape(-1),
+                state.blocksize,
+                state.quant_type,
+                shape,
+                state.dtype,
+            )
+            if out is None:
+                return W
+            out[some] = W
+        assert out is not None
+        return out
+
+    @override
     def unpack(self, packed: Any) -> Tensor:
         weight: Tensor = F4.dequantize_4bit(packed.data, packed.quant_state)
         return weight
@@ -58,11 +96,11 @@ class FourBit(Bitsandbytes):
         compute = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
         if _state(layer) is None:
             return F.linear(x, layer.weight.to(x.dtype), layer.bias)
-        return packed_linear(x, lambda: self.dense(layer), layer.bias, compute)
+        return packed_linear(x, functools.partial(self.operand, layer), layer.bias, compute)
 
     @override
-    def follows_input(self, layer: Any, x: Tensor) -> bool:
-        return layer.compute_dtype in (None, x.dtype) and _state(layer) is not None
+    def follows_input(self, layer: Any, dtype: torch.dtype) -> bool:
+        return layer.compute_dtype in (None, dtype) and _state(layer) is not None
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lightning_lora as ll
-from tests.helpers.layers import CASES, VARIANTS, adapted
+from tests.helpers.layers import CASES, VARIANTS, adapted, torch_dropout
 
 # PEFT renormalises A's own table under max_norm, has other (unmergeable) factors for grouped convolutions, and loses
 # dilation and padding_mode in its convolutions' A: there ours follow the equation, see test_properties.
@@ -56,7 +56,7 @@ def _peft_tensor(layer, which: str):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_outputs_and_gradients(monkeypatch, variant, name, dropout):
-    monkeypatch.setattr("lightning_lora.layers.base.dropout", torch.dropout)  # the same random numbers
+    torch_dropout(monkeypatch)
     case = CASES[name]
     model, x = adapted(case, variant, lora_dropout=dropout).train(), case.input()
     twin = peft_twin(case, model, variant, dropout)

@@ -114,3 +114,14 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
 def as_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
     """The weight whose matrix (out, in) this is: transposed in GPT-2's Conv1D and in tables."""
     return matrix.T if isinstance(layer, (Conv1D, nn.Embedding)) else matrix.reshape(layer.weight.shape)
+
+
+def torch_dropout(monkeypatch) -> None:
+    """Lets our dropout draw the random numbers that torch's draws, wherever it is."""
+
+    def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+        return (torch.dropout(torch.ones_like(x), p, True) != 0).to(torch.int8).neg(), 1 / (1 - p)
+
+    monkeypatch.setattr("lightning_lora.layers.base.dropout", torch.dropout)
+    monkeypatch.setattr("lightning_lora.ops.fused.keep_mask", keep_mask)
+    monkeypatch.setattr("lightning_lora.ops.fused_dropout.keep_mask", keep_mask)

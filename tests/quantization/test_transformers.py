@@ -9,7 +9,7 @@ import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from lightning_lora.quantization import is_quantized
 from tests.helpers.families import FAMILIES
-from tests.helpers.layers import randomise
+from tests.helpers.layers import randomise, torch_dropout
 from tests.helpers.modules import Wrapped, one_batch, trainer
 
 BITS = {
@@ -56,9 +56,9 @@ def test_they_train(folder, bits, precision):
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_logits_and_gradients_equal_those_of_peft(monkeypatch, folder, bits, use_dora, dropout):
     """With an r that is not alpha, every tensor far from its first value, and the same random numbers."""
-    monkeypatch.setattr("lightning_lora.layers.base.dropout", torch.dropout)
+    torch_dropout(monkeypatch)
     ours = load(folder, bits)
-    ll.inject(ours, ll.LoRAConfig(r=4, lora_alpha=6, use_dora=use_dora, lora_dropout=dropout))
+    ll.inject(ours, ll.LoRAConfig(r=4, lora_alpha=6, use_dora=use_dora, lora_dropout=dropout, dropout_mask="module"))
     randomise(ours)
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_dora=use_dora, lora_dropout=dropout)
     theirs = get_peft_model(load(folder, bits), config)

@@ -1,0 +1,36 @@
+"""What an adapter knows of the layer that it sits on."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Host(Protocol):
+    """How the layer that an adapter sits on meets it; `layers` has one implementation per layer type."""
+
+    lora_packed: bool
+    """Whether the weight is packed: it is frozen for sure, and unpacked for every use."""
+
+    def lora_is_whole(self) -> bool:
+        """Whether this process has the whole weight."""
+
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The layer's own kind of product with the matrix B A, without scale and bias."""
+
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``out`` plus scale times the product with the matrix B A."""
+
+    def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the frozen layer, bias included."""
+
+    def lora_matrix(self) -> Tensor:
+        """The frozen weight as a matrix (out, in); read only."""
+
+    def lora_per_row(self, vector: Tensor) -> Tensor:
+        """A vector (out,) in the shape that broadcasts over the layer's output."""
+
+    def lora_bias_per_row(self) -> Tensor | None:
+        """The layer's bias in that shape, or None."""
+
+    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout on the adapter's input; the identity where the input can't be dropped (token ids)."""

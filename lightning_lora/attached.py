@@ -1,0 +1,73 @@
+"""What is kept between the steps of an optimizer, and taken anew when it has made one."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.adapters import DoRAAdapter
+from lightning_lora.layers import LoRALayer, lora_layers
+
+
+class Attached:
+    """The hook of an optimizer that tells adapters when it has changed them. `remove` takes it off.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._adapters: list[tuple[LoRALayer, DoRAAdapter]] = []
+        for _, layer in lora_layers(model):
+            for adapter in layer.lora_adapters().values():
+                own = [p for p in (adapter.A, adapter.B) if p.requires_grad]
+                if isinstance(adapter, DoRAAdapter) and own and all(id(p) in trained for p in own):
+                    adapter.attended = True
+                    self._adapters.append((layer, adapter))
+        self._handle = optimizer.register_step_post_hook(self._after_step) if self._adapters else None
+
+    def remove(self) -> None:
+        """Takes the hook off: norms are taken in every forward again."""
+        if self._handle is not None:
+            self._handle.remove()
+        for _, adapter in self._adapters:
+            adapter.attended = False
+            adapter.forget()
+        self._adapters = []
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for layer, adapter in self._adapters:
+            adapter.refresh(layer)
+
+
+def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:
+    r"""Lets an optimizer of a hand-written loop say when it has made a step.
+
+    DoRA's norms :math:`\|W + s B A\|` change with each step only, and cost a product with W. With this they are taken
+    once for each step, and otherwise in every forward. In a Trainer run the callback does it. For optimizers that hold
+    parts of parameters only (ZeRO) nothing is kept.
+
+    Args:
+        model: The model, with its adapters.
+        optimizer: What trains A and B of these, or of some of them.
+
+    Returns:
+        What was attached, with a method ``remove``.
+
+    Raises:
+        TypeError: If it is no optimizer of torch, which could not say so.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject
+        >>> model = nn.Sequential(nn.Linear(16, 4))
+        >>> _ = inject(model, LoRAConfig(r=2, use_dora=True))
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        >>> attached = attach_optimizer(model, optimizer)
+        >>> attached.remove()
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"attach_optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return Attached(model, optimizer)

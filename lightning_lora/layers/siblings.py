@@ -1,0 +1,168 @@
+"""Layers that a module calls with one and the same input, so that they can be computed together.
+
+Which these are is read from the source of the module's forward, once for a class, and never learnt from what happened
+before: a run that is resumed computes what it would have computed. While such a module runs, the first of its layers
+that is called computes the others' outputs too, and these take theirs if they are called with the very same input.
+"""
+
+import ast
+import inspect
+import textwrap
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+
+_KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
+_APART = "_lora_apart"  # on a module whose layers were not called as its source says
+_RUNNING = threading.local()
+
+
+class Scope:
+    """One call of a module.
+
+    Args:
+        parent: The module.
+        groups: Names of its layers that get the same input.
+    """
+
+    def __init__(self, parent: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None:
+        self._parent, self._groups = parent, groups
+        self._input: tuple[Tensor, int] | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def together(self, layer: LoRALayer) -> list[LoRALayer]:
+        """The layers that will be called with the same input after this one."""
+        children: Any = self._parent._modules
+        for names in self._groups:
+            layers = [children[name] for name in names if isinstance(children.get(name), LoRALayer)]
+            if any(other is layer for other in layers):
+                return [other for other in layers if other is not layer]
+        return []
+
+    def put(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+        """Keeps outputs, by the ids of their layers, for those that will be called with x."""
+        self._give_up()
+        self._input, self._outputs = (x, x._version), outputs
+
+    def take(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
+        """The output of a layer for x, if it is there."""
+        if id(layer) not in self._outputs or self._input is None:
+            return None
+        if self._input[0] is not x or self._input[1] != x._version:
+            self._give_up()
+            return None
+        return self._outputs.pop(id(layer))
+
+    def close(self) -> None:
+        """The call ends."""
+        self._give_up()
+        self._input = None
+
+    def _give_up(self) -> None:
+        """Outputs that nobody took were computed for nothing: from now on each layer computes its own."""
+        if self._outputs:
+            vars(self._parent)[_APART] = True
+            self._outputs, self._groups = {}, ()
+
+
+def scope() -> Scope | None:
+    """The call of a module that is running, if layers of it can be computed together."""
+    stack = vars(_RUNNING).get("stack")
+    return stack[-1] if stack else None
+
+
+def arrange(model: nn.Module) -> None:
+    """Hooks the modules of a model that call several layers with adapters with the same input, and no others."""
+    for module in model.modules():
+        wanted = not isinstance(module, LoRALayer) and bool(_groups(module))
+        if wanted and _KEY not in module._forward_pre_hooks:
+            module._forward_pre_hooks[_KEY] = _enter
+            module._forward_hooks[_KEY] = _leave
+            module._forward_hooks_always_called[_KEY] = True
+        elif not wanted and _KEY in module._forward_pre_hooks:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+                hooks.pop(_KEY, None)
+            vars(module).pop(_APART, None)
+
+
+def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    adapted = [name for name, child in module._modules.items() if isinstance(child, LoRALayer)]
+    if len(adapted) < 2:
+        return ()
+    found = [tuple(name for name in names if name in adapted) for names in called_alike(type(module))]
+    return tuple(names for names in found if len(names) > 1)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    groups = _groups(module) if torch.is_grad_enabled() and _APART not in vars(module) else ()
+    vars(_RUNNING).setdefault("stack", []).append(Scope(module, groups))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    stack = vars(_RUNNING).get("stack")
+    if stack and stack[-1]._parent is module:
+        stack.pop().close()
+
+
+def called_alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Names of attributes that the forward of a class calls with the same variable, in groups."""
+    return _called_alike(inspect.unwrap(cls.forward))
+
+
+@cache
+def _called_alike(forward: Any) -> tuple[tuple[str, ...], ...]:
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return ()  # there is no source: each layer computes its own
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return ()
+    calls = _Calls(function.args.args[0].arg)
+    for statement in function.body:
+        calls.visit(statement)
+    groups: dict[Any, list[str]] = {}
+    for name, inputs in calls.inputs.items():
+        if len(inputs) == 1:
+            groups.setdefault(inputs[0], []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+class _Calls(ast.NodeVisitor):
+    """Calls ``self.name(variable)``, with which value of the variable, in the order of evaluation."""
+
+    def __init__(self, owner: str) -> None:
+        self.inputs: dict[str, list[tuple[str, int]]] = {}
+        self._owner = owner
+        self._values: dict[str, int] = {}  # how often a variable was assigned to
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        called, args = node.func, node.args
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == self._owner:
+            if len(args) == 1 and isinstance(args[0], ast.Name) and not node.keywords:
+                variable = args[0].id
+                self.inputs.setdefault(called.attr, []).append((variable, self._values.get(variable, 0)))
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for target in node.targets:
+            self.visit(target)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._values[node.id] = self._values.get(node.id, 0) + 1
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """What it calls is called later, if at all."""
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        """Likewise."""

@@ -1,0 +1,213 @@
+r"""Frozen products and the adapters beside them in one step, for all layers that are given the same input.
+
+With the frozen weight :math:`W_i`, the gain :math:`g_i` of its rows (1 for LoRA, :math:`m/\|W + sBA\|` for DoRA) and an
+input x, of which dropout leaves :math:`\tilde x`,
+
+.. math:: y_i = g_i \odot (x W_i^T + s\,\tilde x A_i^T B_i^T) + b_i
+
+Layers with one input share its copy for the backward pass, the skinny products with all A's, and the sum of its
+gradient. The scale, also that of dropout, is taken into the A's once; A and B are cast to the dtype of x, and x to
+nothing.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.ops.dropout import keep_mask, masked, masked_
+from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.twice import gradients
+
+
+class LowRank(NamedTuple):
+    """An adapter: s B A, and for DoRA what scales the rows of the sum."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+    norms: Tensor | None = None
+
+    def gain(self) -> Tensor | None:
+        """What scales the rows; None for LoRA."""
+        return None if self.magnitude is None or self.norms is None else gain_of(self.magnitude, self.norms)
+
+
+def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Magnitude over norm of the merged rows, in the norms' dtype, and 1 where a row is 0: differentiable in m."""
+    zero = norms == 0
+    return torch.where(zero, 1.0, magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0))
+
+
+class Site(NamedTuple):
+    """A frozen linear layer with one adapter."""
+
+    weight: Tensor | Unpack
+    bias: Tensor | None
+    adapter: LowRank
+
+
+def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor, ...]:
+    """The outputs of layers that are given the same input.
+
+    Args:
+        x: (..., in), with two dimensions at least.
+        sites: The layers; weights that are not packed are in any dtype.
+        p: Probability of dropout on what the A's get: one mask for all of them.
+
+    Returns:
+        For each layer (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its
+        values, x Aᵀ, the A's and B's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
+    """
+    tensors: list[Tensor | None] = []
+    unpacks: list[Unpack | None] = []
+    for weight, bias, adapter in sites:
+        dense = weight if isinstance(weight, Tensor) else None
+        unpacks.append(None if isinstance(weight, Tensor) else weight)
+        tensors += [dense, bias, adapter.A, adapter.B, adapter.magnitude, adapter.norms]
+    scales = [site.adapter.scale for site in sites]
+    with torch.autocast(x.device.type, enabled=False):
+        outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, *tensors)  # type: ignore[no-untyped-call]
+    return outs
+
+
+_PER_SITE = 6
+
+
+def _sites(unpacks: list[Unpack | None], scales: list[float], tensors: Any) -> list[Site]:
+    sites = []
+    for i, (unpack, scale) in enumerate(zip(unpacks, scales, strict=True)):
+        W, b, A, B, m, norms = tensors[_PER_SITE * i : _PER_SITE * (i + 1)]
+        sites.append(Site(W if unpack is None else unpack, b, LowRank(A, B, scale, m, norms)))
+    return sites
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: list[float], *tensors: Tensor | None) -> Any:
+        sites, dtype = _sites(unpacks, scales, tensors), x.dtype
+        flat = x.flatten(0, -2)
+        mask, keep_scale = keep_mask(flat, p) if p > 0 else (None, 1.0)
+        factors = [s * keep_scale for s in scales]
+        A = _cat([site.adapter.A * factor for site, factor in zip(sites, factors, strict=True)]).to(dtype)
+        h = (flat if mask is None else masked(flat, mask)) @ A.T
+        ranks = [len(site.adapter.A) for site in sites]
+        outs, Bs, gains, folds = [], [], [], []
+        for (weight, bias, adapter), part in zip(sites, torch.split(h, ranks, 1), strict=True):
+            gain, fold = adapter.gain(), _folds(weight, flat)
+            B = (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            out = flat.new_empty((*x.shape[:-1], len(B)))  # no view: what is behind the layer may change it in place
+            y, W = out.view(-1, len(B)), operand(weight, dtype, gain if fold else None).T
+            if gain is None or fold:
+                torch.mm(flat, W, out=y) if bias is None else torch.addmm(bias, flat, W, out=y)
+                y.addmm_(part, B.T)
+            else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
+                torch.mm(flat, W, out=y)
+                change = F.linear(part, B, bias)
+                y.add_(change.addcmul_(y, (gain - 1).to(dtype)))
+            outs.append(out)
+            Bs.append(B)
+            gains.append(gain)
+            folds.append(fold)
+        ys = [None if gain is None else out for out, gain in zip(outs, gains, strict=True)]
+        ctx.save_for_backward(x, mask, h, A, *Bs, *ys, *gains, *tensors)
+        ctx.unpacks, ctx.factors, ctx.ranks, ctx.folds = unpacks, factors, ranks, folds
+        ctx.scales = scales
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(grads)
+        x, mask, h, A, *rest = ctx.saved_tensors
+        Bs, ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        sites = _sites(ctx.unpacks, ctx.scales, tensors)
+        if torch.is_grad_enabled():
+            plain = functools.partial(_plain, x, mask, sites, ctx.factors)
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            dx, *others = gradients(plain, [x, *tensors], needed, grads)
+            return dx, None, None, None, *others
+        results: list[list[Tensor | None]] = []
+        dys: list[Tensor | None] = []
+        flat, dh = x.flatten(0, -2), torch.empty_like(h)
+        parts, into = torch.split(h, ctx.ranks, 1), torch.split(dh, ctx.ranks, 1)
+        for i, (dy, site) in enumerate(zip(grads, sites, strict=True)):
+            result: list[Tensor | None] = [None] * _PER_SITE
+            results.append(result)
+            if dy is None:
+                into[i].zero_()
+                dys.append(None)
+                continue
+            _, needs_bias, _, needs_B, needs_magnitude, _ = ctx.needs_input_grad[4 + _PER_SITE * i :][:_PER_SITE]
+            dy, gain = dy.flatten(0, -2), gains[i]
+            if needs_bias:
+                result[1] = dy.sum(0)
+            if needs_magnitude:
+                result[4] = _magnitude_grad(dy, ys[i].flatten(0, -2), site)
+            torch.mm(dy, Bs[i], out=into[i])
+            if needs_B:
+                dB = (parts[i].T @ dy).T.to(site.adapter.B.dtype)
+                result[3] = dB.contiguous() if gain is None else dB * gain[:, None]
+            dys.append(dy)
+        if any(ctx.needs_input_grad[4 + _PER_SITE * i + 2] for i in range(n)):
+            dA = dh.T @ (flat if mask is None else masked(flat, mask))
+            for result, dy, piece, factor, site in zip(
+                results, dys, torch.split(dA, ctx.ranks), ctx.factors, sites, strict=True
+            ):
+                result[2] = None if dy is None else piece.to(site.adapter.A.dtype) * factor
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dh @ A
+            if mask is not None:
+                masked_(dx, mask)
+            for dy, site, gain, fold in zip(dys, sites, gains, ctx.folds, strict=True):
+                if dy is None:
+                    continue
+                if gain is not None and not fold:
+                    dy = dy.addcmul(dy, (gain - 1).to(dy.dtype))
+                dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
+            dx = dx.view(x.shape)
+        return dx, None, None, None, *(each for result in results for each in result)
+
+
+def _plain(x: Tensor, mask: Tensor | None, sites: list[Site], factors: list[float]) -> list[Tensor]:
+    """The same outputs by operations that autograd knows."""
+    dropped, outs = x if mask is None else x * (mask != 0).view(x.shape), []
+    for (weight, bias, adapter), factor in zip(sites, factors, strict=True):
+        A, B, gain = adapter.A.to(x.dtype), adapter.B.to(x.dtype), adapter.gain()
+        W = weight if isinstance(weight, Tensor) else operand(weight, x.dtype).clone()
+        y = F.linear(x, W.to(x.dtype)) + F.linear(F.linear(dropped, A), B) * factor
+        y = y if gain is None else y * gain.to(x.dtype)
+        outs.append(y if bias is None else y + bias.to(x.dtype))
+    return outs
+
+
+def _folds(weight: Tensor | Unpack, flat: Tensor) -> bool:
+    """Whether gains go into the rows of a weight: if these are fewer than the outputs, and nothing is lost.
+
+    A weight that is rounded already would be rounded back to where it was by a gain near to 1.
+    """
+    if not isinstance(weight, Tensor):
+        return True
+    return weight.dtype in (torch.float32, torch.float64) and len(flat) >= flat.shape[1]
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _magnitude_grad(dy: Tensor, y: Tensor, site: Site) -> Tensor:
+    r""":math:`\sum_t dy_t (y_t - b) / m`, since the output without its bias is the gain times what the gain is of."""
+    m, norms = site.adapter.magnitude, site.adapter.norms
+    assert m is not None and norms is not None  # noqa: PT018
+    total = (dy * y).sum(0, dtype=norms.dtype)
+    if site.bias is not None:
+        total -= site.bias.to(norms.dtype) * dy.sum(0, dtype=norms.dtype)
+    return (total / m.to(norms.dtype)).masked_fill_((norms == 0) | (m == 0), 0).to(m.dtype)

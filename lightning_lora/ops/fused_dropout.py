@@ -1,0 +1,118 @@
+r"""DoRA with dropout as in the paper and PEFT: it acts on the input of the frozen product too.
+
+.. math:: y = (x - \tilde x) W^T + g \odot (\tilde x W^T + s\,\tilde x A^T B^T) + b
+
+with what dropout leaves, :math:`\tilde x`. The gain multiplies a part of the product alone, so that two products with W
+each way can't be avoided; W is unpacked once for both, and not kept.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.ops.dropout import keep_mask, masked, masked_
+from lightning_lora.ops.fused import LowRank, Site
+from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.twice import gradients
+
+
+def fused_dora_dropout(x: Tensor, site: Site, p: float) -> Tensor:
+    """The output of a layer with a DoRA adapter, whose input is dropped with probability p.
+
+    Args:
+        x: (..., in), with two dimensions at least.
+        site: The layer.
+        p: In (0, 1).
+
+    Returns:
+        (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its values, what
+        the gain multiplies (tokens, out), and skinny products.
+    """
+    (A, B, scale, magnitude, norms), weight = site.adapter, site.weight
+    dense, unpack = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _FusedDropout.apply(x, p, unpack, scale, dense, site.bias, A, B, magnitude, norms)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FusedDropout(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        p: float,
+        unpack: Unpack | None,
+        scale: float,
+        dense: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        norms: Tensor,
+    ) -> Tensor:
+        flat, dtype = x.flatten(0, -2), x.dtype
+        gain = LowRank(A, B, scale, magnitude, norms).gain()
+        assert gain is not None
+        mask, factor = keep_mask(flat, p)
+        a, b = (A * scale).to(dtype), B.to(dtype)
+        dropped = masked(flat, mask).mul_(factor)
+        W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
+        h, product = dropped @ a.T, dropped @ W
+        product.addmm_(h, b.T)
+        out = flat.new_empty((*x.shape[:-1], len(b)))
+        y = out.view(-1, len(b))
+        torch.mm(torch.sub(flat, dropped, out=dropped), W, out=y)
+        y.addcmul_(product, (gain - 1).to(dtype)).add_(product)  # the small part first
+        if bias is not None:
+            y.add_(bias)
+        ctx.save_for_backward(x, mask, h, a, b, product, gain, dense, bias, A, B, magnitude, norms)
+        ctx.unpack, ctx.factor, ctx.scale = unpack, factor, scale
+        return out
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, h, a, b, product, gain, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
+        needs_x, *_, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            site = Site(ctx.unpack or dense, bias, LowRank(A, B, ctx.scale, magnitude, norms))
+            inputs, needed = [x, bias, A, B, magnitude], [needs_x, needs_bias, needs_A, needs_B, needs_magnitude]
+            plain = functools.partial(_plain, x, mask, ctx.factor, site)
+            dx, *others = gradients(plain, inputs, needed, [dy])
+            return dx, None, None, None, None, *others, None
+        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        db = dy.sum(0) if needs_bias else None
+        dm = None
+        scaled = dy * product
+        if needs_magnitude:
+            zero = norms == 0
+            dm = (scaled.sum(0, dtype=norms.dtype) / norms.masked_fill(zero, 1.0)).masked_fill_(zero, 0)
+            dm = dm.to(magnitude.dtype)
+        torch.mul(dy, gain, out=scaled)
+        dh = scaled @ b
+        dB = (h.T @ scaled).T.to(B.dtype).contiguous() if needs_B else None
+        dA = None
+        if needs_A:
+            dA = (dh.T @ masked(flat, mask)).to(A.dtype) * (ctx.factor * ctx.scale)
+        dx = None
+        if needs_x:
+            W = operand(ctx.unpack or dense, dy.dtype)
+            dx = (dh @ a).addmm_(scaled.sub_(dy), W)
+            dx = masked_(dx, mask).mul_(ctx.factor).addmm_(dy, W).view(x.shape)
+        return dx, None, None, None, None, db, dA, dB, dm, None
+
+
+def _plain(x: Tensor, mask: Tensor, factor: float, site: Site) -> list[Tensor]:
+    """The same output by operations that autograd knows."""
+    (A, B, scale, _, _), gain = site.adapter, site.adapter.gain()
+    assert gain is not None
+    dropped = x * (mask != 0).view(x.shape) * factor
+    W = operand(site.weight, x.dtype).clone()
+    product = F.linear(dropped, W) + F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * scale
+    y = F.linear(x - dropped, W) + product * gain.to(x.dtype)
+    return [y if site.bias is None else y + site.bias]

@@ -1,0 +1,59 @@
+"""A frozen weight as one product needs it: in the dtype of its input, and with its rows scaled."""
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_lora.ops.norms import row_chunks
+
+Unpack: TypeAlias = Callable[[torch.dtype, Tensor | None], Tensor]
+"""What gives a packed weight (out, in) in a dtype, its rows scaled by a vector (out,) or as they are."""
+
+_KEPT = threading.local()
+
+
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the operand of one product: its values last until the next call in the same thread.
+
+    On a CPU a fresh large piece costs more than what is written to it, so that it is used again there. The allocator of
+    an accelerator does that itself.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    kept: dict[Any, Tensor] = vars(_KEPT)
+    size = torch.Size(shape).numel()
+    if dtype not in kept or kept[dtype].numel() < size:
+        with torch.inference_mode(False):
+            kept[dtype] = torch.empty(size, dtype=dtype)
+    return kept[dtype][:size].view(shape)
+
+
+@torch.no_grad()
+def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+    """The weight in a dtype, its rows scaled: itself where it is that, or in the memory of `workspace`.
+
+    Args:
+        weight: (out, in), or what unpacks it.
+        dtype: The dtype of the product.
+        gain: (out,), in float32 at least: rounded to the dtype only after the product with the weight.
+    """
+    if not isinstance(weight, Tensor):
+        return weight(dtype, gain)
+    if gain is None:
+        return weight if weight.dtype == dtype else _like(weight, dtype).copy_(weight)
+    out = _like(weight, dtype)
+    if weight.dtype == gain.dtype == dtype or weight.device.type != "cpu":
+        return torch.mul(weight, gain[:, None], out=out)
+    for rows in row_chunks(weight):  # a CPU multiplies dtypes that differ value by value
+        out[rows] = weight[rows].to(gain.dtype) * gain[rows, None]
+    return out
+
+
+def _like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a matrix, laid out as it is: that of a Conv1D is transposed."""
+    if weight.stride(0) < weight.stride(1):
+        return workspace((weight.shape[1], weight.shape[0]), dtype, weight.device).T
+    return workspace(tuple(weight.shape), dtype, weight.device)
