@@ -23,6 +23,7 @@ from lightning_lora.lint import Finding, lint
 from lightning_lora.load import load_adapter
 from lightning_lora.merge import merge, unmerge
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
 from lightning_lora.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
@@ -53,6 +54,7 @@ __all__ = [
     "disable_adapters",
     "eject",
     "inject",
+    "linear_cross_entropy",
     "lint",
     "load_adapter",
     "load_from_checkpoint",
