@@ -160,7 +160,7 @@ class LoRA(CallbackBase):
         else:
             self._phases = Phases(pl_module, _requests(trainer), seed, settings, mode, strategy)
             self._phases.begin(self._patches)
-        strategy.install()
+        strategy.install(self._patches)
         strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)
         if stage == "fit":
             recompute = any(lora.gradient_checkpointing for lora in family)

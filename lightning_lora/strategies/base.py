@@ -31,6 +31,7 @@ from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import require_same_base, send_base
+from lightning_lora.strategies.requeue import agree_on_requeue
 
 
 class Options(NamedTuple):
@@ -73,14 +74,19 @@ class StrategyAdapter:
         self.moved: list[Moved] = []  # parameters that gave place to others since an optimizer may have been built
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
 
-    def install(self) -> None:
-        """Puts the methods in place; in a second run it replaces those of the first."""
+    def install(self, patches: Patches) -> None:
+        """Puts the methods in place; in a second run it replaces those of the first.
+
+        Args:
+            patches: For what is of this run only.
+        """
         for name in self.REPLACED:
             previous = getattr(self.strategy, name)
             original = vars(previous).get("lora_original", previous) if isinstance(previous, partial) else previous
             replacement = partial(self._call, getattr(self, name), original)
             replacement.lora_original = original  # type: ignore[attr-defined]
             setattr(self.strategy, name, replacement)
+        agree_on_requeue(self.strategy.lightning_module.trainer, self.model, patches)
 
     def building(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around the user's ``configure_model``, for a model that may have adapters already."""

@@ -78,9 +78,9 @@ class DeepSpeedAdapter(StrategyAdapter):
         return whole
 
     @override
-    def install(self) -> None:
+    def install(self, patches: Patches) -> None:
         """Also keeps DeepSpeed from taking layers apart as they are made: adapters could not be put on them."""
-        super().install()
+        super().install(patches)
         if self.strategy.zero_stage_3:
             self.strategy.model_sharded_context = nullcontext
 

@@ -63,6 +63,8 @@ def check(ranks: list[dict], environment: str, names: list[str]) -> None:
     assert [rank["node"] for rank in ranks] == [0, 1]
     gradients = sum(value.nbytes for value in ranks[0]["state"].values())  # as docs/multi_node.md computes them
     assert {size for rank in ranks for size in rank["sends"]} == {gradients}
+    asks = 8 if environment == "SLURMEnvironment" else 0  # whether any rank is to be requeued: one number
+    assert {size for rank in ranks for size in rank["reduced"][:3]} == {gradients + asks}  # the epoch has four
     assert [rank["writes"] for rank in ranks] == [names, []]  # once, and by rank 0
 
 
@@ -92,17 +94,39 @@ def test_other_launchers(tmp_path, variables, prefix, environment):
     check(ranks, environment, ["epoch=0.ckpt", "epoch=1.ckpt"])
 
 
-def test_slurm_requeues_and_goes_on(tmp_path):
-    """Lightning saves when the signal comes, asks for the job again, and the job finds what was saved."""
+@pytest.mark.parametrize(
+    ("signals", "step"),
+    [
+        ({0: "backward 1", 1: "start 2"}, 2),
+        ({0: "start 3", 1: "backward 3"}, 4),  # the last of an epoch
+        ({1: "start 5"}, 6),
+        ({1: "validation 8"}, 8),  # nothing is trained behind it
+    ],
+    ids=["between-steps", "end-of-epoch", "one-rank", "last-validation"],
+)
+def test_slurm_requeues_and_goes_on(tmp_path, signals, step):
+    """Ranks that get the signal in different places save in one place, ask once, and go on bit for bit."""
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["-m", MODULE, str(tmp_path)]
-    first = results(tmp_path, command, [{**rank, **path, "SIGNAL": "1"} for rank in slurm()])
-    assert first[0]["writes"] == ["epoch=0.ckpt", "hpc_ckpt_1.ckpt", "epoch=1.ckpt"]
+    signalled = [{**rank, **path, "SIGNAL": signals.get(i, "")} for i, rank in enumerate(slurm())]
+    first = results(tmp_path, command, signalled)
+    assert "hpc_ckpt_1.ckpt" in first[0]["writes"]
+    assert len(first[0]["writes"]) == 3
+    assert first[1]["writes"] == []
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    second = results(tmp_path, command, slurm())
-    assert [rank["started"] for rank in second] == [5, 5]
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == step
+    assert saved["state_dict"].keys() == first[0]["state"].keys()  # adapters, and nothing of the base
+    assert len(saved["optimizer_states"][0]["state"]) == len(saved["state_dict"])
+    assert len(saved["lightning_lora"]["rng"]) == 2
+    for rank in first:
+        states = [state for at, state in rank["saved"] if at == step]
+        assert all(torch.equal(value, state[key]) for state in states for key, value in saved["state_dict"].items())
+    rest = results(tmp_path, command, slurm())
+    assert [rank["started"] for rank in rest] == ([step] * 2 if step < 8 else [0, 0])
+    assert all(torch.equal(value, rest[0]["state"][key]) for key, value in first[0]["state"].items())
 
 
 def test_the_commands_of_the_docs(tmp_path):
