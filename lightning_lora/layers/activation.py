@@ -66,6 +66,8 @@ class LoRALinear(LoRALayer):
         if len(self.lora_active) != 1 or self.lora_mixture is not None:
             return None
         adapter: Any = self._modules["lora"]._modules[self.lora_active[0]]  # type: ignore[union-attr]
+        if not adapter.training and not torch.is_grad_enabled():
+            return None  # in train mode what runs without gradients may run again with them, in a reentrant checkpoint
         usual = adapter.initialised and not adapter._forward_hooks and len(adapter._forward_pre_hooks) == 1  # its own
         return adapter if usual and is_plain(adapter.A) and is_plain(adapter.B) else None
 
@@ -119,10 +121,9 @@ class LoRALinear(LoRALayer):
 
 
 def _is_usual(x: Any) -> bool:
-    """Whether a plain tensor goes through plain eager autograd."""
+    """Whether a plain tensor goes through plain eager operations."""
     return (
         not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.dim() > 1
         and x.is_floating_point()

@@ -58,10 +58,11 @@ class Scope:
             return None
         return self._outputs.pop(id(layer))
 
-    def close(self) -> None:
-        """The call ends."""
-        self._give_up()
-        self._input = None
+    def close(self, broken_off: bool) -> None:
+        """The call ends; what was not called in one that was broken off, by a checkpoint say, says nothing."""
+        if not broken_off:
+            self._give_up()
+        self._input, self._outputs = None, {}
 
     def _give_up(self) -> None:
         """Outputs that nobody took were computed for nothing: from now on each layer computes its own."""
@@ -101,7 +102,8 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    groups = _groups(module) if torch.is_grad_enabled() and _APART not in vars(module) else ()
+    computes = module.training or torch.is_grad_enabled()
+    groups = _groups(module) if computes and _APART not in vars(module) else ()
     vars(_RUNNING).setdefault("stack", []).append(Scope(module, groups))
 
 
@@ -110,7 +112,7 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         return
     stack = vars(_RUNNING).get("stack")
     if stack and stack[-1]._parent is module:
-        stack.pop().close()
+        stack.pop().close(broken_off=output is None)
 
 
 def called_alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:

@@ -1,0 +1,216 @@
+"""DoRA's norms are taken once for each step of an optimizer, and are never those of other values."""
+
+import copy
+from itertools import pairwise
+
+import bitsandbytes as bnb
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.adapters import dora
+from lightning_lora.ops.norms import merged_row_norms
+from tests.helpers.layers import randomise
+from tests.helpers.modules import trainer
+from tests.helpers.toy import Lit, data
+
+OPTIMIZERS = {
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+    "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=True),
+    "8-bit AdamW": lambda p: bnb.optim.AdamW8bit(p, lr=0.05),
+}
+X = torch.randn(3, 16)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often norms are taken."""
+    counts = []
+    monkeypatch.setattr(dora, "merged_row_norms", lambda *args: counts.append(1) or merged_row_norms(*args))
+    return counts
+
+
+def build(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, use_dora=True, modules_to_save=None, **options))
+    randomise(model)
+    return model.train(), [p for p in model.parameters() if p.requires_grad]
+
+
+def wanted(model):
+    """The output by the equation."""
+    x = X
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            x = nn.functional.linear(x, layer.lora["default"].merged(layer.weight), layer.bias)
+        else:
+            x = layer(x)
+    return x.detach()
+
+
+def step(model, optimizer, micro_batches=1):
+    for _ in range(micro_batches):
+        model(X).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_never_stale(taken, name, attach):
+    model, parameters = build()
+    optimizer = OPTIMIZERS[name](parameters)
+    attached = ll.attach_optimizer(model, optimizer) if attach else None
+    before = wanted(model)
+    for _ in range(3):
+        step(model, optimizer)
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    assert (wanted(model) - before).abs().max() > 0.01
+    if attached is not None:
+        attached.remove()
+        step(model, optimizer)
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+def test_once_for_each_step(taken):
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused AdamW"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    taken.clear()
+    step(model, optimizer, micro_batches=4)
+    assert len(taken) == 2  # there are two layers
+    taken.clear()
+    unattached, parameters = build()
+    taken.clear()
+    step(unattached, OPTIMIZERS["fused AdamW"](parameters), micro_batches=4)
+    assert len(taken) == 8
+
+
+CHANGES = {
+    "in place": lambda model: [layer.lora["default"].B.detach().mul_(1.5) for layer in (model[0], model[2])],
+    "loaded": lambda model: model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}),
+    "cast": lambda model: model.double().float(),
+    "adapters loaded": lambda model: [
+        layer.lora["default"].take({"B": layer.lora["default"].B.detach() * 1.5}) for layer in (model[0], model[2])
+    ],
+    "data, between modes": lambda model: [
+        model.eval(),
+        [setattr(p, "data", p.data * 1.5) for p in model.parameters() if p.requires_grad],
+        model.train(),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_values_are_noticed(change):
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused AdamW"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    model(X)
+    with torch.no_grad():
+        CHANGES[change](model)
+    torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    model.eval()
+    with torch.no_grad():  # averages of weights take their places past autograd
+        for layer in (model[0], model[2]):
+            layer.lora["default"].B.data.mul_(1.5)
+        torch.testing.assert_close(model(X), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_is_in_no_optimizer():
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused AdamW"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    twin = copy.deepcopy(model)
+    own = OPTIMIZERS["fused AdamW"]([p for p in twin.parameters() if p.requires_grad])
+    for _ in range(2):
+        step(twin, own)
+        torch.testing.assert_close(twin(X).detach(), wanted(twin), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_another_optimizer_are_not_attended():
+    model, _ = build()
+    first, second = (
+        OPTIMIZERS["fused AdamW"]([p for p in layer.parameters() if p.requires_grad]) for layer in (model[0], model[2])
+    )
+    ll.attach_optimizer(model, first)
+    assert model[0].lora["default"].attended
+    assert not model[2].lora["default"].attended
+    for _ in range(2):
+        model(X).square().sum().backward()
+        first.step()
+        second.step()
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match=r"takes a torch.optim.Optimizer, got list"):
+        ll.attach_optimizer(model, [first])
+
+
+def test_a_row_without_direction_or_magnitude_learns():
+    model, parameters = build()
+    with torch.no_grad():
+        model[0].weight[3] = 0
+        adapter = model[0].lora["default"]
+        adapter.B[3] = 0
+        adapter.magnitude[3] = 0
+    adapter.forget()
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    assert adapter.B[3].any()
+    assert adapter.magnitude[3] != 0
+    torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_graphs_read_the_norms_where_they_are():
+    torch.compiler.reset()
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused AdamW"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(4):
+        compiled(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(compiled(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    for _ in range(3):
+        model.eval()
+        compiled(X)
+        model.train()
+        compiled(X).square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(compiled(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    assert len(graphs) <= 4  # for both modes, with norms that are there and without
+
+
+def test_in_a_trainer_run(taken):
+    """Of 8 batches in a fit with 4 steps norms are taken for 4 steps, and for the first batch."""
+    module = Lit()
+    seen = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(len(taken))
+
+    lora = ll.LoRA(r=2, use_dora=True)
+    trainer(lora, Count(), accumulate_grad_batches=2, max_epochs=2, limit_val_batches=0).fit(module, data())
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and hasattr(m, "lora")]
+    assert not any(layer.lora["default"].attended for layer in layers)
+    steps = [(after - before) / len(layers) for before, after in pairwise(seen)]
+    assert steps[:3] == [1, 0, 1]
+    assert sum(steps) <= 4
