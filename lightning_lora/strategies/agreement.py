@@ -1,15 +1,18 @@
 """What has to be the same on every rank before it can be trained there, and how it becomes so."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_lora.errors import BaseMismatchError, ConfigError, listing
+from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing
 from lightning_lora.formats.fingerprint import changed
 from lightning_lora.layers import base_modules
 from lightning_lora.ops.sharded import all_objects, is_sharded, world_size
+from lightning_lora.patches import Patches
 
 
 def require_same_settings(settings: Mapping[str, Any]) -> None:
@@ -27,6 +30,40 @@ def require_same_settings(settings: Mapping[str, Any]) -> None:
     ]
     if different:
         raise ConfigError(f"LoRA: ranks differ: {'; '.join(different[:5])}")
+
+
+def require_same_checkpoint(path: str | os.PathLike[str] | None) -> None:
+    """A collective, before anything is read.
+
+    Args:
+        path: What this rank is to go on from.
+
+    Raises:
+        ConfigError: On every rank, if ranks are to go on from different files, or some of them from none.
+        CheckpointError: On every rank, if some have no such file. Where none has, reading it says so.
+    """
+    require_same_settings({"ckpt_path": path and Path(path).name})
+    each = all_objects(path is None or "://" in str(path) or Path(path).exists())
+    if len(set(each)) > 1:
+        raise CheckpointError(
+            f"rank {each.index(False)} has no {path}, and rank {each.index(True)} has: copy it to the same path on "
+            "every node"
+        )
+
+
+def agree_on_checkpoint(trainer: Any, patches: Patches) -> None:
+    """Lets ranks compare what they go on from in a run, as soon as Lightning has told them, and before they read it.
+
+    Args:
+        trainer: The Trainer, before it restores.
+        patches: What is taken off again when the run ends.
+    """
+
+    def resume(original: Callable[..., None], path: Any = None, *args: Any, **kwargs: Any) -> None:
+        require_same_checkpoint(path)
+        original(path, *args, **kwargs)
+
+    patches.wrap(trainer._checkpoint_connector, "resume_start", resume)
 
 
 def require_same_base(base: Mapping[str, Any]) -> None:

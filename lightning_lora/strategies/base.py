@@ -30,7 +30,7 @@ from lightning_lora.ops.sharded import gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
-from lightning_lora.strategies.agreement import require_same_base, send_base
+from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
 
 
@@ -86,7 +86,9 @@ class StrategyAdapter:
             replacement = partial(self._call, getattr(self, name), original)
             replacement.lora_original = original  # type: ignore[attr-defined]
             setattr(self.strategy, name, replacement)
-        agree_on_requeue(self.strategy.lightning_module.trainer, self.model, patches)
+        trainer = self.strategy.lightning_module.trainer
+        agree_on_checkpoint(trainer, patches)
+        agree_on_requeue(trainer, self.model, patches)
 
     def building(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around the user's ``configure_model``, for a model that may have adapters already."""

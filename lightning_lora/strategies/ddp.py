@@ -1,13 +1,10 @@
 """DDP: every rank holds the whole model, and adapters are all that ranks tell each other about."""
 
-from pathlib import Path
-
 from torch import nn
 from typing_extensions import override
 
 from lightning_lora.patches import Patches
 from lightning_lora.state import moving_tensors
-from lightning_lora.strategies.agreement import require_same_settings
 from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.registry import handles
 
@@ -20,8 +17,6 @@ class DDPAdapter(StrategyAdapter):
 
     @override
     def prepare(self, model: nn.Module, patches: Patches) -> None:
-        resumed = self.strategy.lightning_module.trainer.ckpt_path  # by now, and no rank waits for another in between
-        require_same_settings({"ckpt_path": resumed and Path(resumed).name})
         own = {id(tensor) for tensor in moving_tensors(model)}
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         names = [name for name, tensor in tensors if id(tensor) not in own]

@@ -103,7 +103,7 @@ class ShardedAdapter(StrategyAdapter):
     @override
     def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Reads the file on every rank."""
-        path = Path(self.strategy.broadcast(checkpoint_path))
+        path = Path(checkpoint_path)
         if is_folder_of_ranks(path):
             return read_folder(path)
         if path.is_dir():

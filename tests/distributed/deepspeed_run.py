@@ -137,6 +137,8 @@ def main(name: str, folder: str, ckpt_path: str | None = None) -> None:
             rates,
         ],
     )
+    if options.get("ckpt_of_rank_0") and trainer.global_rank > 0:
+        ckpt_path = None
     trainer.fit(module, data(batch_size=4), ckpt_path=ckpt_path)
     with Traffic() as traffic:
         trainer.save_checkpoint(f"{folder}/end.ckpt")

@@ -182,6 +182,8 @@ def test_another_adapter_is_refused_before_anything_is_loaded(tmp_path):
     run(2, tmp_path / "one", max_epochs=1)
     error = run(2, tmp_path / "two", tmp_path / "one" / "epoch=0.ckpt", fails=True, lora={"lora_alpha": 4})
     assert "lora_alpha: 16.0 -> 4" in error
+    error = run(2, tmp_path / "two", tmp_path / "one" / "epoch=0.ckpt", fails=True, ckpt_of_rank_0=True)
+    assert error.count("ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1") == 2  # both ranks say so
 
 
 @pytest.mark.gpu

@@ -30,13 +30,18 @@ TWO = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
-    first = {
-        "strategy": "ddp",
-        "lora": {"use_dora": True},
-        "by_rank": {"ckpt": [str(folder / "same" / "epoch=0.ckpt"), None]},
-        "epochs": 2,
+    there, lost = (str(folder / name / "epoch=0.ckpt") for name in ("same", "nowhere"))
+    resumed = {
+        f"{kind}-{strategy}": {
+            "strategy": strategy,
+            "lora": {"use_dora": True},
+            "by_rank": {"ckpt": [there, other]},
+            "epochs": 2,
+        }
+        for strategy in ("ddp", "fsdp", "fsdp2")
+        for kind, other in (("none", None), ("lost", lost))
     }
-    runs = {name: {"epochs": 1, **options} for name, options in {**TWO, "another-step": first}.items()}
+    runs = {name: {"epochs": 1, **options} for name, options in {**TWO, **resumed}.items()}
     launch(folder, 2, runs)
     return folder
 
@@ -47,7 +52,12 @@ def runs(tmp_path_factory):
         ("another-base", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0", "sync_base=True"]),
         ("another-fsdp2", "BaseMismatchError", ["rank 1 holds another base model", "sync_base=True"]),
         ("another-r", "ConfigError", ["default: lora_dropout: 0.0 on rank 0, 0.1 on rank 1"]),
-        ("another-step", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
+        ("none-ddp", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
+        ("none-fsdp", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
+        ("none-fsdp2", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
+        ("lost-ddp", "CheckpointError", ["rank 1 has no ", "epoch=0.ckpt, and rank 0 has: copy it"]),
+        ("lost-fsdp", "CheckpointError", ["rank 1 has no ", "epoch=0.ckpt, and rank 0 has: copy it"]),
+        ("lost-fsdp2", "CheckpointError", ["rank 1 has no ", "epoch=0.ckpt, and rank 0 has: copy it"]),
         ("quantise-late", "TargetError", ["is sharded already: call ll.quantize(model, 'nf4') before fully_shard"]),
         ("quantised-tp", "UnsupportedError", ["net.blocks.0.q", "cut for tensor parallelism"]),
         ("flat", "ConfigError", ["use_orig_params=False"]),
