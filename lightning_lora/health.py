@@ -35,6 +35,12 @@ _WAYS_OUT = {
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
+_NOTES = {
+    "does not require grad": "only the adapters need gradients, and none reached the loss. If the layers lie in a "
+    "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False.",
+    "modified by an inplace operation": "with use_dora a linear layer's output is kept for the magnitude's gradient: "
+    "nothing behind it may work in place, as nn.ReLU(inplace=True) does.",
+}
 
 
 def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
@@ -71,11 +77,9 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
 
 def explain(exception: BaseException) -> None:
     """Adds to an exception of torch what it most likely means here."""
-    if isinstance(exception, RuntimeError) and "does not require grad" in str(exception):
-        exception.add_note(
-            "lightning_lora: only the adapters need gradients, and none reached the loss. If the layers lie in a "
-            "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False."
-        )
+    for words, note in _NOTES.items() if isinstance(exception, RuntimeError) else ():
+        if words in str(exception):
+            exception.add_note(f"lightning_lora: {note}")
 
 
 def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.siblings import scope
-from lightning_lora.ops.fused import Site, fused_linears
+from lightning_lora.ops.fused import Site, fused_linears, linear_without_gradients
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.operand import Unpack
 from lightning_lora.ops.sharded import is_plain
@@ -47,6 +47,8 @@ class LoRALinear(LoRALayer):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if (adapter := self.lora_alone()) is None or (site := self.lora_site(adapter, x, dtype)) is None:
             return None
+        if not adapter.training and not torch.is_grad_enabled() and site.adapter.magnitude is None and not autocast:
+            return linear_without_gradients(x, site)
         config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
@@ -66,8 +68,6 @@ class LoRALinear(LoRALayer):
         if len(self.lora_active) != 1 or self.lora_mixture is not None:
             return None
         adapter: Any = self._modules["lora"]._modules[self.lora_active[0]]  # type: ignore[union-attr]
-        if not adapter.training and not torch.is_grad_enabled():
-            return None  # in train mode what runs without gradients may run again with them, in a reentrant checkpoint
         usual = adapter.initialised and not adapter._forward_hooks and len(adapter._forward_pre_hooks) == 1  # its own
         return adapter if usual and is_plain(adapter.A) and is_plain(adapter.B) else None
 

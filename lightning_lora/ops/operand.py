@@ -31,7 +31,6 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return kept[dtype][:size].view(shape)
 
 
-@torch.no_grad()
 def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
     """The weight in a dtype, its rows scaled: itself where it is that, or in the memory of `workspace`.
 
