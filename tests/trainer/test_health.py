@@ -138,6 +138,17 @@ def test_a_loss_without_any_gradient_gets_a_note():
     assert "use_reentrant=False" in "".join(caught.value.__notes__)
 
 
+def test_an_activation_in_place_behind_dora():
+    module = Lit()
+    module.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        trainer(ll.LoRA(use_dora=True, target_modules=["0"])).fit(module, data())
+    assert "nothing behind it may work in place" in "".join(caught.value.__notes__)
+    module = Lit()
+    module.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    trainer(ll.LoRA(target_modules=["0"])).fit(module, data())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_checkpointing_of_transformers_models(family, reentrant):
