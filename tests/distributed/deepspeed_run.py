@@ -156,6 +156,9 @@ def main(name: str, folder: str, ckpt_path: str | None = None) -> None:
     if trainer.is_global_zero:
         (Path(folder) / "rates.json").write_text(json.dumps(rates.seen))
         (Path(folder) / "traffic.json").write_text(json.dumps(traffic.elements))
+        if options.get("compiled"):
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            (Path(folder) / "graphs.json").write_text(json.dumps(graphs))
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

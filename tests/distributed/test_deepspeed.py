@@ -141,6 +141,14 @@ def test_checkpointed_blocks(tmp_path):
         assert_same(end(tmp_path / "ddp"), end(tmp_path / str(stage)))
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_compiled_blocks(tmp_path, stage):
+    for name in ("ddp", stage):
+        run(name, tmp_path / str(name), compiled=True, max_epochs=1)
+        assert json.loads((tmp_path / str(name) / "graphs.json").read_text()) > 0
+    assert_same(end(tmp_path / "ddp"), end(tmp_path / str(stage)))
+
+
 def test_4_bit_base(tmp_path):
     options = {"lora": {"quantization": "nf4-dq"}}
     run("ddp", tmp_path / "ddp", **options)
