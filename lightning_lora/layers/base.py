@@ -12,7 +12,7 @@ from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.ops.sharded import gathered, is_plain, is_sharded
+from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -100,9 +100,9 @@ class LoRALayer(Base):
         return out
 
     def lora_is_whole(self) -> bool:
-        """Whether this process has the whole weight, and in no unusual kind of tensor."""
-        weight = self.weight
-        return isinstance(weight, Tensor) and (is_plain(weight) or (self.lora_packed and not is_sharded(weight)))
+        """Whether this process has the whole weight, now."""
+        weight: Any = self.weight
+        return not (is_sharded(weight) or is_flattened(weight) or hasattr(weight, "ds_id"))
 
     @staticmethod
     def lora_matrix_shape(layer: Any) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def test_print_config_round_trip(tmp_path, capsys):
     arguments = yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"]
     assert arguments["rank_pattern"] == {"blocks\\.0": 2, "q": 3}
     assert arguments["lora_dropout"] == 0.0
-    assert len(arguments) == 26
+    assert len(arguments) == 27
     (tmp_path / "printed.yaml").write_text(printed)
     assert_trained(run("--config", str(tmp_path / "printed.yaml")))
 
