@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=True),
     "8-bit AdamW": lambda p: bnb.optim.AdamW8bit(p, lr=0.05),
 }
-X = torch.randn(3, 16)
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class LoRALinear(LoRALayer):
 
     def lora_fused(self, x: Tensor) -> Tensor | None:
         """The output in one step, with those of layers that will get the same input; None where it has to be plain."""
-        running = scope()
+        running = None if x.is_inference() else scope()  # it has no version
         if running is not None and (out := running.take(self, x)) is not None:
             return out
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -130,7 +130,7 @@ def _is_usual(x: Any) -> bool:
         and not x.is_nested
         and x.numel() > 0
         and not x.is_meta
-        and not x.is_inference()
+        and not (x.is_inference() and torch.is_grad_enabled())
         and not in_transform()
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
