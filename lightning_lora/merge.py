@@ -184,11 +184,13 @@ def _merge_layer(
     if quantizer is None:
         new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
         result = layer.lora_as_matrix(new)
-        for rows, update, exact in merged_rows(adapters, W, accumulate, scratch):
-            result[rows] = exact
+        for rows in row_chunks(W):
+            update, exact = merged_piece(adapters, W[rows], rows, accumulate, scratch, result[rows])
             compared.add(update, exact, exact if result.dtype == accumulate else result[rows])
     else:
-        whole = torch.cat([exact.clone() for _, _, exact in merged_rows(adapters, W, accumulate, scratch)])
+        whole = torch.empty(W.shape, dtype=accumulate, device=W.device)
+        for rows in row_chunks(W):
+            merged_piece(adapters, W[rows], rows, accumulate, scratch, whole[rows])
         new = quantizer.repack(layer, whole)
     changed = {"weight": new}
     if dtype and bias is not None:
@@ -203,29 +205,34 @@ def _merge_layer(
     return compared.result(names, tied)
 
 
-def merged_rows(
-    adapters: Sequence[Adapter], W: Tensor, dtype: torch.dtype, scratch: Scratch
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A merged matrix, not rounded yet, in pieces that a cache holds.
+def merged_piece(
+    adapters: Sequence[Adapter],
+    W: Tensor,
+    rows: slice,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Some rows of a merged matrix: as many as a cache holds.
 
     Args:
         adapters: At least one.
-        W: The layer's matrix.
+        W: These rows of the layer's matrix, (n, in).
+        rows: Which rows they are.
         dtype: What to take sums in.
         scratch: Memory to work in.
+        out: Where to write W + ΔW, rounded once, (n, in); may be W itself.
 
-    Yields:
-        Rows, ΔW there, and W + ΔW there. Both tensors are written over by the next piece.
+    Returns:
+        ΔW, and W + ΔW before it was rounded: in ``out`` itself, where nothing had to be. The next piece writes over
+        both.
     """
-    for rows in row_chunks(W):
-        yield rows, *merged_piece(adapters, W[rows], rows, dtype, scratch)
-
-
-def merged_piece(
-    adapters: Sequence[Adapter], W: Tensor, rows: slice, dtype: torch.dtype, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
-    """The same of some rows of the matrix: ΔW, and W + ΔW."""
     update = adapters[0].delta(W, rows, scratch.like(W, dtype, "update"))
     for adapter in adapters[1:]:
         update += adapter.delta(W, rows, scratch.like(W, dtype, "another"))
-    return update, scratch.like(W, dtype, "exact").copy_(W).add_(update)
+    if out is not None and out.dtype == W.dtype == dtype:
+        return update, torch.add(W, update, out=out)
+    exact = scratch.like(W, dtype, "exact").copy_(W).add_(update)
+    if out is not None:
+        out.copy_(exact)
+    return update, exact

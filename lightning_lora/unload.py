@@ -10,8 +10,8 @@ from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, context_problems
-from lightning_lora.merge import merge, merge_problems, merged_rows, unmerge
-from lightning_lora.ops.norms import Scratch, accumulation_dtype
+from lightning_lora.merge import merge, merge_problems, merged_piece, unmerge
+from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantize import dequantize_
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -100,7 +100,8 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) ->
     if tied:
         weight = layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     result, W = layer.lora_as_matrix(weight), layer.lora_matrix()
-    for rows, _, exact in merged_rows(adapters, W, accumulation_dtype(W, *(a.A for a in adapters)), scratch):
-        result[rows] = exact
+    accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
+    for rows in row_chunks(W):
+        merged_piece(adapters, W[rows], rows, accumulate, scratch, result[rows])
     layer.lora_absorbed = ()  # a merged weight lacks nothing
     return tied
