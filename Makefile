@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv demo test test-deepspeed check docs clean
+.PHONY: venv demo test test-deepspeed bench check docs clean
 
 venv: $(READY)
 
@@ -25,6 +25,9 @@ test: venv
 
 test-deepspeed: venv .deepspeed
 	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
+
+bench: venv
+	$(BIN)/python -m tests.benchmarks.steps $(ARGS)
 
 check: venv docs
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ nothing.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
 
     Returns:
         For each layer (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its
-        values, x Aᵀ, the A's and B's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
+        values, x Aᵀ, the A's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
     """
     tensors: list[Tensor | None] = []
     unpacks: list[Unpack | None] = []
@@ -106,13 +107,15 @@ class _Fused(torch.autograd.Function):
         flat = x.flatten(0, -2)
         mask, keep_scale = keep_mask(flat, p) if p > 0 else (None, 1.0)
         factors = [s * keep_scale for s in scales]
-        A = _cat([site.adapter.A * factor for site, factor in zip(sites, factors, strict=True)]).to(dtype)
-        h = (flat if mask is None else masked(flat, mask)) @ A.T
+        A = torch.cat([site.adapter.A for site in sites])  # a copy, also of one
         ranks = [len(site.adapter.A) for site in sites]
-        outs, Bs, gains, folds = [], [], [], []
+        _scale_(torch.split(A, ranks), A, factors)
+        A = A.to(dtype)
+        h = (flat if mask is None else masked(flat, mask)) @ A.T
+        outs, gains, folds = [], [], []
         for (weight, bias, adapter), part in zip(sites, torch.split(h, ranks, 1), strict=True):
             gain, fold = adapter.gain(), _folds(weight, flat)
-            B = (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
+            B = _up(adapter, gain, dtype)
             bias = None if bias is None else bias.to(dtype)
             out = flat.new_empty((*x.shape[:-1], len(B)))  # no view: what is behind the layer may change it in place
             y, W = out.view(-1, len(B)), operand(weight, dtype, gain if fold else None).T
@@ -124,11 +127,10 @@ class _Fused(torch.autograd.Function):
                 change = F.linear(part, B, bias)
                 y.add_(change.addcmul_(y, (gain - 1).to(dtype)))
             outs.append(out)
-            Bs.append(B)
             gains.append(gain)
             folds.append(fold)
         ys = [None if gain is None else out for out, gain in zip(outs, gains, strict=True)]
-        ctx.save_for_backward(x, mask, h, A, *Bs, *ys, *gains, *tensors)
+        ctx.save_for_backward(x, mask, h, A, *ys, *gains, *tensors)
         ctx.unpacks, ctx.factors, ctx.ranks, ctx.folds = unpacks, factors, ranks, folds
         ctx.scales = scales
         ctx.set_materialize_grads(False)
@@ -139,7 +141,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(grads)
         x, mask, h, A, *rest = ctx.saved_tensors
-        Bs, ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n :]
         sites = _sites(ctx.unpacks, ctx.scales, tensors)
         if torch.is_grad_enabled():
             plain = functools.partial(_plain, x, mask, sites, ctx.factors)
@@ -163,17 +165,16 @@ class _Fused(torch.autograd.Function):
                 result[1] = dy.sum(0)
             if needs_magnitude:
                 result[4] = _magnitude_grad(dy, ys[i].flatten(0, -2), site)
-            torch.mm(dy, Bs[i], out=into[i])
+            torch.mm(dy, _up(site.adapter, gain, dy.dtype), out=into[i])
             if needs_B:
                 dB = (parts[i].T @ dy).T.to(site.adapter.B.dtype)
                 result[3] = dB.contiguous() if gain is None else dB * gain[:, None]
             dys.append(dy)
         if any(ctx.needs_input_grad[4 + _PER_SITE * i + 2] for i in range(n)):
-            dA = dh.T @ (flat if mask is None else masked(flat, mask))
-            for result, dy, piece, factor, site in zip(
-                results, dys, torch.split(dA, ctx.ranks), ctx.factors, sites, strict=True
-            ):
-                result[2] = None if dy is None else piece.to(site.adapter.A.dtype) * factor
+            dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
+            pieces = _scale_(torch.split(dA, ctx.ranks), dA, ctx.factors)
+            for result, dy, piece in zip(results, dys, pieces, strict=True):
+                result[2] = None if dy is None else piece
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dh @ A
@@ -211,8 +212,19 @@ def _folds(weight: Tensor | Unpack, flat: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.float64) and len(flat) >= flat.shape[1]
 
 
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _up(adapter: LowRank, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """B as it is multiplied with: made twice, since it weighs more than it takes."""
+    return (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
+
+
+def _scale_(pieces: Sequence[Tensor], whole: Tensor, factors: list[float]) -> Sequence[Tensor]:
+    """Multiplies pieces of a tensor by factors, in place: at once where these are one."""
+    if len(set(factors)) == 1:
+        whole.mul_(factors[0])
+    else:
+        for piece, factor in zip(pieces, factors, strict=True):
+            piece.mul_(factor)
+    return pieces
 
 
 def _magnitude_grad(dy: Tensor, y: Tensor, site: Site) -> Tensor:
