@@ -2,17 +2,21 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.checks import is_alpha
 from lightning_lora.copies import kept_values, put_in_place, values_of
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
-from lightning_lora.freeze import freeze_adapters, freeze_marked
+from lightning_lora.freeze import freeze_marked
 from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
+
+
+_LEFT_OUT = (False, None)
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -39,25 +43,55 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         >>> model[0].lora_active
         ('korean', 'coding')
     """
-    weights, modules = _weights(adapters), base_modules(model)
-    layers = [module for module in modules if isinstance(module, LoRALayer)]
-    adapters_of = [layer.lora_adapters() for layer in layers]
+    weights, (layers, are_marked) = _weights(adapters), _parts(model)
     odd = any(MERGED in vars(layer) or SUSPENDED in vars(layer) for layer in layers)
     problems = merged_problems(model, "call ll.unmerge first") if odd else []
-    problems += unknown_names([*weights], set().union(*adapters_of))
+    if not all(any(name in layer.lora for layer in layers) for name in weights):
+        problems += unknown_names([*weights], {name for layer in layers for name in layer.lora})
     problems += weight_problems(weights)
     raise_all(ConfigError, [*problems, *rival_modules(model, weights)], "set_adapter")
     shares = {name: torch.tensor(float(w), dtype=torch.float64) for name, w in weights.items() if w != 1}
-    for layer, own in zip(layers, adapters_of, strict=True):
-        # past nn.Module's own way of setting, which takes ten times as long
-        vars(layer)["lora_active"] = tuple(filter(own.__contains__, weights))
-        for name, adapter in own.items():
-            if adapter.share is not (share := shares.get(name)):
-                adapter.share = share
-    freeze_adapters(layers)
-    if marked := [module for module in modules if TRAINED in vars(module) or COPIES in vars(module)]:
+    _activate(layers, tuple(weights), shares)
+    if are_marked:
+        marked = [module for module in base_modules(model) if TRAINED in vars(module) or COPIES in vars(module)]
         put_in_place(marked, [*weights])
         freeze_marked(marked)
+
+
+def _parts(model: nn.Module) -> tuple[list[LoRALayer], bool]:
+    """The layers with adapters, in any order, and whether any module is trained in full with one."""
+    layers, are_marked = list[LoRALayer](), False
+    seen, waiting = set[int](), list[Any]([model])
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if children := module._modules:
+            if not isinstance(module, LoRALayer):
+                waiting += children.values()
+            else:
+                layers.append(module)
+                if len(children) > 1:
+                    waiting += [child for key, child in children.items() if key != "lora"]
+        if TRAINED in (own := vars(module)) or COPIES in own:
+            are_marked = True
+    return layers, are_marked
+
+
+def _activate(layers: Iterable[LoRALayer], names: tuple[str, ...], shares: Mapping[str, Tensor]) -> None:
+    """Past nn.Module's own way of getting and setting, which takes ten times as long."""
+    wanted = {name: (True, shares.get(name)) for name in names}
+    for layer in layers:
+        own: dict[str, Any] = layer._modules["lora"]._modules  # type: ignore[union-attr]
+        vars(layer)["lora_active"] = names if own.keys() >= wanted.keys() else tuple(filter(own.__contains__, names))
+        for name, adapter in own.items():
+            is_trained, share = wanted.get(name, _LEFT_OUT)
+            if adapter.share is not share:
+                adapter.share = share
+            for parameter in adapter._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad = is_trained
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
