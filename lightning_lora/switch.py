@@ -15,7 +15,6 @@ from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
 
-
 _LEFT_OUT = (False, None)
 
 
