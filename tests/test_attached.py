@@ -29,7 +29,9 @@ X = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
 def taken(monkeypatch):
     """How often norms are taken."""
     counts = []
-    monkeypatch.setattr(dora, "merged_row_norms", lambda *args: counts.append(1) or merged_row_norms(*args))
+    monkeypatch.setattr(
+        dora, "merged_row_norms", lambda *args, **kwargs: counts.append(1) or merged_row_norms(*args, **kwargs)
+    )
     return counts
 
 

@@ -99,7 +99,7 @@ class DoRAAdapter(Adapter):
     @torch.no_grad()
     def _new_norms(self, host: Host) -> Tensor:
         W = host.lora_matrix()
-        return merged_row_norms(W, *self.update(), self.scaling, self._squares(host, W))
+        return merged_row_norms(W, *self.update(), self.scaling, self._squares(host, W), exact=False)
 
     def _keep(self, norms: Tensor) -> None:
         if not is_plain(norms) or not is_plain(self.A) or norms.is_inference() or self.A.is_inference():

@@ -47,7 +47,9 @@ class Scratch:
 
 
 @torch.no_grad()
-def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
+def merged_row_norms(
+    W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None = None, exact: bool = True
+) -> Tensor:
     r"""Norm of every row of :math:`W + s B A`.
 
     .. math:: \|W + sBA\|^2 = \|W\|^2 + 2s \langle W A^T, B \rangle + s^2 \langle B (A A^T), B \rangle
@@ -61,6 +63,8 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Ten
         B: (d, r).
         scale: s.
         squares: ‖W‖² by row, (d,), where it is known.
+        exact: Whether W Aᵀ is taken in float32 if W is in bfloat16. In bfloat16 it takes a quarter of the time, and the
+            norms are wrong by some 1e-5 of them, a hundredth of what a product with this W is wrong by.
 
     Returns:
         (d,), float32 or float64.
@@ -68,7 +72,7 @@ def merged_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Ten
     dtype = accumulation_dtype(W, A)
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
-        cross = _product(W, A)
+        cross = _product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
         quadratic = ((B @ (A @ A.T)) * B).sum(1)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
         return (squares + 2 * scale * (cross * B).sum(1) + scale * scale * quadratic).clamp_min(0).sqrt()

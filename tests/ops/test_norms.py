@@ -53,3 +53,13 @@ def test_no_temporary_of_the_size_of_the_matrix(monkeypatch):
     with Sizes():
         merged_row_norms(W, A, B, 0.5)
     assert largest <= 4096 * 4
+
+
+def test_a_product_in_bfloat16_is_off_by_little():
+    torch.manual_seed(0)
+    W, A, B = torch.randn(96, 200).bfloat16(), torch.rand(8, 200) / 14, torch.randn(96, 8) * 0.1
+    expected = (W.double() + 1.5 * B.double() @ A.double()).norm(dim=1)
+    fast, exact = (merged_row_norms(W, A, B, 1.5, exact=how).double() for how in (False, True))
+    assert ((exact - expected) / expected).abs().max() < 1e-6
+    assert 1e-6 < ((fast - expected) / expected).abs().max() < 1e-4
+    assert torch.equal(merged_row_norms(W.float(), A, B, 1.5, exact=False), merged_row_norms(W.float(), A, B, 1.5))
