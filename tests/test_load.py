@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.formats.tensors import DIGEST, META, write_tensors
+from lightning_lora.formats.tensor_write import DIGEST, META, write_tensors
 from lightning_lora.layers import lora_layers
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
@@ -1170,11 +1170,17 @@ def test_a_full_disk(folders, tmp_path, monkeypatch):
     target = case(folders["ours"], tmp_path, lambda folder: (folder / "tokenizer.json").write_text("mine"))
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
-    def half(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full(path, mode):
+        file = open(path, mode)  # noqa: SIM115
 
-    monkeypatch.setattr("lightning_lora.formats.tensors.save_file", half)
+        def write(data):
+            raise OSError(28, "No space left on device")
+
+        Path(path).write_bytes(b"half")
+        monkeypatch.setattr(file, "write", write, raising=False)
+        return file
+
+    monkeypatch.setattr("lightning_lora.formats.tensor_write.open", full, raising=False)
     model = with_adapter("default")
     for folder in (target, tmp_path / "new"):
         with unchanged(model), pytest.raises(OSError, match="No space left"):

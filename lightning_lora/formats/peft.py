@@ -34,7 +34,8 @@ def save_adapter(
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
     """
     exported = check_exportable(model, adapter_name)
-    raise_all(CheckpointError, exported.unfit(), f"adapter {adapter_name!r}")
+    tensors = dict(exported.tensors())
+    raise_all(CheckpointError, exported.unfit(tensors), f"adapter {adapter_name!r}")
     sharded = is_spread(model)
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     if not first and not sharded:
@@ -46,9 +47,8 @@ def save_adapter(
         "starts": [name for name, held in exported.layers.items() if held.adapter.start_A is not None],
         "step": step,
     }
-    tensors, layers = dict(exported.tensors()), len(exported.layers)
     if first:
-        write_peft_folder(folder, tensors, exported.fields(), entry, layers, exported.notes())
+        write_peft_folder(folder, tensors, exported.fields(), entry, len(exported.layers), exported.notes())
 
 
 def check_exportable(model: nn.Module, adapter_name: str) -> Export:

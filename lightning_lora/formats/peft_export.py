@@ -1,6 +1,6 @@
 """An adapter of a model, seen as PEFT would have it: its configuration, its keys, its shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -90,11 +90,16 @@ class Export:
         if inside:
             yield f"{listing(inside, 3)}: single parameters, trained in full; name the module in modules_to_save"
 
-    def unfit(self) -> Iterator[str]:
-        """What no file should hold."""
+    def unfit(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[str]:
+        """What no file should hold.
+
+        Args:
+            tensors: Those of `tensors`, where they are there already.
+        """
         if waiting := [name for name, held in self.layers.items() if not held.adapter.initialised]:
             yield f"{listing(waiting, 3)} have no values yet"
-        odd = [key for key, tensor in self.tensors() if not is_finite(tensor)]
+        found = self.tensors() if tensors is None else tensors.items()
+        odd = [key for key, tensor in found if not is_finite(tensor)]
         if odd:
             yield f"{listing(odd, 3)} hold NaN or infinite values: the run diverged"
 

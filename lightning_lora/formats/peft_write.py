@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.formats.card import CARD, write_card
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, write_config
-from lightning_lora.formats.tensors import write_tensors
+from lightning_lora.formats.tensor_write import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1

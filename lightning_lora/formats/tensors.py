@@ -2,50 +2,25 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.formats.tensor_write import DIGEST, META, bytes_of
 from lightning_lora.ops.finite import is_finite
 
-META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
-DIGEST = f"{META}_sha256"  # ... and that of its SHA-256
 MOST = 1 << 26  # bytes of a header; that of an adapter on 10,000 layers, with our entry, has 9 million
 MOST_TENSORS = 1 << 17  # ... and they have 30,000
 MOST_IN_KEY = 1000  # characters
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers
 _DTYPES = FLOATS | _OTHERS
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-    """Writes tensors with the SHA-256 of each and an entry of plain types beside them. PEFT reads such a file too.
-
-    Args:
-        path: The file.
-        tensors: By name.
-        entry: What there is to say about them.
-    """
-    plain, seen = dict[str, Tensor](), set[int]()
-    for key, tensor in tensors.items():
-        plain[key] = tensor.detach().cpu().contiguous()
-        if (storage := plain[key].untyped_storage().data_ptr()) in seen:
-            plain[key] = plain[key].clone()  # tied: the format has no shared tensors
-        seen.add(storage)
-    with ThreadPoolExecutor() as pool:
-        described = {**entry, "sha256": dict(zip(plain, pool.map(_digest, plain.values()), strict=True))}
-    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
-    save_file(plain, path, {"format": "pt", META: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
-    _sort_header(Path(path))
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ class TensorFile:
             CheckpointError: If it is not what was written, or holds values that are not finite.
         """
         tensor: Tensor = self._file.get_tensor(key)
-        if self.entry and self.entry["sha256"].get(key) != _digest(tensor):
+        if self.entry and self.entry["sha256"].get(key) != hashlib.sha256(bytes_of(tensor)).hexdigest():
             raise CheckpointError(f"{self.path}: {key} is not what was written (its SHA-256 differs): copy it again")
         return require_finite(f"{self.path}: {key}", tensor)
 
@@ -107,17 +82,6 @@ class TensorFile:
         if (written := self.entry.get("sha256")) is not None and written.keys() != self.tensors.keys():
             odd = sorted(written.keys() ^ self.tensors.keys())
             raise CheckpointError(f"{self.path} does not hold what was written: {listing(odd, 3)} differ")
-
-
-def _sort_header(path: Path) -> None:
-    """The library writes the entries of the metadata in random order: the same adapter shall be the same bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
-        text = json.dumps({**metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
 
 
 def require_finite(name: str, tensor: Tensor) -> Tensor:
@@ -148,9 +112,3 @@ def _entry(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), dict):
         raise ValueError(f"its {META} entry is no mapping with the SHA-256 of every tensor")
     return entry
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return hashlib.sha256(data).hexdigest()
