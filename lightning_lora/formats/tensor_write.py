@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], e
     whole = dict(zip(keys, (tensors[key] for key in keys), strict=True))
     start = len(_header(whole, entry, dict.fromkeys(keys, "0" * 64)))
     hashers = min(THREADS, os.cpu_count() or 1)
-    with open(path, "wb") as file, ThreadPoolExecutor(hashers) as pool:
+    Path(path).unlink(missing_ok=True)  # tensors may be read from what is there: a new file leaves that to them
+    with open(path, "xb") as file, ThreadPoolExecutor(hashers) as pool:
         shares = [pool.submit(_digests, parts[first::hashers]) for first in range(hashers)]
         file.seek(start)
         for part in parts:
