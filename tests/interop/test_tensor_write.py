@@ -18,7 +18,7 @@ def tensors() -> dict[str, torch.Tensor]:
     """Every dtype, odd sizes, odd names, tied ones, transposed ones, and parts of others."""
     whole = torch.randn(10, 6)
     found = {
-        f'{str(dtype)} {shape} "ü': torch.randint(0, 2, shape).to(dtype)
+        f'{dtype!s} {shape} "ü': torch.randint(0, 2, shape).to(dtype)
         for dtype in _NAMES
         for shape in ((3, 5), (0, 4), (), (7,))
     }
