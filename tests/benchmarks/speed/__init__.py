@@ -1,0 +1,1 @@
+"""Speed, beside PEFT, plain references of other libraries, the floor and full fine-tuning."""
