@@ -27,7 +27,7 @@ test-deepspeed: venv .deepspeed
 	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
 
 bench: venv
-	$(BIN)/python -m tests.benchmarks.steps $(ARGS)
+	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
 check: venv docs
 	$(BIN)/ruff check .
