@@ -10,10 +10,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import values_of
 from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.tensors import all_finite
 from lightning_lora.layers import LoRALayer, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
-from lightning_lora.ops.finite import is_finite
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
@@ -99,7 +99,7 @@ class Export:
         if waiting := [name for name, held in self.layers.items() if not held.adapter.initialised]:
             yield f"{listing(waiting, 3)} have no values yet"
         found = self.tensors() if tensors is None else tensors.items()
-        odd = [key for key, tensor in found if not is_finite(tensor)]
+        odd = [key for key, tensor in found if not all_finite(tensor)]
         if odd:
             yield f"{listing(odd, 3)} hold NaN or infinite values: the run diverged"
 

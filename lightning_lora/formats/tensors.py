@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +91,16 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     Raises:
         CheckpointError: If it holds values that are not finite.
     """
-    if not is_finite(tensor):
+    if not all_finite(tensor):
         raise CheckpointError(f"{name} holds NaN or infinite values")
     return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Where the sum is finite they all are, and that takes a fifth of the time."""
+    if tensor.is_floating_point() and not tensor.is_meta and math.isfinite(tensor.detach().sum().item()):
+        return True
+    return is_finite(tensor)
 
 
 def _check_header(path: Path) -> None:

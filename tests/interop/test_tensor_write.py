@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
 from lightning_lora.formats.tensor_write import _NAMES, DIGEST, META, write_tensors
-from lightning_lora.formats.tensors import TensorFile
+from lightning_lora.formats.tensors import TensorFile, all_finite
 
 ENTRY = {"step": None, "notes": ["ü", {"b": "line\n", "a": 1.5}]}
 
@@ -66,3 +66,19 @@ def test_dtypes_that_the_format_does_not_have(tmp_path):
     with pytest.raises(ll.UnsupportedError, match="x is torch.complex128, which a safetensors file can't hold"):
         write_tensors(tmp_path / "file", {"x": torch.zeros(2, dtype=torch.complex128)}, {})
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finite_values_whose_sum_is_not(dtype):
+    largest = torch.full((33, 5), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(largest)
+    assert all_finite(torch.cat([largest, -largest]))
+    assert all_finite(largest[:0])
+    assert all_finite(torch.full((3,), 7))
+    for odd in (torch.inf, -torch.inf, torch.nan):
+        for values in (largest.clone(), torch.zeros_like(largest)):
+            values[17, 3] = odd
+            assert not all_finite(values)
+    values = torch.zeros_like(largest)
+    values[0, 0], values[1, 1] = torch.inf, -torch.inf
+    assert not all_finite(values)
