@@ -1,4 +1,4 @@
-"""Measures, prints and writes.
+"""Measures, prints and writes: ``make bench``, with options in ``ARGS``.
 
     python -m tests.benchmarks.speed [--size small wide] [--only PATTERN ...] [--device cpu] [--threads 1]
         [--seconds 15] [--quick] [--out DIR] [--docs] [--measured]

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 INTRODUCTION = """\
 ## Speed
 
-`python -m tests.benchmarks.speed`: Llamas with adapters of rank 16 and alpha 32 on all linears, B not 0, 4 x 256 tokens; *small* has 8 blocks
+`make bench`: Llamas with adapters of rank 16 and alpha 32 on all linears, B not 0, 4 x 256 tokens; *small* has 8 blocks
 of width 512, *wide* one of width 2048, *two* two blocks of *small*. A step is forward, loss, backward, a fused AdamW and
 `zero_grad`. Variants take turns in random order, in one process; ratios are taken within a round. Medians, and the
 quartiles of PEFT over ours.

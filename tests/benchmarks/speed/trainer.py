@@ -1,7 +1,8 @@
 """The same training through Lightning's Trainer: ours by the callback, PEFT as a model that was wrapped before."""
 
-import logging
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,7 +54,6 @@ def fitting(variant: str, case: Case, read: Callable[[], float]) -> Callable[[],
     adapters would not survive ``bf16-true``.
     """
     batch = case.ids()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     def fit() -> float:
         model, watch = base(case), Watch(read)
@@ -72,7 +72,9 @@ def fitting(variant: str, case: Case, read: Callable[[], float]) -> Callable[[],
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(Lit(model), DataLoader(batch.cpu().repeat(STEPS + 1, 1), batch_size=len(batch)))
+        data = DataLoader(batch.cpu().repeat(STEPS + 1, 1), batch_size=len(batch))
+        with redirect_stdout(io.StringIO()):  # our summary
+            trainer.fit(Lit(model), data)
         return (watch.ends[-1] - watch.ends[0]) / STEPS
 
     return fit
