@@ -426,7 +426,9 @@ def test_other_arguments_reach_the_layer(monkeypatch, use_dora):
     out = model[0](x, 3.0)
     torch.manual_seed(0)
     dropped = nn.functional.dropout(x, 0.5)
-    gain = adapter.gain(model[0].weight) if use_dora else torch.ones(8)
+    W = model[0].weight
+    norms = (W + adapter.scaling * adapter.B @ adapter.A).norm(dim=1)
+    gain = adapter.magnitude / norms if use_dora else torch.ones(8)
     base = 3 * x @ model[0].weight.T + (gain - 1) * (3 * dropped @ model[0].weight.T)
     torch.testing.assert_close(out, base + gain * adapter.scaling * (dropped @ adapter.A.T @ adapter.B.T))
 

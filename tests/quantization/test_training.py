@@ -352,7 +352,8 @@ def test_checkpointed_models_in_eval_mode_stay_in_it():
             batch = FAMILIES["opt"].batch(module.net)
             results.append([gradients(module, batch, gradient_checkpointing=recompute), module.tokens])
             assert {m.training for name, m in module.net.named_modules() if ".lora" not in name} == {change}
-        assert torch.equal(results[0][1], results[1][1])
+        if not change:  # in train mode the base drops, and without a cache, which checkpoints turn off, it drops others
+            assert torch.equal(results[0][1], results[1][1])
         for name, gradient in results[0][0].items():
             torch.testing.assert_close(results[1][0][name], gradient, rtol=1e-4, atol=1e-6)
 

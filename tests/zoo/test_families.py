@@ -39,7 +39,8 @@ def test_train_save_load_merge(family, use_dora, tmp_path):
     assert trained.keys() == torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"].keys()
     state = module.state_dict()
     assert all(torch.equal(state[key], value) for key, value in base.items() if key not in trained)
-    after = module.eval().net(**batch)
+    with torch.no_grad():  # as in a prediction: with gradients sums are rounded in another order
+        after = module.eval().net(**batch)
     assert after.loss < before.loss
 
     other = Wrapped(family.make)
@@ -52,7 +53,8 @@ def test_train_save_load_merge(family, use_dora, tmp_path):
     assert min(layer.survived for layer in report.layers.values()) > 0.99
     torch.testing.assert_close(module.net(**batch).logits, after.logits, rtol=1e-3, atol=1e-4)
     ll.unmerge(module)
-    assert torch.equal(module.net(**batch).logits, after.logits)
+    with torch.no_grad():
+        assert torch.equal(module.net(**batch).logits, after.logits)
     ll.merge_and_unload(module)
     assert module.state_dict().keys() == base.keys()
 
