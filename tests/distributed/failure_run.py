@@ -101,9 +101,11 @@ def main(folder: str, failure: str, rank: str, ckpt_path: str | None = None) -> 
     )
     torch.manual_seed(trainer.global_rank)
     module = Lit()
-    trainer.fit(module, data(batch_size=4, shuffle=True), ckpt_path=ckpt_path)
-    distributed.barrier()
-    distributed.destroy_process_group()  # gloo may abort a process that leaves it to the interpreter
+    try:
+        trainer.fit(module, data(batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()  # gloo may abort a process that leaves it to the interpreter
 
 
 if __name__ == "__main__":
