@@ -15,7 +15,7 @@ from lightning_lora.layers.siblings import scope
 from lightning_lora.ops.fused import Site, fused_linears, linear_without_gradients
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.operand import Unpack
-from lightning_lora.ops.sharded import is_plain
+from lightning_lora.ops.sharded import PLAIN, is_plain
 from lightning_lora.ops.transforms import in_transform
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _is_usual(x: Any) -> bool:
     """Whether a plain tensor goes through plain eager operations."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and type(x) in PLAIN
         and x.dim() > 1
         and x.is_floating_point()
         and not x.is_nested

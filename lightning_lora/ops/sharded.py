@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses import FakeTensor
 
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a fake one, of shapes alone, goes the way of those that it stands for
 BATCH = 1 << 24  # elements that each rank gives to one collective
 
 
@@ -16,7 +18,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor that this process has as a whole, and of no kind of its own."""
-    return type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id") and not is_flattened(tensor)
+    return type(tensor) in PLAIN and not hasattr(tensor, "ds_id") and not is_flattened(tensor)
 
 
 def is_flattened(tensor: Tensor) -> bool:

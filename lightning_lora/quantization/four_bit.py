@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional as F4
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -67,7 +68,8 @@ class FourBit(Bitsandbytes):
         if gain is not None:
             scales = scales * gain[:, None]  # a block lies in one row
         codes = packed.view(torch.uint8).view(rows, -1)
-        step = rows if codes.device.type != "cpu" else max(1, PIECE // columns)
+        in_pieces = codes.device.type == "cpu" and type(codes) is not FakeTensor  # shapes alone have no cache to fit
+        step = max(1, PIECE // columns) if in_pieces else rows
         out = workspace((rows, columns), dtype, codes.device) if step < rows or dtype != state.dtype else None
         for start in range(0, rows, step):
             some = slice(start, min(start + step, rows))
