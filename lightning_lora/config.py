@@ -26,7 +26,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, r
 Patterns = str | list[str]
 
 INITS: dict[str, Callable[..., Any]] = {}  # by name, filled by `lightning_lora.inits`
-PLANNED_INITS = ("orthogonal", "eva")
+PLANNED_INITS = ("eva",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class LoRAConfig:
             (it costs a second base product); ``"lora"``: on the low-rank branch only.
         dropout_mask: ``"joint"``: layers that a module calls with the same input (query, key and value) may drop the
             same of its values, which costs one mask for all; ``"module"``: each layer draws its own, as in PEFT.
-        init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"pissa"``, ``"olora"``, ``"loftq"`` (with a
-            quantised base), or an ``Init`` object with options.
+        init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
+            ``"loftq"`` (with a quantised base), ``"eva"`` (from batches of the data), or an ``Init`` object with options.
         bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.

@@ -12,6 +12,7 @@ from lightning_lora.adapters.host import Host
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
 from lightning_lora.ops.fused import LowRank
+from lightning_lora.ops.principal import cancels
 from lightning_lora.ops.sharded import copy_whole_, gathered, shape_of
 
 
@@ -84,7 +85,9 @@ class Adapter(nn.Module):
         if self.start_A is not None and self.start_B is not None:
             pairs = ((self.A, self.start_A), (self.B, self.start_B))
             return all(torch.equal(gathered(now), gathered(first)) for now, first in pairs)
-        return not (gathered(self.A.any()) and gathered(self.B.any()))
+        if not (gathered(self.A.any()) and gathered(self.B.any())):
+            return True
+        return cancels(gathered(self.A), gathered(self.B))
 
     def generator(self) -> torch.Generator:
         """The source of its first values: the same on every rank, and apart from the user's own random stream."""

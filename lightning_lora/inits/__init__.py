@@ -5,6 +5,7 @@ from lightning_lora.inits.gaussian import Gaussian
 from lightning_lora.inits.kaiming import Kaiming
 from lightning_lora.inits.loftq import LoftQ
 from lightning_lora.inits.olora import OLoRA
+from lightning_lora.inits.orthogonal import Orthogonal
 from lightning_lora.inits.pissa import PiSSA
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Kaiming",
     "LoftQ",
     "OLoRA",
+    "Orthogonal",
     "PiSSA",
     "Stage",
     "init",

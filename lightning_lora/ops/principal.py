@@ -5,6 +5,7 @@ from torch import Tensor
 
 OVERSAMPLING = 8  # columns beside the r that are wanted (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 NEGLIGIBLE = 1e-6  # of the largest singular value, in float32
+CANCELLED = 1e-12  # of the squared norms of both: what rounding in float32 leaves of a product that is 0
 
 
 @torch.no_grad()
@@ -27,12 +28,7 @@ def principal(M: Tensor, r: int, generator: torch.Generator, niter: int | None) 
     """
     if not M.isfinite().all():
         raise ValueError("the weight holds NaN or infinite values")
-    q = r + OVERSAMPLING
-    U, S, V = torch.linalg.svd(M, full_matrices=False) if niter is None or 4 * q >= min(M.shape) else (None,) * 3
-    if U is None or S is None or V is None:
-        basis = _range(M, q, generator, niter or 0)
-        U, S, V = torch.linalg.svd(basis.T @ M, full_matrices=False)
-        U = basis @ U
+    U, S, V = leading(M, r, generator, niter)
     A, B = M.new_zeros(r, M.shape[1]), M.new_zeros(M.shape[0], r)
     kept = min(r, int((NEGLIGIBLE * S[0] < S).sum()))
     root = S[:kept].sqrt()
@@ -42,6 +38,35 @@ def principal(M: Tensor, r: int, generator: torch.Generator, niter: int | None) 
         noise = torch.rand(r - kept, M.shape[1], generator=generator, device="cpu")
         A[kept:] = ((2 * noise - 1) * bound).to(A)
     return A, B
+
+
+def leading(M: Tensor, r: int, generator: torch.Generator, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d, q), S (q,) and V (q, k) of the leading part of M = U S V, with q at least min(r, d, k), as in `principal`."""
+    q = r + OVERSAMPLING
+    if niter is None or 4 * q >= min(M.shape):
+        U, S, V = torch.linalg.svd(M, full_matrices=False)
+        return U, S, V
+    basis = _range(M, q, generator, niter)
+    U, S, V = torch.linalg.svd(basis.T @ M, full_matrices=False)
+    return basis @ U, S, V
+
+
+def cancels(A: Tensor, B: Tensor) -> bool:
+    r"""Whether B A is 0 but for rounding, though neither factor is (see `Orthogonal`).
+
+    By :math:`\|B A\|^2 = \mathrm{tr}(B^T B\,A A^T)`, in float64, without forming it.
+
+    Args:
+        A: (..., r, k).
+        B: (..., d, r).
+    """
+    A, B = (factor.detach().to("cpu", torch.float64) for factor in (A, B))
+    of_A, of_B = A @ A.mT, B.mT @ B
+    return bool(((of_B * of_A.mT).sum((-2, -1)) <= CANCELLED * _trace(of_A) * _trace(of_B)).all())
+
+
+def _trace(M: Tensor) -> Tensor:
+    return M.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _range(M: Tensor, q: int, generator: torch.Generator, niter: int) -> Tensor:
