@@ -28,6 +28,8 @@ from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
 from lightning_lora.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
 from lightning_lora.targets import Plan, plan
+from lightning_lora.truncate import truncate
+from lightning_lora.truncate_report import TruncateReport
 from lightning_lora.unload import merge_and_unload
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Quantization",
     "Summary",
     "TargetError",
+    "TruncateReport",
     "UnsupportedError",
     "adapter_state_dict",
     "adapters",
@@ -67,5 +70,6 @@ __all__ = [
     "set_adapter",
     "summary",
     "to_lora",
+    "truncate",
     "unmerge",
 ]

@@ -63,8 +63,7 @@ class LoRA(CallbackBase):
         use_dora: Train the magnitude of each output row too.
         dora_dropout: ``input`` as in PEFT, or ``lora``: on the low-rank branch only.
         dropout_mask: ``joint``: layers with the same input may share one; or ``module``, as in PEFT.
-        init_lora_weights: ``kaiming``, ``gaussian``, ``orthogonal``, ``pissa``, ``olora``, ``loftq``, ``eva``, or an Init
-            object with options.
+        init_lora_weights: ``kaiming``, ``orthogonal``, ``pissa``, ``eva`` and others, or an Init object with options.
         bias: Which biases are trained: ``none``, ``all`` of the model, or ``lora_only``: those of adapted layers.
         modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
         trainable_token_indices: Rows of the token embedding to train.

@@ -57,7 +57,7 @@ class LoRAConfig:
         dropout_mask: ``"joint"``: layers that a module calls with the same input (query, key and value) may drop the
             same of its values, which costs one mask for all; ``"module"``: each layer draws its own, as in PEFT.
         init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
-            ``"loftq"`` (with a quantised base), ``"eva"`` (from batches of the data), or an ``Init`` object with options.
+            ``"loftq"`` (with a quantised base), ``"eva"`` (from batches of data), or an ``Init`` object with options.
         bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.

@@ -59,12 +59,7 @@ def to_lora(
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
     problems = [*unknown_names([adapter_name], known), *merged_problems(model, "call ll.unmerge first")]
     problems += [*value_problems({name: here for name, (_, here) in layers.items()}), *_rank_problems(rank, layers)]
-    if absorbed := [name for name, (node, _) in layers.items() if adapter_name in _layer(node).lora_absorbed]:
-        problems.append(
-            f"{listing(absorbed, 3)}: quantised without what {adapter_name!r} started with, which has to stay for "
-            f"that: ll.combine_adapters(model, {{{adapter_name!r}: 1.0}}, 'another name', 'svd', rank) gives a LoRA "
-            "beside it"
-        )
+    problems += absorbed_problems(layers, adapter_name)
     raise_all(ConfigError, problems, "to_lora")
     ranks = {
         name: possible_rank(_rank_of(rank, node, here[adapter_name]), _layer(node))
@@ -84,7 +79,7 @@ def to_lora(
         for name, (node, here) in layers.items()
     }
     for name, (node, here) in layers.items():
-        _exchange(_layer(node), adapter_name, here[adapter_name], adapters[name])
+        exchange(_layer(node), adapter_name, here[adapter_name], adapters[name])
     entries = {
         name: LayerCombination((adapter_name,), ranks[name], combined.norm, combined.error)
         for name, combined in made.items()
@@ -97,7 +92,19 @@ def _layer(node: Node) -> LoRALayer:
     return node.module
 
 
-def _exchange(layer: LoRALayer, adapter_name: str, old: Adapter, new: Adapter) -> None:
+def absorbed_problems(layers: Mapping[str, tuple[Node, Any]], adapter_name: str) -> list[str]:
+    """That an adapter can't be replaced on layers that were packed without what it started with."""
+    absorbed = [name for name, (node, _) in layers.items() if adapter_name in _layer(node).lora_absorbed]
+    if not absorbed:
+        return []
+    return [
+        f"{listing(absorbed, 3)}: quantised without what {adapter_name!r} started with, which has to stay for "
+        f"that: ll.combine_adapters(model, {{{adapter_name!r}: 1.0}}, 'another name', 'svd', rank) gives a LoRA "
+        "beside it"
+    ]
+
+
+def exchange(layer: LoRALayer, adapter_name: str, old: Adapter, new: Adapter) -> None:
     """Puts an adapter in the place of another."""
     new.train(old.training)
     new.share = old.share

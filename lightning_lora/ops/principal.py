@@ -41,7 +41,7 @@ def principal(M: Tensor, r: int, generator: torch.Generator, niter: int | None) 
 
 
 def leading(M: Tensor, r: int, generator: torch.Generator, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """U (d, q), S (q,) and V (q, k) of the leading part of M = U S V, with q at least min(r, d, k), as in `principal`."""
+    """U (d, q), S (q,) and V (q, k) of the leading part of M, as in `principal`; q is at least min(r, d, k)."""
     q = r + OVERSAMPLING
     if niter is None or 4 * q >= min(M.shape):
         U, S, V = torch.linalg.svd(M, full_matrices=False)
