@@ -1,5 +1,7 @@
 """LoRA and DoRA for PyTorch Lightning: one callback turns any Trainer run into a fine-tuning run of adapters."""
 
+from lightning_lora.analysis.analyze import analyze
+from lightning_lora.analysis.results import Analysis
 from lightning_lora.analysis.summary import Summary, summary
 from lightning_lora.attached import attach_optimizer
 from lightning_lora.callback import LoRA
@@ -33,6 +35,7 @@ from lightning_lora.truncate_report import TruncateReport
 from lightning_lora.unload import merge_and_unload
 
 __all__ = [
+    "Analysis",
     "BaseMismatchError",
     "CheckpointError",
     "CombineReport",
@@ -51,6 +54,7 @@ __all__ = [
     "UnsupportedError",
     "adapter_state_dict",
     "adapters",
+    "analyze",
     "attach_optimizer",
     "combine_adapters",
     "delete_adapter",

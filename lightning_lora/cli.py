@@ -6,7 +6,7 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 import argparse
 from collections.abc import Sequence
 
-from lightning_lora.commands import combine, demo, export, inspect, lint, merge
+from lightning_lora.commands import analyze, combine, demo, export, inspect, lint, merge
 from lightning_lora.errors import ConfigError, LightningLoRAError
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="lightning-lora", description="LoRA and DoRA for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    for command in (demo, export, merge, combine, inspect, lint):
+    for command in (demo, export, merge, combine, inspect, analyze, lint):
         command.add(commands)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")

@@ -40,7 +40,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     meta = checkpoint[META]
     stored = [checkpoint_adapter(path, checkpoint, name) for name in meta["adapters"]]
-    raise_all(CheckpointError, [problem for each in stored for problem in _damage(each)])
+    raise_all(CheckpointError, [problem for each in stored for problem in damage(each)])
     return {
         "path": str(path),
         "format": "checkpoint",
@@ -56,7 +56,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     stored = read_folder(folder)
-    raise_all(CheckpointError, _damage(stored))
+    raise_all(CheckpointError, damage(stored))
     fields, entry = stored.fields, stored.entry
     return {
         "path": str(folder),
@@ -71,7 +71,8 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _damage(stored: StoredAdapter) -> Iterator[str]:
+def damage(stored: StoredAdapter) -> Iterator[str]:
+    """What is wrong with the tensors of an adapter: all of them are read."""
     for tensor in _tensors(stored):
         try:
             tensor.read()

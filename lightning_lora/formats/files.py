@@ -3,9 +3,10 @@
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,20 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     It is staged beside the target, flushed to disk and renamed over it: whatever fails or is killed in between, the
     file that was there stays. (Lightning stages in ``$TMPDIR``, from where a move to another disk is a copy.)
     """
-    target, checkpoint = Path(path), _share_storage(checkpoint)
+    checkpoint = _share_storage(checkpoint)
+    with whole_file(path) as file:
+        torch.save(checkpoint, file)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file that takes the target's place when the context ends well, in a folder that is made if it has to be."""
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with staged.open("xb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         staged.replace(target)

@@ -72,7 +72,7 @@ def merged_row_norms(
     dtype = accumulation_dtype(W, A)
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
-        cross = _product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
+        cross = weight_product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
         quadratic = ((B @ (A @ A.T)) * B).sum(1)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
         return (squares + 2 * scale * (cross * B).sum(1) + scale * scale * quadratic).clamp_min(0).sqrt()
@@ -93,7 +93,7 @@ def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(W[rows].to(dtype), dim=1).square() for rows in row_chunks(W)])
 
 
-def _product(W: Tensor, A: Tensor) -> Tensor:
+def weight_product(W: Tensor, A: Tensor) -> Tensor:
     r""":math:`W A^T`, in the dtype of A. A weight of another dtype is cast in pieces."""
     if W.dtype == A.dtype or is_sharded(W):
         return W.to(A.dtype) @ A.T

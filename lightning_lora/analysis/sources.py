@@ -1,0 +1,180 @@
+"""Where an analysis gets its factors and weights: from a model, or from files, each when it is asked for."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.base_files import BaseFiles
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.inspection import damage
+from lightning_lora.layers import LoRALayer, kind_of, lora_layers, original_type
+from lightning_lora.marks import merged_problems
+from lightning_lora.names import ancestors, clean
+from lightning_lora.ops.norms import accumulation_dtype
+from lightning_lora.ops.sharded import is_spread
+from lightning_lora.state import require_adapter
+from lightning_lora.values import value_problems
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapted layer.
+
+    Args:
+        name: The layer.
+        r: The rank of the adapter.
+        scaling: The factor s of its update.
+        factors: Gets A (r, k) and B (d, r); with first factors, those of what was learnt since.
+        magnitude: Gets DoRA's m (d,), or None.
+        weight: Gets the frozen weight as a matrix (d, k); None where there is no base.
+    """
+
+    name: str
+    r: int
+    scaling: float
+    factors: Callable[[], tuple[Tensor, Tensor]]
+    magnitude: Callable[[], Tensor | None]
+    weight: Callable[[], Tensor] | None = None
+
+
+def model_sources(model: nn.Module, adapter_name: str) -> list[Source]:
+    """The layers of a model that have an adapter.
+
+    Raises:
+        ConfigError: If there is no such adapter, it has no finite values, or adapters are merged.
+        UnsupportedError: If the model is spread over ranks.
+    """
+    require_adapter(model, adapter_name)
+    layers = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora}
+    problems = merged_problems(model, "call ll.unmerge before they are analysed")
+    held = {name: {adapter_name: layer.lora_adapters()[adapter_name]} for name, layer in layers.items()}
+    problems += value_problems(held)
+    raise_all(ConfigError, problems, "analyze")
+    partitioned = any(hasattr(layer.weight, "ds_id") for layer in layers.values())
+    if partitioned or is_spread(model):
+        raise UnsupportedError(
+            "analyze: the model is spread over ranks: save the adapter, and analyse the folder with its base "
+            "(lightning-lora analyze FOLDER --base DIR)"
+        )
+    return [source for name, layer in layers.items() for source in _of_layer(name, layer, adapter_name)]
+
+
+def _of_layer(name: str, layer: LoRALayer, adapter_name: str) -> Iterator[Source]:
+    """One source; of a stack of matrices (experts) one for each."""
+    adapter = layer.lora_adapters()[adapter_name]
+    for i in range(len(adapter.A)) if adapter.A.dim() == 3 else [None]:
+
+        def factors(i: int | None = i) -> tuple[Tensor, Tensor]:
+            A, B = adapter.update()
+            return (A, B) if i is None else (A[i], B[i])
+
+        def magnitude(i: int | None = i) -> Tensor | None:
+            m: Tensor | None = getattr(adapter, "magnitude", None)
+            return m if i is None or m is None else m[i]
+
+        def weight(i: int | None = i) -> Tensor:
+            W = layer.lora_matrix()
+            return W if i is None else W[i]
+
+        label = name if i is None else f"{name}[{i}]"
+        yield Source(label, adapter.r, adapter.scaling, factors, magnitude, weight)
+
+
+def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[Source]:
+    """The layers of an adapter in a file.
+
+    Args:
+        stored: The adapter.
+        files: Its base, if that is at hand.
+
+    Raises:
+        CheckpointError: If a tensor is damaged or not finite, with every one.
+        UnsupportedError: If what was learnt can't be told without running an initialisation again.
+    """
+    if stored.init is not None:
+        raise UnsupportedError(
+            f"{stored.source}: init_lora_weights={stored.init!r} took a part out of each weight, and the file does not "
+            "tell which: load it on its base with ll.load_adapter, and call ll.analyze(model)"
+        )
+    raise_all(CheckpointError, damage(stored))
+    scaling = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
+    if files is not None:
+        stored = files.stored
+    named = sorted(stored.layers.items(), key=lambda item: _natural(item[0]))
+    return [_of_file(name, layer, scaling(layer.r, layer.lora_alpha), files) for name, layer in named]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Block 2 comes before block 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _of_file(name: str, layer: StoredLayer, scaling: float, files: BaseFiles | None) -> Source:
+    def factors() -> tuple[Tensor, Tensor]:
+        values = {part: tensor.read().flatten(1) for part, tensor in layer.tensors.items() if part != "magnitude"}
+        wide = accumulation_dtype(*values.values())
+        A, B = values["A"].to(wide), values["B"].to(wide)
+        if "start_A" not in values:
+            return A, B
+        return joined((A, B), (values["start_A"].to(wide), values["start_B"].to(wide)))
+
+    def magnitude() -> Tensor | None:
+        return layer.tensors["magnitude"].read().flatten() if "magnitude" in layer.tensors else None
+
+    def weight() -> Tensor:
+        assert files is not None
+        module = files.misfits.found[name].node.module
+        kind: Any = kind_of(original_type(module))
+        matrix: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
+        return matrix
+
+    return Source(name, layer.r, scaling, factors, magnitude, None if files is None else weight)
+
+
+def joined(now: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Factors of :math:`B A - B_0 A_0`: :math:`[A; A_0]` and :math:`[B, -B_0]`."""
+    (A, B), (start_A, start_B) = now, start
+    return torch.cat([A, start_A]), torch.cat([B, -start_B], dim=1)
+
+
+def aligned(sources: Sequence[Source], others: Sequence[Source], what: str) -> list[Source]:
+    """The others under the names that the first ones have, where one model is a part of what the other was trained on.
+
+    Args:
+        sources: The first adapter.
+        others: The second one.
+        what: The second one, for messages.
+
+    Raises:
+        ConfigError: If they have no layer in common.
+    """
+    names, theirs = [source.name for source in sources], [source.name for source in others]
+    renamed = _renaming(names, theirs)
+    if renamed is None:
+        raise ConfigError(
+            f"{what} has no layer in common with what it is compared to: it is on {listing(theirs, 3)}, and the first "
+            f"one on {listing(names, 3)}"
+        )
+    return [replace(other, name=renamed[other.name]) for other in others]
+
+
+def _renaming(names: Sequence[str], theirs: Sequence[str]) -> Mapping[str, str] | None:
+    known = set(names)
+    if known.intersection(theirs):
+        return {name: name for name in theirs}
+    for outer in _outers(theirs):
+        if any(name.removeprefix(f"{outer}.") in known for name in theirs):
+            return {name: name.removeprefix(f"{outer}.") for name in theirs}
+    for outer in _outers(names):
+        if any(f"{outer}.{name}" in known for name in theirs):
+            return {name: f"{outer}.{name}" for name in theirs}
+    return None
+
+
+def _outers(names: Sequence[str]) -> Iterator[str]:
+    yield from dict.fromkeys(outer for name in names for outer in ancestors(name)[:0:-1])
