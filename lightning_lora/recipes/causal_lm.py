@@ -1,0 +1,140 @@
+"""Fine-tuning of a causal language model: on responses, conversations, or plain text."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.errors import UnsupportedError
+from lightning_lora.ops.cross_entropy import linear_cross_entropy
+from lightning_lora.recipes.batches import Batch
+from lightning_lora.recipes.chat import IGNORED
+from lightning_lora.recipes.generation import generate_texts
+from lightning_lora.recipes.measures import TokenMeasures, hits
+from lightning_lora.recipes.module import Recipe
+
+LARGE = 1 << 14  # tokens of a vocabulary whose logits are not made all at once
+
+
+class CausalLM(Recipe):
+    r"""A causal language model that learns to continue.
+
+    .. math:: \ell = -\frac{1}{|R|} \sum_{t \in R} \log p(x_t | x_{<t})
+
+    R are the tokens of a batch with a label: those of responses and their ends, those of the assistant, or all of a
+    plain text. With a large vocabulary the logits are never there for all tokens at once (`linear_cross_entropy`),
+    where the head is one product and nothing is sharded.
+
+    Logs ``train/loss``, ``val/loss``, ``val/perplexity``, ``val/token_accuracy`` and ``test/...``. In ``predict`` it
+    generates.
+
+    Args:
+        base: A folder, an id of the hub, or ``demo`` for the model in this package.
+        max_new_tokens: Of a generated text, at most.
+        generation: More arguments of ``generate``: ``{do_sample: true, temperature: 0.7}``.
+        **options: See `Recipe`.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("messages", "prompt", "text")
+
+    def __init__(
+        self, base: str, *, max_new_tokens: int = 128, generation: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        super().__init__(base, **options)
+        self.max_new_tokens, self.generation = max_new_tokens, generation or {}
+        self.measures = nn.ModuleDict({name: TokenMeasures() for name in ("val", "val_base", "test")})
+        self._by_parts: bool | None = None
+
+    @override
+    def on_fit_start(self) -> None:
+        """Called when a fit begins. Looks whether the model keeps the examples of a row apart."""
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "packing", False):
+            check_isolation(self)
+
+    def loss(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor | None, int]:
+        """The loss of a batch, how many tokens were the most likely ones if asked for, and how many there are."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        count = int((targets != IGNORED).sum())
+        if self._in_parts():
+            hidden, head = self.model.base_model(**inputs, use_cache=False)[0], self.model.get_output_embeddings()
+            loss = linear_cross_entropy(hidden, head, targets)
+            return loss, hits(hidden, head, targets) if measure else None, count
+        logits = self.model(**inputs, use_cache=False).logits
+        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return loss, hits(logits, nn.Identity(), targets) if measure else None, count
+
+    def _in_parts(self) -> bool:
+        """Whether hidden states and head are had apart, which is tried once: some models do more to their logits."""
+        if self._by_parts is None:
+            head = self.model.get_output_embeddings()
+            sharded = self.device_mesh is not None or "FSDP" in type(getattr(self._trainer, "strategy", None)).__name__
+            large = not sharded and isinstance(head, nn.Linear) and head.out_features >= LARGE
+            self._by_parts = large and is_plain(self, head)
+        return self._by_parts
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, _, count = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=max(1, count))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name in self.variants():
+            self._measure(name, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, name: str, batch: Batch) -> None:
+        measures: Any = self.measures[name]
+        loss, found, count = self.loss(batch, measure=True)
+        assert found is not None
+        measures.take(loss, found, count)
+        for key, metric in measures.items():
+            self.log(f"{name}/{key}", metric, on_step=False, on_epoch=True, prog_bar=key != "token_accuracy")
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Texts that the model puts behind prompts."""
+        return generate_texts(self, batch, max_new_tokens=self.max_new_tokens, **self.generation)
+
+
+def is_plain(recipe: Recipe, head: nn.Module) -> bool:
+    """Whether a model's logits are its head's, of its last hidden states, and nothing else."""
+    with recipe.evaluated() as model:
+        ids = torch.arange(1, 5, device=recipe.device)[None]
+        mask = torch.ones_like(ids)
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        base: Any = model.base_model
+        parts = head(base(input_ids=ids, attention_mask=mask, use_cache=False)[0])
+    return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+
+
+def check_isolation(recipe: Recipe) -> None:
+    """Looks whether an example in a row changes with the one before it.
+
+    Raises:
+        UnsupportedError: If it does: what the model would learn would depend on what it is packed with.
+    """
+    positions = torch.cat([torch.arange(6), torch.arange(6)])[None].to(recipe.device)
+    first, second, rest = torch.arange(1, 7), torch.arange(7, 13), torch.arange(1, 7)
+    with recipe.evaluated() as model:
+        outputs = [
+            model(
+                input_ids=torch.cat([own, rest])[None].to(recipe.device), position_ids=positions, use_cache=False
+            ).logits[0, 6:]
+            for own in (first, second)
+        ]
+    difference, size = float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].abs().max())
+    if not difference <= 1e-3 * size:
+        raise UnsupportedError(
+            f"packing: in {type(recipe.model).__name__} an example sees the one that is packed before it (logits "
+            f"change by {difference:.2g} of {size:.2g}): leave data.packing out"
+        )

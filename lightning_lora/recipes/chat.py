@@ -1,0 +1,86 @@
+"""Prompts as a model wants to see them: by its tokenizer's chat template, or by a template of the user's own."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_lora.errors import ConfigError, listing
+
+IGNORED = -100
+Messages = list[dict[str, Any]]
+
+
+def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: Any) -> tuple[str, bool]:
+    """The text that a response is to follow, and whether it brings special tokens of its own.
+
+    Args:
+        fields: The record, with its ``prompt``.
+        template: With the names of columns in braces; None for the chat template, or else the prompt as it is.
+        tokenizer: The model's.
+
+    Raises:
+        ConfigError: If the template names a column that isn't there.
+    """
+    if template is not None:
+        try:
+            return template.format_map(fields), False
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"prompt_template {template!r}: {error} is no column; there are {listing(fields, 12)}. Braces that "
+                "are meant as such are written twice"
+            ) from None
+    if getattr(tokenizer, "chat_template", None):
+        return render([{"role": "user", "content": fields["prompt"]}], tokenizer, asks=True), True
+    return fields["prompt"], False
+
+
+def render(messages: Messages, tokenizer: Any, asks: bool = False) -> str:
+    """Messages by the chat template; with ``asks`` up to where the assistant would begin.
+
+    Raises:
+        ConfigError: If the tokenizer has none, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, which messages need: add "
+            "chat_template.jinja to its folder, or give prompt and response, with data.prompt_template"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    except Exception as error:  # templates raise what they like
+        raise ConfigError(f"the chat template refuses the messages: {error}") from error
+    return text
+
+
+def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, and labels that are set where the assistant speaks, the end of its turn included.
+
+    Where that is, ``{% generation %}`` in the chat template says, if it has that; otherwise what the template adds to
+    the messages before. A template that renders these in another way later can't be used so.
+
+    Raises:
+        ConfigError: If it can't be told where the assistant speaks.
+    """
+    if re.search(r"{%-?\s*generation\b", getattr(tokenizer, "chat_template", None) or ""):
+        made = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(made["input_ids"]), made["assistant_masks"]
+        return ids, [token if spoken else IGNORED for token, spoken in zip(ids, mask, strict=True)]
+    text, spans = render(messages, tokenizer), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(messages[:i], tokenizer, asks=True), render(messages[: i + 1], tokenizer)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ConfigError(
+                    f"message {i}: the chat template renders a turn otherwise when others follow, so it can't be told "
+                    "where the assistant speaks: mark it with {% generation %} and {% endgeneration %} in the "
+                    "template, or give conversations of one turn"
+                )
+            spans.append((len(before), len(after)))
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(low <= start and end <= high for low, high in spans) and end > start else IGNORED
+        for token, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
+    ]
+    return list(made["input_ids"]), labels

@@ -1,0 +1,130 @@
+"""Classes of texts, or numbers."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.recipes.batches import Batch
+from lightning_lora.recipes.module import Recipe
+
+
+class SequenceClassifier(Recipe):
+    r"""Tells the class of a text, :math:`\ell = -\log p(y | x)`, or a number, :math:`\ell = (\hat y - y)^2`.
+
+    A head is put on the base, if it has none of that size, and trained in full. Logs ``train/loss`` and, for ``val``
+    and ``test``, ``loss`` with ``accuracy``, ``macro_f1`` and ``mcc`` (Matthews' coefficient), or ``mae``, ``pearson``
+    and ``spearman``.
+
+    Args:
+        base: A folder or an id of the hub.
+        labels: The classes, in the order of their numbers; by default those of the data.
+        regression: Whether labels are numbers.
+        **options: See `Recipe`.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    def __init__(self, base: str, *, labels: list[str] | None = None, regression: bool = False, **options: Any) -> None:
+        super().__init__(base, **options)
+        if regression and labels:
+            raise ConfigError(f"SequenceClassifier: regression has no classes, got labels={labels}")
+        self.labels, self.regression = labels, regression
+        self.measures: Any = nn.ModuleDict()
+
+    @override
+    def configure_model(self) -> None:
+        """Builds model and measures, with the classes of the data if none were given; a checkpoint remembers them."""
+        if self.model is not None:
+            return
+        if self.labels is None and not self.regression:
+            data = getattr(self._trainer, "datamodule", None)
+            if (labels := getattr(data, "labels", None)) is None:
+                raise ConfigError("SequenceClassifier: the classes are not known: give labels, or a TextDataModule")
+            self.labels = self.hparams["labels"] = list(labels)
+        for name in ("val", "val_base", "test"):
+            self.measures[name] = nn.ModuleDict(_measures(len(self.labels or ())))
+        super().configure_model()
+
+    @override
+    def adjust(self, config: Any) -> None:
+        """Gives the head its size, its classes their names, and the model what texts are filled up with."""
+        config.num_labels = 1 if self.regression else len(self.labels or ())
+        config.problem_type = "regression" if self.regression else "single_label_classification"
+        if self.labels:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: i for i, name in enumerate(self.labels)}
+        if config.get_text_config().pad_token_id is None:
+            config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits (n, classes), or numbers (n,), in float32 at least."""
+        found: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+        return found.squeeze(-1) if self.regression else found
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch."""
+        if self.regression:
+            return F.mse_loss(outputs, labels.to(outputs.dtype))
+        return F.cross_entropy(outputs, labels.long())
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(self.outputs(batch), batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name in self.variants():
+            self._measure(name, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, name: str, batch: Batch) -> None:
+        outputs, labels = self.outputs(batch), batch["labels"]
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        self.log(f"{name}/loss", self.loss(outputs, labels), prog_bar=True, sync_dist=True, **options)
+        for key, metric in self.measures[name].items():
+            metric.update(outputs, labels)
+            self.log(f"{name}/{key}", metric, prog_bar=key in ("accuracy", "mae"), **options)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Classes with their probabilities, or numbers."""
+        outputs = self.outputs(batch)
+        texts = self.tokenizer.batch_decode(
+            [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)],
+            skip_special_tokens=True,
+        )
+        if self.regression:
+            return [{"text": text, "prediction": float(y)} for text, y in zip(texts, outputs, strict=True)]
+        assert self.labels is not None
+        best = outputs.softmax(-1).max(-1)
+        return [
+            {"text": text, "prediction": self.labels[int(i)], "probability": round(float(p), 6)}
+            for text, i, p in zip(texts, best.indices, best.values, strict=True)
+        ]
+
+
+def _measures(classes: int) -> dict[str, Metric]:
+    """What is measured of so many classes; of numbers if there are none."""
+    if not classes:
+        from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef, SpearmanCorrCoef
+
+        return {"mae": MeanAbsoluteError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+
+    return {
+        "accuracy": MulticlassAccuracy(classes, average="micro"),
+        "macro_f1": MulticlassF1Score(classes, average="macro"),
+        "mcc": MulticlassMatthewsCorrCoef(classes),
+    }

@@ -1,0 +1,256 @@
+"""The data of a fine-tuning run: files in, batches out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_lora.checks import choice_problems, is_int, is_number
+from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.recipes.batches import Batch, Collate, Packed, Subset, pack
+from lightning_lora.recipes.fields import KINDS
+from lightning_lora.recipes.order import resumable
+from lightning_lora.recipes.sources import Reading
+from lightning_lora.recipes.store import Store, cache_folder
+from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer
+
+Examples = Dataset[Batch]
+
+
+class TextDataModule(LightningDataModule):
+    """Text from your own files: JSONL, CSV, Parquet, plain text, folders of these, datasets of the hub.
+
+    Which columns there have to be depends on the recipe: ``text``; ``prompt`` and ``response``; ``messages`` (a list
+    of role and content); ``text`` and ``label``; or ``prompt``, ``chosen`` and ``rejected``. Everything that is wrong
+    with a file is found before the model is loaded. Tokens are cached by what they depend on. The order of each epoch
+    follows from ``seed``, and a run that was broken off within an epoch goes on with the next batch (with torchdata).
+
+    Args:
+        train: File, folder, or ``hf://owner/name:split``.
+        val: The same, to validate on; if not given a part of ``train`` is held out.
+        test: The same, for ``test``; the validation data by default.
+        predict: The same, for ``predict``: without answers.
+        val_split: Which part of ``train`` is held out if there is no ``val``; 0 for none.
+        columns: Names of columns where they differ: ``{prompt: question, response: answer}``.
+        prompt_template: How a prompt is put, with columns in braces; by default the chat template, or as it is.
+        labels: The classes, in the order of their numbers; by default those found in ``train``.
+        max_length: Tokens of an example; by default what the model sees, at most 2048.
+        overlong: What to do with longer ones: ``truncate``, ``drop`` or ``error``. Plain text is cut into pieces.
+        packing: Fill rows of ``max_length`` tokens with several examples, which don't see each other.
+        batch_size: Rows of a batch, on each device.
+        eval_batch_size: The same outside training; by default ``batch_size``.
+        num_workers: Processes that make batches.
+        seed: Of the order and the split.
+        pad_token: A token to pad with, if the tokenizer has none.
+        cache_dir: Where tokens are kept; by default ``~/.cache/lightning_lora/tokens``.
+        base: The model whose tokenizer is taken; by default that of the recipe.
+        kind: What the examples are, for a module that is no recipe: messages, preference, prompt, classification, text.
+
+    Raises:
+        ConfigError: With everything that is wrong with the arguments.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        *,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        val_split: float = 0.05,
+        columns: dict[str, str] | None = None,
+        prompt_template: str | None = None,
+        labels: list[str] | None = None,
+        max_length: int | None = None,
+        overlong: Literal["truncate", "drop", "error"] = "truncate",
+        packing: bool = False,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        pad_token: str | None = None,
+        cache_dir: str | None = None,
+        base: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.val_split, self.columns, self.prompt_template = val_split, columns, prompt_template
+        self.labels = None if labels is None else [str(label) for label in labels]
+        self.max_length, self.overlong, self.packing = max_length, overlong, packing
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed, self.pad_token, self.cache_dir = num_workers, seed, pad_token, cache_dir
+        self.base, self.kind = base, kind
+        self.tokenizer: Any = None
+        self.stores: dict[str, Store] = {}
+        self._reading: Reading | None = None
+        raise_all(ConfigError, self._problems(), "TextDataModule")
+
+    def _problems(self) -> list[str]:
+        problems = list(choice_problems("overlong", self.overlong, ("truncate", "drop", "error")))
+        problems += choice_problems("kind", self.kind, (None, *KINDS))
+        for name in ("batch_size", "eval_batch_size", "max_length"):
+            if (value := getattr(self, name)) is not None and not (is_int(value) and value > 0):
+                problems.append(f"{name} must be a positive integer, got {value!r}")
+        if not is_number(self.val_split) or not 0 <= self.val_split < 1:
+            problems.append(f"val_split must be in [0, 1), got {self.val_split!r}")
+        if not any(self.sources.values()):
+            problems.append("no file: give train, val, test or predict")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            problems.append(f"labels must differ from each other, got {self.labels}")
+        return problems
+
+    @override
+    def prepare_data(self) -> None:
+        """Makes the tokens, in one process of each machine."""
+        self.setup("fit" if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Reads the tokens that a stage needs.
+
+        Raises:
+            ConfigError: With what is wrong with the files, the tokenizer, or how they fit together.
+        """
+        reading = self._reading = self._reading or self._new_reading()
+        needed = ("train", *_NEEDED[stage]) if self.sources["val"] is None and stage != "predict" else _NEEDED[stage]
+        if "classification" in reading.kinds and not reading.regression and stage != "predict" and self.labels is None:
+            if self.sources["train"] is None:
+                raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
+            self.labels = reading.classes(self.sources["train"])
+        for name in needed:
+            if (source := self.sources[name]) is not None and name not in self.stores:
+                store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
+                rank_zero_info(_told(source, store, reading.max_length))
+        if stage == "fit" and self.sources["train"] is None:
+            raise ConfigError("fit needs data.train")
+
+    def _new_reading(self) -> Reading:
+        recipe = None if self.trainer is None else self.trainer.lightning_module
+        base, kinds = self.base or getattr(recipe, "base", None), getattr(recipe, "kinds", ())
+        if base is None or not (kinds or self.kind):
+            raise ConfigError("TextDataModule: the module is no recipe: say base (a model's folder or name) and kind")
+        if self.kind is not None:
+            if kinds and self.kind not in kinds:
+                raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {self.kind}")
+            kinds = (self.kind,)
+        self.labels = self.labels or getattr(recipe, "labels", None)
+        config = load_config(base)
+        self.tokenizer = load_tokenizer(base) if self.base or recipe is None else recipe.tokenizer
+        check_pair(base, self.tokenizer, config)
+        if self.pad_token is not None:
+            if self.pad_token not in self.tokenizer.get_vocab():
+                raise ConfigError(f"pad_token {self.pad_token!r} is none of the tokens of {base}")
+            self.tokenizer.pad_token = self.pad_token
+        if self.tokenizer.pad_token_id is None and "classification" in kinds:
+            raise ConfigError(
+                f"the tokenizer of {base} has no pad_token, which {type(recipe).__name__} needs to find where a text "
+                "ends: name one of its tokens (data.pad_token)"
+            )
+        return Reading(
+            kinds=tuple(kinds),
+            who=type(recipe).__name__,
+            tokenizer=self.tokenizer,
+            max_length=check_length(self.max_length, context_of(config, self.tokenizer), base),
+            overlong=self.overlong,
+            columns=self.columns,
+            prompt_template=self.prompt_template,
+            separate=getattr(recipe, "separate", False),
+            regression=getattr(recipe, "regression", False),
+            cache=cache_folder(self.cache_dir),
+        )
+
+    def examples(self, name: str) -> Examples | None:
+        """The examples of ``train``, ``val``, ``test`` or ``predict``, as they are fed."""
+        if name == "test" and self.sources["test"] is None:
+            return self.examples("val")
+        if name in ("train", "val") and self.sources["val"] is None and "train" in self.stores:
+            whole = self.stores["train"]
+            order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            held_out = min(len(whole) - 1, round(self.val_split * len(whole)) or int(self.val_split > 0))
+            chosen = order[held_out:] if name == "train" else order[:held_out]
+            part: Any = Subset(whole, sorted(chosen))
+            lengths = whole.lengths()[part.indices]
+        elif name in self.stores:
+            part, lengths = self.stores[name], self.stores[name].lengths()
+        else:
+            return None
+        if self.packing and name == "train":
+            assert self._reading is not None
+            if "labels" not in self.stores["train"].fields or {"rejected_labels"} & {*self.stores["train"].fields}:
+                raise ConfigError("packing is for causal language models: leave data.packing out")
+            return Packed(part, pack(lengths.tolist(), self._reading.max_length))
+        return part if len(part) else None
+
+    def _collate(self, left: bool = False) -> Collate:
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        return Collate(pad or 0, left)  # padding has no label and no attention, so any token will do
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches in an order of their own for each epoch, which does not depend on the number of workers."""
+        examples = self.examples("train")
+        assert examples is not None
+        sampled: dict[str, Any] = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None:
+            sampled = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or sampled
+        loader, sampler = resumable()
+        return loader(
+            examples,
+            batch_size=self.batch_size,
+            sampler=sampler(examples, shuffle=True, seed=self.seed, **sampled),
+            num_workers=self.num_workers,
+            collate_fn=self._collate(),
+            generator=torch.Generator().manual_seed(self.seed),  # the run's own random numbers stay as they are
+        )
+
+    def _evaluation(self, name: str) -> Any:
+        examples = self.examples(name)
+        if examples is None or self._reading is None:
+            return []
+        continues = not self._reading.separate and "classification" not in self._reading.kinds
+        return DataLoader(
+            examples,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self._collate(left=name == "predict" and continues),
+        )
+
+    @override
+    def val_dataloader(self) -> Any:
+        """Batches of what is held out."""
+        return self._evaluation("val")
+
+    @override
+    def test_dataloader(self) -> Any:
+        """Batches of the test file."""
+        return self._evaluation("test")
+
+    @override
+    def predict_dataloader(self) -> Any:
+        """Batches of prompts; filled on the left if they are to be continued."""
+        return self._evaluation("predict")
+
+
+_NEEDED: Mapping[str, Sequence[str]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("val", "test"),
+    "predict": ("predict",),
+}
+
+
+def _told(source: str, store: Store, max_length: int) -> str:
+    """What became of a file, in one line."""
+    notes, tokens = store.notes, int(store.lengths().sum())
+    changes = [
+        f"{notes[key]:,} {what} {max_length} tokens"
+        for key, what in (("cut", "were cut to"), ("dropped", "left out: nothing to learn within"))
+        if notes.get(key)
+    ]
+    return "; ".join([f"{source}: {len(store):,} examples, {tokens:,} tokens", *changes])

@@ -1,0 +1,192 @@
+"""From records to tokens and labels: one function for each kind of example."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.recipes.chat import IGNORED, encode_messages, render, render_prompt
+from lightning_lora.recipes.fields import Schema
+from lightning_lora.recipes.records import Record
+from lightning_lora.recipes.store import Example
+
+Overlong = Literal["truncate", "drop", "error"]
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes examples of records.
+
+    Args:
+        schema: What the records say.
+        tokenizer: The model's.
+        max_length: Tokens of an example, at most.
+        overlong: What to do with longer ones. Plain text is cut into several pieces instead.
+        prompt_template: See `render_prompt`.
+        labels: The classes by name; None for numbers (regression).
+        separate: Whether the response is fed to a decoder of its own, and not behind the prompt.
+        notes: Counts what happened.
+    """
+
+    schema: Schema
+    tokenizer: Any
+    max_length: int
+    overlong: Overlong = "truncate"
+    prompt_template: str | None = None
+    labels: list[str] | None = None
+    separate: bool = False
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Example]:
+        """Examples of records, which `checked` has seen.
+
+        Raises:
+            ConfigError: For the first record that can't be encoded, with its line.
+        """
+        kind = "open" if self.schema.is_open else "separate" if self.separate else self.schema.kind
+        make = _KINDS[kind]
+        for record in records:
+            try:
+                made = list(make(self, record.fields))
+            except ConfigError as error:
+                raise ConfigError(f"{record.where}: {error}") from None
+            self.notes["records"] += 1
+            yield from made
+
+    def fit(self, ids: list[int], labels: list[int]) -> Pair | None:
+        """Cuts an example to length, or leaves it out if nothing is left to learn from."""
+        if len(ids) > self.max_length:
+            self.refuse_or_count(len(ids))
+            if self.overlong == "drop":
+                return None
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels[1:]):
+            self.notes["dropped"] += 1
+            return None
+        return ids, labels
+
+    def refuse_or_count(self, length: int) -> None:
+        """What to do about an example that is too long."""
+        if self.overlong == "error":
+            raise ConfigError(
+                f"{length} tokens, at most {self.max_length} fit: raise data.max_length, shorten it, or say "
+                "data.overlong=truncate or drop"
+            )
+        self.notes["cut" if self.overlong == "truncate" else "dropped"] += 1
+
+    def tokens(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text."""
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def prompt_tokens(self, fields: dict[str, Any]) -> list[int]:
+        """Tokens of what a response is to follow; without an end."""
+        text, is_complete = render_prompt(fields, self.prompt_template, self.tokenizer)
+        ids = self.tokens(text, special=not is_complete)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def pair(self, fields: dict[str, Any], response: str) -> Pair:
+        """A prompt with a response, of which the response and its end are to be learnt."""
+        if self.prompt_template is None and getattr(self.tokenizer, "chat_template", None):
+            turns = [("user", fields["prompt"]), ("assistant", response)]
+            return encode_messages([{"role": role, "content": text} for role, text in turns], self.tokenizer)
+        if (end := self.tokenizer.eos_token_id) is None:
+            raise ConfigError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no eos_token, so responses would never end: set "
+                "one in its tokenizer_config.json"
+            )
+        prompt, ids = self.prompt_tokens(fields), [*self.tokens(response, special=False), end]
+        return [*prompt, *ids], [*([IGNORED] * len(prompt)), *ids]
+
+
+def _text(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    ids, end = own.tokens(fields["text"]), own.tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    for start in range(0, len(ids), own.max_length):
+        if len(piece := ids[start : start + own.max_length]) > 1:
+            yield {"input_ids": piece, "labels": piece}
+
+
+def _prompt(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    if fitted := own.fit(*own.pair(fields, fields["response"])):
+        yield {"input_ids": fitted[0], "labels": fitted[1]}
+
+
+def _messages(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    if fitted := own.fit(*encode_messages(fields["messages"], own.tokenizer)):
+        yield {"input_ids": fitted[0], "labels": fitted[1]}
+
+
+def _preference(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    both = [own.fit(*own.pair(fields, fields[role])) for role in ("chosen", "rejected")]
+    if both[0] and both[1]:
+        yield {
+            "input_ids": both[0][0],
+            "labels": both[0][1],
+            "rejected_input_ids": both[1][0],
+            "rejected_labels": both[1][1],
+        }
+
+
+def _classification(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    ids = _cut(own, fields["text"])
+    if ids is None:
+        return
+    value = fields["label"]
+    if own.labels is not None:
+        yield {"input_ids": ids, "label": [own.labels.index(str(value))]}
+        return
+    try:
+        yield {"input_ids": ids, "label": [float(value)]}
+    except ValueError:
+        raise ConfigError(f"the label is {value!r}: regression needs numbers") from None
+
+
+def _separate(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    ids, labels = _cut(own, render_prompt(fields, own.prompt_template, own.tokenizer)[0]), _cut(own, fields["response"])
+    if ids is not None and labels is not None:
+        yield {"input_ids": ids, "labels": labels}
+
+
+def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
+    if own.schema.kind == "messages":
+        messages = fields["messages"]
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        ids = own.tokens(render(messages, own.tokenizer, asks=True), special=False)
+    elif own.schema.kind == "classification" or own.separate:
+        text = (
+            fields["text"]
+            if "text" in own.schema.columns
+            else render_prompt(fields, own.prompt_template, own.tokenizer)[0]
+        )
+        ids = _cut(own, text) or []
+    elif own.schema.kind == "text":
+        ids = own.prompt_tokens({**fields, "prompt": fields["text"]})
+    else:
+        ids = own.prompt_tokens(fields)
+    yield {"input_ids": ids[-own.max_length :]}
+
+
+def _cut(own: Encoder, text: str) -> list[int] | None:
+    """Tokens with the special ones at both ends, which a cut leaves there."""
+    ids = own.tokens(text)
+    if len(ids) <= own.max_length:
+        return ids
+    own.refuse_or_count(len(ids))
+    if own.overlong == "drop":
+        return None
+    made = own.tokenizer(text, truncation=True, max_length=own.max_length)
+    return list(made["input_ids"])
+
+
+_KINDS: dict[str, Callable[[Encoder, dict[str, Any]], Iterator[Example]]] = {
+    "text": _text,
+    "prompt": _prompt,
+    "messages": _messages,
+    "preference": _preference,
+    "classification": _classification,
+    "separate": _separate,
+    "open": _open,
+}

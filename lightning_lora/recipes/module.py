@@ -1,0 +1,174 @@
+"""What all recipes share: the model, the optimizer, the schedule."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from typing_extensions import override
+
+from lightning_lora.checks import DTYPES, choice_problems, is_number
+from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.quantize import quantize
+from lightning_lora.recipes.blocks import repeated_blocks
+from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
+from lightning_lora.switch import disable_adapters
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class Recipe(LightningModule):
+    """A transformers model that is fine-tuned: built when a run needs it, by name or from a folder.
+
+    Args:
+        base: A folder, an id of the hub, or ``demo`` for the model in this package.
+        lr: Highest learning rate.
+        weight_decay: Of AdamW.
+        warmup: Which part of all steps the learning rate rises for.
+        schedule: What it does then: ``cosine`` or ``linear`` fall to 0, ``constant`` stays.
+        dtype: Of the base; ``auto`` takes that of its files.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2`` and so on; by default the fastest.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        torch_compile: Compile the repeated blocks.
+        compare_base: Measure the frozen base beside the adapted model in validation, as ``val_base/...``.
+        optimizer: Another one than AdamW, with its own options.
+
+    Raises:
+        ConfigError: With everything that is wrong with the arguments.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    separate: ClassVar[bool] = False
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        warmup: float = 0.03,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        torch_compile: bool = False,
+        compare_base: bool = False,
+        optimizer: OptimizerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.base = base
+        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
+        self.dtype_of_base, self.attn_implementation = dtype, attn_implementation
+        self.gradient_checkpointing, self.torch_compile = gradient_checkpointing, torch_compile
+        self.compare_base, self.optimizer = compare_base, optimizer
+        self.model: Any = None
+        self._tokenizer: Any = None
+        raise_all(ConfigError, self._problems(), type(self).__name__)
+
+    def _problems(self) -> list[str]:
+        problems = list(choice_problems("schedule", self.schedule, tuple(SCHEDULES)))
+        problems += choice_problems("dtype", self.dtype_of_base, ("auto", *DTYPES))
+        if not is_number(self.lr) or self.lr <= 0:
+            problems.append(f"lr must be a positive number, got {self.lr!r}")
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
+            problems.append(f"warmup must be in [0, 1], a part of all steps, got {self.warmup!r}")
+        return problems
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base)
+        return self._tokenizer
+
+    @override
+    def configure_model(self) -> None:
+        """Loads the base, and shards it where the strategy is ModelParallelStrategy.
+
+        Raises:
+            ConfigError: If the base can't be loaded.
+        """
+        if self.model is not None:
+            return
+        self.model = self._load()
+        if self.gradient_checkpointing:
+            new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            (new or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        blocks = repeated_blocks(self.model)
+        if self.torch_compile:
+            for block in blocks:
+                block.compile()
+        if self.device_mesh is not None:
+            self._shard(blocks)
+
+    def _load(self) -> Any:
+        import transformers
+
+        config = load_config(self.base)
+        self.adjust(config)
+        options: dict[str, Any] = {"config": config}
+        options["dtype"] = self.dtype_of_base if self.dtype_of_base == "auto" else getattr(torch, self.dtype_of_base)
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        try:
+            model = getattr(transformers, self.auto_class).from_pretrained(resolve(self.base), **options)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {reason}") from error
+        return model.train()
+
+    def adjust(self, config: Any) -> None:
+        """Changes the configuration before the model is built."""
+
+    def _shard(self, blocks: list[nn.Module]) -> None:
+        """FSDP2: the blocks one by one, then the rest; packed before that, if the run wants it packed."""
+        from torch.distributed.fsdp import fully_shard
+
+        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
+        for settings in filter(None, wanted):
+            quantize(self.model, settings)
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for module in [*blocks, self.model]:
+            fully_shard(module, mesh=mesh)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """AdamW in one kernel, or the optimizer that was given; warmup, then the schedule, step by step."""
+        from transformers import get_scheduler
+
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer is not None:
+            optimizer: Any = self.optimizer(parameters)
+        else:
+            scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # Lightning clips no fused ones
+            fused = not scales and all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters)
+            optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigError("the run has no end: give trainer.max_epochs or trainer.max_steps")
+        scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, round(self.warmup * steps), int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The model in eval mode, without gradients; as it was afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def variants(self) -> Iterator[str]:
+        """For a validation step: ``val`` with the adapters, then, if asked for, ``val_base`` without them."""
+        yield "val"
+        if self.compare_base:
+            with disable_adapters(self):
+                yield "val_base"

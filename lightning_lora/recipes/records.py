@@ -1,0 +1,180 @@
+"""Examples from files: JSONL, CSV, Parquet, plain text, folders of these, and datasets of the hub.
+
+Each record knows where it stands, so that what is wrong with it can be said by file and line.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+
+HUB = "hf://"
+MOST = 5  # problems of one file that are told one by one
+
+
+class Record(NamedTuple):
+    """One example as it was found, and where."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """The records of a file, of all files of a folder, or of a dataset of the hub (``hf://owner/name:split``).
+
+    A JSONL file has one object per line; a CSV or TSV file a line of column names; a text file is one document, in the
+    column ``text``. Files are read as they are iterated over.
+
+    Raises:
+        ConfigError: If there is no such file, it is of no known kind, empty, or a line is broken: with its number.
+    """
+    if source.startswith(HUB):
+        yield from _of_hub(source)
+        return
+    for path in files_of(source):
+        found = False
+        for record in _READERS[path.suffix.lower()](path):
+            found = True
+            yield record
+        if not found:
+            raise ConfigError(f"{path} is empty: give a file with at least one example")
+
+
+def files_of(source: str) -> list[Path]:
+    """The files that a path stands for: itself, or those of known kinds in a folder, sorted.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS)
+        if not files:
+            raise ConfigError(f"{source} is a folder without data: give one with {', '.join(_READERS)} files")
+        return files
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) or f" A dataset of the hub is {HUB}owner/name."
+        raise ConfigError(f"{source} does not exist.{hint}")
+    if path.suffix.lower() not in _READERS:
+        raise ConfigError(f"{source}: can't read {path.suffix or 'files without a suffix'}: give {', '.join(_READERS)}")
+    return [path]
+
+
+def digest_of(source: str) -> str:
+    """SHA-256 over what `read_records` would read, which names cached tokens."""
+    digest = hashlib.sha256()
+    if source.startswith(HUB):
+        digest.update(_dataset(source)._fingerprint.encode())
+        return digest.hexdigest()
+    for path in files_of(source):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    problems = list[str]()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except UnicodeDecodeError as error:
+                problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8")
+            except json.JSONDecodeError as error:
+                hint = ""
+                if number == 1 and line.lstrip().startswith(b"["):
+                    hint = ". A JSON array is no JSONL: write one object per line"
+                problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}{hint}")
+            else:
+                if isinstance(fields, dict):
+                    yield Record(fields, where)
+                else:
+                    problems.append(f'{where}: an object is needed, like {{"text": ...}}, got {type(fields).__name__}')
+            if len(problems) == MOST:
+                break
+    raise_all(ConfigError, problems)
+
+
+def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
+    def read(path: Path) -> Iterator[Record]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            try:
+                for fields in rows:
+                    where = f"{path}:{rows.line_num}"
+                    if None in fields or None in fields.values():
+                        columns = listing(rows.fieldnames or [])
+                        raise ConfigError(
+                            f"{where}: not as many values as columns ({columns}): quote values with {delimiter!r}"
+                        )
+                    yield Record(fields, where)
+            except csv.Error as error:
+                raise ConfigError(f"{path}:{rows.reader.line_num}: broken CSV: {error}") from None
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: not UTF-8 ({error.reason}): convert the file to UTF-8") from None
+
+    return read
+
+
+def _text(path: Path) -> Iterator[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
+    if text.strip():
+        yield Record({"text": text}, str(path))
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ConfigError(f"{path}: Parquet needs pyarrow: pip install 'lightning-lora[data]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ConfigError(f"{path} is no Parquet file: {error}") from None
+    row = 0
+    with file:
+        for batch in file.iter_batches(1024):
+            for fields in batch.to_pylist():
+                row += 1
+                yield Record(fields, f"{path}, row {row}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _text,
+    ".md": _text,
+}
+
+
+def _of_hub(source: str) -> Iterator[Record]:
+    for row, fields in enumerate(_dataset(source), 1):
+        yield Record(dict(fields), f"{source}, row {row}")
+
+
+def _dataset(source: str) -> Any:
+    """A split of a dataset by the ``datasets`` library, which also takes a local folder for ``owner/name``."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{source}: the hub needs the datasets library: pip install 'lightning-lora[data]'") from None
+    name, _, split = source.removeprefix(HUB).partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # its errors are those of the hub, of file systems and of file formats
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{source}: {type(error).__name__}: {reason}: check name, split and access") from error

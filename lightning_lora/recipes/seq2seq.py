@@ -1,0 +1,117 @@
+"""Texts from texts, by a model with an encoder and a decoder: summaries, translations."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from lightning_lora.recipes.batches import Batch
+from lightning_lora.recipes.chat import IGNORED
+from lightning_lora.recipes.generation import generate_texts
+from lightning_lora.recipes.module import Recipe
+
+
+class Seq2SeqLM(Recipe):
+    r"""An encoder and a decoder that learn :math:`\ell = -\frac{1}{|y|} \sum_t \log p(y_t | y_{<t}, x)`.
+
+    Logs ``train/loss`` and, for ``val`` and ``test``, ``loss``, and of generated texts ``rouge1``, ``rouge2``,
+    ``rougeL`` (F-measures, Lin 2004) and ``bleu`` (Papineni et al. 2002, with sacrebleu's tokens), by torchmetrics.
+
+    Args:
+        base: A folder or an id of the hub.
+        max_new_tokens: Of a generated text, at most.
+        generation: More arguments of ``generate``: ``{num_beams: 4}``.
+        **options: See `Recipe`.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("prompt",)
+    separate: ClassVar[bool] = True
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+
+    def __init__(
+        self, base: str, *, max_new_tokens: int = 64, generation: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        super().__init__(base, **options)
+        self.max_new_tokens, self.generation = max_new_tokens, generation or {}
+        self.measures: Any = nn.ModuleDict()
+
+    @override
+    def configure_model(self) -> None:
+        """Builds model and measures."""
+        if self.model is None:
+            from torchmetrics.text import ROUGEScore, SacreBLEUScore
+
+            for name in ("val", "val_base", "test"):
+                self.measures[name] = nn.ModuleDict(
+                    {
+                        "loss": MeanMetric(),
+                        "rouge": ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")),
+                        "bleu": SacreBLEUScore(),
+                    }
+                )
+        super().configure_model()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch's tokens."""
+        logits = self.model(**batch, use_cache=False).logits
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name in self.variants():
+            self._measure(name, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, name: str, batch: Batch) -> None:
+        measures, labels = self.measures[name], batch["labels"]
+        measures["loss"].update(self.loss(batch), int((labels != IGNORED).sum()))
+        kept = [row[row != IGNORED] for row in labels]
+        wanted = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        made = [made["prediction"] for made in self._generate(batch)]
+        measures["rouge"].update(made, wanted)
+        measures["bleu"].update(made, [[text] for text in wanted])
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Called when validation ends. Logs what was measured; all devices have the same values."""
+        for name in ("val", "val_base") if self.compare_base else ("val",):
+            self._report(name)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Called when a test ends. Likewise."""
+        self._report("test")
+
+    def _report(self, name: str) -> None:
+        measures = self.measures[name]
+        values = {"loss": measures["loss"].compute(), "bleu": measures["bleu"].compute()}
+        values |= {
+            key.removesuffix("_fmeasure"): value
+            for key, value in measures["rouge"].compute().items()
+            if key.endswith("_fmeasure")
+        }
+        for key, value in values.items():
+            self.log(f"{name}/{key}", value.to(self.device), prog_bar=key in ("loss", "rougeL"), sync_dist=True)
+        for metric in measures.values():
+            metric.reset()
+
+    def _generate(self, batch: Batch) -> list[dict[str, Any]]:
+        return generate_texts(self, batch, max_new_tokens=self.max_new_tokens, **self.generation)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Texts for prompts."""
+        return self._generate(batch)

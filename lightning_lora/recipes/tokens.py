@@ -1,0 +1,101 @@
+"""Tokenizers by the name of their model, and what is wrong with them, without the model itself."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.errors import ConfigError, listing, raise_all
+
+DEMO = Path(__file__).parents[1] / "demo" / "base"  # a language model of 1 M parameters, over bytes
+LONGEST = 2048  # tokens of an example, where neither the user nor the model says less
+
+
+def resolve(base: str) -> str:
+    """The folder or hub id that a name stands for: ``demo`` is the model in this package."""
+    return str(DEMO) if base == "demo" and not Path(base).exists() else base
+
+
+def load_config(base: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ConfigError: If there is none: absent, gated, or no model at all.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(base := resolve(base))
+    if folder.is_dir() and not (folder / "config.json").exists():
+        held = listing(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ConfigError(f"{base} is no model: it has no config.json (found: {held})")
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_absent("model", base, error)) from error
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ConfigError: If there is none, or it can't tell which characters a token stands for.
+    """
+    from transformers import AutoTokenizer
+
+    base = resolve(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # transformers raises many kinds, for files of many kinds
+        raise ConfigError(_absent("tokenizer", base, error)) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {base} is a slow one: save it as tokenizer.json with save_pretrained first"
+        )
+    return tokenizer
+
+
+def check_pair(base: str, tokenizer: Any, config: Any) -> None:
+    """Checks that a tokenizer is one for a model.
+
+    Raises:
+        ConfigError: If it has tokens that the model has no row for.
+    """
+    text = config.get_text_config()
+    size, vocabulary = len(tokenizer), getattr(text, "vocab_size", None)
+    problems = []
+    if vocabulary is not None and size > vocabulary:
+        problems.append(
+            f"the tokenizer of {base} has {size:,} tokens, the model {vocabulary:,}: "
+            "they don't belong together, or tokens were added: give the model's own, or resize its embeddings"
+        )
+    raise_all(ConfigError, problems)
+
+
+def context_of(config: Any, tokenizer: Any) -> int | None:
+    """How many tokens a model can see, if it says so."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")]
+    # RoBERTa counts positions from pad_token_id + 1, and only its tokenizer knows
+    own = tokenizer.model_max_length
+    known = [n for n in [*limits, own if own < 1 << 30 else None] if isinstance(n, int) and n > 0]
+    return min(known) if known else None
+
+
+def check_length(max_length: int | None, context: int | None, base: str) -> int:
+    """How long examples may be.
+
+    Raises:
+        ConfigError: If the model can't see as much as was asked for.
+    """
+    if max_length is None:
+        return min(context or LONGEST, LONGEST)
+    if context is not None and max_length > context:
+        raise ConfigError(f"max_length={max_length}, but {base} sees {context} tokens: give at most {context}")
+    return max_length
+
+
+def _absent(what: str, base: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    folder = Path(base)
+    if folder.is_dir():
+        held = listing(sorted(p.name for p in folder.iterdir()), 12) or "nothing"
+        return f"no {what} in {base} (found: {held}): {reason}"
+    return f"no {what} {base!r}: neither a folder here nor one of the hub that can be read ({reason})"

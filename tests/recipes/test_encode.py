@@ -1,0 +1,139 @@
+"""Tokens and labels: what is learnt, and what is not; what happens to what is too long."""
+
+import pytest
+import torch
+
+from lightning_lora import ConfigError
+from lightning_lora.recipes.chat import IGNORED, encode_messages
+from lightning_lora.recipes.encode import Encoder
+from lightning_lora.recipes.fields import KINDS, Schema
+from lightning_lora.recipes.records import Record
+from lightning_lora.recipes.store import Store, load_store, save_store
+from tests.recipes import files
+
+CONVERSATION = files.conversations(1)[0]["messages"]
+GENERATION = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FORGETFUL = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+
+
+def encoder(kind: str, chat: bool = False, style: str = "causal", **options) -> Encoder:
+    schema = Schema(kind, {role: role for role in KINDS[kind]}, options.pop("is_open", False))
+    return Encoder(schema, files.make_tokenizer(style, chat), options.pop("max_length", 64), **options)
+
+
+def learnt(own: Encoder, example: dict) -> str:
+    return own.tokenizer.decode([label for label in example["labels"] if label != IGNORED])
+
+
+def encode(own: Encoder, *records: dict) -> list[dict]:
+    return list(own.encode(Record(fields, f"a.jsonl:{i}") for i, fields in enumerate(records, 1)))
+
+
+def test_only_the_response_and_its_end_are_learnt():
+    own = encoder("prompt")
+    (example,) = encode(own, {"prompt": "Say it.", "response": " Yes, it is."})
+    assert own.tokenizer.decode(example["input_ids"]) == "<s>Say it. Yes, it is.</s>"
+    assert learnt(own, example) == " Yes, it is.</s>"
+    assert len(example["labels"]) == len(example["input_ids"])
+
+
+def test_a_prompt_template_of_the_users():
+    own = encoder("prompt", prompt_template="Topic {topic}. {prompt}\n")
+    (example,) = encode(own, {"prompt": "Why?", "response": "So.", "topic": "sun"})
+    assert own.tokenizer.decode(example["input_ids"]) == "<s>Topic sun. Why?\nSo.</s>"
+    with pytest.raises(
+        ConfigError, match=r"a.jsonl:1: prompt_template .*'topic' is no column; there are prompt, response"
+    ):
+        encode(own, {"prompt": "Why?", "response": "So."})
+
+
+@pytest.mark.parametrize("template", [files.CHAT, GENERATION])
+def test_what_the_assistant_says_is_learnt(template):
+    tokenizer = files.make_tokenizer()
+    tokenizer.chat_template = template
+    ids, labels = encode_messages(CONVERSATION, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "<|user|>Hello</s><|assistant|>Good day</s><|user|>alpha 0</s><|assistant|>alpha 0</s>"
+    )
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
+
+
+def test_a_chat_template_that_renders_turns_otherwise_later_is_refused():
+    tokenizer = files.make_tokenizer()
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(ConfigError, match=r"message 1: the chat template renders a turn otherwise .* {% generation %}"):
+        encode_messages(CONVERSATION, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template, which messages need"):
+        encode_messages(CONVERSATION, tokenizer)
+
+
+def test_a_prompt_goes_through_the_chat_template():
+    own = encoder("prompt", chat=True)
+    (example,) = encode(own, {"prompt": "Hi", "response": "Ho"})
+    assert own.tokenizer.decode(example["input_ids"]) == "<|user|>Hi</s><|assistant|>Ho</s>"
+    assert learnt(own, example) == "Ho</s>"
+    own = encoder("prompt", chat=True, is_open=True)
+    (example,) = encode(own, {"prompt": "Hi"})
+    assert own.tokenizer.decode(example["input_ids"]) == "<|user|>Hi</s><|assistant|>"
+
+
+def test_long_text_is_cut_into_pieces_and_nothing_is_lost():
+    own, text = encoder("text", max_length=16), "All human beings are born free and equal in dignity and rights. " * 3
+    examples = encode(own, {"text": text})
+    assert len(examples) > 3
+    assert all(len(example["input_ids"]) <= 16 for example in examples)
+    joined = [token for example in examples for token in example["input_ids"]]
+    assert own.tokenizer.decode(joined) == f"<s>{text}</s>"
+
+
+def test_what_is_too_long():
+    record = {"prompt": "a b c", "response": " one two three four five six seven eight nine ten eleven twelve"}
+    own = encoder("prompt", max_length=12)
+    (example,) = encode(own, record)
+    assert len(example["input_ids"]) == 12
+    assert own.notes == {"records": 1, "cut": 1}
+    own = encoder("prompt", max_length=12, overlong="drop")
+    assert encode(own, record, {"prompt": "a", "response": "b"}) != []
+    assert own.notes == {"records": 2, "dropped": 1}
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: \d+ tokens, at most 12 fit: raise data.max_length"):
+        encode(encoder("prompt", max_length=12, overlong="error"), record)
+    own = encoder("prompt", max_length=3)  # nothing of the response is left
+    assert encode(own, record) == []
+    assert own.notes["dropped"] == 1
+
+
+def test_classes_and_numbers():
+    own = encoder("classification", style="bert", labels=["no", "yes"], max_length=8)
+    short, long = encode(own, {"text": "short", "label": "yes"}, {"text": "a long text with words", "label": "no"})
+    assert (short["label"], long["label"]) == ([1], [0])
+    assert len(long["input_ids"]) == 8
+    assert long["input_ids"][-1] == own.tokenizer.eos_token_id  # the end stays where it is
+    own = encoder("classification", style="bert")
+    assert encode(own, {"text": "short", "label": "1.5"})[0]["label"] == [1.5]
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is 'much': regression needs numbers"):
+        encode(own, {"text": "short", "label": "much"})
+
+
+def test_a_tokenizer_without_an_end():
+    own = encoder("prompt")
+    own.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="has no eos_token, so responses would never end"):
+        encode(own, {"prompt": "a", "response": "b"})
+
+
+def test_a_store_keeps_what_it_is_given(tmp_path):
+    examples = [{"input_ids": [1, 2, 3], "label": [0.5]}, {"input_ids": [4], "label": [2.0]}]
+    save_store(Store.collect(examples, {"records": 2}), tmp_path / "x" / "a.safetensors")
+    store = load_store(tmp_path / "x" / "a.safetensors")
+    assert [[v.tolist() for v in store[i].values()] for i in range(len(store))] == [[[1, 2, 3], [0.5]], [[4], [2.0]]]
+    assert store[0]["input_ids"].dtype == torch.long
+    assert store.lengths().tolist() == [3, 1]
+    assert store.notes == {"records": 2}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can't keep tokens in .*: give another data.cache_dir"):
+        save_store(store, tmp_path / "file" / "a.safetensors")

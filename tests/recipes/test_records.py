@@ -1,0 +1,147 @@
+"""Files of every kind, and what is wrong with them, by file and line."""
+
+import json
+
+import pytest
+
+from lightning_lora import ConfigError
+from lightning_lora.recipes.fields import checked, find_schema
+from lightning_lora.recipes.records import digest_of, read_records
+from tests.recipes import files
+
+ROWS = [{"text": "one, two", "label": "a"}, {"text": "three\nfour", "label": "b"}]
+
+
+def write(tmp_path, kind: str) -> str:
+    path = tmp_path / f"data.{kind}"
+    if kind in ("jsonl", "ndjson"):
+        files.jsonl(path, ROWS)
+    elif kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        sign = {"csv": ",", "tsv": "\t"}[kind]
+        path.write_text(f'text{sign}label\n"one, two"{sign}a\n"three\nfour"{sign}b\n')
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "csv", "tsv", "parquet"])
+def test_tables(tmp_path, kind):
+    path = write(tmp_path, kind)
+    records = list(read_records(path))
+    assert [record.fields for record in records] == ROWS
+    assert all(record.where.startswith(path) for record in records)
+
+
+def test_text_is_one_document_and_a_folder_holds_several_files(tmp_path):
+    (tmp_path / "b.txt").write_text("second\n\nstill second")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "notes.bin").write_text("not read")
+    assert [r.fields["text"] for r in read_records(str(tmp_path))] == ["first", "second\n\nstill second"]
+    before = digest_of(str(tmp_path))
+    (tmp_path / "b.txt").write_text("second\n\nstill secona")
+    assert digest_of(str(tmp_path)) != before
+
+
+def test_a_dataset_by_the_library(tmp_path, monkeypatch):
+    """A local folder stands for one of the hub: the same call, the same library."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files.jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    source = f"hf://{tmp_path / 'set'}:train"
+    assert [r.fields for r in read_records(source)] == ROWS
+    assert digest_of(source) == digest_of(source)
+    with pytest.raises(ConfigError, match=r"set:other: ValueError: .*: check name, split and access"):
+        list(read_records(f"hf://{tmp_path / 'set'}:other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a.jsonl:3: broken JSON at column 1\d?: Expecting value"),
+        ("a.jsonl", "[\n", r"a.jsonl:1: broken JSON .* A JSON array is no JSONL: write one object per line"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: an object is needed, like \{\"text\": ...\}, got list"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 .* convert the file to UTF-8"),
+        ("a.jsonl", "\n", r"a.jsonl is empty: give a file with at least one example"),
+        ("a.csv", "text,label\nx\n", r"a.csv:2: not as many values as columns \(text, label\)"),
+        ("a.csv", 'text,label\n"x,a\n', r"a.csv:2: broken CSV: unexpected end of data"),
+        ("a.parquet", "no", r"a.parquet is no Parquet file"),
+        ("a.xlsx", "no", r"a.xlsx: can't read .xlsx: give .jsonl, .ndjson, .csv"),
+        ("a.txt", b"\xff\xff", r"a.txt: not UTF-8"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        list(read_records(str(path)))
+
+
+def test_several_broken_lines_are_told_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{\n{"a": 2}\n}\n')
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        list(read_records(str(tmp_path / "a.jsonl")))
+    assert [p.split(": ")[0].rpartition(":")[2] for p in caught.value.problems] == ["2", "4"]
+
+
+def test_absent_files(tmp_path):
+    files.jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(ConfigError, match=r"trian.jsonl does not exist. Did you mean 'train.jsonl'\?"):
+        list(read_records(str(tmp_path / "trian.jsonl")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is a folder without data"):
+        list(read_records(str(tmp_path / "empty")))
+
+
+def test_columns(tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", [{"Question": "q", "answer": "a"}])
+    with pytest.raises(ConfigError, match=r"has the columns Question, answer; X needs .*: name them: columns="):
+        find_schema(path, ("messages", "prompt"), None, "X")
+    columns = {"prompt": "Question", "response": "answer"}
+    assert find_schema(path, ("messages", "prompt"), columns, "X").columns == columns
+    with pytest.raises(ConfigError, match="has no column for response: reply: it has Question, answer"):
+        find_schema(path, ("prompt",), {**columns, "response": "reply"}, "X")
+    with pytest.raises(ConfigError, match="columns: promt is none of"):
+        find_schema(path, ("prompt",), {"promt": "Question"}, "X")
+    assert find_schema(path, ("prompt",), {"prompt": "Question"}, "X", is_open=True).columns == {"prompt": "Question"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("prompt", {"prompt": "p", "response": None}, r"a.jsonl:2: no 'response': fill it in"),
+        ("prompt", {"prompt": " ", "response": "r"}, r"a.jsonl:2: 'prompt' is empty"),
+        ("prompt", {"prompt": 3, "response": "r"}, r"a.jsonl:2: 'prompt' must be text, got int \(3\)"),
+        ("messages", {"messages": "hello"}, r"a.jsonl:2: 'messages' must be a list of messages"),
+        ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"a.jsonl:2: 'messages'\[0\] has the role 'bot'"),
+        ("messages", {"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: .* no message of the assistant"),
+        (
+            "messages",
+            {"messages": [{"role": "user"}]},
+            r"a.jsonl:2: 'messages'\[0\] must be \{role: ..., content: text\}",
+        ),
+        (
+            "classification",
+            {"text": "t", "label": "z"},
+            r"a.jsonl:2: 'label' is 'z', which is none of the 2 classes a, b",
+        ),
+        ("classification", {"text": "t", "label": [1]}, r"a.jsonl:2: 'label' must be a class"),
+    ],
+)
+def test_broken_records(tmp_path, kind, record, message):
+    good = {
+        "prompt": {"prompt": "p", "response": "r"},
+        "messages": files.conversations(1)[0],
+        "classification": {"text": "t", "label": "a"},
+    }[kind]
+    path = files.jsonl(tmp_path / "a.jsonl", [good, record])
+    schema = find_schema(path, (kind,), None, "X")
+    with pytest.raises(ConfigError, match=message):
+        list(checked(read_records(path), schema, ["a", "b"] if kind == "classification" else None))
+
+
+def test_records_keep_their_other_columns(tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", [{"q": "p", "response": "r", "topic": "t"}])
+    (record,) = checked(read_records(path), find_schema(path, ("prompt",), {"prompt": "q"}, "X"))
+    assert json.dumps(record.fields, sort_keys=True) == '{"prompt": "p", "q": "p", "response": "r", "topic": "t"}'

@@ -1,0 +1,288 @@
+"""Each recipe trains in a real Trainer, is saved, comes back, and predicts; a broken-off epoch goes on bit for bit."""
+
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers as tf
+from lightning.pytorch.loggers import CSVLogger
+from torchmetrics.text import Perplexity
+
+import lightning_lora as ll
+from lightning_lora.recipes import DPO, CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule, dpo_loss
+from lightning_lora.recipes.causal_lm import is_plain
+from tests.recipes import files
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*ckpt_path=.*:UserWarning", "ignore:Metric `SpearmanCorrcoef` will save:UserWarning"
+)
+
+
+def fit(module, data, steps: int = 12, lora=True, **options):
+    ckpt_path = options.pop("ckpt_path", None)
+    callbacks = [ll.LoRA(r=4, lora_alpha=8, lora_dropout=options.pop("dropout", 0.0))] if lora else []
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[*callbacks, *options.pop("callbacks", [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **{"logger": CSVLogger("logs"), **options},
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def assert_falls(values: list[float], by: float = 0.1) -> None:
+    third = len(values) // 3
+    assert sum(values[-third:]) < (1 - by) * sum(values[:third])
+
+
+class Kept(CSVLogger):
+    """Keeps all rows in memory too."""
+
+    def __init__(self) -> None:
+        super().__init__("logs")
+        self.rows: list[dict] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(metrics)
+        super().log_metrics(metrics, step)
+
+    def losses(self) -> list[float]:
+        return [row["train/loss"] for row in self.rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("prompts", {}),
+        ("prompts", {"packing": True, "max_length": 64, "batch_size": 2}),
+        ("conversations", {}),
+        ("text", {"max_length": 32}),
+    ],
+)
+def test_causal_lm(kind, options, llama, chat_llama, tmp_path):
+    records = [{"text": "Now and again. " * 12}] * 6 if kind == "text" else getattr(files, kind)()
+    path, logger = files.jsonl(tmp_path / "a.jsonl", records), Kept()
+    module = CausalLM(chat_llama if kind == "conversations" else llama, lr=0.03, compare_base=True, max_new_tokens=4)
+    trainer = fit(module, TextDataModule(path, **{"batch_size": 4, "val_split": 0.2, **options}), logger=logger)
+    assert_falls(logger.losses())
+    found = trainer.callback_metrics
+    assert found["val/loss"] < found["val_base/loss"]
+    assert found["val/perplexity"] == pytest.approx(math.exp(found["val/loss"]), rel=1e-5)
+    assert 0 <= found["val/token_accuracy"] <= 1
+
+    again = ll.load_from_checkpoint(CausalLM, trainer.checkpoint_callback.best_model_path)
+    assert isinstance(again.model, tf.LlamaForCausalLM)
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(again.model(ids).logits, module.model.eval()(ids).logits, rtol=0, atol=0)
+    (made,) = trainer.predict(module, datamodule=TextDataModule(predict=path, batch_size=len(records)))
+    assert len(made) == len(records)
+    assert all(set(row) == {"prompt", "prediction"} for row in made)
+
+
+def test_perplexity_is_torchmetrics_own(llama, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    module, data = CausalLM(llama), TextDataModule(path, val=path, batch_size=5)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    metric, hits, count = Perplexity(ignore_index=-100), 0, 0
+    for batch in data.val_dataloader():
+        logits = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.detach()
+        labels = batch["labels"][:, 1:]
+        metric.update(logits[:, :-1], labels)
+        hits += int((logits[:, :-1].argmax(-1) == labels).sum())
+        count += int((labels != -100).sum())
+    assert found["val/perplexity"] == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert found["val/token_accuracy"] == pytest.approx(hits / count)
+
+
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gemma2", False)])
+def test_large_vocabularies_give_the_same_loss_without_all_logits(family, plain, monkeypatch):
+    sizes = {**files.SIZES, **files.IDS, "vocab_size": 320, "num_key_value_heads": 2}
+    config = {
+        "llama": lambda: tf.LlamaConfig(**sizes),
+        "gemma2": lambda: tf.Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5),
+    }[family]()
+    monkeypatch.setattr("lightning_lora.recipes.causal_lm.LARGE", 100)
+    module = CausalLM("none")
+    module.model = tf.AutoModelForCausalLM.from_config(config).double()
+    assert is_plain(module, module.model.get_output_embeddings()) == plain
+    ids = torch.randint(3, 320, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids < 60, -100)}
+    loss, hits, count = module.loss(batch, measure=True)
+    assert module._by_parts == plain
+    module._by_parts = False
+    whole, hits_of_whole, _ = module.loss(batch, measure=True)
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, module.model(**batch).loss.to(loss.dtype), rtol=1e-6, atol=1e-6)
+    assert hits == hits_of_whole
+    assert count == int((batch["labels"][:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_broken_off_epoch_goes_on_bit_for_bit(workers, packing, llama, tmp_path):
+    """With dropout, shuffling and a scheduler: three steps into the second epoch, then on in another Trainer."""
+    if workers and packing:
+        pytest.skip("either is enough")
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts(60 if packing else 24))
+    options = {"packing": packing, "max_length": 64, "batch_size": 2 if packing else 4, "val_split": 0.2}
+
+    def run(steps: int, workers: int = workers, **more):
+        pl.seed_everything(3, verbose=False)
+        logger, module = Kept(), CausalLM(llama, lr=0.01, schedule="constant")
+        saver = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=8, save_top_k=-1)
+        data = TextDataModule(path, num_workers=workers, **options)
+        fit(module, data, steps, logger=logger, dropout=0.2, callbacks=[saver], limit_val_batches=0, **more)
+        return logger.losses(), {k: v.clone() for k, v in ll.adapter_state_dict(module).items()}
+
+    whole, expected = run(13)
+    if workers:
+        assert whole == run(13, workers=0)[0]
+    assert len(set(whole)) == 13
+    first, _ = run(8)
+    assert first == whole[:8]
+    (saved,) = (tmp_path / "saved").glob("*step=8.ckpt")
+    rest, found = run(13, ckpt_path=str(saved))
+    assert rest == whole[8:]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_sequence_classifier(bert, tmp_path):
+    path, logger = files.jsonl(tmp_path / "a.jsonl", files.classes()), Kept()
+    module = SequenceClassifier(bert, lr=0.03, compare_base=True)
+    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 24, logger=logger)
+    assert_falls(logger.losses())
+    found = trainer.callback_metrics
+    assert found["val/accuracy"] > found["val_base/accuracy"]
+    assert {"val/macro_f1", "val/mcc", "val/loss"} <= found.keys()
+    assert module.model.config.id2label == {0: "alpha", 1: "beta", 2: "gamma"}
+
+    again = ll.load_from_checkpoint(SequenceClassifier, trainer.checkpoint_callback.best_model_path)
+    assert again.labels == ["alpha", "beta", "gamma"]
+    (made,) = trainer.predict(again, datamodule=TextDataModule(predict=path, batch_size=24))
+    right = sum(row["prediction"] == record["label"] for row, record in zip(made, files.classes(), strict=True))
+    assert right / 24 == pytest.approx(float(found["val/accuracy"]))
+
+
+def test_regression(bert, tmp_path):
+    records = [{"text": f"about {files.WORDS[i % 4]}", "label": i % 4 - 1.5} for i in range(24)]
+    path, logger = files.jsonl(tmp_path / "a.jsonl", records), Kept()
+    module = SequenceClassifier(bert, regression=True, lr=0.01)
+    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 36, logger=logger)
+    assert_falls(logger.losses(), 0.2)
+    assert trainer.callback_metrics["val/pearson"] > 0.5
+    assert {"val/mae", "val/spearman"} <= trainer.callback_metrics.keys()
+    (made,) = trainer.predict(module, datamodule=TextDataModule(predict=path, batch_size=24))
+    assert isinstance(made[0]["prediction"], float)
+
+
+def test_a_decoder_as_classifier_needs_a_pad_token(tmp_path):
+    """Without one a decoder could not tell where a text ends: refused; by name it works."""
+    folder = files.llama(tmp_path / "m")
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes())
+    with pytest.raises(ll.ConfigError, match=r"has no pad_token, which SequenceClassifier needs .*data.pad_token"):
+        fit(SequenceClassifier(folder), TextDataModule(path, val=path))
+    trainer = fit(SequenceClassifier(folder, lr=0.03), TextDataModule(path, val=path, pad_token="<unk>"), 3)
+    assert trainer.global_step == 3
+
+
+def test_seq2seq(t5, tmp_path):
+    path, logger = files.jsonl(tmp_path / "a.jsonl", files.prompts()), Kept()
+    module = Seq2SeqLM(t5, lr=0.03, max_new_tokens=4)
+    trainer = fit(module, TextDataModule(path, batch_size=8, val_split=0.2), 18, logger=logger)
+    assert_falls(logger.losses())
+    assert {"val/loss", "val/rouge1", "val/rouge2", "val/rougeL", "val/bleu"} <= trainer.callback_metrics.keys()
+    (made,) = trainer.predict(module, datamodule=TextDataModule(predict=path, batch_size=24))
+    assert made[1]["prompt"] == "Say beta 1."
+    batch = next(iter(trainer.datamodule.val_dataloader())) if trainer.datamodule.sources["train"] else None
+    assert batch is None or module.loss(batch) > 0
+
+
+def test_the_dpo_loss_is_equation_7():
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5, dtype=torch.float64) * 3
+    ratio = (chosen.exp() / ref_chosen.exp()).log() - (rejected.exp() / ref_rejected.exp()).log()
+    expected = -torch.log(1 / (1 + torch.exp(-0.3 * ratio)))
+    torch.testing.assert_close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3), expected)
+
+
+def test_dpo(llama, tmp_path):
+    path, logger = files.jsonl(tmp_path / "a.jsonl", files.preferences()), Kept()
+    module = DPO(llama, lr=0.03, beta=0.5)
+    trainer = fit(module, TextDataModule(path, batch_size=8, val_split=0.2), 18, logger=logger)
+    assert logger.losses()[0] == pytest.approx(math.log(2), rel=1e-5)  # the policy starts as its reference
+    assert_falls(logger.losses())
+    assert trainer.callback_metrics["val/accuracy"] > 0.5
+    assert trainer.callback_metrics["val/margin"] > 0
+
+
+def test_dpos_reference_is_the_base_alone(llama, tmp_path):
+    """In float64, beside a second model that has never seen an adapter."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.preferences(4))
+    module, data = DPO(llama, dtype="float64", beta=0.5), TextDataModule(path, val=path, batch_size=4)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    ll.inject(module, ll.LoRAConfig(r=4, lora_alpha=8))
+    for name, parameter in module.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    batch, base = next(iter(data.val_dataloader())), tf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
+
+    def sums(model, prefix):
+        ids, labels = batch[f"{prefix}input_ids"], batch[f"{prefix}labels"]
+        logits = model(input_ids=ids, attention_mask=batch[f"{prefix}attention_mask"]).logits
+        found = logits.log_softmax(-1)[:, :-1].gather(2, labels[:, 1:].clamp(min=0)[..., None]).squeeze(2)
+        return (found * (labels[:, 1:] != -100)).sum(1)
+
+    policy, reference = ([sums(model, prefix) for prefix in ("", "rejected_")] for model in (module.model, base))
+    logits = 0.5 * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
+    loss, told = module.loss(batch)
+    torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(logits).mean(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(told["accuracy"], (logits > 0).double().mean())
+
+
+def test_dpo_without_adapters_has_no_reference(llama, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.preferences())
+    with pytest.raises(ll.ConfigError, match=r"DPO: the reference is the model without its adapters.*add ll.LoRA"):
+        fit(DPO(llama), TextDataModule(path), lora=False)
+
+
+def test_options_of_the_model(llama, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    module = CausalLM(
+        llama,
+        dtype="bfloat16",
+        attn_implementation="eager",
+        gradient_checkpointing=True,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    )
+    trainer = fit(module, TextDataModule(path, batch_size=4), 2)
+    assert module.model.dtype is torch.bfloat16
+    assert module.model.config._attn_implementation == "eager"
+    assert module.model.is_activation_checkpointing
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+
+
+def test_the_default_optimizer_is_one_kernel_with_warmup(llama, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = fit(CausalLM(llama, lr=0.1, warmup=0.2), TextDataModule(path, batch_size=2), 10, callbacks=[Watch()])
+    (optimizer,) = trainer.optimizers
+    assert optimizer.defaults["fused"]
+    assert rates[:3] == pytest.approx([0, 0.05, 0.1])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
