@@ -1,6 +1,8 @@
 """LoRA and DoRA for PyTorch Lightning: one callback turns any Trainer run into a fine-tuning run of adapters."""
 
 from lightning_lora.analysis.analyze import analyze
+from lightning_lora.analysis.memory import estimate_memory
+from lightning_lora.analysis.memory_estimate import MemoryEstimate
 from lightning_lora.analysis.results import Analysis
 from lightning_lora.analysis.summary import Summary, summary
 from lightning_lora.attached import attach_optimizer
@@ -45,6 +47,7 @@ __all__ = [
     "LightningLoRAError",
     "LoRA",
     "LoRAConfig",
+    "MemoryEstimate",
     "MergeReport",
     "Plan",
     "Quantization",
@@ -60,6 +63,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "eject",
+    "estimate_memory",
     "inject",
     "linear_cross_entropy",
     "lint",

@@ -1,0 +1,150 @@
+"""The estimate of memory against what is there: as a program, this writes the table of docs/memory.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora.analysis.memory_trace import trace
+from lightning_lora.freeze import train_mode
+from lightning_lora.ops import operand
+from lightning_lora.patches import Patches
+from lightning_lora.recompute import checkpoint_activations
+from tests.benchmarks.speed.held import held_bytes
+
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
+TOLERANCE = 0.05
+BATCH, TOKENS = 2, 48
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
+METHODS = {"LoRA": {}, "DoRA": {"use_dora": True}, "QLoRA": {}}
+
+
+def llama() -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=500, num_key_value_heads=2, **SIZES))
+
+
+def gpt2() -> nn.Module:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=500, n_embd=128, n_layer=3, n_head=4))
+
+
+def bert() -> nn.Module:
+    return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=500, num_labels=3, **SIZES))
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 320, "num_layers": 2, "num_heads": 4}
+    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=500, decoder_start_token_id=0, **sizes))
+
+
+def vit() -> nn.Module:
+    return tf.ViTForImageClassification(tf.ViTConfig(image_size=64, patch_size=8, num_labels=3, **SIZES))
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 3, shape)
+
+
+FAMILIES = {
+    "Llama": (llama, lambda: {"input_ids": ids(BATCH, TOKENS), "labels": ids(BATCH, TOKENS)}),
+    "GPT-2": (gpt2, lambda: {"input_ids": ids(BATCH, TOKENS), "labels": ids(BATCH, TOKENS)}),
+    "BERT classifier": (bert, lambda: {"input_ids": ids(BATCH, TOKENS), "labels": ids(BATCH)}),
+    "T5": (t5, lambda: {"input_ids": ids(BATCH, TOKENS), "labels": ids(BATCH, TOKENS)}),
+    "ViT classifier": (vit, lambda: {"pixel_values": torch.randn(BATCH, 3, 64, 64), "labels": ids(BATCH)}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Estimated and measured bytes of one way to train one model."""
+
+    family: str
+    method: str
+    checkpointing: bool
+    estimated: dict[str, int]
+    measured: dict[str, int]
+
+    def line(self) -> str:
+        cells = [self.family, self.method, "yes" if self.checkpointing else "no"]
+        for key in self.estimated:
+            cells += [f"{self.estimated[key]:,}", f"{self.measured[key]:,}"]
+        return f"| {' | '.join(cells)} |"
+
+
+def measure(model: nn.Module, batch: dict, config: ll.LoRAConfig, quantization: str | None, again: bool) -> dict:
+    """What is there: bytes of tensors in a model that trains, not of shapes."""
+    ll.inject(model, config)
+    if quantization is not None:
+        ll.quantize(model, quantization)
+    train_mode(model, ["default"])
+    if again:
+        checkpoint_activations(model, Patches())
+    held = held_bytes(lambda: model(**batch).loss)
+    model.zero_grad()
+    vars(operand._KEPT).clear()  # a device makes the memory for one product anew, which counts
+    peak = trace(model, lambda: model(**batch).loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    model(**batch).loss.backward()
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return {
+        "weights": stored(model),
+        "optimizer": sum(value.nbytes for value in states),
+        "held": held,
+        "peak": max(peak.forward_peak + peak.gradients, peak.backward_peak),
+    }
+
+
+def stored(model: nn.Module) -> int:
+    """Bytes of all weights and buffers, with what unpacks them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            tensors += [state.absmax]
+            tensors += [state.offset, state.state2.absmax] if state.nested else []
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def compare(family: str, method: str, again: bool) -> Row:
+    build, make_batch = FAMILIES[family]
+    torch.manual_seed(0)
+    model = build().eval()
+    config = ll.LoRAConfig(r=4, lora_alpha=6, **METHODS[method])
+    quantization = "nf4-dq" if method == "QLoRA" else None
+    options = {"batch_size": BATCH, "seq_len": TOKENS, "gradient_checkpointing": again}
+    found = ll.estimate_memory(model, config, quantization, **options)
+    batch = make_batch()
+    inputs = sum(value.nbytes for value in batch.values())
+    parts = found.parts
+    estimated = {
+        "weights": parts.base + parts.adapters + parts.in_full,
+        "optimizer": parts.optimizer,
+        "held": parts.activations - inputs,
+        "peak": parts.gradients + parts.activations + parts.temporary - inputs,
+    }
+    return Row(family, method, again, estimated, measure(model, batch, config, quantization, again))
+
+
+CASES = [(family, method, again) for family in FAMILIES for method in METHODS for again in (False, True)]
+
+
+@pytest.mark.parametrize(("family", "method", "again"), CASES)
+def test_the_estimate_is_what_is_there(family, method, again):
+    row = compare(family, method, again)
+    for key, estimated in row.estimated.items():
+        assert estimated == pytest.approx(row.measured[key], rel=TOLERANCE), key
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        row = compare(*case)
+        print(
+            row.family,
+            row.method,
+            row.checkpointing,
+            {k: round(v / row.measured[k], 4) for k, v in row.estimated.items()},
+        )
