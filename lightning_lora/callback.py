@@ -57,7 +57,7 @@ class LoRA(CallbackBase):
         exclude_modules: The same forms.
         target_parameters: Names of parameters that are read, not called.
         layers_to_transform: Indices of the blocks to adapt, or a mapping from a tower to its indices.
-        rank_pattern: Ranks that differ from r, by pattern.
+        rank_pattern: Ranks that differ from r, by pattern; or ``auto``: spread by data.
         alpha_pattern: Values that differ from lora_alpha, by pattern.
         use_rslora: Scale by the square root of r.
         use_dora: Train the magnitude of each output row too.
@@ -95,9 +95,9 @@ class LoRA(CallbackBase):
         lora_dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         exclude_modules: str | list[str] | None = None,
-        target_parameters: list[str] | None = None,
+        target_parameters: str | list[str] | None = None,
         layers_to_transform: int | list[int] | dict[str, list[int]] | None = None,
-        rank_pattern: dict[str, int] | None = None,
+        rank_pattern: dict[str, int] | Literal["auto"] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,

@@ -1,5 +1,6 @@
 """How several updates of one weight become one: the formulas, on tensors alone, in float32 or float64."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,17 @@ class Update(NamedTuple):
     factors: tuple[Tensor, Tensor] | None = None
     dense: Tensor | None = None
 
+    @property
+    def depth(self) -> int:
+        """How many matrices it is a stack of; 0 for one matrix."""
+        tensor = self.dense if self.factors is None else self.factors[0]
+        return len(tensor) if tensor is not None and tensor.dim() == 3 else 0
+
+    def of(self, index: int) -> "Update":
+        """That of one matrix of a stack."""
+        factors = None if self.factors is None else (self.factors[0][index], self.factors[1][index])
+        return self._replace(factors=factors, dense=None if self.dense is None else self.dense[index])
+
     def matrix(self) -> Tensor:
         """ΔW, (d, k)."""
         if self.factors is None:
@@ -63,6 +75,10 @@ def combine(updates: Sequence[Update], method: str, rank: int | None, density: f
         density: The share of values that pruning leaves.
         source: What is drawn at random comes from here.
     """
+    if depth := updates[0].depth:
+        return _stacked(
+            [combine([u.of(i) for u in updates], method, rank, density, _of(source, i)) for i in range(depth)]
+        )
     weights = [update.weight for update in updates]
     if rank is None:
         factors = _concatenated(updates) if method == "cat" else _by_factor(updates, method, density, source)
@@ -72,6 +88,19 @@ def combine(updates: Sequence[Update], method: str, rank: int | None, density: f
     names = [f"{update.adapter_name}.delta" for update in updates]
     matrices = [update.matrix() for update in updates]
     return best_of_matrix(_blend(method, matrices, weights, names, density, source), rank, source("rest"))
+
+
+def _of(source: Source, index: int) -> Source:
+    """The random numbers of one matrix of a stack."""
+    return lambda part: source(f"{part}.{index}")
+
+
+def _stacked(each: Sequence[Combined]) -> Combined:
+    """Those of the matrices of a stack as one."""
+    norm = math.hypot(*(one.norm for one in each))
+    lost = math.hypot(*(one.norm * one.error for one in each))
+    A, B = (torch.stack([getattr(one, part) for one in each]) for part in ("A", "B"))
+    return Combined(A, B, norm, lost / norm if norm else 0.0)
 
 
 def product_norm(A: Tensor, B: Tensor) -> float:

@@ -14,7 +14,6 @@ from lightning_lora.compose_report import CombineReport, LayerCombination
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import bring, values_of
 from lightning_lora.errors import ConfigError, listing, raise_all
-from lightning_lora.formats.peft_names import shortest_targets
 from lightning_lora.freeze import freeze
 from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, attach, lora_layers
@@ -23,7 +22,7 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import unknown_names, weight_problems
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
-from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of
+from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, target_fields, update_of
 from lightning_lora.values import value_problems
 
 _Layers = Mapping[str, tuple[Node, dict[str, Adapter]]]
@@ -117,7 +116,7 @@ def combine_adapters(
     ]
     raise_all(ConfigError, problems, "combine_adapters")
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
-    config = _config(model, layers, in_full, {name: len(combined.A) for name, combined in made.items()})
+    config = _config(model, layers, in_full, {name: combined.A.shape[-2] for name, combined in made.items()})
     adapters = {
         name: as_adapter(node, config, adapter_name, made[name], _widest(here)) for name, (node, here) in layers.items()
     }
@@ -240,7 +239,7 @@ def _config(model: nn.Module, layers: _Layers, in_full: list[_InFull], ranks: Ma
     ]
     fields: dict[str, Any] = {
         "lora_dropout": max(config.lora_dropout for config in configs.values()),
-        "target_modules": shortest_targets(layers, [name for name in nodes(model) if name]),
+        **target_fields({name: node for name, (node, _) in layers.items()}, nodes(model)),
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases), "none"),
         "modules_to_save": sorted(saved) or None,
     }

@@ -26,7 +26,6 @@ from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, r
 Patterns = str | list[str]
 
 INITS: dict[str, Callable[..., Any]] = {}  # by name, filled by `lightning_lora.inits`
-PLANNED_INITS = ("eva",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,17 @@ class LoRAConfig:
         lora_alpha: Scale of the update, before it is divided by r (or by the square root of r).
         lora_dropout: Probability of dropout on the adapter's input, in [0, 1).
         target_modules: ``"all-linear"``, ``"attention"``, ``"mlp"``, a regex that matches whole module names, or a
-            list of name suffixes, globs (``"layers.*.q_proj"``), regexes (``"re:..."``) and the three words above.
+            list of name suffixes, globs (``"layers.*.q_proj"``), regexes (``"re:..."``) and the three words above. It
+            may be empty where target_parameters says what to adapt.
         exclude_modules: The same forms. Naming a module excludes everything below it.
-        target_parameters: Names of parameters that are read, not called.
+        target_parameters: Parameters that are read, not called, by the same forms (``"attn.in_proj_weight"``,
+            ``"lstm.weight_*"``), or ``"experts"``: the stacked weights of a mixture of experts. They come on top of
+            target_modules.
         layers_to_transform: Indices of the numbered blocks to adapt, or a mapping from a tower to its indices:
             ``{"vision_tower": [0, 1], "language_model": [30, 31]}``. A tower that is not named is not adapted.
         rank_pattern: Ranks that differ from r: ``{pattern: rank}``. Of several matching patterns the first counts.
+            ``"auto"`` spreads them by data, within the parameters that r everywhere would have (see
+            `lightning_lora.initialise_from_data`).
         alpha_pattern: Values that differ from lora_alpha, likewise.
         use_rslora: Scale by the square root of the rank.
         use_dora: Train the magnitude of each output row too.
@@ -77,9 +81,9 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: Patterns = "all-linear"
     exclude_modules: Patterns | None = None
-    target_parameters: list[str] | None = None
+    target_parameters: Patterns | None = None
     layers_to_transform: int | list[int] | dict[str, list[int]] | None = None
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, int] | Literal["auto"] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
@@ -105,6 +109,26 @@ class LoRAConfig:
     def variant(self) -> str:
         """The name of the adapter class: ``"lora"`` or ``"dora"``."""
         return "dora" if self.use_dora else "lora"
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks that differ from r, by pattern, as far as they are known."""
+        return self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ranks or first factors come from batches of data."""
+        return self.rank_pattern == "auto" or bool(getattr(self._init, "from_data", False))
+
+    @property
+    def _init(self) -> Any:
+        return INITS.get(self.init_lora_weights) if isinstance(self.init_lora_weights, str) else self.init_lora_weights
+
+    def is_settled_in(self, other: "LoRAConfig") -> bool:
+        """Whether another configuration is this one with the ranks that data gave it."""
+        ranks = ("rank_pattern", "alpha_pattern", "exclude_modules")
+        own, others = ({k: v for k, v in c.to_dict().items() if k not in ranks} for c in (self, other))
+        return self.needs_data and own == others
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """The factor s of a layer with this rank and alpha."""
@@ -136,11 +160,17 @@ class LoRAConfig:
             yield f"lora_alpha must be finite and not 0 (the update is scaled by it), got {self.lora_alpha!r}"
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}"
-        yield from pattern_problems("target_modules", self.target_modules)
+        if self.target_modules or not self.target_parameters:
+            yield from pattern_problems("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             yield from pattern_problems("exclude_modules", self.exclude_modules)
+        if self.target_parameters is not None:
+            yield from pattern_problems("target_parameters", self.target_parameters)
         yield from index_problems(self.layers_to_transform)
-        yield from mapping_problems("rank_pattern", self.rank_pattern, "a positive integer", is_rank)
+        if self.rank_pattern != "auto":
+            yield from mapping_problems("rank_pattern", self.rank_pattern, "a positive integer, or 'auto'", is_rank)
+        elif getattr(self._init, "name", None) == "loftq":
+            yield "rank_pattern='auto' needs a base that computes, and 'loftq' the ranks before it is packed: drop one"
         yield from mapping_problems("alpha_pattern", self.alpha_pattern, "finite and not 0", is_alpha)
         for flag in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, flag), bool):
@@ -153,7 +183,7 @@ class LoRAConfig:
         init: Any = self.init_lora_weights
         if not callable(init):
             hint = " (PEFT's True is 'kaiming' here)" if init is True else ""
-            yield from (p + hint for p in choice_problems("init_lora_weights", init, (*INITS, *PLANNED_INITS)))
+            yield from (p + hint for p in choice_problems("init_lora_weights", init, (*INITS,)))
         if self.modules_to_save not in ("auto", None):
             if isinstance(self.modules_to_save, str):
                 hint = did_you_mean(self.modules_to_save, ["auto"]) or f" For one module: [{self.modules_to_save!r}]."
@@ -162,13 +192,8 @@ class LoRAConfig:
                 yield from pattern_problems("modules_to_save", self.modules_to_save)
 
     def _unbuilt(self) -> Iterable[str]:
-        if self.target_parameters is not None:
-            yield "target_parameters is not built yet: adapters on parameters that are read, not called"
         if self.trainable_token_indices is not None:
             yield "trainable_token_indices is not built yet; modules_to_save can train the whole embedding"
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITS:
-            built = " or ".join(map(repr, INITS))
-            yield f"init_lora_weights={self.init_lora_weights!r} is not built yet; use {built}"
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,6 @@ _WAYS_OUT = {
 _NOTES = {
     "does not require grad": "only the adapters need gradients, and none reached the loss. If the layers lie in a "
     "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False.",
-    "modified by an inplace operation": "with use_dora a linear layer's output is kept for the magnitude's gradient: "
-    "nothing behind it may work in place, as nn.ReLU(inplace=True) does.",
 }
 
 

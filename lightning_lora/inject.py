@@ -7,12 +7,13 @@ takes is kept on the modules themselves (`lightning_lora.marks`).
 import os
 import warnings
 import zlib
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter, variant_class
-from lightning_lora.arguments import name_problems
+from lightning_lora.asked import check_adapter, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import forget, put_in_place
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
@@ -33,6 +34,7 @@ from lightning_lora.ops.sharded import is_flattened
 from lightning_lora.owned import without_owned
 from lightning_lora.quantization import guard
 from lightning_lora.targets import Plan, draft
+from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -61,7 +63,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora.default.A', '0.lora.default.B']
     """
-    tree = nodes(model)
+    tree, config = nodes(model), settled(model, config, adapter_name)
     had = {name for node in tree.values() if isinstance(node.module, LoRALayer) for name in node.module.lora}
     drafted, problems = draft(model, config, tree)
     raise_all(TargetError, problems, "LoRA")
@@ -101,9 +103,10 @@ def carry_out(
         seed: What the first values are drawn from; `default_seed` by default.
         tree: The modules that the model has, where these are known.
     """
-    _check_adapter(model, config, adapter_name)
+    check_adapter(model, config, adapter_name)
     guard(model)
     tree = nodes(model) if tree is None else tree
+    tree = parameter_sites(tree, [target.name for target in drafted.targets])
     targets = {id(tree[target.name].module): target for target in drafted.targets}
     held = [n.module for n in tree.values() if isinstance(n.module, LoRALayer) and adapter_name in n.module.lora]
     present = {id(layer) for layer in held}
@@ -194,11 +197,13 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
     """
     for layer_name, layer in lora_layers(model):
         for adapter in layer.lora_adapters().values():
-            weight = layer._parameters["weight"]
+            weight: Any = layer.weight
             if adapter.A.is_meta or weight is None or weight.is_meta or is_flattened(weight):
                 continue  # it has no values yet, or these can't be seen any more
             if adapter.initialised:
                 adapter.follow(layer)
+            elif adapter.config.needs_data:
+                continue  # `initialise_from_data` does it
             elif stage_of(adapter.config.init_lora_weights) <= (Stage.PACKED if layer.lora_packed and stage else stage):
                 try:
                     layer.lora_initialise(adapter, device)
@@ -209,21 +214,6 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
 def default_seed() -> int:
     """The seed of Lightning's ``seed_everything``, or that of torch."""
     return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-
-
-def _check_adapter(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    problems = [*name_problems(name), *merged_problems(model, "call ll.unmerge before adapters are added")]
-    raise_all(ConfigError, problems, "LoRA")
-    for layer_name, layer in lora_layers(model):
-        if name in layer.lora:
-            old, new = layer.lora_adapters()[name].config.to_dict(), config.to_dict()
-            changes = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
-            if changes:
-                raise ConfigError(
-                    f"the model already has an adapter {name!r} (on {layer_name}) with another configuration: "
-                    f"{', '.join(changes)}. Use another adapter_name, or ll.eject(model) first"
-                )
-            return
 
 
 def create(
@@ -248,8 +238,8 @@ def create(
         dtype: Dtype of the master copies; a float64 layer gets float64.
         seed: The seed.
     """
-    layer, kind, weight = node.module, node.kind, node.module._parameters["weight"]
-    assert kind is not None and weight is not None  # noqa: PT018  (plan sees to it)
+    layer, kind, weight = node.module, node.kind, node.module.weight
+    assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
     adapter = variant_class(config.variant)(
         kind.lora_matrix_shape(layer),
         r=r,

@@ -1,7 +1,7 @@
 """What adapters leave on the modules themselves, so that it holds for any part of a model, copies and pickles."""
 
 from collections.abc import Container, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def was_trainable(module: nn.Module, key: str) -> bool:
 def known_weights(layer: nn.Module) -> list[nn.Parameter | None]:
     """The parameters that an optimizer may know a layer by: its weight, that before it was quantised, its bias."""
     dense: Dense | None = vars(layer).get(DENSE)
-    return [layer._parameters["weight"], dense and dense.weight, layer._parameters.get("bias")]
+    weight: Any = getattr(layer, "weight", None)
+    return [weight, dense and dense.weight, layer._parameters.get("bias")]
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -47,7 +47,8 @@ class Originals(nn.Module):
         if (quantizer := quantizer_of(layer)) is not None:
             quantizer.pack_up(layer)
         for key in self._parameters:
-            layer._parameters[key], self._parameters[key] = self._parameters[key], layer._parameters[key]
+            holder, own = layer.lora_parameter(key)
+            holder._parameters[own], self._parameters[key] = self._parameters[key], holder._parameters[own]
         layer.lora_absorbed, self.absorbed = self.absorbed, layer.lora_absorbed
         if quantizer is not None:
             quantizer.put_in(layer)
@@ -100,7 +101,7 @@ def merge(
     try:
         for name, layer in layers.items():
             if chosen[name]:
-                tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != f"{clean(name)}.weight".lstrip("."))
+                tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != layer.lora_weight_name(clean(name)))
                 entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied, scratch)
             else:
                 vars(layer)[MERGED] = Originals(layer, {})

@@ -82,7 +82,7 @@ class Comparison:
             exact: W + ΔW; is overwritten.
             stored: What rounding or packing made of it.
         """
-        size = torch.dot(update.view(-1), update.view(-1))
+        size = torch.dot(update.reshape(-1), update.reshape(-1))
         if stored is exact:
             self.sums[0] += size.cpu()
             return

@@ -13,6 +13,7 @@ from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.layers import LoRALayer, kind_of, original_type
 from lightning_lora.names import ancestors
+from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
 from lightning_lora.targets.walk import Node, nodes
 
@@ -35,7 +36,7 @@ class Misfits:
 
     def __init__(self, root: nn.Module, stored: StoredAdapter, adapter_name: str) -> None:
         self.stored, self.adapter_name = stored, adapter_name
-        self.tree = nodes(root)
+        self.tree = parameter_sites(nodes(root), stored.layers)
         self.by_name = {name: node for node in self.tree.values() for name in node.names}
         self.found = {n: Found(self.by_name[n], layer) for n, layer in stored.layers.items() if n in self.by_name}
         self.held = {
@@ -97,10 +98,10 @@ class Misfits:
     def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
         kind: Any = kind_of(original_type(node.module))
         if self.stored.layout == "peft":
-            A, B, magnitude = kind.lora_peft_shapes(node.module, layer.r).values()
+            A, B, magnitude = (*kind.lora_peft_shapes(node.module, layer.r).values(), ())[:3]
         else:
-            rows, columns = kind.lora_matrix_shape(node.module)
-            A, B, magnitude = (layer.r, columns), (rows, layer.r), (rows,)
+            *stack, rows, columns = kind.lora_matrix_shape(node.module)
+            A, B, magnitude = (*stack, layer.r, columns), (*stack, rows, layer.r), (*stack, rows)
         return {"A": A, "B": B, "magnitude": magnitude, "start_A": A, "start_B": B}
 
     def _missing_layers(self) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 import re
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_lora_weights)\.")
 
 
 def clean(name: str) -> str:
-    """The name without the parts that ``torch.compile``, FSDP and activation checkpointing add.
+    """The name without the parts that ``torch.compile``, FSDP, activation checkpointing and adapters on parameters add.
 
     >>> clean("net._orig_mod.layers.0.q_proj")
     'net.layers.0.q_proj'

@@ -11,7 +11,7 @@ from lightning_lora.copies import bring, put_in_place, values_of
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.peft_export import peft_root
-from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.peft_names import shortest_patterns
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
@@ -22,6 +22,7 @@ from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.walk import Node, nodes
+from lightning_lora.updates import target_fields
 
 
 def place(
@@ -219,7 +220,7 @@ def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
         lora_alpha=float(alpha),
         rank_pattern=ranks or None,
         alpha_pattern=alphas or None,
-        target_modules=shortest_targets(layers, [name for name in names if name]),
+        **target_fields({f"{prefix}.{node.name}".strip("."): node for node, _ in misfits.found.values()}, names),
         modules_to_save=saved or None,
         **stored.options,
     )

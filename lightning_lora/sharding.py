@@ -51,7 +51,7 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
         )
     adapters = list[Adapter]()
     for name, layer in lora_layers(model):
-        split = _tensor_parallel(layer._parameters["weight"])
+        split = _tensor_parallel(layer.weight)
         for adapter in layer.lora_adapters().values():
             if is_sharded(adapter.A):
                 continue

@@ -78,7 +78,7 @@ def _untie(module: Any, untied: list[str]) -> None:
     with torch.device("meta"):
         again = type(module)(type(module.config).from_dict(module.config.to_dict()))  # as from a file
     tied = [names for names in parameter_owners(nodes(again)).values() if len(names) > 1]
-    if always := [name for name in untied if any(f"{name}.weight" in names for names in tied)]:
+    if always := [name for name in untied if any({name, f"{name}.weight"} & {*names} for names in tied)]:
         warnings.warn(
             f"{listing(always)}: merged into one end of a weight that {type(module).__name__} always ties. This model "
             "computes with it; what save_pretrained writes of it can't be reloaded as it is",
@@ -98,7 +98,8 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) ->
     assert isinstance(weight, nn.Parameter)
     tied = len(owners[id(weight)]) > 1
     if tied:
-        weight = layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        holder, key = layer.lora_parameter("weight")
+        weight = holder._parameters[key] = nn.Parameter(weight.clone(), requires_grad=False)
     result, W = layer.lora_as_matrix(weight), layer.lora_matrix()
     accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
     for rows in row_chunks(W):

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import nn
 from lightning_lora.adapters import Adapter, LoRAAdapter
 from lightning_lora.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
-from lightning_lora.formats.peft_names import shortest_patterns
+from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
 from lightning_lora.inject import create
 from lightning_lora.layers import LoRALayer
 from lightning_lora.ops.norms import row_chunks
+from lightning_lora.targets.parameters import is_named_alone
 from lightning_lora.targets.patterns import parse_key
 from lightning_lora.targets.walk import Node, nodes
 
@@ -32,7 +33,7 @@ def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[No
 
 def possible_rank(rank: int, layer: LoRALayer) -> int:
     """A rank, as far as a matrix of this layer's shape can have it."""
-    return min(rank, *layer.lora_matrix_shape(layer))
+    return min(rank, *layer.lora_matrix_shape(layer)[-2:])
 
 
 def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
@@ -64,13 +65,23 @@ def as_adapter(
     node: Node, config: LoRAConfig, adapter_name: str, combined: Combined, dtype: torch.dtype = torch.float32
 ) -> Adapter:
     """A plain LoRA for a layer, with a scale of 1, that is not on it yet."""
-    r = len(combined.A)
+    r = combined.A.shape[-2]
     adapter = create(node, node.name, config, r, float(r), adapter_name, dtype)
     with torch.no_grad():
         adapter.A.copy_(combined.A)
         adapter.B.copy_(combined.B)
     adapter.initialised = True
     return adapter
+
+
+def target_fields(layers: Mapping[str, Node], names: Iterable[str]) -> dict[str, Any]:
+    """The fields of a configuration that name these layers, of a model with these names."""
+    alone = [name for name, node in layers.items() if is_named_alone(node)]
+    called = [name for name in layers if name not in alone]
+    return {
+        "target_modules": shortest_targets(called, [name for name in names if name and name not in alone]),
+        "target_parameters": sorted(alone) or None,
+    }
 
 
 def rank_fields(layers: Mapping[str, tuple[Node, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:

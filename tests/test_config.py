@@ -74,7 +74,6 @@ def test_single_problems(arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"target_parameters": ["experts"]},
         {"trainable_token_indices": [1]},
         {"init_lora_weights": "eva"},
     ],

@@ -474,8 +474,11 @@ def test_roles_do_not_depend_on_adapters_that_are_there():
 def test_weights_that_are_read_and_not_called():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     plan = ll.plan(layer, ll.LoRAConfig())
-    assert [t.name for t in plan.targets] == ["linear1", "linear2"]
-    assert "reads this weight" in plan.skipped["self_attn.out_proj"]
+    reads = ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]
+    assert [t.name for t in plan.targets] == [*reads, "linear1", "linear2"]
+    assert [t.name for t in ll.plan(layer, ll.LoRAConfig(target_modules="attention")).targets] == reads
+    assert [t.name for t in ll.plan(layer, ll.LoRAConfig(target_modules=["self_attn"])).targets] == reads
+    assert [t.name for t in ll.plan(layer, ll.LoRAConfig(target_modules=["out_proj"])).targets] == reads[1:]
 
 
 def test_forward_that_was_replaced_on_the_instance():

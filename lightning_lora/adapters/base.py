@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from lightning_lora.ops.sharded import copy_whole_, gathered, shape_of
 class Adapter(nn.Module):
     r"""A low-rank pair A (r, in), B (out, r) on a layer whose weight is seen as a matrix W (out, in).
 
+    A weight that is a stack of n matrices (experts) has n such pairs: A (n, r, in) and B (n, out, r).
+
     Its update is :math:`\Delta W = s\,B A`. An adapter that was initialised with a part of W (PiSSA, OLoRA, LoftQ)
     keeps these first factors :math:`A_0, B_0`, and its update is what was learnt since,
     :math:`\Delta W = s\,(B A - B_0 A_0)`: so W stays what it is, for every other adapter too, and the model starts
@@ -29,7 +32,7 @@ class Adapter(nn.Module):
     the input's dtype where they are used.
 
     Args:
-        shape: (out, in) of the matrix.
+        shape: (out, in) of the matrix, or (n, out, in) of the stack.
         r: Rank.
         lora_alpha: What the scale is made of.
         config: The configuration that this adapter belongs to.
@@ -47,7 +50,7 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         r: int,
         lora_alpha: float,
@@ -61,8 +64,8 @@ class Adapter(nn.Module):
         self.lora_alpha, self.scaling = lora_alpha, config.scaling(r, lora_alpha)
         self.initialised = False  # not until `initialise` or a checkpoint gave it values
         self.share: Tensor | None = None  # a factor of the whole update, while several adapters are mixed
-        self.A = nn.Parameter(torch.zeros(r, shape[1], dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(shape[0], r, dtype=dtype, device=device))
+        self.A = nn.Parameter(torch.zeros(*shape[:-2], r, shape[-1], dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(*shape[:-1], r, dtype=dtype, device=device))
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.register_forward_pre_hook(_require_values)
@@ -70,12 +73,12 @@ class Adapter(nn.Module):
     @property
     def r(self) -> int:
         """The rank."""
-        return shape_of(self.A)[0]
+        return shape_of(self.A)[-2]
 
     @classmethod
-    def parameter_count(cls, shape: tuple[int, int], r: int) -> int:
+    def parameter_count(cls, shape: tuple[int, ...], r: int) -> int:
         """Trainable parameters of an adapter of this rank on a matrix of this shape."""
-        return r * (shape[0] + shape[1])
+        return prod(shape[:-2]) * r * (shape[-2] + shape[-1])
 
     @property
     def untouched(self) -> bool:
@@ -137,7 +140,7 @@ class Adapter(nn.Module):
         r"""Factors of :math:`\Delta W / s`: A and B, or :math:`[A; A_0]` and :math:`[B, -B_0]`."""
         if self.start_A is None or self.start_B is None:
             return self.A, self.B
-        return torch.cat([self.A, self.start_A]), torch.cat([self.B, -self.start_B], dim=1)
+        return torch.cat([self.A, self.start_A], dim=-2), torch.cat([self.B, -self.start_B], dim=-1)
 
     def forget(self) -> None:
         """Its values are others now: what was derived from them is not theirs."""
@@ -150,11 +153,11 @@ class Adapter(nn.Module):
         """The equation of the variant: the weight that this adapter turns W into.
 
         Args:
-            W: Rows of the layer's matrix, (n, in), in float32 or float64.
+            W: Rows of the layer's matrix, (n, in), in float32 or float64; of a stack, matrices (n, out, in).
             rows: Which rows of the whole matrix they are, so that a merge can go chunk by chunk.
 
         Returns:
-            (n, in), in the dtype of W.
+            A tensor like W.
         """
 
     def delta(self, W: Tensor, rows: slice, out: Tensor) -> Tensor:
@@ -196,7 +199,8 @@ class Adapter(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{shape_of(self.B)[0]}x{shape_of(self.A)[1]}, r={self.r}, scaling={self.scaling:g}"
+        shape = "x".join(map(str, (*shape_of(self.B)[:-1], shape_of(self.A)[-1])))
+        return f"{shape}, r={self.r}, scaling={self.scaling:g}"
 
     def reset_parameters(self) -> None:
         """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""
@@ -235,8 +239,9 @@ def _require_values(adapter: nn.Module, args: Any) -> None:
     """
     if not adapter.initialised and not adapter.A.is_meta:
         raise DeadAdapterError(
-            "an adapter has no values yet: init_lora_weights='loftq' gets them from ll.quantize(model, ...), and what "
-            "was on the meta device from ll.inject(model, config) again"
+            "an adapter has no values yet: init_lora_weights='loftq' gets them from ll.quantize(model, ...), 'eva' and "
+            "rank_pattern='auto' from ll.initialise_from_data(model, batches), and what was on the meta device from "
+            "ll.inject(model, config) again"
         )
 
 

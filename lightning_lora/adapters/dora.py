@@ -1,5 +1,6 @@
 """DoRA: magnitude and direction of a weight adapted apart."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning_lora.adapters.host import Host
 from lightning_lora.ops.fused import LowRank, gain_of
 from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
+from lightning_lora.ops.stacks import add_product, rows_of
 
 
 @variant("dora")
@@ -32,9 +34,9 @@ class DoRAAdapter(Adapter):
     magnitude: nn.Parameter
     squares: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], **kwargs: Any) -> None:
+    def __init__(self, shape: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(shape, **kwargs)
-        self.magnitude = nn.Parameter(torch.ones(shape[0], dtype=self.A.dtype, device=self.A.device))
+        self.magnitude = nn.Parameter(torch.ones(shape[:-1], dtype=self.A.dtype, device=self.A.device))
         self.register_buffer("squares", None, persistent=False)  # of the frozen rows, where they can't change unseen
         self._squares_of = 0  # the version of the weight that they belong to
         self.attended = False  # an optimizer says when A and B have changed
@@ -44,8 +46,8 @@ class DoRAAdapter(Adapter):
 
     @override
     @classmethod
-    def parameter_count(cls, shape: tuple[int, int], r: int) -> int:
-        return super().parameter_count(shape, r) + shape[0]
+    def parameter_count(cls, shape: tuple[int, ...], r: int) -> int:
+        return super().parameter_count(shape, r) + prod(shape[:-1])
 
     @override
     @torch.no_grad()
@@ -126,9 +128,10 @@ class DoRAAdapter(Adapter):
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.update()
-        gain = gain_of(self.magnitude[rows], merged_row_norms(W, A, B[rows], self.scaling))
-        direction = torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
-        merged = direction.mul_(gain.to(W.dtype)[:, None])
+        A, B = rows_of(A, rows), B[rows]
+        gain = gain_of(self.magnitude[rows], merged_row_norms(W, A, B, self.scaling))
+        direction = add_product(W, B.to(W.dtype), A.to(W.dtype), self.scaling)
+        merged = direction.mul_(gain.to(W.dtype)[..., None])
         return merged if self.share is None else torch.lerp(W, merged, self.share.to(W))
 
     @override

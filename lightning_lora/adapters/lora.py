@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_lora.adapters.base import Adapter, variant
 from lightning_lora.adapters.host import Host
 from lightning_lora.ops.fused import LowRank
+from lightning_lora.ops.stacks import add_product, rows_of
 
 
 @variant("lora")
@@ -22,12 +23,12 @@ class LoRAAdapter(Adapter):
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self._weighted()
-        return torch.addmm(W, B[rows].to(W.dtype), A.to(W.dtype), alpha=self.scaling)
+        return add_product(W, B[rows].to(W.dtype), rows_of(A, rows).to(W.dtype), self.scaling)
 
     @override
     def delta(self, W: Tensor, rows: slice, out: Tensor) -> Tensor:
         A, B = self._weighted()
-        return torch.mm(B[rows].to(out.dtype) * self.scaling, A.to(out.dtype), out=out)
+        return torch.matmul(B[rows].to(out.dtype) * self.scaling, rows_of(A, rows).to(out.dtype), out=out)
 
     def _weighted(self) -> tuple[Tensor, Tensor]:
         A, B = self.update()

@@ -85,7 +85,7 @@ def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str
                 layer = StoredLayer(0, float(names.own_value(alphas, module, config.lora_alpha)))
                 stored.layers[module] = layer
             layer.tensors[part] = _stored(f"{path}: {key}", value)
-            layer.r = value.shape[0] if part == "A" and value.dim() else layer.r
+            layer.r = value.shape[-2] if part == "A" and value.dim() > 1 else layer.r
         elif key in in_full.get(name, []):
             stored.in_full[key] = _stored(f"{path}: {key}", value)
     if not stored.layers:

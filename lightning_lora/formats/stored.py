@@ -41,9 +41,10 @@ class StoredLayer:
     lora_alpha: float
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
-    def read(self, rows: int, columns: int) -> dict[str, Tensor]:
-        """Its values in the shapes that they have in an `Adapter` for a matrix (rows, columns)."""
-        shapes = {"A": (-1, columns), "B": (rows, -1), "magnitude": (rows,)}
+    def read(self, *shape: int) -> dict[str, Tensor]:
+        """Its values in the shapes that they have in an `Adapter` for a matrix (out, in), or a stack (n, out, in)."""
+        *stack, rows, columns = shape
+        shapes = {"A": (*stack, -1, columns), "B": (*stack, rows, -1), "magnitude": (*stack, rows)}
         return {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in self.tensors.items()}
 
 

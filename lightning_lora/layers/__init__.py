@@ -1,8 +1,9 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
-from lightning_lora.layers import activation, conv, conv1d, embedding, quantized  # noqa: F401  (registers the layer types)
+from lightning_lora.layers import activation, conv, conv1d, embedding, quantized, read  # noqa: F401  (registers the layer types)
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
+from lightning_lora.layers.read import Reading, ReadWeight, read_weights, readable
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
@@ -22,6 +23,8 @@ __all__ = [
     "LoRALayer",
     "LockedStatistics",
     "Mixture",
+    "ReadWeight",
+    "Reading",
     "arrange",
     "attach",
     "base_modules",
@@ -34,6 +37,8 @@ __all__ = [
     "named_base_modules",
     "original_type",
     "reaches_base_forward",
+    "read_weights",
+    "readable",
     "rebase",
     "registered_base",
     "undressed",

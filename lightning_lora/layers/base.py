@@ -13,6 +13,7 @@ from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
+from lightning_lora.ops.stacks import add_product
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -105,9 +106,18 @@ class LoRALayer(Base):
         return not (is_sharded(weight) or is_flattened(weight) or hasattr(weight, "ds_id"))
 
     @staticmethod
-    def lora_matrix_shape(layer: Any) -> tuple[int, int]:
-        """(out, in) of the layer's weight seen as a matrix, also for a layer without adapters."""
+    def lora_matrix_shape(layer: Any) -> tuple[int, ...]:
+        """(out, in) of a layer's weight seen as a matrix, with adapters or without; of a stack (n, out, in)."""
         raise NotImplementedError
+
+    @staticmethod
+    def lora_weight_name(name: str) -> str:
+        """The name of the weight of a layer of this name."""
+        return f"{name}.weight".lstrip(".")
+
+    def lora_parameter(self, key: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter of this layer, and what it is called there."""
+        return self, key
 
     @classmethod
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
@@ -131,7 +141,7 @@ class LoRALayer(Base):
             adapter = self.lora_adapters()[name]
             W = W.to(accumulation_dtype(W, adapter.A))
             A, B = adapter.start(W)
-            W = torch.addmm(W, B, A, alpha=adapter.scaling)
+            W = add_product(W, B, A, adapter.scaling)
         return W
 
     def lora_stored_matrix(self) -> Tensor:
@@ -185,7 +195,10 @@ class LoRALayer(Base):
         self, init: Callable[..., Any], W: Tensor, adapter: "Adapter"
     ) -> tuple[Tensor, Tensor, bool]:
         """The first A and B, and whether they are a part of the weight: what the initialisation says."""
-        factors = init(W, adapter.r, adapter.scaling, adapter.generator())
+        if W.dim() == 3:
+            factors = _of_each(init, W, adapter)
+        else:
+            factors = init(W, adapter.r, adapter.scaling, adapter.generator())
         shapes = [tuple(factor.shape) for factor in factors if isinstance(factor, Tensor)]
         if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)] or len(factors) > 2:
             wanted = f"{tuple(adapter.A.shape)} and {tuple(adapter.B.shape)}"
@@ -236,11 +249,22 @@ class LoRALayer(Base):
                 args[-1].append(f"{prefix.rstrip('.')}: {why}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         if "weight" in loads and not self.lora_matrix().is_meta:
-            for name, adapter in self.lora_adapters().items():
-                if adapter.start_A is not None and adapter.untouched and name not in self.lora_absorbed:
-                    self.lora_initialise(adapter)
-                else:
-                    adapter.follow(self)
+            self.lora_follow()
+
+    def lora_follow(self) -> None:
+        """The weight has got other values: what adapters derive from it they derive again."""
+        for name, adapter in self.lora_adapters().items():
+            if adapter.start_A is not None and adapter.untouched and name not in self.lora_absorbed:
+                self.lora_initialise(adapter)
+            else:
+                adapter.follow(self)
+
+
+def _of_each(init: Callable[..., Any], W: Tensor, adapter: "Adapter") -> tuple[Tensor, Tensor]:
+    """The first factors of a stack: each of its matrices has its own, drawn one after the other."""
+    generator = adapter.generator()
+    pairs = [init(matrix, adapter.r, adapter.scaling, generator) for matrix in W]
+    return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
 
 
 GAINED = ("lora", "lora_active", *(name for name in dir(LoRALayer) if name.startswith("lora_")))

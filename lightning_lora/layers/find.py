@@ -6,6 +6,8 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 
+CHILD = "_lora_weights"  # where a module keeps what stands for parameters that it reads: no part of any name
+
 
 def base_modules(model: nn.Module) -> list[nn.Module]:
     """A module and all below it, each once, without adapters."""
@@ -42,7 +44,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """The layers with adapters, each once, under its first name."""
+    """The layers with adapters, each once, under its first name; a parameter that is read under its own."""
     for name, module in named_base_modules(model):
         if isinstance(module, LoRALayer):
-            yield name, module
+            yield name.replace(f"{CHILD}.", ""), module

@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import Base, LoRALayer
+from lightning_lora.layers.read import Reading, ReadWeight, install, uninstall
 from lightning_lora.layers.registry import kind_of, qualified_name, reaches_base_forward, registered_base
 
 if TYPE_CHECKING:
@@ -46,6 +47,17 @@ def locked_class(cls: type) -> type[LockedStatistics]:
     return swapped
 
 
+def reading_class(cls: type) -> type[Reading]:
+    """The subclass of ``cls`` in whose forward parameters are adapted ones."""
+    swapped: type[Reading] = _reading_class(cls)
+    return swapped
+
+
+@cache
+def _reading_class(cls: type) -> Any:
+    return _subclass("LoRA", cls, (Reading, cls), reading_class)
+
+
 @cache
 def _lora_class(cls: type) -> Any:
     base, mixin = registered_base(cls), kind_of(cls)
@@ -76,7 +88,8 @@ def _rebuild(cls: type, family: Callable[[type], Any]) -> Any:
 
 def original_type(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave the module."""
-    return type(module).lora_plain_class if isinstance(module, (LoRALayer, LockedStatistics)) else type(module)
+    swapped = isinstance(module, (LoRALayer, LockedStatistics, Reading))
+    return type(module).lora_plain_class if swapped else type(module)  # type: ignore[attr-defined]
 
 
 def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
@@ -85,6 +98,8 @@ def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
     if not isinstance(layer, LoRALayer):
         swapped.__class__ = lora_class(type(layer))
         swapped.lora, swapped.lora_active = nn.ModuleDict(), ()
+    if isinstance(layer, ReadWeight):
+        _let_read(layer)
     swapped.lora[name] = adapter.train(layer.training)
     swapped.lora_active = (*swapped.lora_active, name)
 
@@ -100,6 +115,24 @@ def detach(layer: LoRALayer, name: str) -> None:
         del layer.lora, layer.lora_active
         vars(layer).pop("lora_absorbed", None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
+        if isinstance(layer, ReadWeight):
+            _let_be(layer)
+
+
+def _let_read(site: ReadWeight) -> None:
+    """Makes a site's module read what comes out of the site."""
+    reader: Any = site.lora_place[0]
+    if not isinstance(reader, Reading):
+        reader.__class__ = reading_class(type(reader))
+    install(site)
+
+
+def _let_be(site: ReadWeight) -> None:
+    """Undoes `_let_read`."""
+    reader: Any = site.lora_place[0]
+    plain: Any = original_type(reader)
+    if uninstall(site) and type(reader) is reading_class(plain):
+        reader.__class__ = plain
 
 
 @contextmanager

@@ -129,8 +129,9 @@ class _Fused(torch.autograd.Function):
             outs.append(out)
             gains.append(gain)
             folds.append(fold)
-        ys = [None if gain is None else out for out, gain in zip(outs, gains, strict=True)]
+        ys = [None if gain is None else out.data for out, gain in zip(outs, gains, strict=True)]
         ctx.save_for_backward(x, mask, h, A, *ys, *gains, *tensors)
+        ctx.marks = [None if gain is None else _Mark(out) for out, gain in zip(outs, gains, strict=True)]
         ctx.unpacks, ctx.factors, ctx.ranks, ctx.folds = unpacks, factors, ranks, folds
         ctx.scales = scales
         ctx.set_materialize_grads(False)
@@ -164,7 +165,9 @@ class _Fused(torch.autograd.Function):
             if needs_bias:
                 result[1] = dy.sum(0)
             if needs_magnitude:
-                result[4] = _magnitude_grad(dy, ys[i].flatten(0, -2), site)
+                changed = ctx.marks[i].changed()  # in place, by what is behind the layer
+                y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
+                result[4] = _magnitude_grad(dy, y.flatten(0, -2), site)
             torch.mm(dy, _up(site.adapter, gain, dy.dtype), out=into[i])
             if needs_B:
                 dB = (parts[i].T @ dy).T.to(site.adapter.B.dtype)
@@ -188,6 +191,18 @@ class _Fused(torch.autograd.Function):
                 dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
             dx = dx.view(x.shape)
         return dx, None, None, None, *(each for result in results for each in result)
+
+
+class _Mark:
+    """Tells whether a tensor has been changed in place, without holding its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._counted = tensor.detach()  # shares the counter
+        self._counted.data = tensor.new_empty(0)
+        self._version = self._counted._version
+
+    def changed(self) -> bool:
+        return self._counted._version != self._version
 
 
 def _plain(x: Tensor, mask: Tensor | None, sites: list[Site], factors: list[float]) -> list[Tensor]:

@@ -19,9 +19,9 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def row_chunks(W: Tensor) -> Iterator[slice]:
-    """Slices over the rows of a matrix, about `CHUNK` elements each."""
+    """Slices over the rows of a matrix (or the matrices of a stack), about `CHUNK` elements each."""
     elements = CHUNK if W.device.type == "cpu" else 64 * CHUNK
-    step = max(1, elements // max(1, W.shape[1]))
+    step = max(1, elements // max(1, W.shape[1:].numel()))
     for start in range(0, W.shape[0], step):
         yield slice(start, min(start + step, W.shape[0]))
 
@@ -58,7 +58,7 @@ def merged_row_norms(
     least, outside autocast. The result carries no gradient (DoRA, arXiv:2402.09353, section 4.3).
 
     Args:
-        W: The frozen weight, (d, k), in any dtype.
+        W: The frozen weight, (d, k), in any dtype; or a stack (n, d, k), as A and B are then.
         A: (r, k).
         B: (d, r).
         scale: s.
@@ -67,8 +67,13 @@ def merged_row_norms(
             norms are wrong by some 1e-5 of them, a hundredth of what a product with this W is wrong by.
 
     Returns:
-        (d,), float32 or float64.
+        (d,), float32 or float64; of a stack (n, d).
     """
+    if W.dim() == 3:
+        known = [None] * len(W) if squares is None else squares
+        return torch.stack(
+            [merged_row_norms(w, a, b, scale, s, exact) for w, a, b, s in zip(W, A, B, known, strict=True)]
+        )
     dtype = accumulation_dtype(W, A)
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
@@ -81,6 +86,8 @@ def merged_row_norms(
 @torch.no_grad()
 def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     r""":math:`\|W\|^2` by row, in float32 at least. A weight of another dtype is cast in pieces."""
+    if W.dim() == 3:
+        return torch.stack([row_squares(w, dtype) for w in W])
     if W.dtype == dtype or is_sharded(W):
         W = W.to(dtype)
         whole: Tensor = torch.linalg.vector_norm(W, dim=1).square()

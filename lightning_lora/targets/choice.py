@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
+from lightning_lora.layers import ReadWeight
 from lightning_lora.targets.blocks import BlockFilter
-from lightning_lora.targets.kinds import in_attention, in_mlp
+from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside
+from lightning_lora.targets.parameters import chosen_parameters
 from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
 from lightning_lora.targets.roles import Roles
@@ -31,6 +35,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     words, patterns = _split(config.target_modules)
     by_tail = tails(tree)
     hits = {p.text: [n for n in by_tail.get(p.tail, ()) if any(map(p.matches, n.names))] for p in patterns}
+    hits = {text: [part for node in nodes for part in _read_parts(node, tree)] for text, nodes in hits.items()}
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
@@ -65,6 +70,8 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
         else:
             choice.chosen.append(node)
             choice.notes += [f"{node.name}: {doubt}. It was named, and gets an adapter"] if doubt else []
+    if config.target_parameters is not None:
+        choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
     choice.problems += blocks.problems()
     if not choice.chosen and not choice.problems:
@@ -77,6 +84,17 @@ def _split(patterns: Patterns) -> tuple[set[str], list[Pattern]]:
     if isinstance(patterns, str):
         return ({patterns}, []) if patterns in KEYWORDS else (set(), parse(patterns))
     return {p for p in patterns if p in KEYWORDS}, parse([p for p in patterns if p not in KEYWORDS])
+
+
+def _read_parts(node: Node, tree: dict[str, Node]) -> list[Node]:
+    """Of an attention that reads its projections, and of a projection that it reads, what stands for these."""
+    if node.kind is not None or not (isinstance(node.module, nn.MultiheadAttention) or _is_read(node)):
+        return [node]
+    return [part for part in tree.values() if is_inside(part.name, node.name) and isinstance(part.module, ReadWeight)]
+
+
+def _is_read(node: Node) -> bool:
+    return any(isinstance(parent, nn.MultiheadAttention) for parent in node.parents)
 
 
 def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:

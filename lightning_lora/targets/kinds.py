@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import kind_of, original_type
+from lightning_lora.layers import ReadWeight, kind_of, original_type
 from lightning_lora.targets.walk import Node
 
 _ROUTER = re.compile(r"(?:.*_)?(?:gate|router|gating)|wg")
@@ -18,9 +18,9 @@ _MLP_CLASS = re.compile(r"MLP|FFN|Feed_?Forward|Intermediate|DenseAct|Experts?$"
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether it is what "all-linear" means, if it is in the backbone."""
+    """Whether it is a layer that "all-linear" means, if it is in the backbone; a parameter that is read is none."""
     kind = kind_of(original_type(module))
-    return kind is not None and kind.lora_dense_linear
+    return kind is not None and kind.lora_dense_linear and not isinstance(module, ReadWeight)
 
 
 def is_pretrained(module: nn.Module) -> bool:

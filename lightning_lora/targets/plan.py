@@ -12,6 +12,7 @@ from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.marks import BROKEN
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
+from lightning_lora.targets.parameters import is_undropped
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
@@ -24,13 +25,14 @@ from lightning_lora.targets.walk import Node, nodes, parameter_owners
 class Target:
     """A layer that gets an adapter.
 
-    ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it; ``bits`` is what each weight takes.
+    ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it, of a stack
+    of experts (n, out, in); ``bits`` is what each weight takes.
     """
 
     name: str
     type: str
     shape: tuple[int, ...]
-    matrix: tuple[int, int]
+    matrix: tuple[int, ...]
     r: int
     lora_alpha: float
     parameters: int
@@ -105,10 +107,15 @@ def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = N
     problems += [*choice.problems, *bad_weights.values()]
     targets = _targets(usable, parameter_owners(tree), config, problems)
     high = [
-        f"{t.name}: r={t.r} is more than the rank that a {t.matrix[0]}x{t.matrix[1]} weight can have"
+        f"{t.name}: r={t.r} is more than the rank that a {t.matrix[-2]}x{t.matrix[-1]} weight can have"
         for t in targets
-        if t.r > min(t.matrix)
+        if t.r > min(t.matrix[-2:])
     ]
+    if undropped := [n.name for n in usable if config.lora_dropout and is_undropped(n)]:
+        high.append(
+            f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
+            "there"
+        )
     saved += biases(tree, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=choice.skipped, notes=(*choice.notes, *high)), problems
 
@@ -120,7 +127,7 @@ def _is_peft(cls: type) -> bool:
 def _targets(
     chosen: list[Node], owners: dict[int, list[str]], config: LoRAConfig, problems: list[str]
 ) -> tuple[Target, ...]:
-    ranks = [(parse_key(key), rank) for key, rank in (config.rank_pattern or {}).items()]
+    ranks = [(parse_key(key), rank) for key, rank in config.ranks.items()]
     alphas = [(parse_key(key), alpha) for key, alpha in (config.alpha_pattern or {}).items()]
     targets, variant = [], variant_class(config.variant)
     for node in chosen:
@@ -140,7 +147,7 @@ def _targets(
                 bits=bits_per_weight(node.module),
                 parameters=variant.parameter_count(matrix, r),
                 aliases=tuple(node.aliases),
-                tied=tuple(n for n in owners.get(id(weight), ()) if n != f"{node.name}.weight"),
+                tied=tuple(n for n in owners.get(id(weight), ()) if n != kind.lora_weight_name(node.name)),
             )
         )
     names = [name for node in chosen for name in node.names]

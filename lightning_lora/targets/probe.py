@@ -14,6 +14,7 @@ from lightning_lora.inits import plain_defaults
 from lightning_lora.layers import (
     GAINED,
     LoRALayer,
+    ReadWeight,
     attach,
     detach,
     has_own_forward,
@@ -46,6 +47,8 @@ class Probe:
     def obstacle(self, node: Node) -> str | None:
         """Why this layer cannot have an adapter; None when it can."""
         layer, cls = node.module, node.cls
+        if isinstance(layer, ReadWeight):
+            return _reader_problem(layer)
         if (why := bypass(node)) is not None:
             return why
         if not isinstance(layer, LoRALayer) and (taken := self._taken(layer)):
@@ -84,13 +87,25 @@ class Probe:
 
 def bypass(node: Node) -> str | None:
     """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
+    readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
+    if readers and not isinstance(node.module, ReadWeight):
+        return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
     if node.kind is None:
         return f"{node.cls.__name__} is no layer type that can have an adapter"
-    readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
-    if readers:
-        return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
     if "forward" in vars(node.module):
         return "its forward was replaced on the instance (by accelerate hooks, say), which bypasses an adapter"
+    return None
+
+
+def _reader_problem(site: ReadWeight) -> str | None:
+    """What keeps a module from reading the adapted parameter; None when nothing is known to."""
+    reader, holder, key = site.lora_place
+    if "forward" in vars(reader):
+        return "the forward of its module was replaced on the instance, which bypasses an adapter"
+    if is_quantized(holder):
+        return f"{type(holder).__name__} is packed, and its module reads it as it is"
+    if holder._parameters.get(key) is None:
+        return "it is computed by a parametrization (weight_norm, spectral_norm, ...); remove that first"
     return None
 
 
@@ -112,7 +127,7 @@ def weight_problem(node: Node) -> str | None:
 def _reads(parent: nn.Module, child: str) -> bool:
     """Whether a module uses a child's weight without calling the child.
 
-    Told by type where that is certain; others show in the first training step.
+    Told by name where that is certain; others show in the first training step.
     """
     return isinstance(parent, nn.MultiheadAttention) or (
         child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None

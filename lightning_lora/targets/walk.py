@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.layers import LoRALayer, kind_of, original_type
+from lightning_lora.layers import LoRALayer, ReadWeight, kind_of, original_type, read_weights, readable
+from lightning_lora.layers.find import CHILD
 from lightning_lora.names import clean
 
 
@@ -40,26 +41,39 @@ def nodes(model: nn.Module) -> dict[str, Node]:
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, Node] = {}
     kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
+    virtual: dict[tuple[int, str], ReadWeight] = {}
 
     def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...]) -> None:
         module = unwrapped(module)
         if (node := found.get(id(module))) is None:
             if (cls := original_type(module)) not in kinds:
                 kinds[cls] = kind_of(cls)
-            node = found[id(module)] = Node(name, module, cls, kinds[cls])
+            is_read = bool(above) and isinstance(above[-1], nn.MultiheadAttention)  # and never called
+            kind = None if is_read and not isinstance(module, ReadWeight) else kinds[cls]
+            node = found[id(module)] = Node(name, module, cls, kind)
         elif name != node.name and name not in node.aliases:
             node.aliases.append(name)
         if above and not any(above[-1] is known for known in node.parents):
             node.parents.append(above[-1])
         above = (*above, module)
         for key, child in module._modules.items():
-            is_adapter = key == "lora" and isinstance(module, LoRALayer)
+            is_adapter = key == CHILD or (key == "lora" and isinstance(module, LoRALayer))
             if child is not None and not is_adapter and not any(child is outer for outer in above):
                 below = f"{prefix}{key}."
                 visit(child, prefix + key, clean(below) if key.startswith("_") else below, above)
+        for site in _sites(module, virtual):
+            visit(site, prefix + site.lora_name, "", above)
 
     visit(model, "", "", ())
     return {node.name: node for node in found.values()}
+
+
+def _sites(module: nn.Module, virtual: dict[tuple[int, str], ReadWeight]) -> list[ReadWeight]:
+    """The parameters of a module that have adapters, and those that could have some without being asked for."""
+    found = {site.lora_name: site for site in read_weights(module)}
+    for site in readable(module):
+        found.setdefault(site.lora_name, virtual.setdefault((id(module), site.lora_name), site))
+    return [*found.values()]
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

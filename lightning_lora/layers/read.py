@@ -1,0 +1,241 @@
+"""Parameters that are read, not called: attention that holds its projections itself, recurrent layers, experts.
+
+The module that reads such a parameter (its *reader*) gets another class: while its forward runs, the parameter's place
+holds the adapted weight. The adapters sit on a `ReadWeight`, a layer that stands for one parameter: what it is given is
+that parameter, and what it returns is what the reader shall see. So everything that holds for layers holds here.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.errors import UnsupportedError
+from lightning_lora.layers.base import Base, LoRALayer, Mixture
+from lightning_lora.layers.find import CHILD
+from lightning_lora.layers.lazy import lazily
+from lightning_lora.layers.registry import adapts
+from lightning_lora.marks import MERGED
+from lightning_lora.ops.stacks import add_product
+
+
+class ReadWeight(nn.Module):
+    """Stands for a parameter: a matrix (out, in), or a stack of matrices (n, out, in).
+
+    Args:
+        reader: The module in whose forward it is read.
+        holder: The module that has it: the reader, or a child of it.
+        key: Its name there.
+        name: Its name as the reader knows it.
+    """
+
+    def __init__(self, reader: nn.Module, holder: nn.Module, key: str, name: str) -> None:
+        super().__init__()
+        self.lora_place = reader, holder, key  # in a tuple, or they would be children
+        self.lora_name = name
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        _, holder, key = self.lora_place
+        return getattr(holder, key)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrices of a stack are stored as (in, out): transformers' experts say so, but for some."""
+        holder = self.lora_place[1]
+        said = self.said_transposed or any(cls.__name__ == "Llama4TextExperts" for cls in type(holder).__mro__)
+        return len(self.weight.shape) == 3 and said
+
+    @property
+    def said_transposed(self) -> bool:
+        """Whether the module says so: what PEFT goes by."""
+        return bool(getattr(self.lora_place[1], "is_transposed", False))
+
+    @override
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class ReadLinear(ReadWeight):
+    """One that is the weight of a dense linear map, so that "all-linear" means it."""
+
+
+@adapts(f"{__name__}.ReadWeight")
+class LoRARead(LoRALayer):
+    """The weight is the input: W + Σ ΔW comes out, to be read.
+
+    There is nothing that ``lora_dropout`` could drop, unless the weight is a stack: that is adapted only where it is
+    multiplied (`lightning_lora.layers.lazy`).
+    """
+
+    lora_place: tuple[nn.Module, nn.Module, str]
+    lora_name: str
+    if TYPE_CHECKING:
+        transposed: bool
+        weight: Any
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.dim() == 3 and self.lora_mixture is None and (out := lazily(self, input)) is not None:
+            return out
+        return super().forward(input, *args, **kwargs)
+
+    @override
+    @staticmethod
+    def lora_matrix_shape(layer: Any) -> tuple[int, ...]:
+        *stack, rows, columns = layer.weight.shape
+        return (*stack, columns, rows) if layer.transposed else (*stack, rows, columns)
+
+    @override
+    @staticmethod
+    def lora_weight_name(name: str) -> str:
+        return name
+
+    @override
+    def lora_parameter(self, key: str) -> tuple[nn.Module, str]:
+        _, holder, own = self.lora_place
+        return holder, own
+
+    @override
+    @classmethod
+    def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
+        *stack, rows, columns = cls.lora_matrix_shape(layer)
+        ranks = r * (stack[0] if stack else 1)
+        return {"lora_A.weight": (ranks, columns), "lora_B.weight": (rows, ranks)}
+
+    @override
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.detach().mT if self.transposed else weight.detach()
+
+    @override
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return A.mT @ B.mT if self.transposed else B @ A
+
+    @override
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return add_product(out, left.to(out.dtype), right.to(out.dtype), scale)
+
+    @override
+    def lora_per_row(self, vector: Tensor) -> Tensor:
+        return vector.unsqueeze(-2 if self.transposed else -1)
+
+    @override
+    def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        return x
+
+    @override
+    def lora_mixed(self, mixture: Mixture, input: Tensor, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise UnsupportedError(
+            f"mixed_batch: {self.lora_name} is read as a whole, for all samples at once: run one batch for each adapter"
+        )
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Comes behind the reader, which has told whether the parameter gets new values (`Reading`)."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if vars(self).pop(_COMES, False) and not self.weight.is_meta:
+            self.lora_follow()
+
+
+_COMES = "_lora_weight_comes"  # on a `LoRARead`, while a state dict is loaded that has its parameter
+
+
+@adapts(f"{__name__}.ReadLinear")
+class LoRAReadLinear(LoRARead):
+    """One that "all-linear" means."""
+
+    lora_dense_linear = True
+
+
+class Reading(Base):
+    """A module in whose forward some parameters are adapted ones."""
+
+    lora_plain_class: ClassVar[type[nn.Module]]
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        sites = [site for site in read_weights(self) if getattr(site, "lora_active", ())]
+        kept: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for site in sites:
+                _, holder, key = site.lora_place
+                weight = getattr(holder, key)
+                adapted = site(weight)
+                kept.append((holder, key, weight))
+                _put(holder, key, adapted)
+            _reread(self)
+            return super().forward(*args, **kwargs)
+        finally:
+            for holder, key, weight in kept:
+                _put(holder, key, weight)
+            _reread(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """New values are told to the adapters on them, and refused while they would overwrite merged ones."""
+        for site in read_weights(self):
+            if f"{prefix}{site.lora_name}" in state_dict:
+                if MERGED in vars(site):
+                    merged = f"{prefix}{site.lora_name}"
+                    args[-1].append(f"adapters are merged into {merged}: call ll.unmerge before loading weights")
+                    return
+                if isinstance(site, LoRALayer):
+                    vars(site)[_COMES] = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def read_weights(reader: nn.Module) -> list[ReadWeight]:
+    """The parameters of a reader that have adapters."""
+    kept = reader._modules[CHILD] if CHILD in reader._modules else None  # noqa: SIM401  (jit has no get)
+    return [] if kept is None else [site for site in kept.modules() if isinstance(site, ReadWeight)]
+
+
+def install(site: ReadWeight) -> None:
+    """Makes a site a child of its reader, at a path that is the parameter's name."""
+    reader, *path = site.lora_place[0], CHILD, *site.lora_name.split(".")
+    module = reader
+    for part in path[:-1]:
+        if part not in module._modules:
+            module.add_module(part, nn.ModuleDict())
+        module = module._modules[part]  # type: ignore[assignment]
+    module._modules[path[-1]] = site
+
+
+def uninstall(site: ReadWeight) -> bool:
+    """Undoes `install`, and says whether that was the last one of the reader."""
+    reader = site.lora_place[0]
+    path = [CHILD, *site.lora_name.split(".")]
+    for length in range(len(path), 0, -1):  # the site, and what is empty without it
+        module = reader
+        for part in path[: length - 1]:
+            module = module._modules[part]  # type: ignore[assignment]
+        if length == len(path) or not module._modules[path[length - 1]]._modules:  # type: ignore[union-attr]
+            del module._modules[path[length - 1]]
+    return CHILD not in reader._modules
+
+
+def readable(module: nn.Module) -> list[ReadWeight]:
+    """The projections of an nn.MultiheadAttention, whose forward reads them and calls nothing."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return []
+    keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    own: list[ReadWeight] = [
+        ReadLinear(module, module, key, key) for key in keys if module._parameters.get(key) is not None
+    ]
+    out: Any = module.out_proj
+    return (
+        own if out._parameters.get("weight") is None else [*own, ReadLinear(module, out, "weight", "out_proj.weight")]
+    )
+
+
+def _put(holder: nn.Module, key: str, value: Tensor) -> None:
+    """Where the holder's forward will find it: FSDP keeps views of parameters beside the parameters."""
+    place: dict[str, Any] = holder._parameters if key in holder._parameters else vars(holder)
+    place[key] = value
+
+
+def _reread(reader: nn.Module) -> None:
+    """Recurrent layers keep a list of their weights."""
+    if isinstance(reader, nn.RNNBase):
+        vars(reader)["_flat_weights"] = [getattr(reader, name, None) for name in reader._flat_weights_names]
