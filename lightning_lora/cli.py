@@ -4,9 +4,10 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from lightning_lora.commands import analyze, combine, demo, export, inspect, lint, merge
+from lightning_lora.commands import analyze, combine, demo, estimate, export, fit, inspect, latency, lint, merge, plan
 from lightning_lora.errors import ConfigError, LightningLoRAError
 
 
@@ -18,11 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="lightning-lora", description="LoRA and DoRA for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    for command in (demo, export, merge, combine, inspect, analyze, lint):
+    for command in (fit, demo, plan, estimate, export, merge, combine, inspect, analyze, latency, lint):
         command.add(commands)
-    options = vars(parser.parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_stage = arguments[:1] and arguments[0] in fit.STAGES  # LightningCLI has parsers of its own for these
+    options = {"run": fit.run, "arguments": arguments} if is_stage else vars(parser.parse_args(arguments))
+    options.pop("command", None)
     run = options.pop("run")
-    del options["command"]
     try:
         run(**options)
     except ConfigError as error:

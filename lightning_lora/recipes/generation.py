@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.tokens import context_of
 
 
 def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options: Any) -> list[dict[str, Any]]:
@@ -23,6 +24,8 @@ def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options:
     """
     tokenizer, prompts = recipe.tokenizer, batch["input_ids"]
     own = generation_options(tokenizer, options)
+    if not recipe.separate and (context := context_of(recipe.model.config, tokenizer)) is not None:
+        max_new_tokens = max(1, min(max_new_tokens, context - prompts.shape[1]))
     with recipe.evaluated() as model:
         inputs = {"input_ids": prompts, "attention_mask": batch["attention_mask"]}
         made: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, **own)  # type: ignore[operator]
@@ -33,10 +36,13 @@ def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options:
     return [{"prompt": prompt, "prediction": text} for prompt, text in zip(*texts, strict=True)]
 
 
-def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, **options: Any) -> str:
-    """What follows one prompt."""
-    ids = torch.tensor([recipe.tokenizer(prompt)["input_ids"]], device=recipe.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, special: bool = True, **options: Any) -> str:
+    """What follows one prompt; ``special`` says whether it still needs the tokenizer's special tokens."""
+    ids = recipe.tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    if not recipe.separate and ids[-1:] == [recipe.tokenizer.eos_token_id] and special:
+        ids = ids[:-1]
+    inputs = torch.tensor([ids], device=recipe.device)
+    batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     text: str = generate_texts(recipe, batch, max_new_tokens, **options)[0]["prediction"]
     return text
 

@@ -1,0 +1,68 @@
+"""``lightning-lora fit | validate | test | predict``: LightningCLI over the recipes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_lora.callback import LoRA
+from lightning_lora.recipes.data import TextDataModule
+from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.predictions import Predictions
+from lightning_lora.recipes.report import Report
+from lightning_lora.recipes.samples import Samples
+from lightning_lora.recipes.watch import Speed
+
+EXAMPLES = {
+    "fit": "--config run.yaml --lora.r 32 --data.train train.jsonl",
+    "validate": "--config run.yaml --ckpt_path runs/mine/last.ckpt",
+    "test": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.test test.jsonl",
+    "predict": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.predict prompts.jsonl",
+}
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with the callback as ``lora:``, a recipe as ``model:`` and files as ``data:``."""
+
+    def __init__(self) -> None:
+        parsers: dict[str, Any] = {
+            stage: {"epilog": f"example: lightning-lora {stage} {example}"} for stage, example in EXAMPLES.items()
+        }
+        super().__init__(
+            Recipe,
+            TextDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,  # they would be built of a model that is not there yet
+            seed_everything_default=1,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lightning-lora", **parsers},
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``lora``, ``samples`` and ``predictions``."""
+        for callback, key in ((LoRA, "lora"), (Samples, "samples"), (Predictions, "predictions")):
+            parser.add_lightning_class_args(callback, key)
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI would let a checkpoint's own arguments go before those that are given now.
+
+        Only the classes of a classifier are taken from there: ``predict`` has no labels to find them in.
+        """
+        config = self.config[self.config.subcommand]
+        path, options = config.get("ckpt_path"), config.model.get("init_args", {})
+        if path and Path(path).is_file() and "labels" in options and options["labels"] is None:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            options["labels"] = saved.get("hyper_parameters", {}).get("labels")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, LoRA first of its callbacks: others copy the model, and have to see its adapters."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [Speed(), Report(), *callbacks]
+        callbacks.sort(key=lambda callback: not isinstance(callback, LoRA))
+        return trainer

@@ -1,0 +1,78 @@
+"""What a run says of itself: a table at its start, and at its end what to do with what it made."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from lightning_lora.analysis.summary import format_bytes, summary
+from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.watch import peak_memory
+
+
+class Report(Callback):
+    """Prints what is trained on what, and in the end where it lies and which commands use it."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training begins, with everything in place."""
+        if trainer.is_global_zero and isinstance(pl_module, Recipe):
+            table = Table("run", "", box=None, title_justify="left")
+            for name, value in _rows(trainer, pl_module):
+                table.add_row(name, value)
+            Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a fit has ended."""
+        if trainer.is_global_zero and isinstance(pl_module, Recipe):
+            print("\n".join(_farewell(trainer, pl_module)))
+
+
+def _rows(trainer: Trainer, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    counts, data = summary(recipe), getattr(trainer, "datamodule", None)
+    model = type(recipe.model).__name__
+    yield "base", f"{recipe.base} ({model}, {counts.base.parameters:,} parameters, {format_bytes(counts.base.bytes)})"
+    trained = format_bytes(counts.adapters.bytes + counts.in_full.bytes)
+    yield "trained", f"{counts.trainable:,} parameters ({counts.percent:.3g} %, {trained})"
+    for name in ("train", "val"):
+        if (examples := data.examples(name) if hasattr(data, "examples") else None) is not None:
+            source = data.sources[name] or f"held out of {data.sources['train']}"
+            rows = "rows of packed examples" if name == "train" and data.packing else "examples"
+            yield f"{name} data", f"{source}: {len(examples):,} {rows}"
+    accumulated, devices = trainer.accumulate_grad_batches, trainer.world_size
+    if hasattr(data, "batch_size"):
+        whole = data.batch_size * accumulated * devices
+        yield "a step", f"{whole} rows ({data.batch_size} x {accumulated} accumulated x {devices} devices)"
+    yield "steps", f"{int(trainer.estimated_stepping_batches):,}, {trainer.global_step:,} done"
+    yield "on", f"{recipe.device}, precision {trainer.precision}, {type(trainer.strategy).__name__}"
+    yield "memory so far", format_bytes(peak_memory(recipe.device))
+
+
+def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
+    """Where things lie, and commands that can be copied."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
+    yield ""
+    if not path:
+        yield "no checkpoint was written: leave trainer.enable_checkpointing on, or add a ModelCheckpoint"
+        return
+    monitor: Any = trainer.checkpoint_callback
+    best = f" (best {monitor.monitor}: {float(monitor.best_model_score):.4g})" if monitor.best_model_score else ""
+    yield f"checkpoint: {path}{best}"
+    folder, saved = str(Path(path).with_suffix("")) + "-adapter", Path(path).with_suffix(".peft")
+    if saved.is_dir():
+        yield f"PEFT folder: {saved}"
+        folder = str(saved)
+    elif Path(path).is_file():
+        yield f"as a PEFT folder: lightning-lora export {shlex.quote(path)} {shlex.quote(folder)}"
+    if "classification" not in recipe.kinds and not recipe.separate:
+        yield f"use it: lightning-lora generate {shlex.quote(path)} --prompt '...'"
+    if Path(recipe.base).is_dir():
+        merged = shlex.join(["--base", recipe.base, path, f"{Path(path).with_suffix('')}-merged"])
+        yield f"merge it: lightning-lora merge {merged}"
