@@ -27,6 +27,7 @@ from lightning_lora.lint import Finding, lint
 from lightning_lora.load import load_adapter
 from lightning_lora.merge import merge, unmerge
 from lightning_lora.merge_report import MergeReport
+from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
@@ -47,6 +48,7 @@ __all__ = [
     "LightningLoRAError",
     "LoRA",
     "LoRAConfig",
+    "LoRAMonitor",
     "MemoryEstimate",
     "MergeReport",
     "Plan",

@@ -44,7 +44,7 @@ LEVELS = [
     {"merge_files", "combine_files", "inspection", "lint", "recompute"},
     {"strategies", "analysis"},
     {"bitsandbytes_plugin", "movement"},
-    {"health", "base_buffers", "base_weights", "compatibility", "family"},
+    {"health", "monitor", "base_buffers", "base_weights", "compatibility", "family"},
     {"random_states"},
     {"training"},
     {"phases", "configure"},
