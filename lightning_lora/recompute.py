@@ -38,7 +38,7 @@ def checkpoint_activations(model: nn.Module, patches: Patches) -> list[str]:
         if is_pretrained(module) and getattr(module, "supports_gradient_checkpointing", False):
             names.append(name)
             inside |= {id(m) for m in module.modules()}
-            _by_transformers(module, patches)
+            checkpoint_transformers(module, patches)
         elif isinstance(module, (nn.ModuleList, nn.Sequential)):
             for key, block in _repeated(module):
                 names.append(f"{name}.{key}".lstrip("."))
@@ -87,7 +87,13 @@ def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _by_transformers(model: Any, patches: Patches) -> None:
+def checkpoint_transformers(model: Any, patches: Patches) -> None:
+    """Makes the blocks of a transformers model run again, by its own API and in eval mode too, if none are set to yet.
+
+    Args:
+        model: A model that supports it.
+        patches: What undoes it.
+    """
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return  # by the user, who knows best
     wants_gradients = bool(vars(model).get("_require_grads_hooks"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError
@@ -55,7 +56,8 @@ def shape_copy(model: nn.Module, dtype: torch.dtype | None = None) -> ShapeCopy:
             fake = torch.empty(tensor.shape, dtype=cast, device="cpu")
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
     try:
-        copied = copy.deepcopy(model, memo)
+        with unset_fake_temporarily():  # what else there is of tensors is as it is
+            copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError) as error:
         raise UnsupportedError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): give the network in it that "

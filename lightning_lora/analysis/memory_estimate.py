@@ -151,9 +151,12 @@ def _size(size: int) -> str:
 
 
 def _by_bits(layers: tuple[LayerBytes, ...]) -> str:
-    """``7 layers in 4.127 bits (1.2 GB), ...``: what is packed and what is not."""
-    groups: dict[str, list[int]] = {}
+    """``224 modules in 4.127 bits (3.34 GB), ...``: what is packed and what is not."""
+    groups: dict[str, tuple[int, int]] = {}
     for layer in layers:
-        count, size = groups.setdefault(f"{layer.bits:.4g} bits" if layer.bits else "buffers", [0, 0])
-        groups[f"{layer.bits:.4g} bits" if layer.bits else "buffers"] = [count + 1, size + layer.bytes]
-    return ", ".join(f"{n} modules in {key} ({format_bytes(size)})" for key, (n, size) in groups.items())
+        key = f"in {layer.bits:.4g} bits" if layer.bits else "of buffers alone"
+        count, size = groups.get(key, (0, 0))
+        groups[key] = count + 1, size + layer.bytes
+    return ", ".join(
+        f"{count} module{'s' * (count > 1)} {key} ({format_bytes(size)})" for key, (count, size) in groups.items()
+    )

@@ -37,11 +37,11 @@ def likely_batch(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]
     elif name == "pixel_values":
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        inputs = {name: torch.empty(batch_size, getattr(config, "num_channels", 3), height, width, device="cpu")}
+        inputs = {name: torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width, device="cpu")}
     elif name == "input_features" and hasattr(config, "num_mel_bins"):  # Whisper: two frames for each position
-        inputs = {name: torch.empty(batch_size, config.num_mel_bins, 2 * config.max_source_positions, device="cpu")}
+        inputs = {name: torch.zeros(batch_size, config.num_mel_bins, 2 * config.max_source_positions, device="cpu")}
     elif name == "input_values":
-        inputs = {name: torch.empty(batch_size, seq_len, device="cpu")}
+        inputs = {name: torch.zeros(batch_size, seq_len, device="cpu")}
     else:
         raise UnsupportedError(
             f"what {type(model).__name__} is given ({name!r}) is not known here: give example_inputs, a batch as its "

@@ -22,7 +22,7 @@ from lightning_lora.inject import carry_out
 from lightning_lora.layers import lora_layers
 from lightning_lora.patches import Patches
 from lightning_lora.quantize import quantizable
-from lightning_lora.recompute import checkpoint_activations
+from lightning_lora.recompute import checkpoint_activations, checkpoint_transformers
 from lightning_lora.targets import draft
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -107,7 +107,7 @@ def _follow(model: nn.Module, way: Way, example_inputs: Any, mode: FakeTensorMod
         if way.gradient_checkpointing and way.config is not None:
             checkpoint_activations(net, patches)
         elif way.gradient_checkpointing:
-            _checkpoint_all(root)
+            _checkpoint_all(root, patches)
         with one_text_per_row(), quiet("bitsandbytes"):
             seen = trace(net, loss_of(run, batch), autocast, inputs)
     except LightningLoRAError:
@@ -123,11 +123,10 @@ def _follow(model: nn.Module, way: Way, example_inputs: Any, mode: FakeTensorMod
     return counted(net, dense, largest, seen)
 
 
-def _checkpoint_all(root: Any) -> None:
+def _checkpoint_all(root: Any, patches: Patches) -> None:
     if not getattr(root, "supports_gradient_checkpointing", False):
         raise ConfigError("gradient_checkpointing: to train a whole model with it is known of transformers models only")
-    root.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    root.train()  # they do it in train mode only
+    checkpoint_transformers(root, patches)
 
 
 @contextmanager

@@ -1,0 +1,147 @@
+"""How long a forward pass takes: the base, with an adapter beside it, with the adapter merged, and switching."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.analysis.memory_inputs import likely_batch, transformers_model
+from lightning_lora.errors import ConfigError
+from lightning_lora.layers import arrange, lora_layers, undressed
+from lightning_lora.merge import merge, unmerge
+from lightning_lora.switch import set_adapter
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one thing, over rounds.
+
+    Args:
+        name: What was timed.
+        seconds: Median.
+        ratio: Median of the ratios to the base, each within one round; None where there is none.
+        low: The first quartile of the ratios; of the seconds where there are none.
+        high: The third.
+    """
+
+    name: str
+    seconds: float
+    ratio: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of a model with an adapter for one shape.
+
+    Args:
+        batch_size: Samples.
+        seq_len: Tokens of each.
+        forward: Of the base, adapted and merged.
+        others: Of switching to another adapter and back, merging, and unmerging.
+    """
+
+    batch_size: int
+    seq_len: int
+    forward: tuple[Timing, ...]
+    others: tuple[Timing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int = 15, repeat: int = 3) -> Latency:
+    """Times a model with adapters, of which one is active, in eval mode, where its weights are.
+
+    Base, adapted and merged are timed in turn in each round, so that what slows the machine down slows all of them
+    down, and compared within a round. Before a timing the model runs once, unseen.
+
+    Args:
+        model: With one active adapter, not merged; if it has others, switching to the first of them is timed too.
+        batch_size: Samples.
+        seq_len: Tokens of each.
+        rounds: How often all of it is timed.
+        repeat: Forward passes in a timing.
+
+    Raises:
+        ConfigError: If not exactly one adapter is active, or it is no transformers model.
+        UnsupportedError: If its kind of input is not known.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    active = sorted({name for layer in layers for name in layer.lora_active})
+    if len(active) != 1:
+        raise ConfigError(f"latency: one adapter must be active, found {active or 'none'}: ll.set_adapter(model, name)")
+    others = sorted({name for layer in layers for name in layer.lora} - {*active})
+    if (root := transformers_model(model)) is None:
+        raise ConfigError("latency: only transformers models are known to take what is made up here")
+    batch = {key: value.to(_device(model)) for key, value in likely_batch(root, batch_size, seq_len).items()}
+    dtype = next(p.dtype for p in root.parameters() if p.is_floating_point())
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    model.eval()
+    run = _Timer(root, batch, repeat)
+    times: dict[str, list[float]] = {key: [] for key in ("base", "adapted", "merged", "switch", "merge", "unmerge")}
+    run.forward()
+    for _ in range(rounds):
+        with _bare(model):
+            times["base"].append(run.forward())
+        times["adapted"].append(run.forward())
+        if others:
+            times["switch"].append(run.once(lambda: set_adapter(model, others[0])))
+            set_adapter(model, active[0])
+        times["merge"].append(run.once(lambda: merge(model)))
+        times["merged"].append(run.forward())
+        times["unmerge"].append(run.once(lambda: unmerge(model)))
+    forward = [_timing(key, times[key], times["base"]) for key in ("base", "adapted", "merged")]
+    rest = [_timing(key, times[key], None) for key in ("switch", "merge", "unmerge") if times[key]]
+    return Latency(batch_size, seq_len, tuple(forward), tuple(rest))
+
+
+class _Timer:
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], repeat: int) -> None:
+        self.model, self.batch, self.repeat = model, batch, repeat
+        self.device = _device(model)
+
+    def forward(self) -> float:
+        """Seconds of one forward pass."""
+        self.model(**self.batch)
+        return self.once(lambda: [self.model(**self.batch) for _ in range(self.repeat)]) / self.repeat
+
+    def once(self, work: Callable[[], Any]) -> float:
+        """Seconds of something."""
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is what it was without adapters, down to its classes and hooks."""
+    with undressed([layer for _, layer in lora_layers(model)]):
+        arrange(model)
+        yield
+    arrange(model)
+
+
+def _timing(name: str, seconds: list[float], base: list[float] | None) -> Timing:
+    compared = seconds if base is None else [one / other for one, other in zip(seconds, base, strict=True)]
+    low, _, high = statistics.quantiles(compared, n=4) if len(compared) > 1 else compared * 3
+    ratio = None if base is None else statistics.median(compared)
+    return Timing(name, statistics.median(seconds), ratio, low, high)

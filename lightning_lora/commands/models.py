@@ -1,0 +1,102 @@
+"""What commands that need a model's shapes alone are told: which model, and which adapters."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.commands.arguments import positive_int
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, UnsupportedError
+
+_MODEL = "a folder with config.json, that file, or a hub id; no weights are needed"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, and the adapters on it."""
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    add_adapter_options(parser)
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what a `LoRAConfig` is made of."""
+    parser.add_argument("--r", type=positive_int, default=8, help="rank (default: %(default)s)")
+    parser.add_argument("--lora-alpha", type=float, default=16.0, help="scale of the update (default: %(default)s)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=["all-linear"],
+        help="all-linear, attention, mlp, a regex, or names (default: all-linear)",
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="what gets none")
+    parser.add_argument("--use-dora", action="store_true", help="DoRA instead of LoRA")
+
+
+def config_of(options: dict[str, Any]) -> LoRAConfig:
+    """Takes these options out of a command's, and gives the configuration.
+
+    Raises:
+        ConfigError: With every problem.
+    """
+    targets = options.pop("target_modules")
+    return LoRAConfig(
+        r=options.pop("r"),
+        lora_alpha=options.pop("lora_alpha"),
+        target_modules=targets[0] if len(targets) == 1 else targets,
+        exclude_modules=options.pop("exclude_modules"),
+        use_dora=options.pop("use_dora"),
+    )
+
+
+def described_model(model: str) -> nn.Module:
+    """The transformers model that a configuration describes, on the meta device, in eval mode.
+
+    Code that lies beside the configuration is not run. A configuration of a quantised model gives the dense one.
+
+    Args:
+        model: A folder with ``config.json``, such a file, or a hub id.
+
+    Raises:
+        ConfigError: If there is no such model.
+        UnsupportedError: If transformers can't build it.
+    """
+    import torch
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it talks of token ids, which nobody needs here
+    config = _configuration(model)
+    vars(config).pop("quantization_config", None)
+    names = list(config.architectures or [])
+    cls: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    if cls is None:
+        what = f"of {names[0]}" if names else "of no known class (its configuration names no architectures)"
+        raise UnsupportedError(
+            f"{model} is {what}, which transformers {transformers.__version__} does not have: build it in Python, "
+            'under torch.device("meta"), and call ll.estimate_memory or ll.plan'
+        )
+    try:
+        with torch.device("meta"):
+            built: nn.Module = cls(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        raise UnsupportedError(f"{model}: transformers can't build {cls.__name__} from it ({error})") from error
+    return built.eval()
+
+
+def _configuration(model: str) -> Any:
+    import transformers
+
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if path.exists() and not file.is_file():
+        raise ConfigError(f"{model} holds no config.json: give the folder of a transformers model")
+    if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ConfigError(f"{model} does not exist: give {_MODEL}")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model)
+    except Exception as error:  # whatever a file, a hub, a proxy or a missing network may answer
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        where = "is no configuration of a transformers model" if path.exists() else "is neither here nor on the hub"
+        raise ConfigError(f"{model} {where} ({first}): give {_MODEL}") from error
