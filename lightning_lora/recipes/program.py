@@ -1,7 +1,8 @@
 """``lightning-lora fit | validate | test | predict``: LightningCLI over the recipes."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,6 +25,17 @@ EXAMPLES = {
 }
 
 
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one message: a usage of two hundred options would hide it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with 2."""
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        self.exit(2, f"lightning-lora: {message}\nall options: lightning-lora fit --help\n")
+        raise AssertionError("exit returned")
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI with the callback as ``lora:``, a recipe as ``model:`` and files as ``data:``."""
 
@@ -38,6 +50,7 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,  # they would be built of a model that is not there yet
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
             parser_kwargs={"prog": "lightning-lora", **parsers},
         )
 

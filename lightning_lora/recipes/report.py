@@ -12,6 +12,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_lora.analysis.summary import format_bytes, summary
+from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.watch import peak_memory
 
@@ -36,23 +37,29 @@ class Report(Callback):
 
 
 def _rows(trainer: Trainer, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    counts, data = summary(recipe), getattr(trainer, "datamodule", None)
+    counts, data = summary(recipe), _data(trainer)
     model = type(recipe.model).__name__
     yield "base", f"{recipe.base} ({model}, {counts.base.parameters:,} parameters, {format_bytes(counts.base.bytes)})"
     trained = format_bytes(counts.adapters.bytes + counts.in_full.bytes)
     yield "trained", f"{counts.trainable:,} parameters ({counts.percent:.3g} %, {trained})"
     for name in ("train", "val"):
-        if (examples := data.examples(name) if hasattr(data, "examples") else None) is not None:
+        if data is not None and (examples := data.examples(name)) is not None:
+            sized: Any = examples
             source = data.sources[name] or f"held out of {data.sources['train']}"
             rows = "rows of packed examples" if name == "train" and data.packing else "examples"
-            yield f"{name} data", f"{source}: {len(examples):,} {rows}"
+            yield f"{name} data", f"{source}: {len(sized):,} {rows}"
     accumulated, devices = trainer.accumulate_grad_batches, trainer.world_size
-    if hasattr(data, "batch_size"):
+    if data is not None:
         whole = data.batch_size * accumulated * devices
         yield "a step", f"{whole} rows ({data.batch_size} x {accumulated} accumulated x {devices} devices)"
     yield "steps", f"{int(trainer.estimated_stepping_batches):,}, {trainer.global_step:,} done"
     yield "on", f"{recipe.device}, precision {trainer.precision}, {type(trainer.strategy).__name__}"
     yield "memory so far", format_bytes(peak_memory(recipe.device))
+
+
+def _data(trainer: Trainer) -> TextDataModule | None:
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, TextDataModule) else None
 
 
 def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:

@@ -62,6 +62,7 @@ class Samples(Callback):
             with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_text"):  # TensorBoard's
+                board: Any = getattr(logger, "experiment", None)
+                if hasattr(board, "add_text"):  # TensorBoard's
                     for i, row in enumerate(rows):
-                        logger.experiment.add_text(f"samples/{i}", f"{row['prompt']}\n\n{row['text']}", step)
+                        board.add_text(f"samples/{i}", f"{row['prompt']}\n\n{row['text']}", step)

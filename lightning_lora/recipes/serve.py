@@ -1,0 +1,87 @@
+"""An adapter on its base, to say something."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
+from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.load import load_adapter, read_stored
+from lightning_lora.recipes.chat import render_prompt
+from lightning_lora.recipes.generation import generation_options
+from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve
+
+
+def open_adapter(source: str, base: str | None = None, adapter_name: str | None = None) -> tuple[Any, Any]:
+    """The base of an adapter with the adapter on it, in eval mode, and its tokenizer.
+
+    Args:
+        source: A PEFT folder, a checkpoint, or a hub id.
+        base: The base, if it is not where the adapter's record says.
+        adapter_name: Which one of a checkpoint with several.
+
+    Raises:
+        ConfigError: If there is no base, or none is on record.
+        UnsupportedError: If the adapter is one for classes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    fields = peft_fields(source, adapter_name)
+    named = base or fields.get("base_model_name_or_path")
+    if not named:
+        raise ConfigError(f"{source} does not say what its base is: give --base")
+    if (task := fields.get("task_type")) not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise UnsupportedError(f"{source} is an adapter for {task}, which makes no texts: use lightning-lora predict")
+    tokenizer = load_tokenizer(named)
+    place = resolve(named)
+    auto: Any = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{named}, the base of {source}, can't be loaded: {reason}: give --base") from error
+    load_adapter(model, source, adapter_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def stream(
+    model: Any, tokenizer: Any, prompt: str, template: str | None = None, max_new_tokens: int = 256, **options: Any
+) -> str:
+    """Prints what a model puts behind a prompt, token by token, and returns it."""
+    from transformers import TextStreamer
+
+    shown, complete = render_prompt({"prompt": prompt}, template, tokenizer)
+    inputs = tokenizer(shown, add_special_tokens=not complete, return_tensors="pt").to(model.device)
+    ids, mask, is_separate = inputs["input_ids"], inputs["attention_mask"], model.config.is_encoder_decoder
+    if not is_separate:
+        if not complete and ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id:
+            ids, mask = ids[:, :-1], mask[:, :-1]
+        if (context := context_of(model.config, tokenizer)) is not None:
+            if ids.shape[1] >= context:
+                raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model sees {context}: shorten it")
+            max_new_tokens = min(max_new_tokens, context - ids.shape[1])
+    printer = TextStreamer(tokenizer, skip_prompt=not is_separate, skip_special_tokens=True)
+    own = generation_options(tokenizer, options)
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=printer, **own
+        )
+    behind = made[0] if is_separate else made[0, ids.shape[1] :]
+    text: str = tokenizer.decode(behind, skip_special_tokens=True)
+    return text
+
+
+def peft_fields(source: str, adapter_name: str | None = None) -> dict[str, Any]:
+    """What is in an adapter's ``adapter_config.json``, or would be if a checkpoint were exported."""
+    path = Path(source)
+    if not path.is_file():
+        return read_stored(source, adapter_name).fields
+    whole = read_checkpoint(path)
+    name = checkpoint_adapter(path, whole, adapter_name).adapter_name
+    packed = whole[META].get("peft", {}).get(name)
+    fields: dict[str, Any] = {} if packed is None else unpack(packed)["fields"]
+    return fields

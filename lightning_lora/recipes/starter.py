@@ -1,0 +1,176 @@
+"""A YAML to begin with, after a look at the file and at the model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lora.analysis.memory import estimate_memory
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError, LightningLoRAError, listing
+from lightning_lora.recipes.encode import Encoder
+from lightning_lora.recipes.fields import KINDS, Schema, checked, guess_columns
+from lightning_lora.recipes.records import read_records
+from lightning_lora.recipes.tokens import LONGEST, check_pair, context_of, load_config, load_tokenizer, resolve
+
+SEEN = 500  # records that lengths are taken of
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a file and a model.
+
+    Args:
+        recipe: Which one fits the file.
+        schema: What the columns say.
+        renamed: Role to column, where they differ.
+        records: How many there are.
+        lengths: Tokens of the first ones, sorted.
+        context: Tokens that the model sees.
+        classes: How many labels there are, for a classifier; 0 for numbers.
+        chat: Whether the tokenizer has a chat template.
+        pad: A token to pad with, if the tokenizer names none and one is needed.
+    """
+
+    recipe: str
+    schema: Schema
+    renamed: Mapping[str, str]
+    records: int
+    lengths: list[int]
+    context: int
+    classes: int
+    chat: bool
+    pad: str | None
+
+    @property
+    def max_length(self) -> int:
+        """A length that 99 of 100 examples fit in, up to the next multiple of 64, within the context."""
+        longest = self.lengths[min(len(self.lengths) - 1, len(self.lengths) * 99 // 100)]
+        return min(self.context, -(-longest // 64) * 64)
+
+
+def look(data: str, base: str) -> Look:
+    """Looks at a file and at a model's configuration and tokenizer; the weights are not read.
+
+    Raises:
+        ConfigError: If the file can't be read, its columns are not known, or the model is none.
+    """
+    config, tokenizer = load_config(base), load_tokenizer(base)
+    check_pair(base, tokenizer, config)
+    found = next(iter(read_records(data))).fields
+    schema, renamed = _schema(data, found)
+    recipe = _recipe(schema.kind, config, base)
+    labels, count = set[str](), 0
+    for record in checked(read_records(data), schema):
+        count += 1
+        if schema.kind == "classification":
+            labels.add(str(record.fields["label"]))
+    numbers = bool(labels) and all(_is_fraction(label) for label in labels) and any("." in label for label in labels)
+    names = None if numbers or not labels else sorted(labels)
+    encoder = Encoder(schema, tokenizer, 1 << 20, labels=names, separate=recipe == "Seq2SeqLM")
+    first = islice(checked(read_records(data), schema), SEEN)
+    lengths = sorted(len(example["input_ids"]) for example in encoder.encode(first))
+    if not lengths:
+        raise ConfigError(f"{data}: nothing to learn in its first {SEEN} records")
+    needs_pad = recipe == "SequenceClassifier" and tokenizer.pad_token_id is None
+    return Look(
+        recipe=recipe,
+        schema=schema,
+        renamed=renamed,
+        records=count,
+        lengths=lengths,
+        context=min(context_of(config, tokenizer) or LONGEST, LONGEST),
+        classes=0 if names is None else len(names),
+        chat=bool(getattr(tokenizer, "chat_template", None)),
+        pad=(tokenizer.eos_token or tokenizer.unk_token) if needs_pad else None,
+    )
+
+
+def _schema(data: str, found: dict[str, Any]) -> tuple[Schema, dict[str, str]]:
+    for kind, roles in KINDS.items():
+        if all(role in found for role in roles):
+            return Schema(kind, {role: role for role in roles}), {}
+    for kind in KINDS:
+        if guess := guess_columns(found, (kind,)):
+            return Schema(kind, guess), {role: name for role, name in guess.items() if role != name}
+    wanted = "; ".join(" and ".join(roles) for roles in KINDS.values())
+    raise ConfigError(f"{data} has the columns {listing(found, 20)}: rename them to one of these: {wanted}")
+
+
+def _recipe(kind: str, config: Any, base: str) -> str:
+    if kind == "classification":
+        return "SequenceClassifier"
+    if kind == "preference":
+        return "DPO"
+    if config.is_encoder_decoder:
+        if kind != "prompt":
+            raise ConfigError(f"{base} has an encoder and a decoder: it needs the columns prompt and response")
+        return "Seq2SeqLM"
+    if not any("CausalLM" in name or "LMHead" in name for name in config.architectures or ["CausalLM"]):
+        raise ConfigError(
+            f"{base} is a {listing(config.architectures)}, which makes no texts: give a causal model, or a file with "
+            "text and label to classify"
+        )
+    return "CausalLM"
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training would take, of what there is.
+
+    Args:
+        room: Bytes of the accelerator, or of this machine.
+        dense: Bytes that LoRA takes on the base as it is, in bfloat16.
+        packed: Bytes on a base in nf4 with double quantisation.
+    """
+
+    room: int
+    dense: int
+    packed: int
+
+    @property
+    def wants_packing(self) -> bool:
+        """Whether the base has to be packed, with a tenth to spare."""
+        return self.dense > 0.9 * self.room
+
+
+def room() -> int:
+    """Bytes of the accelerator, or else of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def weigh(base: str, seq_len: int, batch_size: int, available: int | None = None) -> Memory | None:
+    """What training takes with and without packing; None if the model can't be followed on shapes alone."""
+    import transformers
+
+    config = load_config(base)
+    auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModel"
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16)
+        totals = [
+            estimate_memory(model, LoRAConfig(r=16), packed, batch_size=batch_size, seq_len=seq_len).total
+            for packed in (None, "nf4-dq")
+        ]
+    except (LightningLoRAError, ValueError, RuntimeError, NotImplementedError):
+        return None
+    return Memory(room() if available is None else available, *totals)
+
+
+def folder_of(base: str) -> str:
+    """A base's path as a YAML has it: folders absolute, so that it can be run from elsewhere."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base if base == "demo" else resolve(base)
