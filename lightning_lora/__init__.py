@@ -22,6 +22,7 @@ from lightning_lora.errors import (
 )
 from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.formats.peft import save_adapter
+from lightning_lora.from_data import initialise_from_data
 from lightning_lora.inject import eject, inject
 from lightning_lora.lint import Finding, lint
 from lightning_lora.load import load_adapter
@@ -66,6 +67,7 @@ __all__ = [
     "disable_adapters",
     "eject",
     "estimate_memory",
+    "initialise_from_data",
     "inject",
     "linear_cross_entropy",
     "lint",

@@ -20,6 +20,7 @@ from lightning_lora.names import clean
 from lightning_lora.owned import without_owned
 from lightning_lora.patches import Patches
 from lightning_lora.phases import Request
+from lightning_lora.settle import adopt_ranks
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.targets import draft
 
@@ -68,6 +69,7 @@ def _receive(requests: list[Request], load: Callable[..., Any], state: dict[str,
             plan = without_owned(model, request.config, plan, request.adapter_name)
             carry_out(model, request.config, plan, request.adapter_name, request.dtype)
     own = {clean(key): value for key, value in state.items()}
+    adopt_ranks(model, own)
     wanted = adapter_state_dict(model).keys() | extra_state(model).keys()
     starts = {key for key in own if key.rpartition(".")[2] in ("start_A", "start_B")}
     load_adapter_state(model, {key: own[key] for key in [*wanted, *starts] if key in own})

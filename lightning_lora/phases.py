@@ -11,10 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.analysis import Summary, summary
+from lightning_lora.asked import settled
 from lightning_lora.bitsandbytes_plugin import heads_stay_dense, is_bitsandbytes, needs_conversion
 from lightning_lora.compatibility import overrides_configure_model
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
+from lightning_lora.from_data import fill_from_data, waits_for_data
 from lightning_lora.inits import Stage
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.load import read_stored
@@ -25,6 +27,7 @@ from lightning_lora.quantize import quantizable, quantize
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.strategies import StrategyAdapter
 from lightning_lora.targets import Plan, draft
+from lightning_lora.trainer_batches import TrainerBatches, require_whole_layers
 
 
 class Request(NamedTuple):
@@ -83,6 +86,9 @@ class Phases:
             patches.wrap(self._model, "configure_model", self._configure_model)
         complete = functools.partial(self._complete, strategy.root_device, patches)
         patches.call_after(plugin, "convert_module", complete)
+        if any(request.config.needs_data for request in self._requests):
+            require_whole_layers(strategy)
+            patches.call_after(strategy, "model_to_device", self._look_at_data)
         if is_bitsandbytes(plugin):
             convert = functools.partial(self._convert_before, plugin, strategy.root_device)
             patches.wrap(plugin, "convert_module", convert)
@@ -134,7 +140,8 @@ class Phases:
                     rank_zero_warn(note)
 
     def _inject(self, last: bool) -> list[str]:
-        drafts = [(request, *draft(self._model, request.config)) for request in self._requests]
+        requests = [r._replace(config=settled(self._model, r.config, r.adapter_name)) for r in self._requests]
+        drafts = [(request, *draft(self._model, request.config)) for request in requests]
         if last:
             raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), "LoRA")
         notes, names = list[str](), {request.adapter_name for request in self._requests}
@@ -187,4 +194,24 @@ class Phases:
         with self._all_or_nothing(LightningLoRAError):
             quantize(self._model, settings, device, release=True)
         for request in self._requests:
-            self.plans[request.adapter_name], _ = draft(self._model, request.config)
+            config = settled(self._model, request.config, request.adapter_name)
+            self.plans[request.adapter_name], _ = draft(self._model, config)
+
+    def _look_at_data(self) -> None:
+        """Gives adapters what comes from data, with the whole model on its device and no optimizer made yet.
+
+        Only a fit has the data. What was not loaded from a checkpoint by then has no values to validate with: the base
+        is what it would be.
+        """
+        trainer: Any = self._model.trainer
+        waiting = [r for r in self._requests if waits_for_data(self._model, r.adapter_name)]
+        for request in waiting:
+            if trainer.state.fn != "fit":
+                withdraw(self._model, request.adapter_name)
+                continue
+            with self._all_or_nothing(Exception):
+                batches = TrainerBatches(trainer, getattr(request.config.init_lora_weights, "step", "training_step"))
+                plan = fill_from_data(self._model, batches, request.adapter_name, batches.step)
+            self.plans[request.adapter_name] = plan
+        if waiting:
+            self.counts = summary(self._model)

@@ -75,7 +75,6 @@ def test_single_problems(arguments, message):
     "arguments",
     [
         {"trainable_token_indices": [1]},
-        {"init_lora_weights": "eva"},
     ],
 )
 def test_what_is_not_built_says_so_by_name(arguments):

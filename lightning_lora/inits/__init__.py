@@ -1,6 +1,7 @@
 """One initialisation per file: from the frozen weight, the rank and the scale to the first A and B."""
 
 from lightning_lora.inits.base import Init, Stage, init, plain_defaults, resolve, stage_of
+from lightning_lora.inits.eva import EVA
 from lightning_lora.inits.gaussian import Gaussian
 from lightning_lora.inits.kaiming import Kaiming
 from lightning_lora.inits.loftq import LoftQ
@@ -9,6 +10,7 @@ from lightning_lora.inits.orthogonal import Orthogonal
 from lightning_lora.inits.pissa import PiSSA
 
 __all__ = [
+    "EVA",
     "Gaussian",
     "Init",
     "Kaiming",

@@ -28,6 +28,8 @@ class Init(ABC):
     of_the_weight: ClassVar[bool] = False
     """Whether s B A is a part of W from the start. The adapter then takes it off again (see `Adapter`), so that the
     model starts as its base; a quantiser packs W without it."""
+    from_data: ClassVar[bool] = False
+    """Whether the first factors come from batches of data (see `lightning_lora.initialise_from_data`)."""
 
     @abstractmethod
     def __call__(self, W: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,8 @@ def detach(layer: LoRALayer, name: str) -> None:
     del layer.lora[name]
     if not layer.lora:
         del layer.lora, layer.lora_active
-        vars(layer).pop("lora_absorbed", None)
+        for own in ("lora_absorbed", "lora_mixture"):
+            vars(layer).pop(own, None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
         if isinstance(layer, ReadWeight):
             _let_be(layer)

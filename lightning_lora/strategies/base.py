@@ -29,6 +29,7 @@ from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_fold
 from lightning_lora.ops.sharded import gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
+from lightning_lora.settle import adopt_ranks
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
@@ -211,6 +212,7 @@ class StrategyAdapter:
     ) -> None:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
+            adopt_ranks(self.model, checkpoint["state_dict"])
             for note in load_adapters(self.model, checkpoint, self.base):
                 rank_zero_info(note)
             self.restored = True

@@ -1,0 +1,529 @@
+"""EVA: A from the data that a run is going to see, ranks by what they explain, once, and nothing else disturbed."""
+
+import copy
+import random
+import warnings
+from collections import Counter
+
+import lightning.pytorch as pl
+import numpy
+import peft
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed, nn
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_lora as ll
+from lightning_lora.inits import EVA
+from lightning_lora.layers import lora_layers
+from lightning_lora.ops.spread import Share, spread
+from lightning_lora.ops.streaming import PrincipalRows
+from tests.helpers.families import FAMILIES
+from tests.helpers.modules import Wrapped, trainer
+from tests.helpers.toy import Lit, build, data
+
+FAMILY = FAMILIES["llama"]
+
+
+def batches(n: int = 4, size: int = 3, length: int = 11) -> list[dict[str, torch.Tensor]]:
+    """Sequences with padding, of which the labels leave out a part."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(n):
+        tokens = torch.randint(3, 61, (size, length), generator=generator)
+        mask = (torch.arange(length) < torch.randint(6, length, (size, 1), generator=generator)).long()
+        labels = tokens.masked_fill((mask == 0) | (torch.arange(length) < 2), -100)
+        found.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def counted(part: dict[str, torch.Tensor]) -> torch.Tensor:
+    return part["attention_mask"].bool() & (part["labels"] != -100)
+
+
+def inputs_of(model: nn.Module, names: list[str], parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What layers get, at the positions that count, all kept: what EVA must not need."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    masks: list[torch.Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found[name].append(args[0][masks[-1]])
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for part in parts:
+            masks.append(counted(part))
+            model.eval()(**part)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows).double() for name, rows in found.items()}
+
+
+def overlap(A: torch.Tensor, B: torch.Tensor) -> float:
+    """The cosine of the largest angle between what two sets of orthonormal rows span."""
+    return torch.linalg.svdvals(A.double() @ B.double().T)[-1].item()
+
+
+def eva(model, parts, r=4, forward=None, **options):
+    init = EVA(**{"tau": 1.0, **options})
+    ll.inject(model, ll.LoRAConfig(r=r, lora_alpha=6, modules_to_save=None, init_lora_weights=init))
+    return ll.initialise_from_data(model, parts, forward=forward)
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[40] * 5, [3, 1, 60, 2, 50], [200]], ids=str)
+def test_streaming_gives_the_components_of_all_rows(sizes):
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(1, -2, 24, dtype=torch.float64)
+    X = torch.randn(sum(sizes), 24, generator=generator, dtype=torch.float64) * scales + 3
+    stream = PrincipalRows(6)
+    for part in X.split(sizes):
+        stream.add(part)
+    centred = X - X.mean(0)
+    _, S, V = torch.linalg.svd(centred, full_matrices=False)
+    torch.testing.assert_close(stream.mean, X.mean(0))
+    torch.testing.assert_close(stream.S[:6], S[:6], rtol=1e-3, atol=0)
+    assert overlap(stream.V[:6], V[:6]) > 0.9999
+    assert stream.total == pytest.approx(centred.square().sum().item())
+    wanted = (S.square() / S.square().sum())[:6].tolist()
+    assert stream.shares(6) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_streams_of_several_processes_merge():
+    X = torch.randn(120, 20, generator=torch.Generator().manual_seed(1)) * torch.logspace(1, -2, 20)
+    streams = [PrincipalRows(20) for _ in range(3)]
+    for stream, part in zip(streams, X.split([50, 60, 10]), strict=True):
+        stream.add(part)
+    streams[0].merge(streams[1])
+    streams[0].merge(streams[2])
+    streams[0].merge(PrincipalRows(20))
+    S = torch.linalg.svdvals(X - X.mean(0))
+    torch.testing.assert_close(streams[0].S, S, rtol=1e-4, atol=1e-4)
+    assert streams[0].rows == 120
+
+
+def test_ranks_go_where_they_explain_most():
+    layers = {"a": Share([0.5, 0.2, 0.1]), "b": Share([0.4, 0.3]), "c": Share([0.01])}
+    assert spread(layers, 4) == {"a": 2, "b": 2, "c": 0}
+    assert spread(layers, 99) == {"a": 3, "b": 2, "c": 1}
+    costly = {"a": Share([9.0, 8.0], cost=10), "b": Share([1.0, 1.0, 0.1], cost=1, least=1)}
+    assert spread(costly, 11) == {"a": 1, "b": 1} or spread(costly, 11) == {"a": 0, "b": 3}
+    assert sum(costly[n].cost * r for n, r in spread(costly, 11).items()) <= 11
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_start_is_the_svd_of_the_inputs(whiten):
+    """Against an SVD of all of them at once."""
+    model = FAMILY.make().double()
+    plan = eva(model, batches(), rho=1.0, whiten=whiten)
+    names = [target.name for target in plan.targets]
+    seen = inputs_of(FAMILY.make().double(), names, batches())
+    for name in names:
+        adapter = model.get_submodule(name).lora["default"]
+        _, S, V = torch.linalg.svd(seen[name] - seen[name].mean(0), full_matrices=False)
+        A = adapter.A.detach() * (S[:4, None].sqrt() if whiten else 1)
+        torch.testing.assert_close(A @ A.T, torch.eye(4).double(), rtol=0.03, atol=0.03)
+        assert overlap(torch.linalg.qr(A.T).Q.T, V[:4]) > 0.99
+        assert not adapter.B.any()
+        assert adapter.r == 4
+
+
+def test_is_pefts():
+    """The same subspaces and the same ranks on the same data, that PEFT gets in one batch and we in four."""
+    parts = batches()
+    model = FAMILY.make()
+    plan = eva(model, parts)
+    twin = FAMILY.make()
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=sorted({t.name.rpartition(".")[2] for t in plan.targets}),
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0, tau=0.99),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(twin, config)
+        peft.initialize_lora_eva_weights(theirs, [joined(parts)], show_progress_bar=False)
+    layers = {n: m for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    ours = {target.name: target for target in plan.targets}
+    assert sum(t.r for t in plan.targets) == 4 * 14
+    ranks = {name: layers[name].r["default"] if name in layers else 0 for name in ours}
+    # siblings have the same input and so the same shares: which of them gets the last one is any one's choice
+    groups = {
+        name: name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in ours
+    }
+    totals = [Counter(), Counter()]
+    for name in ours:
+        totals[0][groups[name]] += ours[name].r
+        totals[1][groups[name]] += ranks[name]
+    assert totals[0] == totals[1]
+    assert len(set(ranks.values())) > 1
+    for name, target in ours.items():
+        common = min(target.r, ranks[name])
+        A = model.get_submodule(name).lora["default"].A[:common]
+        assert overlap(A.detach(), layers[name].lora_A["default"].weight[:common].detach()) > 0.98
+        if target.r == ranks[name]:
+            assert model.get_submodule(name).lora["default"].scaling == pytest.approx(layers[name].scaling["default"])
+
+
+def test_padding_and_what_labels_leave_out_do_not_count():
+    parts = batches()
+    spoilt = copy.deepcopy(parts)
+    for part in spoilt:
+        part["input_ids"][part["attention_mask"] == 0] = 7
+    first, second, third = (FAMILY.make() for _ in range(3))
+    eva(first, parts)
+    eva(second, spoilt)
+    eva(third, parts, use_label_mask=False)
+    for (_, a), (_, b), (_, c) in zip(lora_layers(first), lora_layers(second), lora_layers(third), strict=True):
+        assert overlap(a.lora["default"].A.detach(), b.lora["default"].A.detach()) > 0.999
+        assert overlap(a.lora["default"].A.detach(), c.lora["default"].A.detach()) < 0.99
+
+
+def test_it_ends_when_nothing_changes_any_more():
+    taken = []
+
+    def stream():
+        for i in range(50):
+            taken.append(i)
+            yield {**batches(1)[0]}
+
+    eva(FAMILY.make(), stream(), tau=0.999)
+    assert len(taken) < 6
+    taken.clear()
+    eva(FAMILY.make(), stream(), tau=1.0, batches=9)
+    assert len(taken) <= 10
+
+
+# ---- what it leaves alone --------------------------------------------------------------------------------------------
+
+
+class Drawing(Dataset):
+    """A dataset that draws, from all generators there are."""
+
+    def __init__(self) -> None:
+        self.own = numpy.random.default_rng(3)
+        self.python = random.Random(4)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int):
+        scale = 1 + 0.1 * (self.own.random() + self.python.random() + numpy.random.rand() + random.random())
+        x = torch.randn(16) * scale * torch.linspace(1, 3, 16)
+        return x, int(x[:4].argmax())
+
+
+class Counting(Lit):
+    """A module that counts, logs and keeps statistics in its training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(build(), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 4))
+        self.accuracy = torchmetrics.MeanMetric()
+        self.register_buffer("steps", torch.zeros(()))
+        self.order: list[float] = []
+        self.modes: list[bool] = []
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        self.accuracy.update(batch[0].mean())
+        self.modes.append(self.net.training)
+        self.log("acc", self.accuracy)
+        if self.net.training:
+            self.order.append(batch[0].sum().item())
+        return super().training_step(batch, batch_idx)
+
+
+def run(init, epochs=1, **options):
+    pl.seed_everything(3, verbose=False)
+    module = Counting()
+    loader = DataLoader(Drawing(), batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(8))
+    lora = ll.LoRA(
+        r=3, lora_alpha=5, init_lora_weights=init, target_modules=["q", "o"], modules_to_save=None, **options
+    )
+    fit = trainer(lora, max_epochs=epochs)
+    fit.fit(module, loader)
+    return module, fit
+
+
+def test_the_run_is_what_it_is_without():
+    """The same batches in the same order with the same noise: only the factors differ."""
+    plain, without = run("kaiming")
+    module, fit = run(EVA(rho=1.0, batches=3))
+    assert module.order == plain.order
+    assert len(module.order) == 4
+    assert module.modes[:4] == [False] * 4, "three batches and one look at which inputs are the same"
+    assert module.modes[4:] == [True] * 4
+    assert module.steps == 4
+    assert fit.callback_metrics.keys() == without.callback_metrics.keys()
+    assert module.accuracy._update_count == plain.accuracy._update_count
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for _, layer in lora_layers(module))
+    assert "log" not in vars(module)
+    state = plain.state_dict()
+    for key in ("net.1.running_mean", "net.1.running_var", "net.0.blocks.0.q.weight", "steps"):
+        assert torch.equal(module.state_dict()[key], state[key])
+
+
+def test_random_streams_and_gradients_by_hand():
+    model = build().train()
+    model.blocks[0].drop.eval()
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
+    eva(model, DataLoader(Drawing(), batch_size=8, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (numpy.random.get_state()[1] == before[1]).all()
+    assert random.getstate() == before[2]
+    assert [m.training for m in model.modules()].count(False) == 1
+    assert not model.blocks[0].drop.training
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.lora.default.{key}" for name, _ in lora_layers(model) for key in "AB"
+    }
+
+
+# ---- in runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that used EVA, and its checkpoints after each of two epochs."""
+    folder = tmp_path_factory.mktemp("eva")
+    module = Wrapped(FAMILY.make)
+    torch.manual_seed(0)
+    lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None, save_peft=True)
+    checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit = trainer(lora, checkpoint, max_epochs=2)
+    fit.fit(module, DataLoader(batches(), batch_size=None))
+    return module, folder
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    return {name: layer.lora["default"].r for name, layer in lora_layers(model)}
+
+
+def test_it_starts_as_the_base():
+    model, base = FAMILY.make().double(), FAMILY.make().double()
+    eva(model, batches())
+    part = batches(1)[0]
+    assert torch.equal(model.eval()(**part).logits, base.eval()(**part).logits)
+    assert len(set(ranks(model).values())) > 1
+    assert sum(ranks(model).values()) == 4 * 14
+    assert all(layer.lora["default"].scaling == pytest.approx(1.5) for _, layer in lora_layers(model))
+
+
+def test_the_callback_and_the_function_do_the_same(trained):
+    model = Wrapped(FAMILY.make)
+    ll.inject(model, ll.LoRAConfig(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
+    plan = ll.initialise_from_data(model, batches(), forward=lambda m, batch: m.net(**batch))
+    assert {t.name: t.r for t in plan.targets} == ranks(trained[0]) == ranks(model)
+    assert ll.adapters(model)["default"].to_dict() == ll.adapters(trained[0])["default"].to_dict()
+    assert ll.plan(Wrapped(FAMILY.make), ll.adapters(model)["default"]).targets == plan.targets
+
+
+def test_a_run_that_goes_on_does_not_look_again(trained, monkeypatch):
+    module, folder = trained
+    twin = Wrapped(FAMILY.make)
+    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)  # to call it is an error
+    lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None)
+    fit = trainer(lora, max_epochs=2)
+    fit.fit(twin, DataLoader(batches(), batch_size=None), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    own, other = ll.adapter_state_dict(module), ll.adapter_state_dict(twin)
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[key], other[key]) for key in own)
+    fit.fit_loop.max_epochs = 3  # in the same process
+    fit.fit(twin, DataLoader(batches(), batch_size=None))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_looks_at_no_data(trained, stage, monkeypatch):
+    module, folder = trained
+    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    loader = DataLoader(batches(1), batch_size=None)
+    outcomes = []
+    for checkpoint in (folder / "epoch=1.ckpt", None):
+        twin = Wrapped(FAMILY.make)
+        run = trainer(ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
+        result = getattr(run, stage)(twin, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        outcomes.append(result)
+        assert bool(ll.adapters(twin)) == (checkpoint is not None)
+    with torch.no_grad():
+        own = module.net.eval()(**batches(1)[0])
+        base = FAMILY.make().eval()(**batches(1)[0])
+    for outcome, wanted in zip(outcomes, (own, base), strict=True):
+        if stage == "predict":
+            torch.testing.assert_close(outcome[0], wanted.logits)
+        else:
+            assert next(iter(outcome[0].values())) == pytest.approx(wanted.loss.item(), rel=1e-5)
+
+
+def test_a_fit_after_an_evaluation_looks_at_the_data():
+    module = Wrapped(FAMILY.make)
+    run = trainer(ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
+    loader = DataLoader(batches(), batch_size=None)
+    run.validate(module, loader)
+    run.fit(module, loader)
+    assert len(set(ranks(module).values())) > 1
+
+
+def test_what_is_saved_is_read_everywhere(trained):
+    module, folder = trained
+    part = batches(1)[0]
+    own = module.net.eval()(**part).logits
+    assert (own - FAMILY.make().eval()(**part).logits).abs().max() > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = peft.PeftModel.from_pretrained(FAMILY.make(), str(folder / "epoch=1.peft")).eval()
+    torch.testing.assert_close(twin(**part).logits, own)
+    for source in ("epoch=1.peft", "epoch=1.ckpt"):
+        other = Wrapped(FAMILY.make)
+        ll.load_adapter(other, folder / source)
+        assert torch.equal(other.net.eval()(**part).logits, own)
+        assert ranks(other) == ranks(module)
+    loaded = ll.load_from_checkpoint(Wrapped, folder / "epoch=1.ckpt", build=FAMILY.make)
+    assert torch.equal(loaded.net.eval()(**part).logits, own)
+    merged = ll.merge_and_unload(copy.deepcopy(module)).net
+    torch.testing.assert_close(merged.eval()(**part).logits, own)
+
+
+def test_another_rank_is_still_refused(trained):
+    twin = Wrapped(FAMILY.make)
+    run = trainer(ll.LoRA(r=8, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
+    with pytest.raises(ll.CheckpointError, match="r: 4 -> 8"):
+        run.fit(twin, DataLoader(batches(), batch_size=None), ckpt_path=trained[1] / "epoch=0.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True, "quantization": "nf4"}], ids=str)
+def test_with_variants_and_packed_bases(options):
+    module = Wrapped(FAMILY.make)
+    lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*bitsandbytes|.*blocksize|.*quantised|.*Some matrices")
+        trainer(lora).fit(module, DataLoader(batches(), batch_size=None))
+    assert sum(ranks(module).values()) == 4 * 14
+    assert len({round(layer.lora["default"].scaling, 9) for _, layer in lora_layers(module)}) == 1
+    assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
+
+
+def test_a_layer_that_explains_nothing_loses_its_adapter(tmp_path):
+    """One whose inputs never change, beside such that do."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant, self.varied, self.conv = nn.Linear(16, 4), nn.Linear(16, 4), nn.Conv1d(1, 2, 3)
+
+        def forward(self, x):
+            return self.constant(torch.ones(len(x), 16)) + self.varied(self.conv(x[:, None])[:, :, :8].flatten(1))
+
+    torch.manual_seed(0)
+    model = Net()
+    targets = ["constant", "varied", "conv"]
+    config = ll.LoRAConfig(r=2, init_lora_weights="eva", target_modules=targets, modules_to_save=None)
+    ll.inject(model, config)
+    plan = ll.initialise_from_data(model, [torch.randn(20, 16) for _ in range(3)])
+    assert {t.name: t.r for t in plan.targets} == {"varied": 4, "conv": 2}
+    assert type(model.constant) is nn.Linear
+    assert model.conv.lora["default"].A.any(), "a convolution starts as by default"
+    assert plan.skipped["constant"] == "exclude_modules"
+    ll.save_adapter(model, tmp_path / "peft")
+    torch.manual_seed(0)
+    other = Net()
+    ll.load_adapter(other, tmp_path / "peft")
+    assert ranks(other) == {"varied": 4, "conv": 2}
+    ll.inject(model, config)
+    assert type(model.constant) is nn.Linear, "what was settled stays settled"
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_checked():
+    with pytest.raises(ll.ConfigError, match=r"5 problems:\n.*rho.*0.5\n.*tau.*\n.*batches.*0\n.*whiten.*\n.*step"):
+        EVA(rho=0.5, tau=2, batches=0, whiten="no", step="a b")
+
+
+def test_without_data_it_says_what_to_do():
+    model = build()
+    ll.inject(model, ll.LoRAConfig(init_lora_weights="eva", modules_to_save=None))
+    with pytest.raises(ll.DeadAdapterError, match=r"'eva' and rank_pattern='auto' from ll.initialise_from_data"):
+        model(torch.randn(2, 16))
+    with pytest.raises(ll.ConfigError, match="there is no batch"):
+        ll.initialise_from_data(model, [])
+    with pytest.raises(ll.TargetError, match="reach none of the linear layers"):
+        ll.initialise_from_data(model, [1], forward=lambda model, batch: None)
+    with pytest.raises(ll.ConfigError, match="no adapter 'korean'"):
+        ll.initialise_from_data(model, [torch.randn(2, 16)], "korean")
+    other = build()
+    ll.inject(other, ll.LoRAConfig(modules_to_save=None))
+    with pytest.raises(ll.ConfigError, match="takes nothing from data"):
+        ll.initialise_from_data(other, [torch.randn(2, 16)])
+    ll.initialise_from_data(model, [torch.randn(20, 16)])
+    model.blocks[0].q.lora["default"].B.data += 1
+    with pytest.raises(ll.ConfigError, match="is trained already"):
+        ll.initialise_from_data(model, [torch.randn(20, 16)])
+
+
+class Manual(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def look(self, batch):
+        return self.net(batch[0])
+
+
+def test_manual_optimization_names_a_method_that_only_computes():
+    with pytest.raises(ll.UnsupportedError, match=r"manual optimization.*EVA\(step=...\)"):
+        trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None)).fit(Manual(), data())
+    with pytest.raises(ll.ConfigError, match=r"EVA\(step='lok'\): Manual has no such method"):
+        trainer(ll.LoRA(init_lora_weights=EVA(step="lok"), modules_to_save=None)).fit(Manual(), data())
+    module = Manual()
+    module.optimizers_ = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2)
+    trainer(ll.LoRA(r=2, init_lora_weights=EVA(step="look"), modules_to_save=None)).fit(module, data())
+    assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
+
+
+def test_a_stream_that_can_be_read_once_is_refused():
+    with pytest.raises(ll.ConfigError, match="is a generator, which can be run through only once"):
+        trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None), max_steps=2).fit(Lit(), (b for b in data()))
+
+
+def test_a_step_that_fails_says_who_called_it():
+    class Failing(Lit):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("no luck")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="no luck") as error:
+        trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None)).fit(module, data())
+    assert any("called by LoRA before training" in note for note in error.value.__notes__)
+    assert not ll.adapters(module)
+    assert "log" not in vars(module)
+    assert module.net.training
+
+
+def test_strategies_that_split_layers_are_refused():
+    lora = ll.LoRA(init_lora_weights="eva", modules_to_save=None)
+    try:
+        with pytest.raises(ll.UnsupportedError, match="ModelParallelStrategy splits them. On one device"):
+            trainer(lora, strategy=ModelParallelStrategy(1, 1), devices=1).fit(Lit("configure_model"), data())
+    finally:
+        distributed.destroy_process_group()
