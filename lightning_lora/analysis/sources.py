@@ -106,7 +106,11 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
     if files is not None:
         stored = files.stored
     named = sorted(stored.layers.items(), key=lambda item: _natural(item[0]))
-    return [_of_file(name, layer, scaling(layer.r, layer.lora_alpha), files) for name, layer in named]
+    return [
+        source
+        for name, layer in named
+        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored.layout, files)
+    ]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -114,32 +118,58 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _of_file(name: str, layer: StoredLayer, scaling: float, files: BaseFiles | None) -> Source:
-    def factors() -> tuple[Tensor, Tensor]:
-        values = {part: tensor.read().flatten(1) for part, tensor in layer.tensors.items() if part != "magnitude"}
-        wide = accumulation_dtype(*values.values())
-        A, B = values["A"].to(wide), values["B"].to(wide)
-        if "start_A" not in values:
-            return A, B
-        return joined((A, B), (values["start_A"].to(wide), values["start_B"].to(wide)))
+def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: BaseFiles | None) -> Iterator[Source]:
+    """One source; of a stack of matrices one for each. PEFT keeps their pairs side by side, in one A and one B."""
+    n = _stack(layer, layout)
+    if n is not None and files is not None:
+        raise UnsupportedError(
+            f"analyze: {name} is a stack of matrices (experts), whose weights are not read from files: leave --base "
+            "out, or load the adapter with ll.load_adapter, and call ll.analyze(model)"
+        )
 
-    def magnitude() -> Tensor | None:
-        return layer.tensors["magnitude"].read().flatten() if "magnitude" in layer.tensors else None
+    def values() -> dict[str, Tensor]:
+        read = {part: tensor.read() for part, tensor in layer.tensors.items()}
+        if n is None:
+            return {part: value.flatten() if part == "magnitude" else value.flatten(1) for part, value in read.items()}
+        if layout == "own":
+            return read
+        A, B = read["A"], read["B"]
+        return {"A": A.reshape(n, layer.r, -1), "B": B.reshape(len(B), layer.r, n).permute(2, 0, 1)}
 
-    def weight() -> Tensor:
-        assert files is not None
-        module = files.misfits.found[name].node.module
-        kind: Any = kind_of(original_type(module))
-        matrix: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
-        return matrix
+    for i in [None] if n is None else range(n):
 
-    return Source(name, layer.r, scaling, factors, magnitude, None if files is None else weight)
+        def part(key: str, i: int | None = i) -> Tensor | None:
+            value = values().get(key)
+            return value if value is None or i is None else value[i]
+
+        def factors(part: Callable[[str], Tensor | None] = part) -> tuple[Tensor, Tensor]:
+            found = [value for key in ("A", "B", "start_A", "start_B") if (value := part(key)) is not None]
+            A, B, *start = [value.to(accumulation_dtype(*found)) for value in found]
+            return (torch.cat([A, start[0]]), torch.cat([B, -start[1]], dim=1)) if start else (A, B)
+
+        yield Source(
+            name=name if i is None else f"{name}[{i}]",
+            r=layer.r,
+            scaling=scaling,
+            factors=factors,
+            magnitude=lambda part=part: part("magnitude"),  # type: ignore[misc]
+            weight=None if files is None else lambda: _weight(name, files),
+        )
 
 
-def joined(now: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    r"""Factors of :math:`B A - B_0 A_0`: :math:`[A; A_0]` and :math:`[B, -B_0]`."""
-    (A, B), (start_A, start_B) = now, start
-    return torch.cat([A, start_A]), torch.cat([B, -start_B], dim=1)
+def _weight(name: str, files: BaseFiles) -> Tensor:
+    module = files.misfits.found[name].node.module
+    kind: Any = kind_of(original_type(module))
+    W: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
+    return W
+
+
+def _stack(layer: StoredLayer, layout: str) -> int | None:
+    """How many matrices a layer's weight is a stack of; None for one matrix."""
+    A = layer.tensors["A"].shape
+    if layout == "own":
+        return A[0] if len(A) == 3 else None
+    return A[0] // layer.r if len(A) == 2 and A[0] > layer.r else None
 
 
 def aligned(sources: Sequence[Source], others: Sequence[Source], what: str) -> list[Source]:
