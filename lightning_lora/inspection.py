@@ -1,5 +1,6 @@
 """What is in a checkpoint or a PEFT folder, and whether it is intact: every tensor is read."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def damage(stored: StoredAdapter) -> Iterator[str]:
         for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
             shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
             whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
-            if not (whole and shapes[0][0] == shapes[1][1] == layer.r):
+            if not (whole and (shapes[0][0] == shapes[1][1] == layer.r or _are_stacks(shapes[0], shapes[1], layer.r))):
                 yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
 
 
@@ -104,7 +105,10 @@ def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any
 
 def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
-    layers = [_layer(name, layer, scale(layer.r, layer.lora_alpha)) for name, layer in stored.layers.items()]
+    layers = [
+        _layer(name, layer, scale(layer.r, layer.lora_alpha), stored.layout == "own")
+        for name, layer in stored.layers.items()
+    ]
     in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
     return {
         "name": stored.adapter_name,
@@ -118,10 +122,11 @@ def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def _layer(name: str, layer: StoredLayer, scale: float) -> dict[str, Any]:
+def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, Any]:
     values = {part: tensor.read() for part, tensor in layer.tensors.items()}
     wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
-    factors = {part: value.to(wide).flatten(1) for part, value in values.items() if part != "magnitude"}
+    factors = {part: value.to(wide) for part, value in values.items() if part != "magnitude"}
+    factors = _each(factors, layer.r, own)
     return {
         "name": name,
         "r": layer.r,
@@ -135,12 +140,32 @@ def _layer(name: str, layer: StoredLayer, scale: float) -> dict[str, Any]:
     }
 
 
+def _are_stacks(A: tuple[int, ...], B: tuple[int, ...], r: int) -> bool:
+    """Whether these are the shapes of pairs for the matrices of a stack, ours or PEFT's."""
+    if len(A) == len(B) == 3:
+        return A[0] == B[0] and A[1] == B[2] == r
+    return len(A) == len(B) == 2 and r > 0 and A[0] == B[1] and A[0] % r == 0
+
+
+def _each(factors: dict[str, Tensor], r: int, own: bool) -> dict[str, Tensor]:
+    """The matrices of a stack by themselves, whoever wrote it; other tensors (of convolutions) as matrices."""
+    if own and factors["A"].dim() == 3:
+        return factors
+    factors = {part: value.flatten(1) for part, value in factors.items()}
+    (ranks, columns), rows = factors["A"].shape, factors["B"].shape[0]
+    if ranks > r and _are_stacks(tuple(factors["A"].shape), tuple(factors["B"].shape), r):
+        A, B = factors["A"].view(-1, r, columns), factors["B"].view(rows, r, -1).permute(2, 0, 1)
+        return {"A": A, "B": B}
+    return factors
+
+
 def _update_norm(factors: dict[str, Tensor], scale: float) -> float:
     r""":math:`\|s\,B A\|`, or :math:`\|s\,(B A - B_0 A_0)\|` of an adapter that started with a part of the weight."""
     A, B = factors["A"], factors["B"]
     if "start_A" in factors:
-        A, B = torch.cat([A, factors["start_A"]]), torch.cat([B, -factors["start_B"]], dim=1)
-    return abs(scale) * product_norm(A, B)
+        A, B = torch.cat([A, factors["start_A"]], dim=-2), torch.cat([B, -factors["start_B"]], dim=-1)
+    norms = [product_norm(a, b) for a, b in zip(A, B, strict=True)] if A.dim() == 3 else [product_norm(A, B)]
+    return abs(scale) * math.hypot(*norms)
 
 
 def _norm(tensor: Tensor | None) -> float | None:

@@ -18,8 +18,9 @@ from typing_extensions import override
 from lightning_lora.checks import choice_problems, is_alpha, is_rank
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, parse_config
-from lightning_lora.formats.peft_export import HEADS, PREFIX
+from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_tasks import HEADS
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.tensors import TensorFile
 

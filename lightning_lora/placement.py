@@ -12,6 +12,7 @@ from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.peft_export import peft_root
 from lightning_lora.formats.peft_names import shortest_patterns
+from lightning_lora.formats.peft_parameters import from_peft, with_parameters
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
@@ -21,7 +22,7 @@ from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
-from lightning_lora.targets.walk import Node, nodes
+from lightning_lora.targets.walk import Node, nodes, parameter_owners
 from lightning_lora.updates import target_fields
 
 
@@ -90,11 +91,18 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
     A PEFT folder's are relative to the one transformers model, or to the model itself; or, as those of a checkpoint, to
     a module that the model is a part of.
     """
-    tree, first = nodes(model), next(iter(stored.layers))
+    tree = nodes(model)
+    stored, inside = with_parameters(stored, tree), stored
+    first = next(iter(stored.layers))
     names = {name for node in tree.values() for name in node.names}
+    names |= {name for known in parameter_owners(tree).values() for name in known}
     if first in names:
         return "", model, stored
     prefix, root = peft_root(tree) if stored.layout == "peft" else ("", model)
+    if prefix:
+        inside = with_parameters(inside, nodes(root))
+        first = next(iter(inside.layers))
+        stored = inside if f"{prefix}.{first}" in names else stored
     if prefix and f"{prefix}.{first}" in names:
         return prefix, root, stored
     inner = stored.relative_to(names)
@@ -117,6 +125,8 @@ def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """A layer's tensors in the shapes of an adapter's."""
     node, layer = found
     kind: Any = kind_of(original_type(node.module))
+    if misfits.stored.layout == "peft" and len(kind.lora_matrix_shape(node.module)) == 3:
+        return from_peft(node, layer.r, {part: tensor.read() for part, tensor in layer.tensors.items()})
     values = layer.read(*kind.lora_matrix_shape(node.module))
     if misfits.stored.init is not None and kind.lora_starts_as_told:
         values |= _start_again(found, misfits)

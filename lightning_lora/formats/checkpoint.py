@@ -38,7 +38,10 @@ META = "lightning_lora"
 FORMAT = 1
 
 _MATHEMATICS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_PLACES = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save", "bias")
+_PLACES = (
+    "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save", "bias",
+    "train_norms",
+)  # fmt: skip
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 

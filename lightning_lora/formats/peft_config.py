@@ -16,7 +16,7 @@ MOST = 1 << 22  # bytes; one with the full names of 10,000 layers has less than 
 _KNOWN = {  # what is read here
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "use_dora", "use_rslora",
+    "target_modules", "target_parameters", "use_dora", "use_rslora",
 }  # fmt: skip
 _IRRELEVANT = {  # who made it and how it was initialised: what matters of that is in the tensors
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
@@ -106,9 +106,9 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
             yield f"{name} must be true or false, got {shown(config[name])}"
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         yield f"bias must be none, all or lora_only, got {shown(config['bias'])}"
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(name)
-        text = isinstance(value, str) and name != "modules_to_save"
+        text = isinstance(value, str) and name not in ("modules_to_save", "target_parameters")
         if not (value is None or text or (isinstance(value, list) and all(isinstance(part, str) for part in value))):
             yield f"{name} must be a list of names, got {shown(value)}"
     for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):

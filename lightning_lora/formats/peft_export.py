@@ -10,8 +10,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import values_of
 from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
+from lightning_lora.formats.peft_parameters import problems as parameter_problems
+from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.tensors import all_finite
-from lightning_lora.layers import LoRALayer, has_own_forward, original_type, reaches_base_forward
+from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
@@ -19,20 +22,7 @@ from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
 PREFIX = "base_model.model."
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-HEADS = {  # what PEFT adds to modules_to_save by itself
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+PARTS = ("A", "B", "magnitude")  # in the order of `lora_peft_shapes`
 
 
 class Held(NamedTuple):
@@ -70,6 +60,8 @@ class Export:
             for key, _ in values_of(node.module, adapter_name)
         ]
         self._owners = parameter_owners(self.tree)
+        self._nodes = {name: held.node for name, held in self.layers.items()}
+        self._names = peft_modules(self._nodes)
         self.in_full = dict(self._values_in_full())
         self.modules_to_save = self._whole_modules()
 
@@ -84,6 +76,7 @@ class Export:
                 kind = f"in PEFT, what {cls.__name__}.forward does to the product would not be done to the update"
             if kind is not None:
                 yield f"{name}: {kind}"
+        yield from parameter_problems(self._nodes, self.config.use_dora)
         if self._lost:
             yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
         inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
@@ -109,17 +102,20 @@ class Export:
         r, ranks = shortest_patterns({name: self._rank(held.adapter) for name, held in self.layers.items()})
         alpha, alphas = shortest_patterns({name: self._alpha(held.adapter) for name, held in self.layers.items()})
         others = [name for name in self.tree if name]
+        read = [name for name, node in self._nodes.items() if isinstance(node.module, ReadWeight)]
+        parameters = parameter_fields(self._nodes, [name for names in self._owners.values() for name in names])
         return {
             "alpha_pattern": alphas,
             "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
             "bias": self.config.bias,
             "fan_in_fan_out": all(isinstance(held.layer, LoRAConv1D) for held in self.layers.values()),
             "lora_alpha": alpha,
-            "lora_dropout": self.config.lora_dropout,
+            "lora_dropout": 0.0 if parameters["target_parameters"] else self.config.lora_dropout,  # PEFT has none there
             "modules_to_save": [self._short(name) for name in self.modules_to_save] or None,
             "r": r,
             "rank_pattern": ranks,
-            "target_modules": shortest_targets(self.layers, others),
+            "target_modules": shortest_targets([name for name in self.layers if name not in read], others),
+            **parameters,
             "task_type": self._task(),
             "use_dora": self.config.use_dora,
             "use_rslora": self.config.use_rslora,
@@ -130,11 +126,12 @@ class Export:
         for name, held in self.layers.items():
             A, B = held.adapter.update()
             magnitude = getattr(held.adapter, "magnitude", None)
-            values = [gathered(A), gathered(B), None if magnitude is None else gathered(magnitude)]
-            shapes = held.layer.lora_peft_shapes(held.layer, len(A))
-            for (end, shape), value in zip(shapes.items(), values, strict=True):
-                if value is not None:
-                    yield f"{PREFIX}{name}.{end}", value.detach().reshape(shape)
+            tensors = {"A": A, "B": B} | ({} if magnitude is None else {"magnitude": magnitude})
+            values = dict(to_peft(held.node, part, gathered(tensor).detach()) for part, tensor in tensors.items())
+            shapes = held.layer.lora_peft_shapes(held.layer, A.shape[-2])
+            for part, (end, shape) in zip(PARTS, shapes.items(), strict=False):
+                if part in values:
+                    yield f"{PREFIX}{self._names[name]}.{end}", values[part].reshape(shape)
         for key, value in self.in_full.items():
             owner, _, own = key.rpartition(".")
             middle = "base_layer." if owner in self.layers else ""
@@ -148,12 +145,14 @@ class Export:
             for end, shape in held.layer.lora_peft_shapes(held.layer, self._rank(held.adapter)).items()
             if len(shape) > 2
         }
+        parameters = {n: [self._names[n], is_turned(node)] for n, node in self._nodes.items() if self._names[n] != n}
         embeddings = [name for name, held in self.layers.items() if isinstance(held.layer, nn.Embedding)]
         return {
             "prefix": self.prefix,
             "fields": self.fields(),
             "shapes": shapes,
             "embeddings": embeddings,
+            "parameters": parameters,
             "tied": self._tied(),
             "problems": [*self.problems()],
             "notes": self.notes(),
@@ -245,14 +244,6 @@ def peft_root(tree: dict[str, Node], adapter_name: str | None = None) -> tuple[s
         and not is_inside(name, inner[0].name)
     ]
     return ("", model) if outside else (inner[0].name, inner[0].module)
-
-
-def task_of(root: Any) -> str | None:
-    """PEFT's name for what a transformers model does; PEFT has names for models of text only."""
-    if not is_pretrained(root) or root.main_input_name != "input_ids":
-        return None
-    name = original_type(root).__name__
-    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
 def _is_known(layer: nn.Module) -> bool:

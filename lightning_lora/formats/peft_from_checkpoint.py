@@ -14,6 +14,7 @@ from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack, within
 from lightning_lora.formats.peft_export import PREFIX
+from lightning_lora.formats.peft_parameters import stacked_for_peft
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 
@@ -64,7 +65,8 @@ def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
         )
     try:
         record: dict[str, Any] = unpack(packed)
-        return {key: record[key] for key in ("prefix", "fields", "shapes", "embeddings", "tied", "problems", "notes")}
+        keys = ("prefix", "fields", "shapes", "embeddings", "tied", "problems", "notes")
+        return {"parameters": record.get("parameters", {}), **{key: record[key] for key in keys}}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{path}: what it says of adapter {name!r} can't be read ({error})") from error
 
@@ -75,8 +77,10 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
     inner = {_inside(name, prefix): layer for name, layer in stored.layers.items()}
     for name, layer in inner.items():
         ends = _TABLE_ENDS if name in tables else _ENDS
-        for part, value in _update(layer).items():
-            key = f"{PREFIX}{name}.{ends[part]}"
+        module, turned = record["parameters"].get(name, (name, False))
+        for own, whole in _update(layer).items():
+            part, value = stacked_for_peft(own, whole, turned) if name in record["parameters"] else (own, whole)
+            key = f"{PREFIX}{module}.{ends[part]}"
             shape = record["shapes"].get(key, value.shape)
             if torch.Size(shape).numel() != value.numel():
                 raise CheckpointError(f"{stored.source}: {key} has {value.numel()} values, and should be {shape}")
@@ -93,8 +97,8 @@ def _update(layer: StoredLayer) -> dict[str, Tensor]:
     """A layer's tensors against the clean base, as `Adapter.update` has them."""
     values = {part: tensor.read() for part, tensor in layer.tensors.items()}
     if "start_A" in values:
-        values["A"] = torch.cat([values["A"], values.pop("start_A")])
-        values["B"] = torch.cat([values["B"], -values.pop("start_B")], dim=1)
+        values["A"] = torch.cat([values["A"], values.pop("start_A")], dim=-2)
+        values["B"] = torch.cat([values["B"], -values.pop("start_B")], dim=-1)
     return values
 
 

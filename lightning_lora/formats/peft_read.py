@@ -137,7 +137,7 @@ def _part(tensor: StoredTensor, dim: int, half: slice, sign: int = 1) -> StoredT
 def _options(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     own = LoRAConfig.from_dict(entry.get("config") or {})
     return {
-        "lora_dropout": float(config.get("lora_dropout") or 0.0),
+        "lora_dropout": own.lora_dropout if "config" in entry else float(config.get("lora_dropout") or 0.0),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
         "bias": config.get("bias") or "none",

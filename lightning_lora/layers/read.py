@@ -33,6 +33,7 @@ class ReadWeight(nn.Module):
         super().__init__()
         self.lora_place = reader, holder, key  # in a tuple, or they would be children
         self.lora_name = name
+        self.training = reader.training
 
     @property
     def weight(self) -> Any:
@@ -100,7 +101,7 @@ class LoRARead(LoRALayer):
     @override
     @classmethod
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
-        *stack, rows, columns = cls.lora_matrix_shape(layer)
+        *stack, rows, columns = layer.weight.shape if layer.said_transposed is False else cls.lora_matrix_shape(layer)
         ranks = r * (stack[0] if stack else 1)
         return {"lora_A.weight": (ranks, columns), "lora_B.weight": (rows, ranks)}
 

@@ -1,0 +1,171 @@
+"""PEFT folders of adapters on parameters that are read: experts, attention that holds its projections, others."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import lightning_lora as ll
+from tests.layers.test_experts import FAMILIES, IDS, LORA, noise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's use
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module"),  # they do
+]
+
+EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "llama4"]
+
+
+def build(family):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_there_and_back(family, tmp_path):
+    model = build(family)
+    ll.inject(
+        model,
+        ll.LoRAConfig(**LORA, lora_dropout=0.1, target_modules=["q_b_proj"] if family == "deepseek_v3" else ["q_proj"]),
+    )
+    noise(model)
+    with torch.no_grad():
+        expected, base = model(IDS).logits, build(family)(IDS).logits
+    assert (expected - base).abs().max() > 1e-3
+    ll.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = build(family)
+        ll.load_adapter(again, tmp_path / folder)
+        with torch.no_grad():
+            torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        ll.save_adapter(again, tmp_path / f"{folder}-again", "default")
+        first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", f"{folder}-again"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert ll.adapters(again)["default"].target_parameters is not None
+    own = build(family)
+    ll.load_adapter(own, tmp_path / "ours")
+    assert ll.adapters(own)["default"].lora_dropout == 0.1
+
+
+def test_ranks_of_their_own(tmp_path):
+    model = build("mixtral")
+    patterns = {"rank_pattern": {"down_proj": 4}, "alpha_pattern": {"down_proj": 5.0}}
+    ll.inject(model, ll.LoRAConfig(**LORA, **patterns, target_modules=["q_proj"]))
+    noise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path / "a").eval()
+    again = build("mixtral")
+    ll.load_adapter(again, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_written_by_peft_from_scratch(tmp_path):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    theirs = peft.get_peft_model(build("qwen3_moe"), config).eval()
+    noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = build("qwen3_moe")
+    ll.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+    from tests.helpers.modules import Wrapped, one_batch, trainer
+
+    module = Wrapped(lambda: build("mixtral"))
+    lora = ll.LoRA(**LORA, target_modules=["q_proj"], save_peft=True)
+    trainer(lora, ModelCheckpoint(tmp_path, filename="last")).fit(
+        module, one_batch({"input_ids": IDS, "labels": IDS}, 3)
+    )
+    export_checkpoint(tmp_path / "last.ckpt", tmp_path / "exported")
+    ll.save_adapter(module, tmp_path / "saved")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("exported", "saved"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("exported", "saved")]
+    assert configs[0] == configs[1]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.cell = nn.GRUCell(16, 16)
+        self.linear = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.attention(x, x, x)[0]
+        return self.linear(self.cell(x[:, 0], x[:, 1]))
+
+
+X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
+
+
+def test_attention_and_parameters_of_other_modules(tmp_path):
+    model = Net()
+    options = {"target_modules": ["in_proj_weight", "linear"], "modules_to_save": None}
+    ll.inject(
+        model, ll.LoRAConfig(r=2, lora_alpha=3.0, target_parameters=["cell.weight_ih", "cell.weight_hh"], **options)
+    )
+    noise(model)
+    expected = model(X)
+    ll.save_adapter(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path / "a")
+    torch.testing.assert_close(theirs(X).detach(), expected.detach())
+    again = Net()
+    ll.load_adapter(again, tmp_path / "a")
+    torch.testing.assert_close(again(X).detach(), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "PEFT has no DoRA on parameters that are read: convert it by ll.to_lora"),
+        ({"target_modules": ["out_proj"]}, "attention.out_proj.weight: PEFT adds the update of the output projection"),
+    ],
+)
+def test_what_peft_can_not_have(options, message, tmp_path):
+    model = Net()
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3.0, modules_to_save=None, **options))
+    with pytest.raises(ll.UnsupportedError, match=message):
+        ll.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_attention_that_peft_adapted_is_refused(tmp_path):
+    theirs = peft.get_peft_model(Net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attention"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ll.UnsupportedError, match="attention: PEFT adds the update of the output projection .* twice"):
+        ll.load_adapter(Net(), tmp_path)
+
+
+def test_inspect_tells_the_norms_of_experts(tmp_path):
+    from lightning_lora.inspection import inspect
+
+    model = build("mixtral")
+    ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[]))
+    noise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    adapter = next(m for n, m in model.named_modules() if n.endswith("gate_up_proj.lora.default"))
+    expected = (1.5 * adapter.B @ adapter.A).norm().item()
+    norms = [layer["norm_update"] for layer in inspect(tmp_path / "a")["adapters"][0]["layers"]]
+    assert any(norm == pytest.approx(expected, rel=1e-4) for norm in norms)
