@@ -142,6 +142,6 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 def _timing(name: str, seconds: list[float], base: list[float] | None) -> Timing:
     compared = seconds if base is None else [one / other for one, other in zip(seconds, base, strict=True)]
-    low, _, high = statistics.quantiles(compared, n=4) if len(compared) > 1 else compared * 3
+    low, _, high = statistics.quantiles(compared, n=4, method="inclusive") if len(compared) > 1 else compared * 3
     ratio = None if base is None else statistics.median(compared)
     return Timing(name, statistics.median(seconds), ratio, low, high)

@@ -33,7 +33,7 @@ def likely_batch(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]
     """
     config, name = model.config, model.main_input_name
     if name == "input_ids":
-        inputs = {"input_ids": _ids(batch_size, seq_len)}
+        inputs = {"input_ids": _ids(batch_size, seq_len) + 1}  # 0 may stand for padding
     elif name == "pixel_values":
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size

@@ -1,15 +1,15 @@
 """What commands that need a model's shapes alone are told: which model, and which adapters."""
 
 import argparse
-import logging
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import positive_int
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MODEL = "a folder with config.json, that file, or a hub id; no weights are needed"
 
@@ -29,7 +29,7 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         default=["all-linear"],
-        help="all-linear, attention, mlp, a regex, or names (default: all-linear)",
+        help="all-linear, attention, mlp, ends of names, globs, or re:REGEX (default: all-linear)",
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="what gets none")
     parser.add_argument("--use-dora", action="store_true", help="DoRA instead of LoRA")
@@ -41,17 +41,16 @@ def config_of(options: dict[str, Any]) -> LoRAConfig:
     Raises:
         ConfigError: With every problem.
     """
-    targets = options.pop("target_modules")
     return LoRAConfig(
         r=options.pop("r"),
         lora_alpha=options.pop("lora_alpha"),
-        target_modules=targets[0] if len(targets) == 1 else targets,
+        target_modules=options.pop("target_modules"),
         exclude_modules=options.pop("exclude_modules"),
         use_dora=options.pop("use_dora"),
     )
 
 
-def described_model(model: str) -> nn.Module:
+def described_model(model: str) -> "nn.Module":
     """The transformers model that a configuration describes, on the meta device, in eval mode.
 
     Code that lies beside the configuration is not run. A configuration of a quantised model gives the dense one.
@@ -66,8 +65,10 @@ def described_model(model: str) -> nn.Module:
     import torch
     import transformers
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it talks of token ids, which nobody needs here
-    config = _configuration(model)
+    from lightning_lora.analysis.memory_step import quiet
+
+    with quiet("transformers"):  # it talks of token ids, which nobody needs here
+        config = _configuration(model)
     vars(config).pop("quantization_config", None)
     names = list(config.architectures or [])
     cls: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
