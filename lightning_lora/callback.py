@@ -65,6 +65,7 @@ class LoRA(CallbackBase):
         dropout_mask: ``joint``: layers with the same input may share one; or ``module``, as in PEFT.
         init_lora_weights: ``kaiming``, ``orthogonal``, ``pissa``, ``eva`` and others, or an Init object with options.
         bias: Which biases are trained: ``none``, ``all`` of the model, or ``lora_only``: those of adapted layers.
+        train_norms: Train the weights and biases of LayerNorm, RMSNorm and GroupNorm in full too.
         modules_to_save: ``auto`` trains new heads in full; or a list of names; or null.
         trainable_token_indices: Rows of the token embedding to train.
         loraplus_lr_ratio: Learning rate of B over that of A (LoRA+).
@@ -105,6 +106,7 @@ class LoRA(CallbackBase):
         dropout_mask: Literal["joint", "module"] = "joint",
         init_lora_weights: str | Init = "kaiming",
         bias: Literal["none", "all", "lora_only"] = "none",
+        train_norms: bool = False,
         modules_to_save: Literal["auto"] | list[str] | None = "auto",
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         loraplus_lr_ratio: float | None = None,
@@ -128,16 +130,14 @@ class LoRA(CallbackBase):
         check_arguments(own, error)
         self.adapter_name, self.loraplus_lr_ratio = adapter_name, loraplus_lr_ratio
         self.quantization = None if quantization is None else Quantization.of(quantization)
-        self.gradient_checkpointing = gradient_checkpointing
-        self.save_peft, dtype = save_peft, getattr(torch, adapter_dtype)
+        self.gradient_checkpointing, self.save_peft = gradient_checkpointing, save_peft
         self.options = Options(sync_base, shard_adapters, save_sharded)
-        self._request = Request(self.config, adapter_name, dtype, loraplus_lr_ratio, init_from)
+        self._request = Request(self.config, adapter_name, getattr(torch, adapter_dtype), loraplus_lr_ratio, init_from)
         # Of several LoRA callbacks the first one leads: it does everything, for all of them. Only there, in a run:
-        self._patches = Patches()
+        self._patches, self._random = Patches(), RandomStates()
         self._phases: Phases | None = None
         self._strategy: StrategyAdapter | None = None
         self._training: Training | None = None
-        self._random = RandomStates()
         bring_adapters_back(_requests)
 
     @override

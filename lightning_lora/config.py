@@ -63,6 +63,7 @@ class LoRAConfig:
         init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
             ``"loftq"`` (with a quantised base), ``"eva"`` (from batches of data), or an ``Init`` object with options.
         bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
+        train_norms: Whether the weights and biases of LayerNorm, RMSNorm and GroupNorm are trained in full too.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.
         trainable_token_indices: Rows of the token embedding to train.
@@ -91,6 +92,7 @@ class LoRAConfig:
     dropout_mask: Literal["joint", "module"] = "joint"
     init_lora_weights: str | Callable[..., Any] = "kaiming"
     bias: Literal["none", "all", "lora_only"] = "none"
+    train_norms: bool = False
     modules_to_save: Literal["auto"] | list[str] | None = "auto"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
@@ -172,7 +174,7 @@ class LoRAConfig:
         elif getattr(self._init, "name", None) == "loftq":
             yield "rank_pattern='auto' needs a base that computes, and 'loftq' the ranks before it is packed: drop one"
         yield from mapping_problems("alpha_pattern", self.alpha_pattern, "finite and not 0", is_alpha)
-        for flag in ("use_rslora", "use_dora"):
+        for flag in ("use_rslora", "use_dora", "train_norms"):
             if not isinstance(getattr(self, flag), bool):
                 yield f"{flag} must be true or false, got {getattr(self, flag)!r}"
         yield from choice_problems("dora_dropout", self.dora_dropout, ("input", "lora"))

@@ -35,10 +35,11 @@ def without_owned(
     if not (owned := {name: owner for name, owner in owners.items() if owner is not None}):
         return drafted
     reasons = {name: f"trained in full with adapter {owner!r}" for name, owner in owned.items()}
-    if config.modules_to_save != "auto" or config.bias != "none":
+    if config.modules_to_save != "auto" or config.bias != "none" or config.train_norms:
         which = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
         raise ConfigError(
-            f"LoRA: {which}: leave it out of modules_to_save (and bias) of {adapter_name!r}, or train one by one"
+            f"LoRA: {which}: leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, or train one "
+            "by one"
         )
     frozen = [name for name, owner in owned.items() if trained is not None and owner not in trained]
     notes = [f"{name} is {reasons[name]}, and stays as it is in this run" for name in frozen]

@@ -147,6 +147,7 @@ def test_signatures_of_the_contract():
         "dropout_mask": "joint",
         "init_lora_weights": "kaiming",
         "bias": "none",
+        "train_norms": False,
         "modules_to_save": "auto",
         "trainable_token_indices": None,
         "loraplus_lr_ratio": None,
@@ -161,7 +162,7 @@ def test_signatures_of_the_contract():
         "save_sharded": False,
     }
     config = {name: p.default for name, p in inspect.signature(ll.LoRAConfig).parameters.items()}
-    assert config == {name: defaults[name] for name in list(defaults)[:17]}
+    assert config == {name: defaults[name] for name in list(defaults)[:18]}
     assert str(inspect.signature(ll.inject)).startswith("(model: ")
     for function, names in {
         ll.plan: ["model", "config"],

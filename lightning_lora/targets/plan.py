@@ -16,7 +16,7 @@ from lightning_lora.targets.parameters import is_undropped
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.saved import SavedModule, biases, saved_modules
+from lightning_lora.targets.saved import SavedModule, biases, norms, saved_modules
 from lightning_lora.targets.table import render
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
@@ -116,6 +116,7 @@ def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = N
             f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
             "there"
         )
+    saved += norms(tree, config, saved, problems)
     saved += biases(tree, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=choice.skipped, notes=(*choice.notes, *high)), problems
 

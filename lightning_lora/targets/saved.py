@@ -1,5 +1,6 @@
 """modules_to_save: what is trained in full beside the adapters."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
 from lightning_lora.targets.walk import Node, own_parameters
+
+_NORMS = re.compile(r"(?i:rms|layer|group)_?Norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,41 @@ def saved_modules(
             wanted.update(dict.fromkeys(hits, "modules_to_save"))
         wanted = {n: why for n, why in wanted.items() if not any(n.startswith(f"{outer}.") for outer in wanted)}
     return tuple(filter(None, (_saved(name, why, tree, parameters, problems) for name, why in wanted.items())))
+
+
+def norms(
+    tree: dict[str, Node], config: LoRAConfig, saved: tuple[SavedModule, ...], problems: list[str]
+) -> tuple[SavedModule, ...]:
+    """The normalisations that are trained beside the adapters, but for those in modules that are trained in full."""
+    if config.train_norms and not any(is_norm(node.cls, node.module) for node in tree.values()):
+        problems.append("train_norms: the model has no LayerNorm, RMSNorm or GroupNorm with weights")
+    taken = [name for module in saved for name in (module.name, *module.aliases)]
+    return tuple(
+        SavedModule(
+            name=node.name,
+            type=node.cls.__name__,
+            parameters=sum(parameter.numel() for _, parameter in own_parameters(node.module)),
+            reason="train_norms",
+            aliases=tuple(node.aliases),
+        )
+        for node in tree.values()
+        if config.train_norms and is_norm(node.cls, node.module)
+        if not any(f"{node.name}.".startswith(f"{outer}.") for outer in taken)
+    )
+
+
+def is_norm(cls: type[nn.Module], module: nn.Module) -> bool:
+    """Whether it is a LayerNorm, RMSNorm or GroupNorm, of torch or of a model's own, with weights.
+
+    Models of transformers have classes of their own (LlamaRMSNorm, T5LayerNorm): told by name, and by what they hold.
+    """
+    own = [parameter for _, parameter in own_parameters(module)]
+    return (
+        any(_NORMS.search(base.__name__) for base in cls.__mro__)
+        and not any(True for _ in module.children())
+        and bool(own)
+        and all(parameter.dim() == 1 and parameter.is_floating_point() for parameter in own)
+    )
 
 
 def biases(
