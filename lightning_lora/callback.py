@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from typing_extensions import override
 
-from lightning_lora.analysis import summary
+from lightning_lora.analysis import count_packed, summary
 from lightning_lora.analysis.report import announce
 from lightning_lora.arguments import check_arguments
 from lightning_lora.compatibility import check_compatibility, final_mode, is_accumulating
@@ -152,8 +152,7 @@ class LoRA(CallbackBase):
             raise DeadAdapterError(f"adapters are merged into {listing(merged)}: call ll.unmerge(model) before a fit")
         strategy = self._strategy = strategy_adapter(trainer.strategy, options_of(family))
         require_same_settings(settings_of(family))
-        seed = trainer.strategy.broadcast(default_seed())
-        settings = quantization_of(family)
+        seed, settings = trainer.strategy.broadcast(default_seed()), quantization_of(family)
         mode = final_mode(trainer, settings)
         if merged:
             strategy.settle_base(pl_module, mode)
@@ -163,6 +162,7 @@ class LoRA(CallbackBase):
         strategy.install(self._patches)
         strategy.as_peft = tuple(lora.adapter_name for lora in family if lora.save_peft)
         if stage == "fit":
+            count_packed(pl_module, trainer, self._patches)
             recompute = any(lora.gradient_checkpointing for lora in family)
             ratios = {lora.adapter_name: lora.loraplus_lr_ratio for lora in family}
 

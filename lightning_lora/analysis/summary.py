@@ -79,6 +79,11 @@ def summary(model: nn.Module) -> Summary:
     return Summary(**{name: Part(*values) for name, values in counts.items()}, trainable=trainable)
 
 
+def parameters_in(module: nn.Module) -> int:
+    """How many parameters a module has, each once, packed ones as what they stand for."""
+    return sum(map(_numel, module.parameters()))
+
+
 def format_bytes(size: float) -> str:
     """A size in powers of 1000, as disks and papers count.
 
