@@ -12,7 +12,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.analysis import subspace_similarity
+from lightning_lora.analysis import analyze_files, subspace_similarity
 from lightning_lora.layers import lora_layers
 from tests.commands.files import adapted as adapted_model
 from tests.helpers.families import FAMILIES
@@ -387,3 +387,24 @@ def test_without_weights():
     found = ll.analyze(model, weights=False)
     assert {layer.weight for layer in found.layers.values()} == {None}
     assert "drift" not in str(found)
+
+
+def test_a_stack_of_experts_is_told_one_by_one(tmp_path):
+    model = FAMILIES["mixtral"].make().double()
+    options = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"], "modules_to_save": None}
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, **options))
+    randomise(model)
+    found = ll.analyze(model, weight_svd="exact").layers
+    name, layer = next((name, layer) for name, layer in lora_layers(model) if name.endswith("gate_up_proj"))
+    adapter, W = layer.lora["default"], layer.lora_matrix()
+    merged = adapter.merged(W).detach()
+    assert len(found) == 2 * (1 + len(W))
+    for i in range(len(W)):
+        said, S = found[f"{name}[{i}]"], torch.linalg.svdvals(merged[i] - W[i])[:2]
+        assert said.module == "mlp.experts.gate_up_proj"
+        assert said.singular_values == pytest.approx(S.tolist(), rel=1e-9)
+        assert said.weight.drift == pytest.approx(float((merged[i] - W[i]).norm() / W[i].norm()), rel=1e-9)
+    ll.save_adapter(model, tmp_path / "a")
+    files = analyze_files(tmp_path / "a").layers.values()
+    norms = sorted(layer.norm for layer in files)
+    assert norms == pytest.approx(sorted(layer.norm for layer in found.values()), rel=1e-9)
