@@ -131,7 +131,9 @@ class _Fused(torch.autograd.Function):
             folds.append(fold)
         ys = [None if gain is None else out.data for out, gain in zip(outs, gains, strict=True)]
         ctx.save_for_backward(x, mask, h, A, *ys, *gains, *tensors)
-        ctx.marks = [None if gain is None else _Mark(out) for out, gain in zip(outs, gains, strict=True)]
+        ctx.marks = [
+            None if gain is None or out.is_inference() else _Mark(out) for out, gain in zip(outs, gains, strict=True)
+        ]
         ctx.unpacks, ctx.factors, ctx.ranks, ctx.folds = unpacks, factors, ranks, folds
         ctx.scales = scales
         ctx.set_materialize_grads(False)
