@@ -181,6 +181,9 @@ def test_signatures_of_the_contract():
         ll.adapter_state_dict: ["model", "adapter_name"],
         ll.load_from_checkpoint: ["module_class", "path", "init_kwargs"],
         ll.summary: ["model"],
+        ll.estimate_memory: [
+            "model", "config", "quantization", "optimizer", "batch_size", "seq_len", "strategy", "devices",
+        ],  # fmt: skip
     }.items():
         found = inspect.signature(function).parameters.values()
         assert [p.name for p in found if p.kind is not p.KEYWORD_ONLY] == names

@@ -1,7 +1,6 @@
-"""The estimate of memory against what is there: as a program, this writes the table of docs/memory.md."""
+"""The estimate of memory against what is there, and the tables of docs/memory.md against both."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from lightning_lora.freeze import train_mode
 from lightning_lora.ops import operand
 from lightning_lora.patches import Patches
 from lightning_lora.recompute import checkpoint_activations
+from tests.analysis.memory_tables import PAGE, llama_row, rows_in, way
+from tests.analysis.memory_tables import llama as llama_of_size
 from tests.benchmarks.speed.held import held_bytes
 
-PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 TOLERANCE = 0.05
 BATCH, TOKENS = 2, 48
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -67,11 +67,10 @@ class Row:
     estimated: dict[str, int]
     measured: dict[str, int]
 
-    def line(self) -> str:
-        cells = [self.family, self.method, "yes" if self.checkpointing else "no"]
-        for key in self.estimated:
-            cells += [f"{self.estimated[key]:,}", f"{self.measured[key]:,}"]
-        return f"| {' | '.join(cells)} |"
+    def cells(self) -> list[str]:
+        """The row of the table in the docs."""
+        pairs = [f"{value:,}" for key, own in self.estimated.items() for value in (own, self.measured[key])]
+        return [self.family, self.method, "yes" if self.checkpointing else "no", *pairs]
 
 
 def measure(model: nn.Module, batch: dict, config: ll.LoRAConfig, quantization: str | None, again: bool) -> dict:
@@ -137,14 +136,15 @@ def test_the_estimate_is_what_is_there(family, method, again):
     row = compare(family, method, again)
     for key, estimated in row.estimated.items():
         assert estimated == pytest.approx(row.measured[key], rel=TOLERANCE), key
+    cells = row.cells()
+    (documented,) = (
+        cells_there for cells_there in rows_in(PAGE.read_text(), "accuracy") if cells_there[:3] == cells[:3]
+    )
+    now, then = ([int(cell.replace(",", "")) for cell in each[3:]] for each in (cells, documented))
+    assert now == pytest.approx(then, rel=TOLERANCE), "write the docs anew: python -m tests.analysis.memory_tables"
 
 
-if __name__ == "__main__":
-    for case in CASES:
-        row = compare(*case)
-        print(
-            row.family,
-            row.method,
-            row.checkpointing,
-            {k: round(v / row.measured[k], 4) for k, v in row.estimated.items()},
-        )
+@pytest.mark.parametrize("name", ["LoRA, 16 bits", "QLoRA, nf4-dq"])
+def test_the_table_of_llamas(name):
+    row = llama_row("7B", name, way(llama_of_size("7B"), name))
+    assert row in rows_in(PAGE.read_text(), "llamas"), "write the docs anew: python -m tests.analysis.memory_tables"
