@@ -7,6 +7,7 @@ end of a text and for padding.
 """
 
 import sys
+from typing import Any
 
 from lightning_lora.demo.module import BASE
 
@@ -23,7 +24,8 @@ def main(folder: str = str(BASE)) -> None:
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=PAD, model_max_length=1024)
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=inner, eos_token=END, pad_token=PAD, model_max_length=1024)
     tokenizer.save_pretrained(folder)
 
 

@@ -14,6 +14,7 @@ from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate, Packed, Subset, pack
 from lightning_lora.recipes.fields import KINDS
 from lightning_lora.recipes.order import resumable
+from lightning_lora.recipes.records import check_source
 from lightning_lora.recipes.sources import Reading
 from lightning_lora.recipes.store import Store, cache_folder
 from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer
@@ -82,7 +83,7 @@ class TextDataModule(LightningDataModule):
         self.val_split, self.columns, self.prompt_template = val_split, columns, prompt_template
         self.labels = None if labels is None else [str(label) for label in labels]
         self.max_length, self.overlong, self.packing = max_length, overlong, packing
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed, self.pad_token, self.cache_dir = num_workers, seed, pad_token, cache_dir
         self.base, self.kind = base, kind
         self.tokenizer: Any = None
@@ -93,7 +94,8 @@ class TextDataModule(LightningDataModule):
     def _problems(self) -> list[str]:
         problems = list(choice_problems("overlong", self.overlong, ("truncate", "drop", "error")))
         problems += choice_problems("kind", self.kind, (None, *KINDS))
-        for name in ("batch_size", "eval_batch_size", "max_length"):
+        evaluated = ["eval_batch_size"] if self.eval_batch_size is not self.batch_size else []
+        for name in ("batch_size", *evaluated, "max_length"):
             if (value := getattr(self, name)) is not None and not (is_int(value) and value > 0):
                 problems.append(f"{name} must be a positive integer, got {value!r}")
         if not is_number(self.val_split) or not 0 <= self.val_split < 1:
@@ -116,8 +118,12 @@ class TextDataModule(LightningDataModule):
         Raises:
             ConfigError: With what is wrong with the files, the tokenizer, or how they fit together.
         """
-        reading = self._reading = self._reading or self._new_reading()
         needed = ("train", *_NEEDED[stage]) if self.sources["val"] is None and stage != "predict" else _NEEDED[stage]
+        if stage == "fit" and self.sources["train"] is None:
+            raise ConfigError("fit needs a file: give data.train")
+        for given in filter(None, (self.sources[name] for name in needed)):
+            check_source(given)
+        reading = self._reading = self._reading or self._new_reading()
         if "classification" in reading.kinds and not reading.regression and stage != "predict" and self.labels is None:
             if self.sources["train"] is None:
                 raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
@@ -126,8 +132,6 @@ class TextDataModule(LightningDataModule):
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(_told(source, store, reading.max_length))
-        if stage == "fit" and self.sources["train"] is None:
-            raise ConfigError("fit needs data.train")
 
     def _new_reading(self) -> Reading:
         recipe = None if self.trainer is None else self.trainer.lightning_module

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from lightning_lora.callback import LoRA
@@ -74,6 +75,9 @@ class RecipeCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, LoRA first of its callbacks: others copy the model, and have to see its adapters."""
+        wanted: Any = self._get(self.config_init, "trainer", default={})
+        if wanted.get("logger") in (None, True):  # CSV, whatever else is installed, beside the checkpoints
+            kwargs.setdefault("logger", CSVLogger(wanted.get("default_root_dir") or os.curdir, name=None))
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [Speed(), Report(), *callbacks]

@@ -44,6 +44,16 @@ def read_records(source: str) -> Iterator[Record]:
             raise ConfigError(f"{path} is empty: give a file with at least one example")
 
 
+def check_source(source: str) -> None:
+    """Looks whether a file is there, before anything else is done. A dataset of the hub is asked for later.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not source.startswith(HUB):
+        files_of(source)
+
+
 def files_of(source: str) -> list[Path]:
     """The files that a path stands for: itself, or those of known kinds in a folder, sorted.
 

@@ -43,7 +43,7 @@ def make_tokenizer(kind: str = "causal", chat: bool = False) -> tf.PreTrainedTok
         inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     elif kind == "causal":
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=128, **SPECIAL)
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=256, **SPECIAL)
     tokenizer.chat_template = CHAT if chat else None
     return tokenizer
 
@@ -56,7 +56,7 @@ def llama(folder: Path, chat: bool = False, **changes) -> str:
             **IDS,
             **STRONG,
             "vocab_size": 320,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 256,
             "num_key_value_heads": 2,
             **changes,
         }
@@ -66,7 +66,7 @@ def llama(folder: Path, chat: bool = False, **changes) -> str:
 
 def bert(folder: Path) -> str:
     torch.manual_seed(0)
-    model = tf.BertModel(tf.BertConfig(**SIZES, **IDS, **STRONG, vocab_size=320, max_position_embeddings=128))
+    model = tf.BertModel(tf.BertConfig(**SIZES, **IDS, **STRONG, vocab_size=320, max_position_embeddings=256))
     return saved(folder, model, make_tokenizer("bert"))
 
 

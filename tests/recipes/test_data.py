@@ -1,0 +1,175 @@
+"""The data module: splits, caches, what each device gets, and what is refused before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_lora import ConfigError
+from lightning_lora.recipes import CausalLM, SequenceClassifier, TextDataModule
+from lightning_lora.recipes.order import resumable
+from tests.helpers.toy import Lit
+from tests.recipes import files
+
+
+class Unloaded(CausalLM):
+    """Whose model must never be asked for."""
+
+    def configure_model(self) -> None:
+        raise AssertionError("the model was loaded")
+
+
+class UnloadedClassifier(SequenceClassifier):
+    def configure_model(self) -> None:
+        raise AssertionError("the model was loaded")
+
+
+def refusal(module, data) -> str:
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+    with pytest.raises(ConfigError) as caught:
+        trainer.fit(module, datamodule=data)
+    return str(caught.value)
+
+
+def ready(base: str, path: str, **options) -> TextDataModule:
+    data = TextDataModule(path, base=base, **{"kind": "prompt", **options})
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return files.jsonl(tmp_path / "a.jsonl", files.prompts(40))
+
+
+def test_a_split_is_the_same_in_every_run_and_leaves_nothing_out(llama, path):
+    train, val = (ready(llama, path, val_split=0.2).examples(name) for name in ("train", "val"))
+    assert (len(train), len(val)) == (32, 8)
+    assert sorted([*train.indices, *val.indices]) == list(range(40))
+    assert ready(llama, path, val_split=0.2).examples("val").indices == val.indices
+    assert ready(llama, path, val_split=0.2, seed=1).examples("val").indices != val.indices
+    assert len(ready(llama, path, val_split=1e-9).examples("val")) == 1
+    whole = ready(llama, path, val_split=0)
+    assert len(whole.examples("train")) == 40
+    assert whole.val_dataloader() == []
+    both = ready(llama, path, val=path)
+    assert len(both.examples("train")) == len(both.examples("val")) == 40
+
+
+def test_tokens_are_made_once_for_what_they_depend_on(llama, path, tmp_path, monkeypatch):
+    def cached() -> set[str]:
+        return {p.name for p in (tmp_path / "cache").rglob("*.safetensors")}
+
+    ready(llama, path)
+    before = cached()
+    assert len(before) == 1
+    monkeypatch.setattr("lightning_lora.recipes.sources.Encoder", None)  # from the cache, or not at all
+    assert len(ready(llama, path).stores["train"]) == 40
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ready(llama, path, max_length=32)
+    ready(llama, path, prompt_template="{prompt} =>")
+    with Path(path).open("a") as file:
+        file.write(json.dumps(files.prompts(1)[0]) + "\n")
+    assert len(ready(llama, path).stores["train"]) == 41
+    assert len(cached()) == 4
+
+
+def test_each_epoch_has_an_order_of_its_own_and_each_device_its_part(llama, path):
+    loader = ready(llama, path, val_split=0).train_dataloader()
+    orders = []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        orders.append(list(loader.sampler))
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    _, sampler = resumable()
+    parts = [list(sampler(range(40), num_replicas=2, rank=rank, seed=0)) for rank in (0, 1)]
+    assert sorted([*parts[0], *parts[1]]) == list(range(40))
+    before = torch.get_rng_state()
+    next(iter(loader))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_torchdata_a_warning_says_what_is_lost(llama, path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchdata.stateful_dataloader", None)
+    with pytest.warns(UserWarning, match=r"will not go on with the next batch: pip install 'lightning-lora\[data\]'"):
+        loader = ready(llama, path).train_dataloader()
+    assert len(list(loader)) == 5
+
+
+def test_batches_are_padded_and_masked(llama, path):
+    batch = next(iter(ready(llama, path, batch_size=8).train_dataloader()))
+    lengths = batch["attention_mask"].sum(1)
+    assert len(lengths.unique()) > 1
+    assert all((row[n:] == 0).all() for row, n in zip(batch["input_ids"], lengths, strict=True))
+    assert all((row[n:] == -100).all() for row, n in zip(batch["labels"], lengths, strict=True))
+
+
+def test_everything_wrong_with_the_arguments_is_told_at_once():
+    with pytest.raises(ConfigError, match="5 problems") as caught:
+        TextDataModule(overlong="cut", batch_size=0, val_split=1, max_length=-1)
+    assert [p.split()[0] for p in caught.value.problems] == ["overlong", "batch_size", "max_length", "val_split", "no"]
+    with pytest.raises(ConfigError, match=r"labels must differ from each other"):
+        TextDataModule("a.jsonl", labels=["a", "a"])
+
+
+def test_files_are_refused_before_the_model_is_loaded(llama, bert, tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert "does not exist" in refusal(Unloaded(llama), TextDataModule(str(path)))
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"\n')
+    assert f"{path}:2: broken JSON" in refusal(Unloaded(llama), TextDataModule(str(path)))
+    files.jsonl(path, [{"question": "a", "answer": "b"}])
+    said = refusal(Unloaded(llama), TextDataModule(str(path)))
+    assert "Unloaded needs messages or prompt and response or text: name them: columns={prompt: question, " in said
+    files.jsonl(path, files.prompts())
+    said = refusal(Unloaded(llama), TextDataModule(str(path), max_length=4))
+    assert "nothing is left of 24 examples within 4 tokens: raise data.max_length" in said
+    assert "max_length=512, but" in refusal(Unloaded(llama), TextDataModule(str(path), max_length=512))
+    assert "pad_token 'PAD' is none of the tokens" in refusal(
+        Unloaded(llama), TextDataModule(str(path), pad_token="PAD")
+    )
+    files.jsonl(path, [{"text": "x", "label": "a"}] * 3)
+    said = refusal(UnloadedClassifier(bert), TextDataModule(str(path)))
+    assert "has one class only ('a'): there is nothing to tell apart" in said
+    files.jsonl(path, [*files.classes(), {"text": "x", "label": "omega"}])
+    said = refusal(UnloadedClassifier(bert, labels=["alpha", "beta", "gamma"]), TextDataModule(str(path)))
+    assert f"{path}:25: 'label' is 'omega', which is none of the 3 classes alpha, beta, gamma" in said
+    val = files.jsonl(tmp_path / "val.jsonl", [{"text": "x", "label": "omega"}])
+    train = files.jsonl(tmp_path / "train.jsonl", files.classes())
+    assert f"{val}:1: 'label' is 'omega'" in refusal(UnloadedClassifier(bert), TextDataModule(train, val=val))
+
+
+def test_models_are_refused_before_they_are_loaded(llama, path, tmp_path):
+    assert "no model 'no/where': neither" in refusal(Unloaded("no/where"), TextDataModule(path))
+    assert "is no model: it has no config.json" in refusal(Unloaded(str(tmp_path)), TextDataModule(path))
+    mixed = tmp_path / "mixed"
+    files.llama(mixed)
+    (mixed / "config.json").write_text(
+        (mixed / "config.json").read_text().replace('"vocab_size": 320', '"vocab_size": 300')
+    )
+    said = refusal(Unloaded(str(mixed)), TextDataModule(path))
+    assert "has 320 tokens, the model 300: they don't belong together" in said
+    for file in mixed.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer in" in refusal(Unloaded(str(mixed)), TextDataModule(path))
+    said = refusal(Lit(), TextDataModule(path))
+    assert "the module is no recipe: say base" in said
+
+
+def test_packing_is_for_causal_models(bert, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes())
+    data = TextDataModule(path, base=bert, kind="classification", packing=True)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match="packing is for causal language models"):
+        data.train_dataloader()
+
+
+def test_numbers_as_classes_keep_their_order(bert, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": i} for i in (10, 2, 1)])
+    data = TextDataModule(path, base=bert, kind="classification", val_split=0)
+    data.setup("fit")
+    assert data.labels == ["1", "2", "10"]
+    assert [int(example["label"]) for example in data.stores["train"]] == [2, 1, 0]
