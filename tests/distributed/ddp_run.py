@@ -37,6 +37,7 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
                 lora_dropout=0.2,
                 quantization=os.environ.get("QUANTIZATION") or None,
                 init_lora_weights=os.environ.get("INIT", "kaiming"),
+                rank_pattern=os.environ.get("RANKS") or None,
                 init_from=os.environ.get("INIT_FROM"),
                 save_peft=bool(os.environ.get("SAVE_PEFT")),
             ),

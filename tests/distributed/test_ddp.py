@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import lightning_lora as ll
-from tests.helpers.toy import build
+from tests.helpers.toy import build, data
 
 pytestmark = pytest.mark.gloo
 
@@ -44,6 +45,29 @@ def test_ddp_on_a_4_bit_base(tmp_path, init):
     assert all(torch.equal(value, rest[key]) for key, value in whole.items())
     dense = run("ddp", tmp_path / "dense")
     assert not any(torch.equal(value, dense[key]) for key, value in whole.items() if key.endswith(".B"))
+
+
+def test_ddp_looks_at_the_data_of_all_ranks(tmp_path):
+    """Ranks have other batches, and get the same values."""
+    assert_ranks_of_all_the_data(run("ddp", tmp_path, INIT="eva"), init_lora_weights="eva")
+
+
+def test_the_parent_process_gets_ranks_that_come_from_data(tmp_path):
+    state = run("ddp_fork", tmp_path, RANKS="auto")
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in state.items())
+    assert_ranks_of_all_the_data(saved, rank_pattern="auto")
+
+
+def assert_ranks_of_all_the_data(state: dict[str, torch.Tensor], **options: str) -> None:
+    """What one process finds that sees everything."""
+    net = build()
+    ll.inject(net, ll.LoRAConfig(r=4, **options))
+    ll.initialise_from_data(net, data(batch_size=32), forward=lambda net, b: cross_entropy(net(b[0]), b[1]))
+    alone = {f"net.{key}": value.shape for key, value in ll.adapter_state_dict(net).items()}
+    assert alone == {key: value.shape for key, value in state.items()}
+    assert len({shape[0] for key, shape in alone.items() if key.endswith(".A")}) > 1
 
 
 def test_ddp_writes_folders_and_starts_from_them(tmp_path):

@@ -146,7 +146,7 @@ def test_print_config_round_trip(tmp_path, capsys):
     arguments = yaml.safe_load(printed)["trainer"]["callbacks"][0]["init_args"]
     assert arguments["rank_pattern"] == {"blocks\\.0": 2, "q": 3}
     assert arguments["lora_dropout"] == 0.0
-    assert len(arguments) == 27
+    assert len(arguments) == 28
     (tmp_path / "printed.yaml").write_text(printed)
     assert_trained(run("--config", str(tmp_path / "printed.yaml")))
 
@@ -162,6 +162,27 @@ def test_an_initialisation_with_options():
     layer = cli.model.net.blocks[0].q
     assert layer.lora_absorbed == ("default",)
     assert layer.lora["default"].config.init_lora_weights.iterations == 2
+
+
+def test_ranks_and_first_values_from_data():
+    cli = run(
+        "--trainer.callbacks+=LoRA",
+        "--trainer.callbacks.r=3",
+        "--trainer.callbacks.rank_pattern=auto",
+        "--trainer.callbacks.train_norms=true",
+        "--optimizer=torch.optim.Adam",
+    )
+    assert isinstance(ll.adapters(cli.model)["default"].rank_pattern, dict)
+    assert cli.model.net.blocks[0].norm.weight.requires_grad
+    cli = run(
+        "--trainer.callbacks+=LoRA",
+        "--trainer.callbacks.init_lora_weights=lightning_lora.inits.EVA",
+        "--trainer.callbacks.init_lora_weights.init_args.rho=1",
+        "--optimizer=torch.optim.Adam",
+    )
+    assert cli.trainer.callbacks[0].config.init_lora_weights.rho == 1
+    A = cli.model.net.blocks[0].q.lora["default"].A
+    assert A.norm().item() == pytest.approx(8**0.5, abs=0.2)  # eight orthonormal rows, a few steps later
 
 
 def test_wrong_values_are_refused_with_their_name(capsys):
