@@ -24,10 +24,10 @@ class AgainstWeight:
         alignment: :math:`\langle W, \Delta W \rangle / (\|W\|_F \|\Delta W\|_F)`.
         projection: :math:`\|U^T W V\|_F`, with the directions U, V of ΔW: how much of W lies where ΔW does.
         projection_random: What n random directions have, as a root of the mean square: :math:`n\,\|W\|_F / \sqrt{dk}`.
-        projection_top: What the n largest directions of W have; None where W was not decomposed.
+        projection_top: What the n largest directions of W have; None if fewer are known.
         amplification: :math:`\|\Delta W\|_F / \|U^T W V\|_F` (arXiv:2106.09685, section 7.3).
-        magnitude_change: :math:`\Delta M`, the mean of :math:`|m' - \|W\||` over rows (arXiv:2402.09353, equation 3).
-        direction_change: :math:`\Delta D`, the mean of :math:`1 - \cos(W', W)` over rows (equation 4).
+        magnitude_change: :math:`\Delta M`, the mean of :math:`|m' - \|W\||` over rows (arXiv:2402.09353, section 3.2).
+        direction_change: :math:`\Delta D`, the mean of :math:`1 - \cos(W', W)` over rows (likewise).
     """
 
     norm: float
@@ -55,7 +55,7 @@ def against_weight(
         update: The spectrum of ΔW.
         W: The frozen weight, (d, k), in any dtype.
         magnitude: DoRA's m, (d,); None for an adapter that has none.
-        largest: The largest singular values of W, as many as ΔW has or more; None if they are not known.
+        largest: The largest singular values of W; None if they are not known.
     """
     U, S, V = update
     dtype, (d, k), n = accumulation_dtype(W), W.shape, len(S)
@@ -78,7 +78,7 @@ def against_weight(
         alignment=ratio(float(inner.sum()), norm * size),
         projection=projection,
         projection_random=n * norm / math.sqrt(d * k),
-        projection_top=None if largest is None else float(torch.linalg.vector_norm(largest[:n])),
+        projection_top=None if largest is None or len(largest) < n else float(torch.linalg.vector_norm(largest[:n])),
         amplification=ratio(size, projection),
         magnitude_change=float((m - squares.sqrt()).abs().mean()),
         direction_change=float(_turned(squares, inner, own, tuned).mean()),

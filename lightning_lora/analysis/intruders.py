@@ -12,7 +12,7 @@ from lightning_lora.ops.fused import gain_of
 from lightning_lora.ops.norms import accumulation_dtype, merged_row_norms
 from lightning_lora.ops.principal import OVERSAMPLING
 
-ITERATIONS = 6  # of the subspace iteration: singular values of weights decay slowly
+ITERATIONS = 4  # of the subspace iteration: singular values of weights decay slowly
 
 Product = Callable[[Tensor], Tensor]
 
@@ -66,7 +66,7 @@ def intruders(update: Spectrum, W: Tensor, magnitude: Tensor | None, settings: W
         settings: How.
 
     Returns:
-        The intruders, and at least as many singular values of W as ΔW has, if W has that many.
+        The intruders, and the largest singular values of W, as many as directions were asked for.
     """
     dtype = accumulation_dtype(W)
     W = W.to(dtype)
@@ -78,15 +78,15 @@ def intruders(update: Spectrum, W: Tensor, magnitude: Tensor | None, settings: W
         of_W, values, _ = torch.linalg.svd(W, full_matrices=False)
         tuned = torch.linalg.svd(gain[:, None] * (W + (U * S) @ V.T), full_matrices=False).U
     else:
-        generator, n = torch.Generator().manual_seed(settings.seed), max(settings.directions, len(S))
-        of_W, values = _directions(lambda X: W @ X, lambda Y: W.T @ Y, W, n, generator, V)
+        generator, n, start = torch.Generator().manual_seed(settings.seed), settings.directions, V[:, : settings.top]
+        of_W, values = _directions(lambda X: W @ X, lambda Y: W.T @ Y, W, n, generator, V[:, :0])
         tuned, _ = _directions(
             lambda X: gain[:, None] * (W @ X + U @ (S[:, None] * (V.T @ X))),
             lambda Y: W.T @ (gain[:, None] * Y) + V @ (S[:, None] * (U.T @ (gain[:, None] * Y))),
             W,
-            max(settings.top, len(S)),
+            settings.top,
             generator,
-            V,
+            start,
         )
     cosines = (tuned[:, : settings.top].T @ of_W).abs().amax(1)
     return Intruders(tuple(cosines.clamp(max=1).tolist()), settings.epsilon, of_W.shape[1]), values.double().cpu()

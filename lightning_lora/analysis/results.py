@@ -51,12 +51,12 @@ class LayerAnalysis:
 
     @property
     def block(self) -> str:
-        """The block that it lies in: its name up to the first number; empty if there is none."""
+        """The name of its block, which is its own up to the first number; empty if there is none."""
         return _split(self.name)[0]
 
     @property
     def module(self) -> str:
-        """Its name in the block: what layers of one kind, and the matrices of a stack of experts, have in common."""
+        """Its name in the block, which layers of one kind, and the matrices of a stack of experts, have in common."""
         return _split(self.name)[1]
 
     def row(self) -> dict[str, Any]:
