@@ -54,7 +54,7 @@ def _labels(model: Any, name: str, batch_size: int, seq_len: int) -> dict[str, T
     kind = original_type(model).__name__
     if kind.endswith("ForQuestionAnswering"):
         return {"start_positions": _ids(batch_size), "end_positions": _ids(batch_size)}
-    if model.config.is_encoder_decoder and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if model.config.is_encoder_decoder and kind.endswith(("ForConditionalGeneration", "LMHeadModel", "ForSeq2SeqLM")):
         limit = getattr(model.config, "max_target_positions", None)
         return {"labels": _ids(batch_size, seq_len if limit is None else min(seq_len, limit))}
     if name == "input_ids" and kind.endswith(_PER_TOKEN):

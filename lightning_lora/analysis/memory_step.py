@@ -108,7 +108,7 @@ def _follow(model: nn.Module, way: Way, example_inputs: Any, mode: FakeTensorMod
             checkpoint_activations(net, patches)
         elif way.gradient_checkpointing:
             _checkpoint_all(root, patches)
-        with one_text_per_row(), quiet("bitsandbytes"):
+        with one_text_per_row(), quiet("bitsandbytes", "torch._subclasses.fake_tensor"):
             seen = trace(net, loss_of(run, batch), autocast, inputs)
     except LightningLoRAError:
         raise
@@ -130,15 +130,17 @@ def _checkpoint_all(root: Any, patches: Patches) -> None:
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """A context in which a package says nothing below errors: what is said of shapes was said of no run."""
-    log = logging.getLogger(logger)
-    before = log.level
-    log.setLevel(logging.ERROR)
+def quiet(*loggers: str) -> Iterator[None]:
+    """A context in which packages say nothing: what is said of shapes is said of no run, and errors are raised."""
+    logs = [logging.getLogger(name) for name in loggers]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def _dtypes(precision: str | None) -> tuple[torch.dtype | None, torch.dtype | None]:

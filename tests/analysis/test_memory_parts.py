@@ -16,11 +16,11 @@ from lightning_lora.analysis.memory_strategy import STRATEGIES
 from lightning_lora.ops import operand
 from tests.analysis.test_memory import BATCH, SIZES, TOKENS, bert, ids, llama, stored
 from tests.benchmarks.speed.held import held_bytes
+from tests.helpers.families import FAMILIES
 
 CONFIG = ll.LoRAConfig(r=4, lora_alpha=6)
 GB = 10**9
-LLAMA_7B = tf.LlamaConfig()  # its defaults are those of LLaMA-7B
-WIDE = tf.LlamaConfig(num_hidden_layers=2)
+WIDE = tf.LlamaConfig(num_hidden_layers=2)  # the defaults are those of LLaMA-7B, which has 32
 
 
 def on_meta(config: tf.LlamaConfig) -> nn.Module:
@@ -53,17 +53,19 @@ def test_bits_of_the_base(mode, bits):
     assert {"lm_head", "model.embed_tokens", "model.norm"} <= dense.keys()
 
 
-@pytest.mark.slow
-def test_counts_of_llama_7b():
-    found = ll.estimate_memory(on_meta(LLAMA_7B), ll.LoRAConfig(r=8), precision="bf16-true", seq_len=8, compare=True)
-    assert (found.parameters, found.trainable) == (6_738_415_616 + 19_988_480, 19_988_480)
-    assert found.parts.adapters == 4 * 19_988_480
-    assert found.parts.base == 2 * 6_738_415_616 + 256  # and the frequencies of the rotary embedding
+def test_counts_of_wide_models():
+    model = on_meta(WIDE)
+    all_of_it = sum(p.numel() for p in model.parameters())
+    packed = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # the linears of blocks
+    found = ll.estimate_memory(model, ll.LoRAConfig(r=8), precision="bf16-true", seq_len=8, compare=True)
+    trained = 2 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert (found.parameters, found.trainable) == (all_of_it + trained, trained)
+    assert found.parts.adapters == 4 * trained
+    assert found.parts.base == 2 * all_of_it + 256  # and the frequencies of the rotary embedding
     full, _, qlora = found.compared.values()
-    assert full.in_full == full.gradients == 2 * 6_738_415_616
-    assert full.optimizer == pytest.approx(4 * 6_738_415_616, rel=1e-6)
-    packed, dense = 6_476_005_376, 6_738_415_616 - 6_476_005_376  # of them in the linears of blocks
-    assert qlora.base == pytest.approx(packed * 4.127 / 8 + 2 * dense, rel=1e-4)
+    assert full.in_full == full.gradients == 2 * all_of_it
+    assert full.optimizer == pytest.approx(4 * all_of_it, rel=1e-6)
+    assert qlora.base == pytest.approx(packed * 4.127 / 8 + 2 * (all_of_it - packed), rel=1e-4)
 
 
 def test_the_model_is_only_read():
@@ -269,6 +271,24 @@ def test_models_of_ones_own():
     ll.inject(model, config)
     assert found[0].parts.base + found[0].parts.adapters == stored(model)
     assert {held_of(each, {"x": x}) for each in found} == {held_bytes(lambda: model(x).sum().float())}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    family = FAMILIES[name]
+    model, config = family.make().eval(), ll.LoRAConfig(r=2, target_modules=family.target_modules)
+    batch = family.batch(model)
+    dtype = torch.bfloat16 if name == "mixtral" else torch.float32  # torch knows no shapes of its products in float32
+    options = (
+        {"example_inputs": batch}
+        if name == "convnet"
+        else {"batch_size": 2, "seq_len": batch.get("input_ids", batch["labels"]).shape[-1]}
+    )
+    options = {"precision": "bf16-true", **options} if dtype == torch.bfloat16 else options
+    found = ll.estimate_memory(model, config, **options)
+    ll.inject(model.to(dtype), config)
+    assert held_of(found, batch) == pytest.approx(held_bytes(lambda: model(**batch).loss), rel=0.05)
+    assert found.parts.base + found.parts.adapters + found.parts.in_full == stored(model)
 
 
 def test_modules_around_transformers_models():
