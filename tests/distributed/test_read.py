@@ -1,0 +1,32 @@
+"""Adapters on parameters that are read, in two processes over gloo: as in one process with the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gloo
+
+
+def run(strategy: str, folder: Path) -> dict[str, torch.Tensor]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.distributed.read_run", strategy, str(folder / strategy)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(f"{folder / strategy}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_train_what_one_process_would(strategy, tmp_path):
+    expected = run("auto", tmp_path)
+    layers = {key.partition(".lora.")[0] for key in expected}
+    assert {"lstm.weight_ih_l0", "layer.self_attn.in_proj_weight", "experts.experts.gate_up_proj", "out"} <= layers
+    assert all(value.count_nonzero() for key, value in expected.items() if key.endswith(".B"))
+    found = run(strategy, tmp_path)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
