@@ -283,3 +283,10 @@ def test_help(stage, capsys):
     for option in ("--lora.r", "--data.train", "--model CONFIG", "--samples.prompts", "--trainer.max_epochs"):
         assert option in said
     assert "Rank of A and B." in said
+
+
+def test_the_yaml_of_the_docs(llama, data, tmp_path, capsys):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "docs.yaml").write_text(block)
+    main(["fit", "--config", "docs.yaml", *SHORT, f"--model.base={llama}", "--trainer.accumulate_grad_batches=1"])
+    assert torch.load(saved(), weights_only=True)["lightning_lora"]["adapters"]["default"]["r"] == 16
