@@ -13,7 +13,7 @@ from lightning_lora.cli import main
 from tests.commands.files import adapted, assert_same_tensors
 from tests.helpers.families import FAMILIES
 
-COMMANDS = ["demo", "plan", "estimate", "latency", "export", "merge", "combine", "inspect", "lint"]
+COMMANDS = ["init", "generate", "demo", "plan", "estimate", "latency", "export", "merge", "combine", "inspect", "lint"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
