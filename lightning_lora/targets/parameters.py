@@ -72,6 +72,12 @@ def is_named_alone(node: Node) -> bool:
     return original_type(node.module) is ReadWeight
 
 
+def type_of(node: Node) -> str:
+    """The class of a layer, or of the module that has a parameter."""
+    site = node.module
+    return original_type(site.lora_place[1]).__name__ if isinstance(site, ReadWeight) else node.cls.__name__
+
+
 def is_undropped(node: Node) -> bool:
     """Whether a layer is a matrix that is read, which has no input."""
     return isinstance(node.module, ReadWeight) and len(node.module.weight.shape) == 2

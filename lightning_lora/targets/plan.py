@@ -12,7 +12,7 @@ from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.marks import BROKEN
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
-from lightning_lora.targets.parameters import is_undropped
+from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
@@ -140,7 +140,7 @@ def _targets(
         targets.append(
             Target(
                 name=node.name,
-                type=node.cls.__name__,
+                type=type_of(node),
                 shape=matrix if kind.lora_packed else tuple(weight.shape),
                 matrix=matrix,
                 r=r,
