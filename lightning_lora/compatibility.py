@@ -7,6 +7,7 @@ from torch import nn
 from lightning_lora.bitsandbytes_plugin import is_bitsandbytes, mode_of
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
+from lightning_lora.inits import EVA, resolve
 from lightning_lora.quantization import is_quantized
 
 REPLACING_PLUGINS = ("TransformerEnginePrecision",)
@@ -38,6 +39,11 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
             problems.append(f"{type(callback).__name__} copies the model before adapters are added: put LoRA first")
         if "WeightAveraging" in bases and packed:
             unsupported.append(f"{type(callback).__name__} averages whole models, and packed weights have no average")
+        if "WeightAveraging" in bases and any(map(_spreads_ranks, family)):
+            unsupported.append(
+                f"{type(callback).__name__} copies the model before its ranks are known: give "
+                "init_lora_weights=EVA(rho=1), or ranks by rank_pattern"
+            )
         if "StochasticWeightAveraging" in bases:
             unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
@@ -48,6 +54,12 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
         problems.append("both BitsandbytesPrecision and LoRA(quantization=...) quantise: give one of them")
     raise_all(ConfigError, problems, "LoRA")
     raise_all(UnsupportedError, unsupported, "LoRA")
+
+
+def _spreads_ranks(callback: Any) -> bool:
+    """Whether data change the ranks of an adapter."""
+    init = resolve(callback.config.init_lora_weights)
+    return callback.config.rank_pattern == "auto" or (isinstance(init, EVA) and init.rho > 1)
 
 
 def is_accumulating(trainer: Any) -> bool:

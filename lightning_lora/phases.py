@@ -24,6 +24,7 @@ from lightning_lora.owned import without_owned
 from lightning_lora.patches import Patches
 from lightning_lora.placement import place
 from lightning_lora.quantize import quantizable, quantize
+from lightning_lora.settle import adopt_stored
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.strategies import StrategyAdapter
 from lightning_lora.targets import Plan, draft
@@ -136,6 +137,7 @@ class Phases:
             for request in () if self._strategy.restored else requests:
                 assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
+                adopt_stored(self._model, request.adapter_name, stored)
                 for note in place(self._model, stored, request.adapter_name, dtype=request.dtype):
                     rank_zero_warn(note)
 

@@ -11,6 +11,8 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import exchange
+from lightning_lora.formats.peft_export import peft_root
+from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.inject import carry_out, create
 from lightning_lora.layers import LoRALayer, detach
 from lightning_lora.names import clean
@@ -19,7 +21,7 @@ from lightning_lora.owned import without_owned
 from lightning_lora.state import adapters
 from lightning_lora.targets import draft
 from lightning_lora.targets.patterns import parse_key
-from lightning_lora.targets.walk import Node
+from lightning_lora.targets.walk import Node, nodes
 from lightning_lora.updates import held
 
 
@@ -72,6 +74,15 @@ def adopt_ranks(model: nn.Module, state: Mapping[str, Any]) -> None:
         names = held(model, [adapter_name])
         if config.needs_data and stored.keys() <= names.keys():
             settle(model, adapter_name, {clean(name): stored.get(clean(name), 0) for name in names})
+
+
+def adopt_stored(model: nn.Module, adapter_name: str, stored: StoredAdapter) -> None:
+    """The same from a folder or a checkpoint that an adapter is going to start from."""
+    config, names = adapters(model)[adapter_name], held(model, [adapter_name])
+    prefix = "" if any(name in names for name in stored.layers) else f"{peft_root(nodes(model))[0]}."
+    ranks = {f"{prefix}{name}": layer.r for name, layer in stored.layers.items()}
+    if config.needs_data and ranks.keys() <= names.keys():
+        settle(model, adapter_name, {name: ranks.get(name, 0) for name in names})
 
 
 def _alpha(config: LoRAConfig, adapter: Adapter, rank: int) -> float:

@@ -54,7 +54,7 @@ class TrainerBatches:
     def step(self, batch: Any) -> Any:
         """What the method gives for a batch; what it logs is not logged."""
         method, patches = getattr(self._module, self._name), Patches()
-        wants_index = "batch_idx" in inspect.signature(method).parameters
+        wants_index = _takes_two(method)
         patches.replace(self._module, "log", _nothing)
         patches.replace(self._module, "log_dict", _nothing)
         try:
@@ -87,6 +87,13 @@ class TrainerBatches:
         combined.limits = None
         rank_zero_info("LoRA looks at batches of the train dataloader before training (EVA, rank_pattern='auto')")
         return combined
+
+
+def _takes_two(method: Any) -> bool:
+    """Whether Lightning would call it with the index of the batch too."""
+    parameters = inspect.signature(method).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.name == "batch_idx" or p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

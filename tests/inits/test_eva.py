@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import numpy
 import peft
 import pytest
+import pytorch_lightning
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +25,7 @@ from lightning_lora.ops.spread import Share, spread
 from lightning_lora.ops.streaming import PrincipalRows
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, trainer
-from tests.helpers.toy import Lit, build, data
+from tests.helpers.toy import Lit, Steps, build, data
 
 FAMILY = FAMILIES["llama"]
 
@@ -397,6 +399,20 @@ def test_what_is_saved_is_read_everywhere(trained):
     torch.testing.assert_close(merged.eval()(**part).logits, own)
 
 
+@pytest.mark.filterwarnings("ignore:.*never moved")  # at a learning rate of 0
+def test_a_run_starts_from_a_folder_without_a_look(trained, monkeypatch):
+    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    for source in ("epoch=1.peft", "epoch=1.ckpt"):
+        module = Wrapped(FAMILY.make, lr=0.0)
+        lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None, init_from=trained[1] / source)
+        run = trainer(lora)
+        run.fit(module, DataLoader(batches(), batch_size=None))
+        assert ranks(module) == ranks(trained[0])
+        own, other = ll.adapter_state_dict(trained[0]), ll.adapter_state_dict(module)
+        assert all(torch.equal(own[key], other[key]) for key in own)
+        run.validate(module, DataLoader(batches(1), batch_size=None))
+
+
 def test_another_rank_is_still_refused(trained):
     twin = Wrapped(FAMILY.make)
     run = trainer(ll.LoRA(r=8, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
@@ -504,6 +520,57 @@ def test_manual_optimization_names_a_method_that_only_computes():
 def test_a_stream_that_can_be_read_once_is_refused():
     with pytest.raises(ll.ConfigError, match="is a generator, which can be run through only once"):
         trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None), max_steps=2).fit(Lit(), (b for b in data()))
+
+
+def test_averages_of_another_shape_are_refused():
+    lora = ll.LoRA(init_lora_weights="eva", modules_to_save=None)
+    with pytest.raises(ll.UnsupportedError, match=r"EMAWeightAveraging copies .*EVA\(rho=1\)"):
+        trainer(lora, EMAWeightAveraging()).fit(Lit(), data())
+    module = Lit()
+    lora = ll.LoRA(r=2, init_lora_weights=EVA(rho=1), modules_to_save=None)
+    trainer(lora, EMAWeightAveraging()).fit(module, data())
+    assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
+
+
+class Two(Lit):
+    """With two dataloaders, and a name of its own for the index."""
+
+    def training_step(self, batch, i):
+        return super().training_step(batch["a"], i) + super().training_step(batch["b"], i)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "combined", "workers", "datamodule", "pytorch_lightning"])
+def test_dataloaders_of_every_form(kind):
+    lora, package = ll.LoRA(r=4, init_lora_weights="eva", modules_to_save=None), pl
+    module, loaders = Two(), {"a": data(), "b": data(shuffle=True)}
+    if kind == "combined":
+        loaders = CombinedLoader(loaders, "min_size")
+    elif kind == "workers":
+        module = Lit()
+        loaders = DataLoader(data().dataset, batch_size=8, num_workers=1, persistent_workers=True)
+    elif kind == "datamodule":
+        module, loaders = Lit(), pl.LightningDataModule()
+        loaders.train_dataloader = data
+    elif kind == "pytorch_lightning":
+        package, module, loaders = pytorch_lightning, Other(), data()
+    run = package.Trainer(
+        accelerator="cpu",
+        callbacks=[lora],
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(module, loaders)
+    assert run.global_step == 2 * 4
+    assert len(set(ranks(module).values())) > 1
+
+
+class Other(Steps, pytorch_lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.optimizers_ = build(), lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2)
 
 
 def test_a_step_that_fails_says_who_called_it():
