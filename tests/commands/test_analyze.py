@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
 from tests.commands.files import adapted, fails, fitted, run
 from tests.helpers.families import FAMILIES
+from tests.helpers.modules import Wrapped, one_batch, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6"),  # PEFT's use of transformers
@@ -78,6 +80,25 @@ def test_a_checkpoint_and_its_adapters(tmp_path, capsys):
     assert len(compared) == len(expected.layers)
     assert [(layer["cosine"], layer["right_all"]) for layer in compared] == [pytest.approx((1, 1))] * len(compared)
     assert told(capsys, tmp_path / "a", "--compare", tmp_path / "run.ckpt")["comparison"]["only"] == []
+    told(capsys, tmp_path / "run.ckpt", "--out", tmp_path / "figures")
+    figures = ("singular_values", "norm", "effective_rank", "energy_1")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{e}" for n in figures for e in ("png", "svg")
+    }
+
+
+def test_two_adapters_of_one_checkpoint(tmp_path, capsys):
+    saver = ModelCheckpoint(tmp_path, filename="run")
+    adapters = [ll.LoRA(r=r, target_modules=["q_proj"], adapter_name=name) for name, r in (("one", 4), ("two", 2))]
+    module = Wrapped(FAMILIES["llama"].make)
+    trainer(*adapters, saver).fit(module, one_batch(FAMILIES["llama"].batch(module.net)))
+    path = tmp_path / "run.ckpt"
+    assert "holds the adapters one, two. Say which" in fails(1, capsys, "analyze", path)
+    found = told(capsys, path, "--adapter", "one", "--compare", path, "--compare-adapter", "two")
+    assert_same(found, ll.analyze(module, "one"))
+    expected = ll.analyze(module, "one", compare="two").comparison.layers
+    cosines = {layer["name"]: pytest.approx(layer["cosine"], rel=1e-6) for layer in found["comparison"]["layers"]}
+    assert {name: layer.cosine for name, layer in expected.items()} == cosines
 
 
 def test_in_words_with_figures(tmp_path, capsys):

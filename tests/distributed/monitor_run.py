@@ -34,11 +34,12 @@ def fit(kind: str) -> dict:
             NoDropout(),
         ],
     )
-    said = ""
-    try:
-        trainer.fit(Lit() if kind == "ddp" else Sharded(), datamodule=Samples())
-    except ll.UnsupportedError as error:
-        said = str(error)
+    said, module = list[str](), Lit() if kind == "ddp" else Sharded()
+    for call in (lambda: trainer.fit(module, datamodule=Samples()), lambda: ll.analyze(module)):
+        try:
+            call()
+        except ll.UnsupportedError as error:
+            said.append(str(error))
     own = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("lora/")}
     both = [None, None]
     distributed.all_gather_object(both, own)
