@@ -38,7 +38,7 @@ class TruncateReport:
 
     @property
     def error(self) -> float:
-        """What was lost of all updates together: the square root of the sum of squares, over that of the norms."""
+        """The part of all updates together that was lost, in the Frobenius norm."""
         lost = sum((layer.error * layer.norm) ** 2 for layer in self.layers.values())
         whole = sum(layer.norm**2 for layer in self.layers.values())
         return float((lost / whole) ** 0.5) if whole else 0.0

@@ -522,6 +522,7 @@ def test_a_stream_that_can_be_read_once_is_refused():
         trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None), max_steps=2).fit(Lit(), (b for b in data()))
 
 
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
 def test_averages_of_another_shape_are_refused():
     lora = ll.LoRA(init_lora_weights="eva", modules_to_save=None)
     with pytest.raises(ll.UnsupportedError, match=r"EMAWeightAveraging copies .*EVA\(rho=1\)"):
