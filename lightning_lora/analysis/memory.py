@@ -107,10 +107,12 @@ def estimate_memory(
         devices=devices,
     )
     steps = Steps(model, example_inputs)
-    step, parts, size = steps.of(run.way), steps.parts(run), None if card is None else card_bytes(card)
+    step, share, size = steps.of(run.way), steps.share(run), None if card is None else card_bytes(card)
     found = MemoryEstimate(
-        parts=parts,
+        parts=share.parts,
+        phases=share.phases,
         setup=step.base + step.in_full + step.largest if settings is not None else 0,
+        host=step.dense + step.in_full,
         paged=optimizer_bytes(run.optimizer, step.trained).paged,
         parameters=step.parameters,
         trainable=step.trainable,

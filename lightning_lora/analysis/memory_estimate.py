@@ -48,7 +48,9 @@ class MemoryEstimate:
 
     Args:
         parts: Bytes by what they are for; their sum is the peak of a step.
+        phases: The peaks of the forward pass, the backward pass, and the optimizer's step.
         setup: Bytes at the peak of quantising, one layer after the other.
+        host: Bytes of the dense weights that are loaded before they are packed, where the model is built.
         paged: Bytes of optimizer states that may leave the device while it is full.
         parameters: How many there are.
         trainable: How many are trained.
@@ -61,7 +63,9 @@ class MemoryEstimate:
     """
 
     parts: Parts
+    phases: Mapping[str, int]
     setup: int
+    host: int
     paged: int
     parameters: int
     trainable: int
@@ -91,7 +95,9 @@ class MemoryEstimate:
         return {
             "total": self.total,
             "parts": asdict(self.parts),
+            "phases": dict(self.phases),
             "setup": self.setup,
+            "host": self.host,
             "paged": self.paged,
             "parameters": self.parameters,
             "trainable": self.trainable,
@@ -110,8 +116,10 @@ class MemoryEstimate:
 
     def _verdict(self) -> list[str]:
         lines = [f"base: {_by_bits(self.layers)}" if self.layers else "base: nothing is frozen"]
-        if self.setup > self.parts.total:
-            lines.append(f"the peak is that of setting up: {format_bytes(self.setup)}")
+        peaks = {**self.phases, **({"quantising": self.setup} if self.setup else {})}
+        lines.append(f"peaks: {', '.join(f'{name} {format_bytes(size)}' for name, size in peaks.items())}")
+        if self.setup:
+            lines.append(f"{format_bytes(self.host)} of dense weights are there before they are packed, on the CPU say")
         if self.paged:
             lines.append(f"{format_bytes(self.paged)} of optimizer states may leave the device")
         if self.card is None:

@@ -1,5 +1,6 @@
 """The batch that a model is followed with: its own, as shapes, or one like those that such models are trained on."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,8 +109,7 @@ def one_text_per_row() -> Iterator[None]:
 
     It would make a mask of tokens by tokens for shapes alone, since these do not tell.
     """
-    from transformers import masking_utils
-
+    masking_utils = sys.modules.get("transformers.masking_utils")  # there if there is such a model
     patches, thread, name = Patches(), threading.get_ident(), "find_packed_sequence_indices"
     if (original := getattr(masking_utils, name, None)) is None:
         yield

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.analysis.memory_count import Step
 from lightning_lora.analysis.memory_optimizer import optimizer_bytes
 from lightning_lora.analysis.memory_step import Way, follow
-from lightning_lora.analysis.memory_strategy import Parts, parts_on_each
+from lightning_lora.analysis.memory_strategy import Parts, Share, share_of_each
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Steps:
         return self._known[key]
 
     def parts(self, run: Run) -> Parts:
+        """What each device has, by what it is for."""
+        return self.share(run).parts
+
+    def share(self, run: Run) -> Share:
         """What each device has."""
         step = self.of(run.way)
-        return parts_on_each(step, optimizer_bytes(run.optimizer, step.trained), run.strategy, run.devices)
+        return share_of_each(step, optimizer_bytes(run.optimizer, step.trained), run.strategy, run.devices)

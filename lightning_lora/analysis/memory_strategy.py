@@ -1,7 +1,6 @@
 """What each device has of a training step, by strategy: formulas, where `memory_step` counts what one device has."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_lora.analysis.memory_count import Step
 from lightning_lora.analysis.memory_optimizer import OptimizerBytes
@@ -41,7 +40,15 @@ class Parts:
         return sum(vars(self).values())
 
 
-def parts_on_each(step: Step, optimizer: OptimizerBytes, strategy: str, devices: int, foreach: bool = True) -> Parts:
+@dataclass(frozen=True)
+class Share:
+    """What each device has: by what it is for, and the peak of each phase of a step."""
+
+    parts: Parts
+    phases: dict[str, int]
+
+
+def share_of_each(step: Step, optimizer: OptimizerBytes, strategy: str, devices: int) -> Share:
     """What each device has.
 
     Args:
@@ -49,48 +56,44 @@ def parts_on_each(step: Step, optimizer: OptimizerBytes, strategy: str, devices:
         optimizer: Likewise.
         strategy: One of `STRATEGIES`.
         devices: How many there are.
-        foreach: Whether an optimizer of torch steps for all tensors at once.
     """
-    seen, n = step.trace, devices
-    whole: dict[str, Any] = {
+    seen = step.trace
+    shared, extra = _shared(step, optimizer, strategy) if devices > 1 else (set[str](), 0)
+    whole = {
         "base": step.base,
         "adapters": step.adapters,
         "in_full": step.in_full,
         "gradients": seen.gradients,
         "optimizer": optimizer.states,
+        "workspace": optimizer.workspace,
     }
-    workspace, extra = optimizer.workspace if foreach else 0, 0
-    if n > 1:
-        shared, extra = _shared(step, optimizer, strategy)
-        workspace = -(-workspace // n) if "optimizer" in shared else workspace
-        whole.update({name: -(-whole[name] // n) for name in shared})
-        if strategy == "ddp":
-            extra = seen.gradients  # buckets, beside the gradients
-    activations = seen.inputs + seen.held
-    temporary = seen.temporary + extra
-    stepping = whole["gradients"] + workspace  # there are no activations any more
-    return Parts(
-        **whole,
-        activations=activations,
-        temporary=max(temporary, stepping - whole["gradients"] - activations),
-    )
+    own = {name: -(-size // devices) if name in shared else size for name, size in whole.items()}
+    workspace = own.pop("workspace")
+    always, activations = sum(own.values()), seen.inputs + seen.held
+    phases = {  # the gradients of the step before are there until the forward pass has ended
+        "forward": always + seen.inputs + seen.forward_peak + extra,
+        "backward": always + seen.inputs + seen.backward_peak - seen.gradients + extra,
+        "optimizer step": always + workspace,
+    }
+    temporary = max(phases.values()) - always - activations
+    return Share(Parts(**own, activations=activations, temporary=temporary), phases)
 
 
 def _shared(step: Step, optimizer: OptimizerBytes, strategy: str) -> tuple[set[str], int]:
     """What is split over devices, and what is whole again for a while."""
     if strategy == "ddp":
-        return set(), 0
+        return set(), step.trace.gradients  # buckets, beside the gradients
     if strategy.startswith("deepspeed"):
         bucket = min(4 * BUCKET, step.trace.gradients)
-        shared = {"1": {"optimizer"}, "2": {"optimizer", "gradients"}}.get(strategy[-1])
+        shared = {"1": {"optimizer", "workspace"}, "2": {"optimizer", "workspace", "gradients"}}.get(strategy[-1])
         if shared is not None:
             return shared, bucket
-        return {"optimizer", "gradients", "base", "adapters", "in_full"}, bucket + GATHERED * step.block
+        return {"optimizer", "workspace", "gradients", "base", "adapters", "in_full"}, bucket + GATHERED * step.block
     of_adapters = step.adapters + step.trace.gradients + optimizer.states - step.in_full
     shared = {"base"}
     if strategy == "fsdp2" and (step.in_full > step.base or of_adapters > LARGE):
-        shared |= {"adapters", "in_full", "gradients", "optimizer"}
+        shared |= {"adapters", "in_full", "gradients", "optimizer", "workspace"}
     elif strategy == "fsdp" and step.in_full > step.base:
-        shared |= {"in_full", "gradients", "optimizer"}
+        shared |= {"in_full", "gradients", "optimizer", "workspace"}
     gathered = GATHERED * step.block
     return shared, gathered + (step.block if "gradients" in shared and not step.adapters else 0)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.analysis.memory_trace import trace
+from lightning_lora.analysis.memory_trace import Storages, trace
 from lightning_lora.freeze import train_mode
 from lightning_lora.ops import operand
 from lightning_lora.patches import Patches
@@ -16,6 +17,7 @@ from lightning_lora.recompute import checkpoint_activations
 from tests.analysis.memory_tables import PAGE, llama_row, rows_in, way
 from tests.analysis.memory_tables import llama as llama_of_size
 from tests.benchmarks.speed.held import held_bytes
+from tests.helpers.modules import Wrapped, one_batch, trainer
 
 TOLERANCE = 0.05
 BATCH, TOKENS = 2, 48
@@ -149,3 +151,25 @@ def test_the_table_of_llamas():
     assert (found.parameters, found.trainable) == (6_738_415_616 + 39_976_960, 39_976_960)
     row = llama_row("7B", "QLoRA, nf4-dq", found)
     assert row in rows_in(PAGE.read_text(), "llamas"), "write the docs anew: python -m tests.analysis.memory_tables"
+
+
+class Peak(pl.Callback):
+    """The most bytes in one step of a run, of what was made since the run began."""
+
+    def __init__(self, storages: Storages) -> None:
+        self.storages = storages
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.storages.peak = self.storages.alive
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+def test_in_a_trainer(method):
+    """The peak of a whole run: when gradients are freed is Lightning's to say, and when norms are taken DoRA's."""
+    module, batch = Wrapped(lambda: llama().eval()), FAMILIES["Llama"][1]()
+    options = {"r": 4, "lora_alpha": 6, **METHODS[method]}
+    found = ll.estimate_memory(module, ll.LoRAConfig(**options), batch_size=BATCH, seq_len=TOKENS).parts
+    with Storages() as storages:
+        trainer(ll.LoRA(**options), Peak(storages)).fit(module, one_batch(batch, times=3))
+    inputs = sum(value.nbytes for value in batch.values())
+    assert storages.peak == pytest.approx(found.total - found.base - inputs, rel=TOLERANCE)

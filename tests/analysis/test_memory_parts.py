@@ -242,6 +242,20 @@ def test_what_makes_it_fit():
     assert "none of these; more or larger cards" in str(hopeless)
 
 
+def test_phases():
+    found = estimate(llama(), CONFIG, "nf4-dq")
+    parts, phases = found.parts, found.phases
+    assert max(phases.values()) == parts.total == found.total
+    weights = parts.base + parts.adapters + parts.in_full + parts.optimizer + parts.gradients
+    assert phases["optimizer step"] == weights + 4 * found.trainable  # torch's own, for all tensors at once
+    assert min(phases["forward"], phases["backward"]) >= weights + parts.activations
+    assert found.host == sum(t.nbytes for t in (*llama().parameters(), *llama().buffers()))
+    whole = estimate(on_meta(WIDE), None, batch_size=1, seq_len=8)
+    assert whole.total == whole.phases["optimizer step"] > 1.2 * whole.phases["backward"]
+    assert "peaks: forward " in str(found)
+    assert "of dense weights are there before they are packed" in str(found)
+
+
 def test_side_by_side():
     found = estimate(llama(), compare=True)
     full, lora, qlora = found.compared.values()
@@ -250,7 +264,7 @@ def test_side_by_side():
     assert lora == found.parts
     assert qlora == estimate(llama(), CONFIG, "nf4-dq").parts
     assert json.loads(json.dumps(found.to_dict()))["compared"]["LoRA"]["total"] == lora.total
-    header, peak = (line for line in str(found).splitlines() if "QLoRA nf4-dq" in line or line.startswith("peak"))
+    header, peak = (line for line in str(found).splitlines() if "QLoRA nf4-dq" in line or line.startswith("peak "))
     assert header.split()[:5] == ["on", "each", "device", "this", "run"]
     assert len(peak.split()) == 1 + 2 * 4
 
