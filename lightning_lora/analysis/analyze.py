@@ -38,8 +38,8 @@ def analyze(
 
     Singular values come from QR decompositions of the factors, in float64; all about W from one product with r columns
     for each layer. With DoRA, spectra, similarities and amplification are those of s B A, and drift, magnitude and
-    direction those of the weight that the adapter makes of W. An adapter is told by itself, active or not, whatever weight
-    it has among others. The model stays as it is.
+    direction those of the weight that the adapter makes of W. An adapter is told by itself, active or not, and whatever
+    weight it has among others. The model stays as it is.
 
     Args:
         model: The model, or a part of it; names are relative to it.
