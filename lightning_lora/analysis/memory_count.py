@@ -40,6 +40,7 @@ class Step:
         largest: Bytes of the largest dense weight that is going to be packed.
         dense: Bytes of the base before it is packed.
         trace: Activations and gradients.
+        has_stacks: Whether there are adapters on stacks of matrices, such as those of experts.
     """
 
     layers: tuple[LayerBytes, ...]
@@ -51,6 +52,7 @@ class Step:
     largest: int
     dense: int
     trace: Trace
+    has_stacks: bool
 
     @property
     def base(self) -> int:
@@ -109,6 +111,7 @@ def counted(net: nn.Module, dense: int, largest: int, seen: Trace) -> Step:
         largest=largest,
         dense=dense,
         trace=seen,
+        has_stacks=any(m.A.dim() > 2 for m in net.modules() if isinstance(m, Adapter)),
     )
 
 
