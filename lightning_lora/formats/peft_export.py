@@ -12,6 +12,7 @@ from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
+from lightning_lora.formats.peft_refusals import refusals
 from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.tensors import all_finite
 from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, original_type, reaches_base_forward
@@ -77,6 +78,10 @@ class Export:
             if kind is not None:
                 yield f"{name}: {kind}"
         yield from parameter_problems(self._nodes, self.config.use_dora)
+        if is_pretrained(self.root):
+            yield from refusals(
+                self.root, [n for n, node in self._nodes.items() if not isinstance(node.module, ReadWeight)]
+            )
         if self._lost:
             yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
         inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
