@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.errors import ConfigError, TargetError, raise_all
 from lightning_lora.inits import EVA, Kaiming, resolve
 from lightning_lora.inject import initialise
 from lightning_lora.inputs import counted, gradients, leaders, listening, rows
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import all_objects, world_size
 from lightning_lora.ops.sketch import GradientSketch
@@ -76,6 +77,7 @@ def initialise_from_data(
         >>> sum(target.r for target in plan.targets)
         8
     """
+    raise_all(ConfigError, merged_problems(model, "call ll.unmerge first"), "initialise_from_data")
     require_adapter(model, adapter_name)
     held = [layer.lora_adapters()[adapter_name] for _, layer in lora_layers(model) if adapter_name in layer.lora]
     if not held[0].config.needs_data:

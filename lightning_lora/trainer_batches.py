@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class TrainerBatches:
     def __iter__(self) -> Iterator[Any]:
         trainer, module = self._trainer, self._module
         with _unspent(loader := self._loader()):
-            for batch, _, _ in loader:
+            limit = trainer.limit_train_batches  # also of fast_dev_run
+            for batch, _, _ in itertools.islice(loader, limit if isinstance(limit, int) else None):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
                 yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

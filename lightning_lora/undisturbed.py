@@ -28,7 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     metrics = [(module, _counts(module)) for module in model.modules() if _is_metric(module)]
     rng = collect_rng()
     try:
-        with disable_adapters(model):
+        with disable_adapters(model), torch.compiler.set_stance("force_eager"):  # hooks would stay in what is compiled
             for parameter in needing:
                 parameter.requires_grad_(False)
             model.eval()

@@ -462,6 +462,47 @@ def test_a_layer_that_explains_nothing_loses_its_adapter(tmp_path):
     assert type(model.constant) is nn.Linear, "what was settled stays settled"
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "eva"}, {"rank_pattern": "auto"}], ids=str)
+def test_stacks_and_what_is_read_start_as_by_default(options):
+    family = FAMILIES["mixtral"]
+    model = family.make()
+    ll.inject(model, ll.LoRAConfig(r=3, target_parameters="experts", modules_to_save=None, **options))
+    plan = ll.initialise_from_data(model, [family.batch(model) for _ in range(3)])
+    found = {t.name: t.r for t in plan.targets}
+    experts = [name for name in found if "experts" in name]
+    assert len(experts) == 4
+    assert {found[name] for name in experts} == {3}
+    assert len({found[name] for name in found.keys() - set(experts)}) > 1
+    batch = family.batch(model)
+    torch.testing.assert_close(model.eval()(**batch).logits, family.make().eval()(**batch).logits)
+    model(**batch).loss.backward()
+    assert all(layer.lora["default"].B.grad.any() for _, layer in lora_layers(model))
+
+
+def test_a_compiled_model_keeps_no_hooks():
+    model = torch.compile(FAMILY.make(), backend="eager")
+    ll.inject(model, ll.LoRAConfig(r=4, init_lora_weights="eva", modules_to_save=None))
+    plan = ll.initialise_from_data(model, batches())
+    twin = FAMILY.make()
+    ll.inject(twin, ll.LoRAConfig(r=4, init_lora_weights="eva", modules_to_save=None))
+    assert [(t.name, t.r) for t in plan.targets] == [
+        (t.name, t.r) for t in ll.initialise_from_data(twin, batches()).targets
+    ]
+    part = batches(1)[0]
+    for each in (model, twin):
+        with torch.no_grad():
+            for _, layer in lora_layers(each):
+                layer.lora["default"].B.fill_(0.1)
+    torch.testing.assert_close(model(**part).logits, twin(**part).logits)
+
+
+def test_a_dry_run_looks_at_one_batch():
+    module = Counting()
+    lora = ll.LoRA(r=3, init_lora_weights="eva", target_modules=["q", "o"], modules_to_save=None)
+    trainer(lora, fast_dev_run=True).fit(module, data())
+    assert module.modes == [False, False, True]
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -488,6 +529,9 @@ def test_without_data_it_says_what_to_do():
     ll.initialise_from_data(model, [torch.randn(20, 16)])
     model.blocks[0].q.lora["default"].B.data += 1
     with pytest.raises(ll.ConfigError, match="is trained already"):
+        ll.initialise_from_data(model, [torch.randn(20, 16)])
+    ll.merge(model)
+    with pytest.raises(ll.ConfigError, match="call ll.unmerge first"):
         ll.initialise_from_data(model, [torch.randn(20, 16)])
 
 
