@@ -128,9 +128,11 @@ class LoRAConfig:
 
     def is_settled_in(self, other: "LoRAConfig") -> bool:
         """Whether another configuration is this one with the ranks that data gave it."""
+        if not self.needs_data:
+            return False
         ranks = ("rank_pattern", "alpha_pattern", "exclude_modules")
         own, others = ({k: v for k, v in c.to_dict().items() if k not in ranks} for c in (self, other))
-        return self.needs_data and own == others
+        return own == others
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """The factor s of a layer with this rank and alpha."""

@@ -36,6 +36,7 @@ LEVELS = [
     {"updates"},
     {"compose", "convert"},
     {"truncate", "settle", "inputs", "undisturbed"},
+    {"ranks"},
     {"from_data"},
     {"skeleton", "stand_in"},
     {"misfits"},

@@ -21,6 +21,9 @@ class EVA(Init):
     ranks before, so that the sum stays; no layer gets more than :math:`\rho r`, and one that gets none loses its
     adapter. Its alpha changes with the rank: the scale stays.
 
+    This is what PEFT computes, but that A follows from all rows of all batches up to rounding and truncation (PEFT
+    leaves out batches with fewer rows than components), and that an end is told by the angle between subspaces.
+
     In a Trainer run the callback takes the batches from the Trainer's own train dataloader, before the first step, and
     never again when the run is resumed: the checkpoint has the ranks and the values. By hand it is
     `lightning_lora.initialise_from_data`. Padding does not count, nor what the labels leave out (-100). Layers that

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from lightning_lora.from_data import GRADIENT_BATCHES
 from lightning_lora.layers import lora_layers
 from lightning_lora.ops.sketch import GradientSketch
+from lightning_lora.ranks import GRADIENT_BATCHES
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, trainer
 from tests.helpers.toy import Lit, build, data

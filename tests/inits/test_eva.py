@@ -463,6 +463,17 @@ def test_a_layer_that_explains_nothing_loses_its_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"init_lora_weights": "eva"}, {"rank_pattern": "auto"}], ids=str)
+def test_layers_that_no_batch_reaches_are_named(options):
+    model = build()
+    model.spare = nn.Linear(16, 16)
+    ll.inject(model, ll.LoRAConfig(r=4, modules_to_save=None, **options))
+    with pytest.warns(UserWarning, match="spare: no batch reached them: they keep their rank"):
+        ll.initialise_from_data(model, [torch.randn(20, 16)], forward=lambda net, x: net(x).square().mean())
+    assert model.spare.lora["default"].r == 4
+    assert model.spare.lora["default"].A.any()
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "eva"}, {"rank_pattern": "auto"}], ids=str)
 def test_stacks_and_what_is_read_start_as_by_default(options):
     family = FAMILIES["mixtral"]
     model = family.make()
