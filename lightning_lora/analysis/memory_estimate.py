@@ -163,10 +163,10 @@ def _size(size: int) -> str:
 
 
 def _by_bits(layers: tuple[LayerBytes, ...]) -> str:
-    """``224 modules in 4.127 bits (3.34 GB), ...``: what is packed and what is not."""
+    """``224 modules in 4.13 bits (3.34 GB), ...``: what is packed and what is not."""
     groups: dict[str, tuple[int, int]] = {}
     for layer in layers:
-        key = f"in {layer.bits:.4g} bits" if layer.bits else "of buffers alone"
+        key = f"in {layer.bits:.3g} bits" if layer.bits else "of buffers alone"
         count, size = groups.get(key, (0, 0))
         groups[key] = count + 1, size + layer.bytes
     return ", ".join(
