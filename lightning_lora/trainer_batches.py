@@ -153,5 +153,5 @@ def require_whole_layers(strategy: Any) -> None:
             "init_lora_weights='eva' and rank_pattern='auto' look at layers that one device has as a whole, before "
             f"optimizers are made, and {type(strategy).__name__} splits them. On one device call "
             "ll.initialise_from_data(model, batches) and ll.save_adapter once; then start from that folder by "
-            "init_from=..., with the rank_pattern and alpha_pattern of its adapter_config.json"
+            "init_from=..., with the rank_pattern and alpha_pattern of its adapter_config.json in place of these two"
         )

@@ -1,6 +1,7 @@
 """EVA: A from the data that a run is going to see, ranks by what they explain, once, and nothing else disturbed."""
 
 import copy
+import json
 import random
 import warnings
 from collections import Counter
@@ -643,10 +644,34 @@ def test_a_step_that_fails_says_who_called_it():
     assert module.net.training
 
 
-def test_strategies_that_split_layers_are_refused():
-    lora = ll.LoRA(init_lora_weights="eva", modules_to_save=None)
+def test_strategies_that_split_layers_start_from_a_folder(tmp_path):
+    """They refuse, and what the message says to do works."""
+    single = Lit()
+    ll.inject(single, ll.LoRAConfig(r=4, init_lora_weights="eva", modules_to_save=None))
+    plan = ll.initialise_from_data(single, [torch.randn(64, 16)], forward=lambda module, x: module.net(x))
+    ll.save_adapter(single, tmp_path / "peft")
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    patterns = {key: written[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+    split = {"strategy": ModelParallelStrategy(1, 1), "devices": 1}
     try:
-        with pytest.raises(ll.UnsupportedError, match="ModelParallelStrategy splits them. On one device"):
-            trainer(lora, strategy=ModelParallelStrategy(1, 1), devices=1).fit(Lit("configure_model"), data())
+        with pytest.raises(ll.UnsupportedError, match=r"ModelParallelStrategy splits them. On one device .* init_from"):
+            trainer(ll.LoRA(init_lora_weights="eva", modules_to_save=None), **split).fit(Lit("configure_model"), data())
+        module = Lit("configure_model")
+        lora = ll.LoRA(init_from=tmp_path / "peft", modules_to_save=None, **patterns)
+        trainer(lora, strategy=ModelParallelStrategy(1, 1), devices=1).fit(module, data())
     finally:
         distributed.destroy_process_group()
+    assert ranks(module) == {t.name: t.r for t in plan.targets}
+    for (_, a), (_, b) in zip(lora_layers(module), lora_layers(single), strict=True):
+        assert a.lora["default"].scaling == pytest.approx(b.lora["default"].scaling)
+        assert overlap(torch.linalg.qr(a.lora["default"].A.detach().T).Q.T, b.lora["default"].A.detach()) > 0.9
+
+
+def test_what_was_done_by_hand_is_not_done_again(monkeypatch):
+    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    module = Lit()
+    ll.inject(module, ll.LoRAConfig(r=4, init_lora_weights="eva", modules_to_save=None))
+    plan = ll.initialise_from_data(module, [torch.randn(64, 16)], forward=lambda module, x: module.net(x))
+    trainer(ll.LoRA(r=4, init_lora_weights="eva", modules_to_save=None)).fit(module, data())
+    assert ranks(module) == {t.name: t.r for t in plan.targets}
+    assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
