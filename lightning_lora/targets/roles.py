@@ -24,6 +24,7 @@ from lightning_lora.targets.walk import Node, own_parameters, unwrapped
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
 _HEAD = re.compile(r"heads|(?:.+_)?(?:head|classifier|regressor)|score")
+_INNER_HEAD = re.compile(r"qa_outputs|(?:class|bbox)_embed|enc_(?:score|bbox)_head")  # some keep theirs in the base
 
 
 @dataclass
@@ -98,9 +99,13 @@ def _heads_of_pretrained(node: Node, tree: dict[str, Node], name_of: dict[int, s
     elif "For" in cls.__name__ or not cls.__module__.startswith("transformers."):
         for name, _ in _parts_without(node.name, [base], tree):
             roles.heads[name] = "outside the pretrained backbone"
+        inside = [n for n in tree.values() if is_inside(n.name, node.name)]
         if base == node.name:
             children = [tree[name] for name in _children(node.name, tree)]
-            roles.heads |= _named_like_heads(children, [n for n in tree.values() if is_inside(n.name, node.name)])
+            roles.heads |= _named_like_heads(children, inside)
+        if not any(is_inside(name, node.name) for name in roles.heads):
+            found = [n for n in inside if _INNER_HEAD.fullmatch(last_part(n.name)) and not is_numbered(n.name)]
+            roles.heads |= {n.name: "named like a head" for n in found}
 
 
 def _outside_of_pretrained(pretrained: list[Node], tree: dict[str, Node], roles: Roles) -> None:
