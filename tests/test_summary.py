@@ -36,21 +36,33 @@ def test_llama_7b_at_rank_32(use_dora, trainable):
     assert f"{counts.percent:.2f}" == ("0.84" if use_dora else "0.83")
 
 
-def test_roberta_base():
+@pytest.mark.parametrize(("layers", "width", "trainable"), [(12, 768, 294_912), (24, 1024, 786_432)])
+def test_roberta(layers, width, trainable):
+    """Base and large, table 9 of the LoRA paper."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    others = {"num_attention_heads": width // 64, "vocab_size": 50265, "max_position_embeddings": 514}
     counts = on_meta(
-        lambda: tf.RobertaModel(tf.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)),
+        lambda: tf.RobertaModel(tf.RobertaConfig(**sizes, **others, type_vocab_size=1)),
         r=8,
         target_modules=["query", "value"],
     )
-    assert counts.trainable == 294_912
+    assert counts.trainable == trainable
 
 
-def test_gpt3_shaped():
+def test_deberta_xxl():
+    sizes = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 24}
+    config = tf.DebertaV2Config(**sizes, vocab_size=128100, relative_attention=True, share_att_key=True)
+    counts = on_meta(lambda: tf.DebertaV2Model(config), r=16, target_modules=["query_proj", "value_proj"])
+    assert counts.trainable == 4_718_592
+
+
+@pytest.mark.parametrize(("r", "trainable"), [(1, 4_718_592), (8, 37_748_736)])
+def test_gpt3_shaped(r, trainable):
     config = tf.OPTConfig(
         hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=4 * 12288, word_embed_proj_dim=12288
     )
-    counts = on_meta(lambda: tf.OPTForCausalLM(config), r=8, target_modules=["q_proj", "v_proj"])
-    assert counts.trainable == 37_748_736
+    counts = on_meta(lambda: tf.OPTForCausalLM(config), r=r, target_modules=["q_proj", "v_proj"])
+    assert counts.trainable == trainable
 
 
 @pytest.mark.parametrize(("size", "trainable", "percent"), [(1024, 16_384, 1.5625), (4096, 65_536, 0.390625)])
