@@ -180,6 +180,25 @@ def test_is_pefts():
             assert model.get_submodule(name).lora["default"].scaling == pytest.approx(layers[name].scaling["default"])
 
 
+def test_pefts_own_is_read(tmp_path):
+    """A folder that PEFT wrote of an adapter whose ranks EVA spread."""
+    targets = ["q_proj", "o_proj", "down_proj"]
+    options = {"target_modules": targets, "init_lora_weights": "eva", "eva_config": peft.EvaConfig()}
+    config = peft.LoraConfig(r=4, lora_alpha=6, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(FAMILY.make(), config)
+        peft.initialize_lora_eva_weights(theirs, [joined(batches())], show_progress_bar=False)
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        theirs.save_pretrained(tmp_path / "peft")
+    model, part = FAMILY.make(), batches(1)[0]
+    ll.load_adapter(model, tmp_path / "peft")
+    assert len(set(ranks(model).values())) > 1
+    torch.testing.assert_close(model.eval()(**part).logits, theirs.eval()(**part).logits)
+
+
 def test_padding_and_what_labels_leave_out_do_not_count():
     parts = batches()
     spoilt = copy.deepcopy(parts)
