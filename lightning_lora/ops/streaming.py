@@ -6,6 +6,7 @@ from torch import Tensor
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.principal import OVERSAMPLING, leading
 
+ROWS = 1 << 13  # at a time: a long batch takes no memory to speak of beside what the model takes
 ITERATIONS = 4  # of the fast SVD of what is kept and a batch: its spectrum decays fast, and the next batch corrects it
 
 
@@ -32,11 +33,11 @@ class PrincipalRows:
     @torch.no_grad()
     def add(self, X: Tensor) -> None:
         """Takes rows (m, k)."""
-        if len(X):
-            X = X.to(accumulation_dtype(X))
-            mean = X.mean(0)
-            X = X - mean
-            self._absorb(X, len(X), mean, float(X.square().sum(dtype=torch.float64)))
+        for part in torch.split(X, ROWS) if len(X) else ():
+            part = part.to(accumulation_dtype(part))
+            mean = part.mean(0)
+            part = part - mean
+            self._absorb(part, len(part), mean, float(part.square().sum(dtype=torch.float64)))
 
     @torch.no_grad()
     def merge(self, other: "PrincipalRows") -> None:

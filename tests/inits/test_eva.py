@@ -85,7 +85,9 @@ def eva(model, parts, r=4, forward=None, **options):
 
 
 @pytest.mark.parametrize("sizes", [[40] * 5, [3, 1, 60, 2, 50], [200]], ids=str)
-def test_streaming_gives_the_components_of_all_rows(sizes):
+@pytest.mark.parametrize("at_a_time", [1 << 13, 64])
+def test_streaming_gives_the_components_of_all_rows(sizes, at_a_time, monkeypatch):
+    monkeypatch.setattr("lightning_lora.ops.streaming.ROWS", at_a_time)
     generator = torch.Generator().manual_seed(1)
     scales = torch.logspace(1, -2, 24, dtype=torch.float64)
     X = torch.randn(sum(sizes), 24, generator=generator, dtype=torch.float64) * scales + 3
