@@ -1,6 +1,6 @@
 """Classes of texts, or numbers."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.checks import choice_problems
+from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.module import Recipe
 
@@ -16,7 +17,9 @@ from lightning_lora.recipes.module import Recipe
 class SequenceClassifier(Recipe):
     r"""Tells the class of a text, :math:`\ell = -\log p(y | x)`, or a number, :math:`\ell = (\hat y - y)^2`.
 
-    A head is put on the base, if it has none of that size, and trained in full. Logs ``train/loss`` and, for ``val``
+    A head is put on the base, if it has none of that size, and trained in full: that of transformers, on what the base
+    makes of a text's first or last token, or with ``pooling="mean"`` one linear layer on the mean of its last hidden
+    states, for which encoders of sentences were trained. Logs ``train/loss`` and, for ``val``
     and ``test``, ``loss`` with ``accuracy``, ``macro_f1`` and ``mcc`` (Matthews' coefficient), or ``mae``, ``pearson``
     and ``spearman``.
 
@@ -24,17 +27,28 @@ class SequenceClassifier(Recipe):
         base: A folder or an id of the hub.
         labels: The classes, in the order of their numbers; by default those of the data.
         regression: Whether labels are numbers.
+        pooling: ``model`` for the head of transformers, ``mean`` for one on the mean of all tokens.
         **options: See `Recipe`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
-    def __init__(self, base: str, *, labels: list[str] | None = None, regression: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        base: str,
+        *,
+        labels: list[str] | None = None,
+        regression: bool = False,
+        pooling: Literal["model", "mean"] = "model",
+        **options: Any,
+    ) -> None:
         super().__init__(base, **options)
+        raise_all(ConfigError, choice_problems("pooling", pooling, ("model", "mean")), "SequenceClassifier")
         if regression and labels:
             raise ConfigError(f"SequenceClassifier: regression has no classes, got labels={labels}")
         self.labels, self.regression = labels, regression
+        self.pooling = pooling
+        self.head: nn.Linear | None = None
         self.measures: Any = nn.ModuleDict()
 
     @override
@@ -50,6 +64,18 @@ class SequenceClassifier(Recipe):
         for name in ("val", "val_base", "test"):
             self.measures[name] = nn.ModuleDict(_measures(len(self.labels or ())))
         super().configure_model()
+        if self.pooling == "mean":
+            base: Any = self.model
+            width, count = base.config.get_text_config().hidden_size, 1 if self.regression else len(self.labels or ())
+            self.head = nn.Linear(width, count, dtype=base.dtype)
+            if getattr(base, "pooler", None) is not None:
+                base.pooler = None  # what it makes of the first token would go nowhere
+
+    @property
+    @override
+    def auto_class(self) -> str:
+        """The class of transformers that builds the base."""
+        return "AutoModelForSequenceClassification" if self.pooling == "model" else "AutoModel"
 
     @override
     def adjust(self, config: Any) -> None:
@@ -64,7 +90,12 @@ class SequenceClassifier(Recipe):
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits (n, classes), or numbers (n,), in float32 at least."""
-        found: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        made = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        if self.head is None:
+            found: Tensor = made.logits
+        else:
+            mask = batch["attention_mask"][..., None].to(made.last_hidden_state.dtype)
+            found = self.head((made.last_hidden_state * mask).sum(1) / mask.sum(1))
         found = found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
         return found.squeeze(-1) if self.regression else found
 

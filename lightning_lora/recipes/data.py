@@ -190,6 +190,12 @@ class TextDataModule(LightningDataModule):
             return Packed(part, pack(lengths.tolist(), self._reading.max_length))
         return part if len(part) else None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        assert self._reading is not None
+        return self._reading.max_length if self.packing else int(self.stores["train"].lengths().max())
+
     def _collate(self, left: bool = False) -> Collate:
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad

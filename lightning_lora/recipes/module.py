@@ -42,7 +42,6 @@ class Recipe(LightningModule):
 
     kinds: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -78,6 +77,11 @@ class Recipe(LightningModule):
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             problems.append(f"warmup must be in [0, 1], a part of all steps, got {self.warmup!r}")
         return problems
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that builds the base."""
+        return "AutoModelForCausalLM"
 
     @property
     def tokenizer(self) -> Any:

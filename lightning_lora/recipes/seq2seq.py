@@ -29,7 +29,6 @@ class Seq2SeqLM(Recipe):
 
     kinds: ClassVar[tuple[str, ...]] = ("prompt",)
     separate: ClassVar[bool] = True
-    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
 
     def __init__(
         self, base: str, *, max_new_tokens: int = 64, generation: dict[str, Any] | None = None, **options: Any
@@ -37,6 +36,12 @@ class Seq2SeqLM(Recipe):
         super().__init__(base, **options)
         self.max_new_tokens, self.generation = max_new_tokens, generation or {}
         self.measures: Any = nn.ModuleDict()
+
+    @property
+    @override
+    def auto_class(self) -> str:
+        """The class of transformers that builds the base."""
+        return "AutoModelForSeq2SeqLM"
 
     @override
     def configure_model(self) -> None:

@@ -34,6 +34,7 @@ class Look:
         classes: How many labels there are, for a classifier; 0 for numbers.
         chat: Whether the tokenizer has a chat template.
         pad: A token to pad with, if the tokenizer names none and one is needed.
+        pools: Whether the model is an encoder of sentences, made for the mean of all tokens.
     """
 
     recipe: str
@@ -45,6 +46,7 @@ class Look:
     classes: int
     chat: bool
     pad: str | None
+    pools: bool
 
     @property
     def max_length(self) -> int:
@@ -86,6 +88,7 @@ def look(data: str, base: str) -> Look:
         context=min(context_of(config, tokenizer) or LONGEST, LONGEST),
         classes=0 if names is None else len(names),
         chat=bool(getattr(tokenizer, "chat_template", None)),
+        pools=(Path(resolve(base)) / "modules.json").exists(),
         pad=(tokenizer.eos_token or tokenizer.unk_token) if needs_pad else None,
     )
 

@@ -69,6 +69,8 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "    warmup: 0.03                        # of all steps"
     if seen.recipe in ("CausalLM", "SequenceClassifier", "Seq2SeqLM"):
         yield "    compare_base: false                 # true: val_base/..., what the base alone would have"
+    if seen.recipe == "SequenceClassifier" and seen.pools:
+        yield "    pooling: mean                       # the base was trained to encode sentences so"
     if seen.recipe == "SequenceClassifier" and not seen.classes:
         yield "    regression: true                    # labels are numbers"
     yield "data:"

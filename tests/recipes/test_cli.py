@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_from_a_file_to_generated_text(llama, data, tmp_path, monkeypatch, capsy
     main(["fit", "--config", "run.yaml", *SHORT, "--model.lr=0.05", "--lora.r=4"])
     said = capsys.readouterr().out
     assert re.search(r"trained +3,712 parameters", said)
+    assert re.search(r"memory, estimated +[\d.]+ [kM]B at most for tensors", said)
+    assert re.search(r"memory: [\d.]+ [MG]B at most", said)
     path = saved("best.ckpt")
     for command in ("export", "generate", "merge"):
         assert f"lightning-lora {command}" in said
@@ -211,6 +214,14 @@ def test_init_sees_what_a_file_is_for(records, recipe, model, expected, request,
     assert config["model"]["class_path"] == f"lightning_lora.recipes.{recipe}"
     assert config["data"].items() >= expected.items()
     assert config["model"]["init_args"].get("regression", False) == (records == "numbers")
+
+
+def test_init_knows_an_encoder_of_sentences(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "sentences")
+    (tmp_path / "sentences" / "modules.json").write_text("[]")
+    files.jsonl(tmp_path / "a.jsonl", files.classes())
+    main(["init", "a.jsonl", "--model", "sentences"])
+    assert yaml.safe_load(Path("run.yaml").read_text())["model"]["init_args"]["pooling"] == "mean"
 
 
 def test_init_packs_the_base_when_memory_asks_for_it(llama, data):

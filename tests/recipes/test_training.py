@@ -286,3 +286,17 @@ def test_the_default_optimizer_is_one_kernel_with_warmup(llama, tmp_path):
     assert optimizer.defaults["fused"]
     assert rates[:3] == pytest.approx([0, 0.05, 0.1])
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_a_head_on_the_mean_of_all_tokens(bert, tmp_path):
+    """The head is found, trained in full, saved, and comes back; padding does not count."""
+    path, logger = files.jsonl(tmp_path / "a.jsonl", files.classes()), Kept()
+    module = SequenceClassifier(bert, pooling="mean", lr=0.03)
+    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 18, logger=logger)
+    assert_falls(logger.losses())
+    again = ll.load_from_checkpoint(SequenceClassifier, trainer.checkpoint_callback.best_model_path).eval()
+    batch = next(iter(trainer.datamodule.val_dataloader()))
+    row = {key: value[:1, : int(batch["attention_mask"][0].sum())] for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(again.outputs(batch), module.eval().outputs(batch))
+        torch.testing.assert_close(again.outputs(batch)[:1], again.outputs(row), rtol=1e-4, atol=1e-5)
