@@ -10,6 +10,7 @@ import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = {
+    "digits.py": ["1"],
     "finetune.py": ["4"],
     "merge_and_export.py": ["4"],
     "plain_pytorch.py": ["4"],

@@ -34,8 +34,7 @@ def _conversion(kind: str | None) -> str:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:  # before it did
         return ""
-    found = PATTERNS.get(kind)
-    return found if isinstance(found, str) else ""
+    return str(PATTERNS.get(str(kind), ""))
 
 
 def _last(name: str) -> str:
