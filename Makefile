@@ -15,8 +15,9 @@ $(READY): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/lightning-lora demo
 
+# One thread for each test process: there are as many of them as cores.
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical
 
 # DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
 .deepspeed: constraints.txt

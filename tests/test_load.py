@@ -109,14 +109,14 @@ def resident(field: str) -> int:
 
 @contextmanager
 def limited():
-    """Within this context at most two seconds and 64 MiB are used."""
+    """Within this context at most two seconds of a processor and 64 MiB are used."""
     measured = Path("/proc/self/clear_refs").exists()
     if measured:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = resident("VmRSS")
-    started = time.perf_counter()
+    started = time.process_time()
     yield
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert not measured or resident("VmHWM") - before < MEMORY
 
 
@@ -380,10 +380,10 @@ def test_a_header_with_too_many_tensors(folders, models, tmp_path):
         reheader(folder, "{" + ",".join(name.format(i) for i in range(300_000)) + "}", b"")
 
     target = case(folders["peft"], tmp_path, damage)
-    started = time.perf_counter()
+    started = time.process_time()
     with unchanged(models["bare"]), pytest.raises(ll.CheckpointError, match="it has 300,000 tensors"):
         ll.load_adapter(models["bare"], target)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------------------
@@ -700,10 +700,10 @@ def test_many_patterns(folders, models, tmp_path, field, plain):
     value = dict.fromkeys(names, 4) if field == "rank_pattern" else names
     target = case(folders["peft"], tmp_path, config(**{field: value}))
     model = build()
-    started = time.perf_counter()
+    started = time.process_time()
     with suppress(ll.CheckpointError):  # or loaded, where names that match nothing do no harm
         ll.load_adapter(model, target)
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_the_textbook_of_patterns(tmp_path):
