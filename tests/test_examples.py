@@ -1,6 +1,7 @@
 """Every example runs as it stands, on little data, and is short."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ COMMANDS = {
     "plain_pytorch.py": ["4"],
     "switch_and_compose.py": ["4"],
     "many_devices.py": [],
+    "docstrings.py": ["--base", "demo", "--targets", "q_proj", "v_proj", "--each", "4", "--epochs", "1"],
     "qlora.py": [
         "fit",
         "--config",
@@ -79,6 +81,8 @@ def test_example(name, tmp_path):
     if name == "switch_and_compose.py":
         assert "'both': svd of 'prose', 'code' on 28 layers, rank 8" in done.stdout
         assert "a mixed batch: (2, 128, 256)" in done.stdout
+    if name == "docstrings.py":
+        assert re.search(r"\{'train/loss': [\d.]+, 'val/loss': [\d.]+, 'val/accuracy': [\d.]+", done.stdout)
     if name == "qlora.py":
         (saved,) = (tmp_path / "runs/qlora").glob("*.ckpt")
         assert torch.load(saved, weights_only=True)["lightning_lora"]["base"]["quantization"] == "nf4-dq"

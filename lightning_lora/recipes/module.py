@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from typing_extensions import override
@@ -157,6 +158,20 @@ class Recipe(LightningModule):
             raise ConfigError("the run has no end: give trainer.max_epochs or trainer.max_steps")
         scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, round(self.warmup * steps), int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_train_start(self) -> None:
+        """Called when training begins. What LearningRateFinder found is the schedule's highest rate too."""
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.optimizer is None and any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            for config in self.trainer.lr_scheduler_configs:
+                scheduler: Any = config.scheduler
+                scale = self.lr / scheduler.optimizer.defaults["lr"]
+                scheduler.base_lrs = [rate * scale for rate in scheduler.base_lrs]
+                for group, rate, factor in zip(
+                    scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+                ):
+                    group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
