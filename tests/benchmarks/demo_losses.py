@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader
 import lightning_lora as ll
 from lightning_lora.demo.data import Windows, manual_prose
 from lightning_lora.demo.module import ByteLM
+from lightning_lora.inits import EVA
+
+STARTS = {"orthogonal": "orthogonal", "eva": "eva", "eva, equal ranks": EVA(rho=1)}
 
 
 def bits_per_byte(steps: int, **options: object) -> tuple[float, float]:
@@ -36,6 +39,8 @@ def main(steps: int = 250) -> None:
     runs = [(name, base, options) for name, options in kinds for base in (None, "int8", "nf4-dq", "fp4")]
     runs += [(init, base, {"init_lora_weights": init}) for init in ("pissa", "olora") for base in (None, "nf4-dq")]
     runs += [("loftq", "nf4-dq", {"init_lora_weights": "loftq"})]
+    runs += [(name, None, {"init_lora_weights": init}) for name, init in STARTS.items()]
+    runs += [("auto ranks", None, {"rank_pattern": "auto"}), ("norms too", None, {"train_norms": True})]
     rows = []
     for name, base, options in runs:
         before, after = bits_per_byte(steps, quantization=base, **options)
