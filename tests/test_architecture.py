@@ -183,8 +183,15 @@ def test_signatures_of_the_contract():
         ll.load_from_checkpoint: ["module_class", "path", "init_kwargs"],
         ll.summary: ["model"],
         ll.estimate_memory: [
-            "model", "config", "quantization", "optimizer", "batch_size", "seq_len", "strategy", "devices",
-        ],  # fmt: skip
+            "model",
+            "config",
+            "quantization",
+            "optimizer",
+            "batch_size",
+            "seq_len",
+            "strategy",
+            "devices",
+        ],
     }.items():
         found = inspect.signature(function).parameters.values()
         assert [p.name for p in found if p.kind is not p.KEYWORD_ONLY] == names
