@@ -76,13 +76,13 @@ def test_each_yaml_is_the_one_that_it_says():
 
 @pytest.mark.gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_several_devices(name, llama, tmp_path):
-    """Two processes, started by the Trainer with the same command line."""
+@pytest.mark.parametrize(("name", "packed"), [("ddp", None), ("fsdp2", "nf4-dq")])
+def test_several_devices(name, packed, llama, tmp_path):
+    """Two processes, started by the Trainer with the same command line; a base that is packed before it is sharded."""
     command = [sys.executable, "-m", "lightning_lora", "fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT]
     command += [f"--model.base={llama}", f"--data.train={ROOT}/examples/data/docstrings.jsonl", "--data.batch_size=2"]
     done = subprocess.run(
-        [*command, "--data.cache_dir=cache"],
+        [*command, "--data.cache_dir=cache", f"--lora.quantization={packed or 'null'}"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -91,7 +91,9 @@ def test_several_devices(name, llama, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = tmp_path.rglob("best.ckpt")
-    assert torch.load(path, weights_only=True)["global_step"] == 2
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["lightning_lora"]["base"]["quantization"] == packed
     assert done.stdout.count("checkpoint: ") == 1
     assert re.search(r"a step +8 rows \(2 x 2 accumulated x 2 devices\)", done.stdout)
 
