@@ -182,7 +182,7 @@ def test_a_run_goes_on(llama, data):
     assert steps == {2, 4}
 
 
-def test_classes_come_from_the_checkpoint(bert, tmp_path):
+def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     files.jsonl(tmp_path / "c.jsonl", files.classes())
     files.jsonl(tmp_path / "open.jsonl", [{"text": r["text"]} for r in files.classes(5)])
     common = ["--config", str(CONFIGS / "classification.yaml"), f"--model.base={bert}", *SHORT]
@@ -192,6 +192,8 @@ def test_classes_come_from_the_checkpoint(bert, tmp_path):
     rows = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert {row["prediction"] for row in rows} <= {"alpha", "beta", "gamma"}
+    said = refused(capsys, "generate", saved("best.ckpt"), "--prompt", "x", code=1)
+    assert "is an adapter for SEQ_CLS, which makes no texts: use lightning-lora predict" in said
 
 
 @pytest.mark.parametrize(
