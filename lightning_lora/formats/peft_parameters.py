@@ -71,9 +71,9 @@ def stacked_for_peft(part: str, value: Tensor, turned: bool) -> tuple[str, Tenso
 def from_peft(node: Node, r: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, for the tensors of a layer."""
     site = node.module
-    if not isinstance(site, ReadWeight) or len(site.weight.shape) != 3:
+    if not isinstance(site, ReadWeight) or len(site.lora_shape) != 3:
         return dict(values)
-    n = site.weight.shape[0]
+    n = site.lora_shape[0]
     A = values["A"].view(n, r, -1)
     B = values["B"].view(-1, r, n).permute(2, 0, 1)
     return {"A": B.mT, "B": A.mT} if is_turned(node) else {"A": A, "B": B}

@@ -8,6 +8,7 @@ that parameter, and what it returns is what the reader shall see. So everything 
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_lora.errors import UnsupportedError
@@ -33,6 +34,8 @@ class ReadWeight(nn.Module):
         super().__init__()
         self.lora_place = reader, holder, key  # in a tuple, or they would be children
         self.lora_name = name
+        parameter = getattr(holder, key)  # FSDP is going to flatten it
+        self.lora_shape: tuple[int, ...] = () if is_lazy(parameter) else tuple(parameter.shape)
         self.training = reader.training
 
     @property
@@ -46,7 +49,7 @@ class ReadWeight(nn.Module):
         """Whether the matrices of a stack are stored as (in, out): transformers' experts say so, but for some."""
         holder = self.lora_place[1]
         said = self.said_transposed or any(cls.__name__ == "Llama4TextExperts" for cls in type(holder).__mro__)
-        return len(self.weight.shape) == 3 and said
+        return len(self.lora_shape) == 3 and said
 
     @property
     def said_transposed(self) -> bool:
@@ -72,6 +75,7 @@ class LoRARead(LoRALayer):
 
     lora_place: tuple[nn.Module, nn.Module, str]
     lora_name: str
+    lora_shape: tuple[int, ...]
     if TYPE_CHECKING:
         transposed: bool
         weight: Any
@@ -85,7 +89,7 @@ class LoRARead(LoRALayer):
     @override
     @staticmethod
     def lora_matrix_shape(layer: Any) -> tuple[int, ...]:
-        *stack, rows, columns = layer.weight.shape
+        *stack, rows, columns = layer.lora_shape
         return (*stack, columns, rows) if layer.transposed else (*stack, rows, columns)
 
     @override
@@ -101,7 +105,7 @@ class LoRARead(LoRALayer):
     @override
     @classmethod
     def lora_peft_shapes(cls, layer: Any, r: int) -> dict[str, tuple[int, ...]]:
-        *stack, rows, columns = layer.weight.shape if layer.said_transposed is False else cls.lora_matrix_shape(layer)
+        *stack, rows, columns = cls.lora_matrix_shape(layer) if layer.said_transposed else layer.lora_shape
         ranks = r * (stack[0] if stack else 1)
         return {"lora_A.weight": (ranks, columns), "lora_B.weight": (rows, ranks)}
 
@@ -231,8 +235,8 @@ def readable(module: nn.Module) -> list[ReadWeight]:
 
 
 def _put(holder: nn.Module, key: str, value: Tensor) -> None:
-    """Where the holder's forward will find it: FSDP keeps views of parameters beside the parameters."""
-    place: dict[str, Any] = holder._parameters if key in holder._parameters else vars(holder)
+    """Where the holder's forward will find it: FSDP keeps views of parameters before the parameters."""
+    place: dict[str, Any] = vars(holder) if key in vars(holder) else holder._parameters
     place[key] = value
 
 

@@ -80,7 +80,7 @@ def type_of(node: Node) -> str:
 
 def is_undropped(node: Node) -> bool:
     """Whether a layer is a matrix that is read, which has no input."""
-    return isinstance(node.module, ReadWeight) and len(node.module.weight.shape) == 2
+    return isinstance(node.module, ReadWeight) and len(node.module.lora_shape) == 2
 
 
 def _patterns(wanted: Patterns) -> Iterator[Pattern | None]:

@@ -15,7 +15,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lora as ll
+from tests.distributed.many import CPUFSDP
 from tests.layers.test_experts import FAMILIES
+
+
+STRATEGIES = {
+    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    "fsdp": lambda: CPUFSDP(auto_wrap_policy={nn.LSTM, nn.TransformerEncoderLayer}),
+}
 
 
 class Module(pl.LightningModule):
@@ -61,7 +68,7 @@ def main(strategy: str, file: str) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else strategy,
+        strategy=STRATEGIES.get(strategy, lambda: strategy)(),
         max_epochs=3,
         logger=False,
         enable_progress_bar=False,

@@ -20,7 +20,7 @@ def run(strategy: str, folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(f"{folder / strategy}.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp"])
 def test_ranks_train_what_one_process_would(strategy, tmp_path):
     expected = run("auto", tmp_path)
     layers = {key.partition(".lora.")[0] for key in expected}
