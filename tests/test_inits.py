@@ -76,7 +76,7 @@ def test_starts_as_peft_does(init, name, use_dora):
         torch.testing.assert_close(ours.B.grad, theirs.lora_B["default"].weight.grad, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", PiSSA(niter=2)], ids=str)
+@pytest.mark.parametrize("init", ["pissa", "olora", PiSSA(niter=2)], ids=["pissa", "olora", "fast"])
 @pytest.mark.parametrize("alpha", [5.0, -4.0])
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 def test_the_model_starts_as_its_base(init, alpha, variant):
