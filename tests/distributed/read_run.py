@@ -18,7 +18,6 @@ import lightning_lora as ll
 from tests.distributed.many import CPUFSDP
 from tests.layers.test_experts import FAMILIES
 
-
 STRATEGIES = {
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     "fsdp": lambda: CPUFSDP(auto_wrap_policy={nn.LSTM, nn.TransformerEncoderLayer}),
