@@ -15,9 +15,10 @@ $(READY): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/lightning-lora demo
 
-# One thread for each test process: there are as many of them as cores.
+# As many processes as cores, with one thread each; then the tests that start processes of their own, one after the other.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not gloo"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gloo --durations=25 tests
 
 # DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
 .deepspeed: constraints.txt
