@@ -24,3 +24,17 @@ def test_rank(tmp_path):
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"similarity_left.png", "singular_values.png"} <= figures
     assert (tmp_path / "rank-2.png").is_file()
+
+
+def test_methods(tmp_path):
+    arguments = ["--base", "demo", "--targets", "q_proj|v_proj", "--each", "4", "--epochs", "1", "--seeds", "1", "2"]
+    script = str(ROOT / "examples" / "studies" / "methods.py")
+    command = [sys.executable, script, *arguments, "--methods", "head alone", "LoRA", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "methods.txt").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == ["head alone", "LoRA"]
+    assert [int(row[3].replace(",", "")) for row in rows] == [1_290, 1_290 + 8 * 8 * 256]
+    assert all(0 <= float(row[1].split(" ± ")[0]) <= 100 for row in rows)
+    assert (tmp_path / "methods.png").stat().st_size > 1000
