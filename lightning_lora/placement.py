@@ -92,7 +92,7 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
     a module that the model is a part of.
     """
     tree = nodes(model)
-    stored, inside = with_parameters(stored, tree), stored
+    given, stored = stored, with_parameters(stored, tree)
     first = next(iter(stored.layers))
     names = {name for node in tree.values() for name in node.names}
     names |= {name for known in parameter_owners(tree).values() for name in known}
@@ -100,11 +100,9 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
         return "", model, stored
     prefix, root = peft_root(tree) if stored.layout == "peft" else ("", model)
     if prefix:
-        inside = with_parameters(inside, nodes(root))
-        first = next(iter(inside.layers))
-        stored = inside if f"{prefix}.{first}" in names else stored
-    if prefix and f"{prefix}.{first}" in names:
-        return prefix, root, stored
+        within = with_parameters(given, nodes(root))
+        if f"{prefix}.{next(iter(within.layers))}" in names:
+            return prefix, root, within
     inner = stored.relative_to(names)
     return (prefix, root, stored) if inner is stored else ("", model, inner)
 

@@ -83,15 +83,6 @@ class CausalLM(Recipe):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=max(1, count))
         return loss
 
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for name in self.variants():
-            self._measure(name, batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure("test", batch)
-
     def _measure(self, name: str, batch: Batch) -> None:
         measures: Any = self.measures[name]
         loss, found, count = self.loss(batch, measure=True)

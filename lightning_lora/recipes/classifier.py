@@ -111,15 +111,6 @@ class SequenceClassifier(Recipe):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for name in self.variants():
-            self._measure(name, batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure("test", batch)
-
     def _measure(self, name: str, batch: Batch) -> None:
         outputs, labels = self.outputs(batch), batch["labels"]
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}

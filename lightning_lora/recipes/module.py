@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_lora.checks import DTYPES, choice_problems, is_number
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.quantize import quantize
+from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.switch import disable_adapters
@@ -158,6 +159,19 @@ class Recipe(LightningModule):
             raise ConfigError("the run has no end: give trainer.max_epochs or trainer.max_steps")
         scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, round(self.warmup * steps), int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name in self.variants():
+            self._measure(name, batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, name: str, batch: Batch) -> None:
+        """Logs what is measured of a batch, under the name of what measures it."""
+        raise NotImplementedError
 
     @override
     def on_train_start(self) -> None:

@@ -71,15 +71,6 @@ class Seq2SeqLM(Recipe):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for name in self.variants():
-            self._measure(name, batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure("test", batch)
-
     def _measure(self, name: str, batch: Batch) -> None:
         measures, labels = self.measures[name], batch["labels"]
         measures["loss"].update(self.loss(batch), int((labels != IGNORED).sum()))
