@@ -87,6 +87,14 @@ def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+def let_run_again(model: Any) -> None:
+    """Makes the blocks of a transformers model run again, by its own API, whose name transformers 5.20 changed."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def checkpoint_transformers(model: Any, patches: Patches) -> None:
     """Makes the blocks of a transformers model run again, by its own API and in eval mode too, if none are set to yet.
 
@@ -97,11 +105,10 @@ def checkpoint_transformers(model: Any, patches: Patches) -> None:
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return  # by the user, who knows best
     wants_gradients = bool(vars(model).get("_require_grads_hooks"))
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    let_run_again(model)
+    if hasattr(model, "activation_checkpointing_disable"):
         patches.later(model.activation_checkpointing_disable)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         patches.later(model.gradient_checkpointing_disable)
     if not wants_gradients:  # only reentrant checkpoints need them, and they would cost a backward pass
         model.disable_input_require_grads()

@@ -17,6 +17,7 @@ from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
+from lightning_lora.recompute import let_run_again
 from lightning_lora.switch import disable_adapters
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -103,8 +104,7 @@ class Recipe(LightningModule):
             return
         self.model = self._load()
         if self.gradient_checkpointing:
-            new = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.20
-            (new or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            let_run_again(self.model)
         blocks = repeated_blocks(self.model)
         if self.torch_compile:
             for block in blocks:
