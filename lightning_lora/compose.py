@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter, LoRAAdapter
+from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.checks import choice_problems, is_int, is_number, is_rank
 from lightning_lora.combinations import BY_FACTOR, METHODS, Combined, combine
@@ -25,7 +25,7 @@ from lightning_lora.targets.walk import Node, nodes
 from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, target_fields, update_of
 from lightning_lora.values import value_problems
 
-_Layers = Mapping[str, tuple[Node, dict[str, Adapter]]]
+_Layers = Mapping[str, tuple[Node, dict[str, LowRankAdapter]]]
 
 
 @torch.no_grad()
@@ -175,12 +175,12 @@ def _kind_problems(layers: _Layers, method: str, rank: int | None) -> Iterator[s
         yield f"method={method!r} needs equal ranks, and on {listing(odd, 3)} there are {found}: give {way_out}"
 
 
-def _rank(adapter: Adapter) -> int:
+def _rank(adapter: LowRankAdapter) -> int:
     """The rank of its update."""
     return adapter.r if adapter.start_A is None else 2 * adapter.r
 
 
-def _widest(here: Mapping[str, Adapter]) -> torch.dtype:
+def _widest(here: Mapping[str, LowRankAdapter]) -> torch.dtype:
     dtype, *others = [adapter.A.dtype for adapter in here.values()]
     for other in others:
         dtype = torch.promote_types(dtype, other)
@@ -189,7 +189,7 @@ def _widest(here: Mapping[str, Adapter]) -> torch.dtype:
 
 def _combined(
     node: Node,
-    here: Mapping[str, Adapter],
+    here: Mapping[str, LowRankAdapter],
     weights: Mapping[str, float],
     method: str,
     rank: int | None,

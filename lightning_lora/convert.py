@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import is_rank, mapping_problems
 from lightning_lora.combinations import combine
 from lightning_lora.compose_report import CombineReport, LayerCombination
@@ -104,7 +104,7 @@ def absorbed_problems(layers: Mapping[str, tuple[Node, Any]], adapter_name: str)
     ]
 
 
-def exchange(layer: LoRALayer, adapter_name: str, old: Adapter, new: Adapter) -> None:
+def exchange(layer: LoRALayer, adapter_name: str, old: LowRankAdapter, new: LowRankAdapter) -> None:
     """Puts an adapter in the place of another."""
     new.train(old.training)
     new.share = old.share
@@ -125,7 +125,7 @@ def _rank_problems(rank: Any, layers: Mapping[str, tuple[Node, Any]]) -> list[st
     return [unmatched("rank", pattern, names) for pattern in patterns if not any(map(pattern.within, names))]
 
 
-def _rank_of(rank: int | Mapping[str, int] | None, node: Node, adapter: Adapter) -> int:
+def _rank_of(rank: int | Mapping[str, int] | None, node: Node, adapter: LowRankAdapter) -> int:
     if isinstance(rank, Mapping):
         patterns = [(parse_key(key), value) for key, value in rank.items()]
         return next((value for key, value in patterns if any(map(key.within, node.names))), adapter.r)

@@ -87,7 +87,7 @@ def waits_for_data(model: nn.Module, adapter_name: str) -> bool:
     return any(
         adapter.config.needs_data and not adapter.initialised
         for _, layer in lora_layers(model)
-        for name, adapter in layer.lora_adapters().items()
+        for name, adapter in layer.lora_pairs().items()
         if name == adapter_name
     )
 
@@ -124,7 +124,7 @@ def fill_from_data(model: nn.Module, batches: Iterable[Any], adapter_name: str, 
 def _start(model: nn.Module, adapter_name: str, init: EVA, found: Mapping[str, PrincipalRows]) -> None:
     """A from the components; where there are none as by default."""
     for name, layer in lora_layers(model):
-        adapter = layer.lora_adapters().get(adapter_name)
+        adapter = layer.lora_pairs().get(adapter_name)
         if adapter is None:
             continue
         seen = found.get(clean(name))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter, variant_class
+from lightning_lora.adapters import LowRankAdapter, variant_class
 from lightning_lora.asked import check_adapter, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import forget, put_in_place
@@ -198,9 +198,9 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
     for layer_name, layer in lora_layers(model):
         for adapter in layer.lora_adapters().values():
             weight: Any = layer.weight
-            if adapter.A.is_meta or weight is None or weight.is_meta or is_flattened(weight):
+            if adapter.master.is_meta or weight is None or weight.is_meta or is_flattened(weight):
                 continue  # it has no values yet, or these can't be seen any more
-            if adapter.initialised:
+            if adapter.initialised or not isinstance(adapter, LowRankAdapter):
                 adapter.follow(layer)
             elif adapter.config.needs_data:
                 continue  # `initialise_from_data` does it
@@ -225,7 +225,7 @@ def create(
     adapter_name: str,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Adapter:
+) -> LowRankAdapter:
     """An adapter for a layer, all zero, and not on it yet.
 
     Args:

@@ -181,7 +181,7 @@ def _merge_layer(
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
     W, compared = layer.lora_matrix(), Comparison(scratch)
-    accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
+    accumulate = accumulation_dtype(W, *(adapter.master for adapter in adapters))
     if quantizer is None:
         new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
         result = layer.lora_as_matrix(new)

@@ -160,7 +160,7 @@ def _merge_layer(shard: Shard, change: Change, layer: nn.Module, adapter: Adapte
     for rows in row_chunks(torch.empty(1).expand(*kind.lora_matrix_shape(layer))):
         place = kind.lora_as_matrix(layer, shard.open(change.key, rows)) if whole is None else whole[rows]
         W = place.clone() if whole is None else place  # a file's tensors lie at any byte, and sums may depend on that
-        dtype = accumulation_dtype(W, adapter.A)
+        dtype = accumulation_dtype(W, adapter.master)
         update, exact = merged_piece([adapter], W, rows, dtype, scratch)
         place.copy_(exact)
         if not place.isfinite().all():

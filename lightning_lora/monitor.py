@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.analysis.factor_grams import measure
 from lightning_lora.checks import is_int
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
@@ -25,7 +25,7 @@ class _Site(NamedTuple):
     """An adapter, the layer that it is on, and the norms of that layer's rows, if it has magnitudes."""
 
     name: str
-    adapter: Adapter
+    adapter: LowRankAdapter
     norms: Tensor | None
 
     @property
@@ -189,9 +189,9 @@ def _sites(model: nn.Module, adapter_names: list[str] | None) -> dict[str, list[
         ConfigError: If there is no such adapter.
         UnsupportedError: If one is in pieces.
     """
-    found: dict[str, list[tuple[str, LoRALayer, Adapter]]] = {}
+    found: dict[str, list[tuple[str, LoRALayer, LowRankAdapter]]] = {}
     for name, layer in lora_layers(model):
-        for adapter_name, adapter in layer.lora_adapters().items():
+        for adapter_name, adapter in layer.lora_pairs().items():
             if adapter.A.requires_grad or adapter_names is not None:
                 found.setdefault(adapter_name, []).append((clean(name), layer, adapter))
     problems = [
@@ -223,7 +223,7 @@ def _is_away(layer: LoRALayer) -> bool:
     return is_flattened(weight) or hasattr(weight, "ds_id")
 
 
-def _row_norms(layer: LoRALayer, adapter: Adapter) -> Tensor | None:
+def _row_norms(layer: LoRALayer, adapter: LowRankAdapter) -> Tensor | None:
     r""":math:`\|W\|` by row: what a magnitude starts from."""
     if not hasattr(adapter, "magnitude"):
         return None

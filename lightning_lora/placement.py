@@ -18,6 +18,7 @@ from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.inject import create, withdraw
 from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
+from lightning_lora.layers.starting import start_misfit
 from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
@@ -147,7 +148,7 @@ def _start_again(found: Found, misfits: Misfits) -> dict[str, Tensor]:
 def _absorbed_problems(values: dict[str, dict[str, Tensor]], misfits: Misfits) -> Iterator[str]:
     for name, tensors in values.items():
         if (layer := misfits.held.get(misfits.found[name].node.name)) is not None:
-            why = layer.lora_misfit(misfits.adapter_name, tensors.get("start_A"), tensors.get("start_B"))
+            why = start_misfit(layer, misfits.adapter_name, tensors.get("start_A"), tensors.get("start_B"))
             yield from [] if why is None else [f"{name}: {why}"]
 
 
@@ -169,7 +170,7 @@ def _overflows(
 def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.dtype:
     """That of the adapter that the model has, or is going to have."""
     if (held := misfits.held.get(found.node.name)) is not None:
-        return held.lora_adapters()[misfits.adapter_name].A.dtype
+        return held.lora_adapters()[misfits.adapter_name].master.dtype
     weight: Any = found.node.module.weight
     if weight.dtype == torch.float64:
         return torch.float64

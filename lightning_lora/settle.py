@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import exchange
@@ -85,13 +85,13 @@ def adopt_stored(model: nn.Module, adapter_name: str, stored: StoredAdapter) -> 
         settle(model, adapter_name, {name: ranks.get(name, 0) for name in names})
 
 
-def _alpha(config: LoRAConfig, adapter: Adapter, rank: int) -> float:
+def _alpha(config: LoRAConfig, adapter: LowRankAdapter, rank: int) -> float:
     """The alpha with which the scale stays."""
     factor = rank / adapter.r
     return float(adapter.lora_alpha * (factor**0.5 if config.use_rslora else factor))
 
 
-def _renamed(layers: Mapping[str, tuple[Node, Adapter]], config: LoRAConfig) -> LoRAConfig:
+def _renamed(layers: Mapping[str, tuple[Node, LowRankAdapter]], config: LoRAConfig) -> LoRAConfig:
     for _, adapter in layers.values():
         adapter.config = config
     return config
@@ -99,7 +99,7 @@ def _renamed(layers: Mapping[str, tuple[Node, Adapter]], config: LoRAConfig) -> 
 
 def _with_ranks(
     config: LoRAConfig,
-    layers: Mapping[str, tuple[Node, Adapter]],
+    layers: Mapping[str, tuple[Node, LowRankAdapter]],
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> LoRAConfig:

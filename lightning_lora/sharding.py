@@ -53,7 +53,7 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
     for name, layer in lora_layers(model):
         split = _tensor_parallel(layer.weight)
         for adapter in layer.lora_adapters().values():
-            if is_sharded(adapter.A):
+            if is_sharded(adapter.master):
                 continue
             if split is not None:
                 _split(clean(name), layer, adapter, *split)

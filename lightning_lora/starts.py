@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.inits import Kaiming, Stage, resolve, stage_of
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.ops.norms import accumulation_dtype
@@ -32,7 +32,7 @@ def without_starts(layer: nn.Module, W: Tensor, rounded: Callable[[Tensor], Tens
     """
     if not isinstance(layer, LoRALayer):
         return W
-    for name, adapter in layer.lora_adapters().items():
+    for name, adapter in layer.lora_pairs().items():
         if adapter.initialised and adapter.start_A is None:
             continue
         if stage_of(adapter.config.init_lora_weights) is Stage.PACKED:
@@ -72,7 +72,7 @@ def abandon(model: nn.Module) -> None:
         layer.lora_absorbed = ()
 
 
-def _waiting(layer: LoRALayer) -> list[Adapter]:
+def _waiting(layer: LoRALayer) -> list[LowRankAdapter]:
     """Its adapters that wait to be initialised while the layer is packed."""
-    adapters = layer.lora_adapters().values()
+    adapters = layer.lora_pairs().values()
     return [a for a in adapters if not a.initialised and stage_of(a.config.init_lora_weights) is Stage.PACKED]

@@ -11,6 +11,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import kept_values, tensors_of, values_of
 from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_
@@ -118,7 +119,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
     held = [(f"{n}.lora.{name}.".lstrip("."), layer, name) for n, layer in layers for name in layer.lora]
     for prefix, layer, name in held:  # an adapter starts as that in the file did
         starts = [state.get(f"{prefix}start_{key}") for key in "AB"]
-        if (why := layer.lora_misfit(name, *starts)) is not None:
+        if (why := start_misfit(layer, name, *starts)) is not None:
             problems.append(f"{prefix.partition('.lora.')[0]}: {why}")
         for key, start in zip("AB", starts, strict=True):
             own.pop(f"{prefix}start_{key}", None)

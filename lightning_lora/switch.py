@@ -196,7 +196,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     for adapter, _ in shares:
         adapter.share = None
     for layer in layers:
-        held = {name: adapter.A.device for name, adapter in layer.lora_adapters().items() if name in samples}
+        held = {name: adapter.master.device for name, adapter in layer.lora_adapters().items() if name in samples}
         rows = {name: torch.tensor(samples[name], device=device) for name, device in held.items()}
         layer.lora_mixture = Mixture(len(adapter_names), rows)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import is_number, is_rank
 from lightning_lora.combinations import best_of_product
 from lightning_lora.config import LoRAConfig
@@ -105,7 +105,7 @@ def _argument_problems(rank: Any, energy: Any) -> Iterator[str]:
 
 
 def _reduced(
-    node: Node, adapter: Adapter, rank: int | None, energy: float | None
+    node: Node, adapter: LowRankAdapter, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, float, float]:
     """A and B of less rank with a scale of 1, the norm of the update, and the part of it that is lost."""
     A, B = (factor.to(accumulation_dtype(factor)) for factor in adapter.update())
@@ -136,7 +136,9 @@ def _rank_for(A: Tensor, B: Tensor, energy: float) -> int:
     return int(enough.int().argmax()) + 1 if kept[-1] > 0 else 1
 
 
-def _made(node: Node, config: LoRAConfig, adapter_name: str, old: Adapter, A: Tensor, B: Tensor) -> Adapter:
+def _made(
+    node: Node, config: LoRAConfig, adapter_name: str, old: LowRankAdapter, A: Tensor, B: Tensor
+) -> LowRankAdapter:
     r = A.shape[-2]
     adapter = create(node, node.name, config, r, float(r), adapter_name, old.A.dtype)
     own = dict(adapter.named_parameters(recurse=False))
@@ -151,7 +153,7 @@ def _made(node: Node, config: LoRAConfig, adapter_name: str, old: Adapter, A: Te
     return adapter
 
 
-def _merged_error(layer: LoRALayer, before: Adapter, after: Adapter) -> float:
+def _merged_error(layer: LoRALayer, before: LowRankAdapter, after: LowRankAdapter) -> float:
     """‖M - M_r‖ / ‖M - W‖, a few rows at a time."""
     W, share = layer.lora_matrix(), before.share
     before.share = None

@@ -101,7 +101,7 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) ->
         holder, key = layer.lora_parameter("weight")
         weight = holder._parameters[key] = nn.Parameter(weight.clone(), requires_grad=False)
     result, W = layer.lora_as_matrix(weight), layer.lora_matrix()
-    accumulate = accumulation_dtype(W, *(adapter.A for adapter in adapters))
+    accumulate = accumulation_dtype(W, *(adapter.master for adapter in adapters))
     for rows in row_chunks(W):
         merged_piece(adapters, W[rows], rows, accumulate, scratch, result[rows])
     layer.lora_absorbed = ()  # a merged weight lacks nothing

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.adapters import Adapter, LoRAAdapter
+from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
@@ -20,12 +20,12 @@ from lightning_lora.targets.patterns import parse_key
 from lightning_lora.targets.walk import Node, nodes
 
 
-def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[Node, dict[str, Adapter]]]:
-    """The layers that have some of these adapters, and those, in the order in which they are named."""
+def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[Node, dict[str, LowRankAdapter]]]:
+    """The layers on which some of these adapters have low-rank pairs, and these, in the order of the names."""
     found = {}
     for name, node in nodes(model).items():
         if isinstance(node.module, LoRALayer):
-            own = node.module.lora_adapters()
+            own = node.module.lora_pairs()
             if here := {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}:
                 found[name] = (node, here)
     return found
@@ -38,7 +38,7 @@ def possible_rank(rank: int, layer: LoRALayer) -> int:
 
 def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
     """What an adapter makes of its layer's weight, whatever weight it has in the forward."""
-    adapter = layer.lora_adapters()[adapter_name]
+    adapter = layer.lora_pairs()[adapter_name]
     if isinstance(adapter, LoRAAdapter):
         A, B = adapter.update()
         return Update(adapter_name, weight, adapter.scaling, (A.to(dtype), B.to(dtype)))
@@ -63,7 +63,7 @@ def source(seed: int, layer_name: str) -> Source:
 
 def as_adapter(
     node: Node, config: LoRAConfig, adapter_name: str, combined: Combined, dtype: torch.dtype = torch.float32
-) -> Adapter:
+) -> LowRankAdapter:
     """A plain LoRA for a layer, with a scale of 1, that is not on it yet."""
     r = combined.A.shape[-2]
     adapter = create(node, node.name, config, r, float(r), adapter_name, dtype)

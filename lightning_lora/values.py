@@ -18,7 +18,7 @@ def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]
     """
     for adapter_name in dict.fromkeys(name for here in layers.values() for name in here):
         adapters = {name: here[adapter_name] for name, here in layers.items() if adapter_name in here}
-        waiting = [name for name, adapter in adapters.items() if adapter.A.is_meta or not adapter.initialised]
+        waiting = [name for name, adapter in adapters.items() if adapter.master.is_meta or not adapter.initialised]
         odd = [
             name
             for name, adapter in adapters.items()

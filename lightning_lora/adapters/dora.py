@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapters.base import Adapter, variant
 from lightning_lora.adapters.host import Host
+from lightning_lora.adapters.low_rank import LowRankAdapter, variant
 from lightning_lora.ops.fused import LowRank, gain_of
 from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
@@ -16,7 +16,7 @@ from lightning_lora.ops.stacks import add_product, rows_of
 
 
 @variant("dora")
-class DoRAAdapter(Adapter):
+class DoRAAdapter(LowRankAdapter):
     r"""Weight-Decomposed Low-Rank Adaptation (arXiv:2402.09353, section 4.1).
 
     .. math:: \mathrm{merged}(W) = g \odot (W + \Delta W), \qquad g = m / \|W + \Delta W\|, \qquad \Delta W = s\,B A

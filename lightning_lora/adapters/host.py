@@ -1,8 +1,26 @@
 """What an adapter knows of the layer that it sits on."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows of a table (tokens, dim), as a forward needs them.
+
+    Args:
+        values: (n, dim).
+        start: What the frozen table has in their place, (n, dim).
+        tokens: Which they are, (n,).
+        places: For every token its place among these rows, and n for those that have none, (tokens,).
+        share: A factor of ``values - start``; None for 1.
+    """
+
+    values: Tensor
+    start: Tensor
+    tokens: Tensor
+    places: Tensor
+    share: Tensor | None
 
 
 class Host(Protocol):
@@ -34,3 +52,9 @@ class Host(Protocol):
 
     def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on the adapter's input; the identity where the input can't be dropped (token ids)."""
+
+    def lora_rows(self, index: Tensor) -> Tensor:
+        """Rows of the frozen weight by token, where it is a table of such."""
+
+    def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: Rows) -> Tensor:
+        """``out`` with what other rows in place of the table's make of x."""

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.adapters.base import Adapter, variant
 from lightning_lora.adapters.host import Host
+from lightning_lora.adapters.low_rank import LowRankAdapter, variant
 from lightning_lora.ops.fused import LowRank
 from lightning_lora.ops.stacks import add_product, rows_of
 
 
 @variant("lora")
-class LoRAAdapter(Adapter):
+class LoRAAdapter(LowRankAdapter):
     r"""Low-Rank Adaptation (arXiv:2106.09685, section 4.1).
 
     .. math:: \mathrm{merged}(W) = W + \Delta W, \qquad y = W x + b + \Delta W\,\mathrm{dropout}(x), \qquad

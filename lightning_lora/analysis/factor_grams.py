@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.analysis.spectra import effective_rank
 
 
 @torch.no_grad()
-def measure(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+def measure(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
     """``effective_rank``, ``delta_norm``, ``A_norm`` and ``B_norm`` of each adapter, on the CPU.
 
     A stack of updates (experts) has the mean of their effective ranks, and the norm of all together.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, LowRankAdapter
 from lightning_lora.analysis.memory_trace import Trace
 from lightning_lora.layers import base_modules, original_type
 from lightning_lora.marks import trained_in_full
@@ -111,7 +111,7 @@ def counted(net: nn.Module, dense: int, largest: int, seen: Trace) -> Step:
         largest=largest,
         dense=dense,
         trace=seen,
-        has_stacks=any(m.A.dim() > 2 for m in net.modules() if isinstance(m, Adapter)),
+        has_stacks=any(m.A.dim() > 2 for m in net.modules() if isinstance(m, LowRankAdapter)),
     )
 
 

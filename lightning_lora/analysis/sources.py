@@ -50,7 +50,7 @@ def model_sources(model: nn.Module, adapter_name: str) -> list[Source]:
         UnsupportedError: If the model is spread over ranks.
     """
     require_adapter(model, adapter_name)
-    layers = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora}
+    layers = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora_pairs()}
     problems = merged_problems(model, "call ll.unmerge before they are analysed")
     held = {name: {adapter_name: layer.lora_adapters()[adapter_name]} for name, layer in layers.items()}
     problems += value_problems(held)
@@ -66,7 +66,7 @@ def model_sources(model: nn.Module, adapter_name: str) -> list[Source]:
 
 def _of_layer(name: str, layer: LoRALayer, adapter_name: str) -> Iterator[Source]:
     """One source; of a stack of matrices (experts) one for each."""
-    adapter = layer.lora_adapters()[adapter_name]
+    adapter = layer.lora_pairs()[adapter_name]
     for i in range(len(adapter.A)) if adapter.A.dim() == 3 else [None]:
 
         def factors(i: int | None = i) -> tuple[Tensor, Tensor]:

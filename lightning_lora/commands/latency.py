@@ -106,7 +106,7 @@ def _random(model: Any, config: Any) -> None:
         inject(model, config, name)
     generator = torch.Generator().manual_seed(0)
     for _, layer in lora_layers(model):
-        for adapter in layer.lora_adapters().values():
+        for adapter in layer.lora_pairs().values():
             adapter.B.data.copy_(torch.randn(adapter.B.shape, generator=generator) / adapter.B.shape[0])
     set_adapter(model, "one")
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import values_of
 from lightning_lora.errors import listing
@@ -19,6 +19,7 @@ from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, origin
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
+from lightning_lora.state import adapters
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
@@ -31,7 +32,7 @@ class Held(NamedTuple):
 
     node: Node
     layer: LoRALayer
-    adapter: Adapter
+    adapter: LowRankAdapter
 
 
 class Export:
@@ -48,11 +49,11 @@ class Export:
         self.prefix, self.root = peft_root(whole, adapter_name)
         self.tree = nodes(self.root) if self.prefix else whole
         self.layers = {
-            name: Held(node, node.module, node.module.lora_adapters()[adapter_name])
+            name: Held(node, node.module, node.module.lora_pairs()[adapter_name])
             for name, node in self.tree.items()
-            if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora
+            if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora_pairs()
         }
-        self.config: LoRAConfig = next(iter(self.layers.values())).adapter.config
+        self.config: LoRAConfig = adapters(self.root)[adapter_name]
         outside = whole if self.prefix else {}
         self._lost = [
             f"{name}.{key}".lstrip(".")
@@ -174,10 +175,10 @@ class Export:
             notes.append("vLLM does not serve DoRA: `ll.to_lora` converts it, or merge it.")
         return notes
 
-    def _rank(self, adapter: Adapter) -> int:
+    def _rank(self, adapter: LowRankAdapter) -> int:
         return adapter.r if adapter.start_A is None else 2 * adapter.r
 
-    def _alpha(self, adapter: Adapter) -> float:
+    def _alpha(self, adapter: LowRankAdapter) -> float:
         factor = 1.0 if adapter.start_A is None else 2**0.5 if self.config.use_rslora else 2.0
         alpha = adapter.lora_alpha * factor
         return int(alpha) if alpha == int(alpha) else alpha

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.siblings import scope
@@ -19,7 +20,7 @@ from lightning_lora.ops.sharded import PLAIN, is_plain
 from lightning_lora.ops.transforms import in_transform
 
 if TYPE_CHECKING:
-    from lightning_lora.adapters import Adapter
+    from lightning_lora.adapters import Rows
 
 
 @adapts("torch.nn.modules.linear.Linear")
@@ -31,6 +32,7 @@ class LoRALinear(LoRALayer):
     """
 
     lora_dense_linear = True
+    lora_has_rows = True
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,15 +65,16 @@ class LoRALinear(LoRALayer):
             running.put(x, {id(layer): out for layer, out in zip(layers[1:], outs[1:], strict=True)})
         return outs[0]
 
-    def lora_alone(self) -> "Adapter | None":
+    def lora_alone(self) -> LowRankAdapter | None:
         """The adapter that takes part in the forward, if there is one only and nothing about it is unusual."""
         if len(self.lora_active) != 1 or self.lora_mixture is not None:
             return None
         adapter: Any = self._modules["lora"]._modules[self.lora_active[0]]  # type: ignore[union-attr]
         usual = adapter.initialised and not adapter._forward_hooks and len(adapter._forward_pre_hooks) == 1  # its own
-        return adapter if usual and is_plain(adapter.A) and is_plain(adapter.B) else None
+        pair = usual and isinstance(adapter, LowRankAdapter) and is_plain(adapter.A) and is_plain(adapter.B)
+        return adapter if pair else None
 
-    def lora_sibling(self, first: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+    def lora_sibling(self, first: LowRankAdapter, x: Tensor, dtype: torch.dtype) -> Site | None:
         """What can be computed together with a layer that has this adapter, before it is called itself."""
         adapter, config = self.lora_alone(), first.config
         if (
@@ -85,7 +88,7 @@ class LoRALinear(LoRALayer):
             return None
         return self.lora_site(adapter, x, dtype)
 
-    def lora_site(self, adapter: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+    def lora_site(self, adapter: LowRankAdapter, x: Tensor, dtype: torch.dtype) -> Site | None:
         """What a step for this layer takes; None where there is no such step."""
         weight = None if self.lora_absorbed else self.lora_operand(x, dtype)
         if weight is None or (low_rank := adapter.beside(self)) is None:
@@ -118,6 +121,15 @@ class LoRALinear(LoRALayer):
         if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
             return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
         return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+
+    @override
+    def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: "Rows") -> Tensor:
+        """The logits of some tokens are other ones. The base's own are written to: no second copy of them is made."""
+        change = F.linear(x, (rows.values - rows.start).to(x.dtype)).to(out.dtype)
+        change = change if rows.share is None else change * rows.share.to(out.dtype)
+        if out is base and len(self.lora_active) == 1:
+            return out.index_add_(-1, rows.tokens, change)
+        return out.index_add(-1, rows.tokens, change)
 
 
 def _is_usual(x: Any) -> bool:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.errors import ConfigError
 from lightning_lora.inits import Stage, plain_defaults, resolve
+from lightning_lora.layers.starting import factors_of_each, start_misfit
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
@@ -16,14 +18,11 @@ from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
 from lightning_lora.ops.stacks import add_product
 
 if TYPE_CHECKING:
-    from lightning_lora.adapters import Adapter
+    from lightning_lora.adapters import Adapter, Rows
 
     Base = nn.Module
 else:
     Base = object
-
-
-MISFIT = 0.01  # of the norm of an adapter's first product: another machine's decomposition of the same weight
 
 
 class Mixture(NamedTuple):
@@ -43,6 +42,7 @@ class LoRALayer(Base):
 
     lora_plain_class: ClassVar[type[nn.Module]]
     lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
+    lora_has_rows: ClassVar[bool] = False  # the rows of the weight are those of tokens, and can be trained one by one
     lora_packed: bool = False  # the weight can't be read without unpacking it
     lora_starts_as_told: ClassVar[bool] = True  # by init_lora_weights
 
@@ -81,11 +81,15 @@ class LoRALayer(Base):
         """The adapters by name."""
         return dict(self._modules["lora"]._modules)  # type: ignore[union-attr, arg-type]
 
+    def lora_pairs(self) -> dict[str, LowRankAdapter]:
+        """Those of them that are low-rank pairs."""
+        return {n: a for n, a in self.lora_adapters().items() if isinstance(a, LowRankAdapter)}
+
     def lora_base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the layer as it was, with what was taken out of the stored weight."""
         out = self.lora_stored_forward(x, *args, **kwargs)
         for name in self.lora_absorbed:
-            adapter = self.lora_adapters()[name]
+            adapter = self.lora_pairs()[name]
             out = self.lora_add(out, x, *adapter.start(x), adapter.scaling)
         return out
 
@@ -138,7 +142,7 @@ class LoRALayer(Base):
         """The weight as that matrix, with what was taken out of the stored one: then a copy, in float32 at least."""
         W = self.lora_stored_matrix()
         for name in self.lora_absorbed:
-            adapter = self.lora_adapters()[name]
+            adapter = self.lora_pairs()[name]
             W = W.to(accumulation_dtype(W, adapter.A))
             A, B = adapter.start(W)
             W = add_product(W, B, A, adapter.scaling)
@@ -174,8 +178,17 @@ class LoRALayer(Base):
         """Dropout on an adapter's input."""
         return dropout(x, p, training)
 
+    def lora_rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, on every rank, where they are those of tokens (``lora_has_rows``)."""
+        weight: Any = self.weight
+        return gathered(weight.detach())[index]
+
+    def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: "Rows") -> Tensor:
+        """``out`` with what other rows in place of the weight's make of x."""
+        raise NotImplementedError
+
     def lora_initialise(
-        self, adapter: "Adapter", device: torch.device | None = None, init: Callable[..., Any] | None = None
+        self, adapter: LowRankAdapter, device: torch.device | None = None, init: Callable[..., Any] | None = None
     ) -> None:
         """Gives an adapter on this layer its first values.
 
@@ -192,11 +205,11 @@ class LoRALayer(Base):
         adapter.initialise(W, A, B, of_the_weight)
 
     def lora_initial_factors(
-        self, init: Callable[..., Any], W: Tensor, adapter: "Adapter"
+        self, init: Callable[..., Any], W: Tensor, adapter: LowRankAdapter
     ) -> tuple[Tensor, Tensor, bool]:
         """The first A and B, and whether they are a part of the weight: what the initialisation says."""
         if W.dim() == 3:
-            factors = _of_each(init, W, adapter)
+            factors = factors_of_each(init, W, adapter)
         else:
             factors = init(W, adapter.r, adapter.scaling, adapter.generator())
         shapes = [tuple(factor.shape) for factor in factors if isinstance(factor, Tensor)]
@@ -211,20 +224,6 @@ class LoRALayer(Base):
         assert isinstance(weight, Tensor)
         self.lora_as_matrix(weight).copy_(W)
         self.lora_absorbed = ()
-
-    def lora_misfit(self, name: str, A: Tensor | None, B: Tensor | None) -> str | None:
-        """Why first factors from a file don't fit what is taken out of the stored weight; None when they do."""
-        if name not in self.lora_absorbed:
-            return None
-        how = f"the quantised base lacks what adapter {name!r} started with"
-        if A is None or B is None:
-            return f"{how}, and the file has an adapter that started otherwise: load it before the base is quantised"
-        own_A, own_B = self.lora_adapters()[name].start(torch.empty(0, dtype=torch.float64))
-        A, B = torch.cat([own_A, A.to(own_A)]), torch.cat([own_B, -B.to(own_B)], dim=1)
-        difference, own = (((b.T @ b) * (a @ a.T)).sum() for a, b in ((A, B), (own_A, own_B)))
-        if difference <= MISFIT * MISFIT * own:
-            return None
-        return f"{how}, and that is not what the file has: load it before the base is quantised"
 
     @override
     def extra_repr(self) -> str:
@@ -245,7 +244,7 @@ class LoRALayer(Base):
             return
         for name in self.lora_absorbed:
             keys = [f"{prefix}lora.{name}.{key}" for key in ("A", "start_A", "start_B")]
-            if keys[0] in state_dict and (why := self.lora_misfit(name, *map(state_dict.get, keys[1:]))) is not None:
+            if keys[0] in state_dict and (why := start_misfit(self, name, *map(state_dict.get, keys[1:]))) is not None:
                 args[-1].append(f"{prefix.rstrip('.')}: {why}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         if "weight" in loads and not self.lora_matrix().is_meta:
@@ -254,17 +253,11 @@ class LoRALayer(Base):
     def lora_follow(self) -> None:
         """The weight has got other values: what adapters derive from it they derive again."""
         for name, adapter in self.lora_adapters().items():
-            if adapter.start_A is not None and adapter.untouched and name not in self.lora_absorbed:
+            again = adapter.start_A is not None and adapter.untouched and name not in self.lora_absorbed
+            if again and isinstance(adapter, LowRankAdapter):
                 self.lora_initialise(adapter)
             else:
                 adapter.follow(self)
-
-
-def _of_each(init: Callable[..., Any], W: Tensor, adapter: "Adapter") -> tuple[Tensor, Tensor]:
-    """The first factors of a stack: each of its matrices has its own, drawn one after the other."""
-    generator = adapter.generator()
-    pairs = [init(matrix, adapter.r, adapter.scaling, generator) for matrix in W]
-    return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
 
 
 GAINED = ("lora", "lora_active", *(name for name in dir(LoRALayer) if name.startswith("lora_")))

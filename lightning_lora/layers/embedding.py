@@ -12,7 +12,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import adapts
 
 if TYPE_CHECKING:
-    from lightning_lora.adapters import Adapter
+    from lightning_lora.adapters import LowRankAdapter, Rows
 
 
 @adapts("torch.nn.modules.sparse.Embedding")
@@ -24,6 +24,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     lora_starts_as_told = False
+    lora_has_rows = True
 
     @override
     @staticmethod
@@ -74,11 +75,23 @@ class LoRAEmbedding(LoRALayer):
 
     @override
     def lora_initial_factors(
-        self, init: Callable[..., Any], W: Tensor, adapter: "Adapter"
+        self, init: Callable[..., Any], W: Tensor, adapter: "LowRankAdapter"
     ) -> tuple[Tensor, Tensor, bool]:
         """A zero and B normal, whatever the initialisation, as in PEFT: a look-up of a random A is not small."""
         dim, tokens = self.lora_matrix_shape(self)
         return torch.zeros(adapter.r, tokens), torch.randn(dim, adapter.r, generator=adapter.generator()), False
+
+    @override
+    def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: "Rows") -> Tensor:
+        layer: Any = self
+        places, others = rows.places[x], len(rows.values)
+        table = torch.cat([rows.values.to(out.dtype), out.new_zeros(1, out.shape[-1])])
+        new = F.embedding(places, table, others, scale_grad_by_freq=layer.scale_grad_by_freq)
+        trained = (places < others).unsqueeze(-1)
+        if rows.share is None and out is base:
+            return torch.where(trained, new, out)
+        change = torch.where(trained, new - base, torch.zeros((), dtype=out.dtype, device=out.device))
+        return out + (change if rows.share is None else change * rows.share.to(out.dtype))
 
     def lora_look_up(self, ids: Tensor, table: Any) -> Tensor:
         """Rows of a table of this kind."""

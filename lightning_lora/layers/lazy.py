@@ -94,7 +94,7 @@ def lazily(site: "LoRARead", weight: Tensor) -> Lazy | None:
         return None
     parts = []
     for name in site.lora_active:
-        adapter = site.lora_adapters()[name]
+        adapter = site.lora_pairs()[name]
         if not adapter.initialised or not is_plain(adapter.A) or (beside := adapter.beside(site)) is None:
             return None
         p = adapter.config.lora_dropout if adapter.training else 0.0

@@ -16,7 +16,7 @@ from lightning_lora.ops.operand import Unpack
 from lightning_lora.quantization import Quantizer, dense, moves_only, quantizer_of
 
 if TYPE_CHECKING:
-    from lightning_lora.adapters import Adapter
+    from lightning_lora.adapters import LowRankAdapter
 
 
 @adapts("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
@@ -24,9 +24,10 @@ class LoRAQuantizedLinear(LoRALinear):
     """x (..., in) meets the packed weight and, as in a dense linear, A (r, in) and B (out, r)."""
 
     lora_packed = True
+    lora_has_rows = False
 
     @override
-    def lora_site(self, adapter: "Adapter", x: Tensor, dtype: torch.dtype) -> Site | None:
+    def lora_site(self, adapter: "LowRankAdapter", x: Tensor, dtype: torch.dtype) -> Site | None:
         if not self.lora_absorbed:
             return super().lora_site(adapter, x, dtype)
         drops = adapter.training and adapter.config.lora_dropout > 0
