@@ -59,27 +59,28 @@ class Latency:
 
 @torch.no_grad()
 def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int = 15, repeat: int = 3) -> Latency:
-    """Times a model with adapters, of which one is active, in eval mode, where its weights are.
+    """Times a model with adapters, of which one or more are active, in eval mode, where its weights are.
 
     Base, adapted and merged are timed in turn in each round, so that what slows the machine down slows all of them
     down, and compared within a round. Before a timing the model runs once, unseen.
 
     Args:
-        model: With one active adapter, not merged; if it has others, switching to the first of them is timed too.
+        model: With active adapters, not merged: with several of them, their sum is timed. If one is active and there
+            are others, switching to the first of them is timed too.
         batch_size: Samples.
         seq_len: Tokens of each.
         rounds: How often all of it is timed.
         repeat: Forward passes in a timing.
 
     Raises:
-        ConfigError: If not exactly one adapter is active, or it is no transformers model.
+        ConfigError: If no adapter is active, or it is no transformers model.
         UnsupportedError: If its kind of input is not known.
     """
     layers = [layer for _, layer in lora_layers(model)]
     active = sorted({name for layer in layers for name in layer.lora_active})
-    if len(active) != 1:
-        raise ConfigError(f"latency: one adapter must be active, found {active or 'none'}: ll.set_adapter(model, name)")
-    others = sorted({name for layer in layers for name in layer.lora} - {*active})
+    if not active:
+        raise ConfigError("latency: one adapter or more must be active, found none: ll.set_adapter(model, name)")
+    others = sorted({name for layer in layers for name in layer.lora} - {*active}) if len(active) == 1 else []
     if (root := transformers_model(model)) is None:
         raise ConfigError("latency: only transformers models are known to take what is made up here")
     batch = {key: value.to(_device(model)) for key, value in likely_batch(root, batch_size, seq_len).items()}

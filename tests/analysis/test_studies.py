@@ -1,40 +1,133 @@
 """The studies run as they stand, on less."""
 
-import os
-import subprocess
+import importlib
+import json
+import logging
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
-ROOT = Path(__file__).parents[2]
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+LOGS = ("lightning.pytorch", "lightning_lora", "bitsandbytes")
+SMALL = ["--seeds", "1", "2", "--steps", "2", "--batch", "2", "--examples", "2"]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs a study with arguments, and returns the rows of its tables, by their first cell."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    monkeypatch.chdir(tmp_path)
+    before, levels = set(sys.modules), {name: logging.getLogger(name).level for name in LOGS}
+    verbosity = transformers.utils.logging.get_verbosity()
+
+    def run(name, *arguments):
+        importlib.import_module(name).main([*arguments, "--out", str(tmp_path / "out")])
+        assert list((tmp_path / "out").glob(f"{name}*.png"))
+        lines = (tmp_path / "out" / f"{name}.txt").read_text().splitlines()
+        cells = [line.strip("| ").split(" | ") for line in lines if line and "---" not in line]
+        return {row[0]: row[1:] for row in cells}
+
+    yield run
+    for name in {"study", "docstrings", *(path.stem for path in STUDIES.glob("*.py"))} - before:
+        sys.modules.pop(name, None)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+def kept(tmp_path, name):
+    return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def mean(cell):
+    return float(cell.split(" ± ")[0].replace(",", ""))
 
 
 @pytest.mark.slow
-def test_rank(tmp_path):
-    arguments = ["--ranks", "1", "2", "--seeds", "1", "2", "--steps", "2", "--examples", "8", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "examples" / "studies" / "rank.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two, *_ = (line.split(" | ") for line in (tmp_path / "rank.txt").read_text().splitlines()[2:4])
-    assert [row[0] for row in (one, two)] == ["| r=1", "| r=2"]
-    assert one[2] == "1.000 ± 0.000"  # an update of rank 1 has effective rank 1, whatever the seed
-    assert 1 < float(two[2].split(" ± ")[0]) <= 2
-    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+def test_rank(study, tmp_path):
+    rows = study("rank", "--ranks", "1", "2", *SMALL)
+    assert [row for row in rows if "," not in row] == ["adapter", "r=1", "r=2", "pair"]
+    assert rows["r=1"][1].startswith("1.000")  # an update of rank 1 has effective rank 1, whatever the seed
+    assert 1 < mean(rows["r=2"][1]) <= 2
+    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"similarity_left.png", "singular_values.png"} <= figures
-    assert (tmp_path / "rank-2.png").is_file()
 
 
-def test_methods(tmp_path):
-    arguments = ["--base", "demo", "--targets", "q_proj|v_proj", "--each", "4", "--epochs", "1", "--seeds", "1", "2"]
-    script = str(ROOT / "examples" / "studies" / "methods.py")
-    command = [sys.executable, script, *arguments, "--methods", "head alone", "LoRA", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "methods.txt").read_text().splitlines()[2:]]
-    assert [row[0] for row in rows] == ["head alone", "LoRA"]
-    assert [int(row[3].replace(",", "")) for row in rows] == [1_290, 1_290 + 8 * 8 * 256]
-    assert all(0 <= float(row[1].split(" ± ")[0]) <= 100 for row in rows)
-    assert (tmp_path / "methods.png").stat().st_size > 1000
+def test_methods(study, tmp_path):
+    less = ["--base", "demo", "--targets", "q_proj|v_proj", "--each", "4", "--epochs", "1", "--seeds", "1", "2"]
+    rows = study("methods", *less, "--methods", "head alone", "LoRA")
+    assert [int(mean(row[2])) for name, row in rows.items() if name != "method"] == [1_290, 1_290 + 8 * 8 * 256]
+    assert all(0 <= mean(rows[name][0]) <= 100 for name in ("head alone", "LoRA"))
+    assert len(kept(tmp_path, "methods")) == 4
+
+
+def test_matrices(study):
+    rows = study("matrices", "--lrs", "0.01", *SMALL, "--seeds", "1")
+    *same, mlp, everything = [int(mean(row[1])) for name, row in rows.items() if name != "matrices"]
+    assert {*same, everything} == {4 * 256 * 46}  # what the study calls the same budget
+    assert 0 < 1 - mlp / everything < 0.03
+
+
+def test_alpha(study, tmp_path):
+    rows = study("alpha", "--alphas", "4", "16", "--lrs", "0.01", "--ranks", "2", "8", *SMALL)
+    assert rows["\N{GREEK SMALL LETTER ALPHA}=16"] == rows["r=8"][:1]  # the same run
+    assert rows["r=2"][0] != rows["r=2"][1]
+    values = [run["measured"]["bits per byte"] for run in kept(tmp_path, "alpha")]
+    assert len(values) == 2 * 6
+
+
+def test_variants_trains_with_the_best_learning_rate_of_the_trial(study, tmp_path):
+    rows = study("variants", "--methods", "LoRA", "norms", "full", "--factors", "0.001", "1", *SMALL)
+    counts = {name: int(mean(rows[name][2])) for name in ("LoRA", "norms", "full")}
+    assert counts == {"LoRA": 4 * 8 * 2_944, "norms": 9 * 128, "full": 1_082_496}
+    assert mean(rows["LoRA"][0]) in (0.01, 0.00001)
+    tried = {run["setting"]: run["measured"]["bits per byte"] for run in kept(tmp_path, "variants") if run["seed"] == 0}
+    assert len(tried) == 6
+    for method in counts:
+        lr = min((s for s in tried if s.startswith(method)), key=tried.__getitem__).split(" ")[-1]
+        assert mean(rows[method][0]) == float(lr)
+
+
+def test_bases(study):
+    rows = study("bases", "--modes", "float32", "bfloat16", "nf4", "nf4-dq", *SMALL)
+    assert [rows[mode][0] for mode in ("float32", "bfloat16", "nf4", "nf4-dq")] == [
+        "32.000",
+        "16.000",
+        "4.500",
+        "4.128",
+    ]
+    errors = [mean(rows[mode][1]) for mode in ("float32", "bfloat16", "nf4")]
+    assert errors[0] == 0 < errors[1] < 1 < errors[2] < 20
+
+
+def test_latency(study):
+    rows = study(
+        "latency", "--widths", "32", "--shapes", "1x1", "2x3", "--rounds", "2", "--adapters", "LoRA, r=8", "2 LoRA, r=8"
+    )
+    assert list(rows) == ["model", *(f"width 32, {name}" for name in ("LoRA, r=8", "2 LoRA, r=8", "merged", "base"))]
+    assert all(mean(cell.split(" ")[0]) > 0 for name, row in rows.items() if name != "model" for cell in row)
+
+
+def test_runs_go_on_where_they_were_interrupted(study, tmp_path, monkeypatch):
+    runs, done = importlib.import_module("study").Runs, []
+
+    def run(setting, seed):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append((setting, seed))
+        return {"value": float(len(done))}
+
+    path = tmp_path / "out" / "runs.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        runs(path, steps=1)(["a", "b"], [1, 2], run)
+    assert done == [("a", 1), ("b", 1), ("a", 2)]
+    del done[:2]
+    rows = runs(path, steps=1)(["a", "b"], [1, 2], run)
+    assert rows == {"a": [{"value": 1.0}, {"value": 3.0}], "b": [{"value": 2.0}, {"value": 2.0}]}
+    assert runs(path, steps=1)(["a", "b"], [1, 2], run) == rows
+    del done[:]
+    assert runs(path, steps=2)(["a"], [1], run) == {"a": [{"value": 1.0}]}  # another budget is another run
+    assert len(path.read_text().splitlines()) == 5
