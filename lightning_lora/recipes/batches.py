@@ -1,6 +1,5 @@
 """From examples to batches: padded, or packed with the boundaries kept."""
 
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,31 +13,10 @@ from lightning_lora.recipes.chat import IGNORED
 Batch = dict[str, Tensor]
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which examples share a row of ``capacity`` tokens: longest first, each where it fits best.
-
-    Best-fit decreasing takes at most 11/9 of the fewest rows (Johnson et al., 1974, doi:10.1137/0203025).
-
-    >>> pack([5, 3, 3, 4, 2], 8)
-    [[0, 1], [3, 2], [4]]
-    """
-    rows, room = list[list[int]](), list[tuple[int, int]]()  # room: (what is left, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(room, (lengths[index], -1))
-        if at == len(room):
-            left, row = capacity, len(rows)
-            rows.append([])
-        else:
-            left, row = room.pop(at)
-        rows[row].append(index)
-        insort(room, (left - lengths[index], row))
-    return rows
-
-
 class Subset(Dataset[Batch]):
     """Some examples of a dataset, in the order given."""
 
-    def __init__(self, dataset: Dataset[Batch], indices: Sequence[int]) -> None:
+    def __init__(self, dataset: Dataset[Batch], indices: Tensor) -> None:
         self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
@@ -46,33 +24,7 @@ class Subset(Dataset[Batch]):
 
     @override
     def __getitem__(self, index: int) -> Batch:
-        return self.dataset[self.indices[index]]
-
-
-class Packed(Dataset[Batch]):
-    """Rows of several examples: positions begin at 0 with each, and no token predicts one of the next example.
-
-    Attention layers of transformers tell the examples in a row apart by these positions, when no mask is given: each
-    sees itself only, by whatever implementation.
-    """
-
-    def __init__(self, dataset: Dataset[Batch], rows: Sequence[Sequence[int]]) -> None:
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @override
-    def __getitem__(self, index: int) -> Batch:
-        examples = [self.dataset[i] for i in self.rows[index]]
-        labels = [example["labels"].clone() for example in examples]
-        for own in labels:
-            own[0] = IGNORED
-        return {
-            "input_ids": torch.cat([example["input_ids"] for example in examples]),
-            "labels": torch.cat(labels),
-            "position_ids": torch.cat([torch.arange(len(own)) for own in labels]),
-        }
+        return self.dataset[int(self.indices[index])]
 
 
 class Collate:

@@ -23,9 +23,9 @@ class CausalLM(Recipe):
 
     .. math:: \ell = -\frac{1}{|R|} \sum_{t \in R} \log p(x_t | x_{<t})
 
-    R are the tokens of a batch with a label: those of responses and their ends, those of the assistant, or all of a
-    plain text. With a large vocabulary the logits are never there for all tokens at once (`linear_cross_entropy`),
-    where the head is one product and nothing is sharded.
+    R are the tokens of a step with a label, those of accumulated batches and of other devices among them: tokens of
+    responses and their ends, of the assistant, or all of a plain text. With a large vocabulary the logits are never
+    there for all tokens at once (`linear_cross_entropy`), where the head is one product and nothing is sharded.
 
     Logs ``train/loss``, ``val/loss``, ``val/perplexity``, ``val/token_accuracy`` and ``test/...``. In ``predict`` it
     generates.
@@ -81,7 +81,7 @@ class CausalLM(Recipe):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _, count = self.loss(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=max(1, count))
-        return loss
+        return loss * self.share(count, batch_idx)
 
     def _measure(self, name: str, batch: Batch) -> None:
         measures: Any = self.measures[name]

@@ -6,20 +6,19 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, raise_all
-from lightning_lora.recipes.batches import Batch, Collate, Packed, Subset, pack
+from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.fields import KINDS
-from lightning_lora.recipes.order import resumable
+from lightning_lora.recipes.order import EpochSampler, resumable
+from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
-from lightning_lora.recipes.sources import Reading
+from lightning_lora.recipes.sources import Reading, told
 from lightning_lora.recipes.store import Store, cache_folder
 from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer
-
-Examples = Dataset[Batch]
 
 
 class TextDataModule(LightningDataModule):
@@ -27,8 +26,9 @@ class TextDataModule(LightningDataModule):
 
     Which columns there have to be depends on the recipe: ``text``; ``prompt`` and ``response``; ``messages`` (a list
     of role and content); ``text`` and ``label``; or ``prompt``, ``chosen`` and ``rejected``. Everything that is wrong
-    with a file is found before the model is loaded. Tokens are cached by what they depend on. The order of each epoch
-    follows from ``seed``, and a run that was broken off within an epoch goes on with the next batch (with torchdata).
+    with a file is found before the model is loaded. Tokens go to a cache as they are made, and are mapped into memory
+    from there, so that neither the file nor they have to fit in it. The order of each epoch follows from ``seed``, and
+    a run that was broken off within an epoch goes on with the next batch (with torchdata).
 
     Args:
         train: File, folder, or ``hf://owner/name:split``.
@@ -48,6 +48,8 @@ class TextDataModule(LightningDataModule):
         seed: Of the order and the split.
         pad_token: A token to pad with, if the tokenizer has none.
         cache_dir: Where tokens are kept; by default ``~/.cache/lightning_lora/tokens``.
+        streaming: Read datasets of the hub over the network, without a copy of them on the disk. Files of any size are
+            read so always.
         base: The model whose tokenizer is taken; by default that of the recipe.
         kind: What the examples are, for a module that is no recipe: messages, preference, prompt, classification, text.
 
@@ -75,6 +77,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         pad_token: str | None = None,
         cache_dir: str | None = None,
+        streaming: bool = False,
         base: str | None = None,
         kind: str | None = None,
     ) -> None:
@@ -85,10 +88,12 @@ class TextDataModule(LightningDataModule):
         self.max_length, self.overlong, self.packing = max_length, overlong, packing
         self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed, self.pad_token, self.cache_dir = num_workers, seed, pad_token, cache_dir
-        self.base, self.kind = base, kind
+        self.streaming, self.base, self.kind = streaming, base, kind
         self.tokenizer: Any = None
         self.stores: dict[str, Store] = {}
+        self.feed: Feed | None = None  # what the training loader gives, known ahead
         self._reading: Reading | None = None
+        self._parts = dict[str, Part]()
         raise_all(ConfigError, self._problems(), "TextDataModule")
 
     def _problems(self) -> list[str]:
@@ -131,7 +136,7 @@ class TextDataModule(LightningDataModule):
         for name in needed:
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
-                rank_zero_info(_told(source, store, reading.max_length))
+                rank_zero_info(told(source, store, reading.max_length))
 
     def _new_reading(self) -> Reading:
         recipe = None if self.trainer is None else self.trainer.lightning_module
@@ -166,29 +171,32 @@ class TextDataModule(LightningDataModule):
             separate=getattr(recipe, "separate", False),
             regression=getattr(recipe, "regression", False),
             cache=cache_folder(self.cache_dir),
+            streaming=self.streaming,
         )
 
     def examples(self, name: str) -> Examples | None:
         """The examples of ``train``, ``val``, ``test`` or ``predict``, as they are fed."""
+        part = self._part(name)
+        return None if part is None or not len(part.examples) else part.examples
+
+    def _part(self, name: str) -> Part | None:
         if name == "test" and self.sources["test"] is None:
-            return self.examples("val")
-        if name in ("train", "val") and self.sources["val"] is None and "train" in self.stores:
-            whole = self.stores["train"]
-            order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            held_out = min(len(whole) - 1, round(self.val_split * len(whole)) or int(self.val_split > 0))
-            chosen = order[held_out:] if name == "train" else order[:held_out]
-            part: Any = Subset(whole, sorted(chosen))
-            lengths = whole.lengths()[part.indices]
-        elif name in self.stores:
-            part, lengths = self.stores[name], self.stores[name].lengths()
-        else:
-            return None
-        if self.packing and name == "train":
-            assert self._reading is not None
-            if "labels" not in self.stores["train"].fields or {"rejected_labels"} & {*self.stores["train"].fields}:
-                raise ConfigError("packing is for causal language models: leave data.packing out")
-            return Packed(part, pack(lengths.tolist(), self._reading.max_length))
-        return part if len(part) else None
+            return self._part("val")
+        if name not in self._parts:
+            if name in self.stores and (name != "train" or self.sources["val"] is not None):
+                self._parts[name] = whole(self.stores[name])
+            elif name in ("train", "val") and "train" in self.stores:
+                train, val = split(whole(self.stores["train"]), self.val_split, self.seed)
+                self._parts |= {"train": train, "val": val}
+            else:
+                return None
+            if self.packing and name == "train":
+                fields, reading = self.stores["train"].fields, self._reading
+                if "labels" not in fields or "rejected_labels" in fields:
+                    raise ConfigError("packing is for causal language models: leave data.packing out")
+                assert reading is not None
+                self._parts["train"] = self._parts["train"].packed(reading.max_length)
+        return self._parts[name]
 
     @property
     def longest(self) -> int:
@@ -204,16 +212,17 @@ class TextDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches in an order of their own for each epoch, which does not depend on the number of workers."""
-        examples = self.examples("train")
-        assert examples is not None
+        part = self._part("train")
+        assert part is not None
         sampled: dict[str, Any] = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             sampled = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or sampled
-        loader, sampler = resumable()
-        return loader(
-            examples,
+        sampler = EpochSampler(part.examples, seed=self.seed, **sampled)
+        self.feed = None if part.learnt is None else Feed(sampler, self.batch_size, part.learnt)
+        return resumable()(
+            part.examples,
             batch_size=self.batch_size,
-            sampler=sampler(examples, shuffle=True, seed=self.seed, **sampled),
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=self._collate(),
             generator=torch.Generator().manual_seed(self.seed),  # the run's own random numbers stay as they are
@@ -253,14 +262,3 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "test": ("val", "test"),
     "predict": ("predict",),
 }
-
-
-def _told(source: str, store: Store, max_length: int) -> str:
-    """What became of a file, in one line."""
-    notes, tokens = store.notes, int(store.lengths().sum())
-    changes = [
-        f"{notes[key]:,} {what} {max_length} tokens"
-        for key, what in (("cut", "were cut to"), ("dropped", "left out: nothing to learn within"))
-        if notes.get(key)
-    ]
-    return "; ".join([f"{source}: {len(store):,} examples, {tokens:,} tokens", *changes])

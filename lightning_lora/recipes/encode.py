@@ -9,7 +9,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.chat import IGNORED, encode_messages, render, render_prompt
 from lightning_lora.recipes.fields import Schema
 from lightning_lora.recipes.records import Record
-from lightning_lora.recipes.store import Example
+from lightning_lora.recipes.store import LEARNT, Example
 
 Overlong = Literal["truncate", "drop", "error"]
 Pair = tuple[list[int], list[int]]
@@ -53,7 +53,15 @@ class Encoder:
             except ConfigError as error:
                 raise ConfigError(f"{record.where}: {error}") from None
             self.notes["records"] += 1
-            yield from made
+            for example in made:
+                if "labels" in example:
+                    example[LEARNT] = [self.learnt(example["labels"])]
+                yield example
+
+    def learnt(self, labels: list[int] | list[float]) -> int:
+        """How many tokens of an example the loss is of: those with a label; a first one follows on nothing."""
+        unseen = not self.separate and labels[0] != IGNORED
+        return len(labels) - labels.count(IGNORED) - unseen
 
     def fit(self, ids: list[int], labels: list[int]) -> Pair | None:
         """Cuts an example to length, or leaves it out if nothing is left to learn from."""

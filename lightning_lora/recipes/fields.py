@@ -45,7 +45,12 @@ class Schema:
 
 
 def find_schema(
-    source: str, kinds: Iterable[str], columns: Mapping[str, str] | None, who: str, is_open: bool = False
+    source: str,
+    kinds: Iterable[str],
+    columns: Mapping[str, str] | None,
+    who: str,
+    is_open: bool = False,
+    streaming: bool = False,
 ) -> Schema:
     """What a file holds, by the columns of its first record.
 
@@ -55,6 +60,7 @@ def find_schema(
         columns: Role to column, where these differ.
         who: The recipe, for messages.
         is_open: Whether answers are to be predicted, and need not be there.
+        streaming: See `read_records`.
 
     Raises:
         ConfigError: If no kind has all of its columns; with the names that look like them.
@@ -63,7 +69,7 @@ def find_schema(
     known = {role for kind in KINDS.values() for role in kind}
     if unknown := columns.keys() - known:
         raise ConfigError(f"columns: {listing(sorted(unknown))} is none of {', '.join(sorted(known))}")
-    found = next(iter(read_records(source))).fields
+    found = next(iter(read_records(source, streaming))).fields
     left_out = ANSWERS if is_open else ()
     absent = [f"{role}: {name}" for role, name in columns.items() if name not in found and role not in left_out]
     if absent:

@@ -16,6 +16,7 @@ from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
+from lightning_lora.recipes.parts import Feed
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.recompute import let_run_again
 from lightning_lora.switch import disable_adapters
@@ -172,6 +173,19 @@ class Recipe(LightningModule):
     def _measure(self, name: str, batch: Batch) -> None:
         """Logs what is measured of a batch, under the name of what measures it."""
         raise NotImplementedError
+
+    def share(self, count: int, batch_idx: int) -> float:
+        """What the mean loss over a batch's tokens is multiplied by, see `Feed.share`; 1 where no data module knows.
+
+        Args:
+            count: How many tokens that is.
+            batch_idx: Which batch of the epoch.
+        """
+        trainer = self._trainer
+        feed: Feed | None = getattr(getattr(trainer, "datamodule", None), "feed", None)
+        if trainer is None or feed is None:
+            return 1.0
+        return feed.share(batch_idx, count, trainer.accumulate_grad_batches, trainer.num_training_batches)
 
     @override
     def on_train_start(self) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.recipes.hub import HUB, dataset, identity
 
-HUB = "hf://"
+PART = 1 << 20  # bytes of a text that are one document
 MOST = 5  # problems of one file that are told one by one
 
 
@@ -23,17 +24,23 @@ class Record(NamedTuple):
     where: str
 
 
-def read_records(source: str) -> Iterator[Record]:
+def read_records(source: str, streaming: bool = False) -> Iterator[Record]:
     """The records of a file, of all files of a folder, or of a dataset of the hub (``hf://owner/name:split``).
 
     A JSONL file has one object per line; a CSV or TSV file a line of column names; a text file is one document, in the
-    column ``text``. Files are read as they are iterated over.
+    column ``text``, or one for each MiB, cut at the end of a line. Files are read as they are iterated over: of lines
+    one is in memory, of Parquet a group of rows.
+
+    Args:
+        source: The file, folder or dataset.
+        streaming: Whether a dataset of the hub is read over the network, and not copied to the disk first.
 
     Raises:
         ConfigError: If there is no such file, it is of no known kind, empty, or a line is broken: with its number.
     """
     if source.startswith(HUB):
-        yield from _of_hub(source)
+        for row, fields in enumerate(dataset(source, streaming), 1):
+            yield Record(dict(fields), f"{source}, row {row}")
         return
     for path in files_of(source):
         found = False
@@ -75,11 +82,11 @@ def files_of(source: str) -> list[Path]:
     return [path]
 
 
-def digest_of(source: str) -> str:
+def digest_of(source: str, streaming: bool = False) -> str:
     """SHA-256 over what `read_records` would read, which names cached tokens."""
     digest = hashlib.sha256()
     if source.startswith(HUB):
-        digest.update(_dataset(source)._fingerprint.encode())
+        digest.update(identity(source, streaming).encode())
         return digest.hexdigest()
     for path in files_of(source):
         with path.open("rb") as file:
@@ -135,12 +142,22 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
 
 
 def _text(path: Path) -> Iterator[Record]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
-    if text.strip():
-        yield Record({"text": text}, str(path))
+    begin = 0
+    with path.open("rb") as file:
+        while data := file.read(PART):
+            if len(data) == PART:
+                data += file.readline(PART)
+                for _ in range(3):  # the rest of a character, where a line has no end
+                    following = file.peek(1)[:1]
+                    data += file.read(1) if following and following[0] & 0xC0 == 0x80 else b""
+            try:
+                text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
+            except UnicodeDecodeError as error:
+                at = begin + error.start
+                raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {at}): convert the file") from None
+            if text.strip():
+                yield Record({"text": text}, str(path) if not begin else f"{path}, byte {begin}")
+            begin += len(data)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -154,7 +171,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise ConfigError(f"{path} is no Parquet file: {error}") from None
     row = 0
     with file:
-        for batch in file.iter_batches(1024):
+        for batch in file.iter_batches(64):
             for fields in batch.to_pylist():
                 row += 1
                 yield Record(fields, f"{path}, row {row}")
@@ -169,22 +186,3 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _text,
     ".md": _text,
 }
-
-
-def _of_hub(source: str) -> Iterator[Record]:
-    for row, fields in enumerate(_dataset(source), 1):
-        yield Record(dict(fields), f"{source}, row {row}")
-
-
-def _dataset(source: str) -> Any:
-    """A split of a dataset by the ``datasets`` library, which also takes a local folder for ``owner/name``."""
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(f"{source}: the hub needs the datasets library: pip install 'lightning-lora[data]'") from None
-    name, _, split = source.removeprefix(HUB).partition(":")
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # its errors are those of the hub, of file systems and of file formats
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source}: {type(error).__name__}: {reason}: check name, split and access") from error

@@ -17,7 +17,8 @@ from lightning_lora.recipes.module import Recipe
 class Seq2SeqLM(Recipe):
     r"""An encoder and a decoder that learn :math:`\ell = -\frac{1}{|y|} \sum_t \log p(y_t | y_{<t}, x)`.
 
-    Logs ``train/loss`` and, for ``val`` and ``test``, ``loss``, and of generated texts ``rouge1``, ``rouge2``,
+    y are the tokens of all responses of a step, those of accumulated batches and of other devices among them. Logs
+    ``train/loss`` and, for ``val`` and ``test``, ``loss``, and of generated texts ``rouge1``, ``rouge2``,
     ``rougeL`` (F-measures, Lin 2004) and ``bleu`` (Papineni et al. 2002, with sacrebleu's tokens), by torchmetrics.
 
     Args:
@@ -67,9 +68,9 @@ class Seq2SeqLM(Recipe):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
+        loss, count = self.loss(batch), int((batch["labels"] != IGNORED).sum())
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)
+        return loss * self.share(count, batch_idx)
 
     def _measure(self, name: str, batch: Batch) -> None:
         measures, labels = self.measures[name], batch["labels"]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.encode import Encoder, Overlong
 from lightning_lora.recipes.fields import Schema, checked, find_schema
-from lightning_lora.recipes.records import digest_of, read_records
-from lightning_lora.recipes.store import Store, load_store, save_store
+from lightning_lora.recipes.records import Record, digest_of, read_records
+from lightning_lora.recipes.store import Store, write_store
 
-FORMAT = 1  # of what is cached: a change of what tokens mean raises it
+FORMAT = 2  # of what is cached: a change of what tokens mean raises it
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Reading:
         separate: Whether responses are for a decoder of their own.
         regression: Whether labels are numbers.
         cache: The folder for tokens.
+        streaming: Whether datasets of the hub are read over the network, and not copied to the disk first.
     """
 
     kinds: tuple[str, ...]
@@ -43,10 +44,11 @@ class Reading:
     separate: bool
     regression: bool
     cache: Path
+    streaming: bool = False
 
     def schema(self, source: str, is_open: bool = False) -> Schema:
         """What the columns of a file say."""
-        return find_schema(source, self.kinds, self.columns, self.who, is_open)
+        return find_schema(source, self.kinds, self.columns, self.who, is_open, self.streaming)
 
     def classes(self, source: str) -> list[str]:
         """The classes of a file: in numerical order if all are numbers, else by alphabet.
@@ -54,40 +56,41 @@ class Reading:
         Raises:
             ConfigError: If there are less than two.
         """
-        found = {str(record.fields["label"]) for record in checked(read_records(source), self.schema(source))}
+        found = {str(record.fields["label"]) for record in checked(self._records(source), self.schema(source))}
         if len(found) < 2:
             raise ConfigError(f"{source} has one class only ({found.pop()!r}): there is nothing to tell apart")
         return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
 
     def store(self, source: str, labels: list[str] | None, is_open: bool = False) -> Store:
-        """Tokens of a file: from the cache, or made and put there.
+        """Tokens of a file: from the cache, or made and put there as the file is read.
 
         Raises:
             ConfigError: With everything that is wrong with the file, by line.
         """
         schema = self.schema(source, is_open)
-        path = self.cache / f"{self._key(source, schema, labels)}.safetensors"
+        path = self.cache / self._key(source, schema, labels)
         if path.exists():
-            return load_store(path)
+            return Store(path)
         encoder = Encoder(
             schema, self.tokenizer, self.max_length, self.overlong, self.prompt_template, labels, self.separate
         )
-        examples = list(encoder.encode(checked(read_records(source), schema, labels)))
-        if not examples:
+        store = write_store(encoder.encode(checked(self._records(source), schema, labels)), path, encoder.notes)
+        if store is None:
             raise ConfigError(
                 f"{source}: nothing is left of {encoder.notes['records']} examples within {self.max_length} tokens: "
                 "raise data.max_length"
             )
-        store = Store.collect(examples, {**encoder.notes, "examples": len(examples)})
-        save_store(store, path)
-        return load_store(path)
+        return store
+
+    def _records(self, source: str) -> Iterator[Record]:
+        return read_records(source, self.streaming)
 
     def _key(self, source: str, schema: Schema, labels: list[str] | None) -> str:
         """SHA-256 over everything that tokens depend on."""
         tokenizer = self.tokenizer
         parts = [
             FORMAT,
-            digest_of(source),
+            digest_of(source, self.streaming),
             schema.kind,
             sorted(schema.columns.items()),
             schema.is_open,
@@ -101,3 +104,14 @@ class Reading:
             labels,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def told(source: str, store: Store, max_length: int) -> str:
+    """What became of a file, in one line."""
+    notes, tokens = store.notes, int(store.lengths().sum())
+    changes = [
+        f"{notes[key]:,} {what} {max_length} tokens"
+        for key, what in (("cut", "were cut to"), ("dropped", "left out: nothing to learn within"))
+        if notes.get(key)
+    ]
+    return "; ".join([f"{source}: {len(store):,} examples, {tokens:,} tokens", *changes])

@@ -1,11 +1,17 @@
-"""Tokens of many examples in a few flat tensors, which are cached in a file and mapped into memory from there."""
+"""Tokens of many examples in a few flat files, which are mapped into memory: nothing of them has to fit there."""
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
@@ -13,19 +19,34 @@ from typing_extensions import override
 from lightning_lora.errors import ConfigError
 
 Example = dict[str, list[int] | list[float]]
+LEARNT = "learnt"  # the field with how many tokens of an example are learnt, which is no part of what a model is fed
+_DESCRIPTION = "store.json"
+_DTYPES = {"i": torch.int32, "f": torch.float32}
+_AT_ONCE = 64  # examples that are written together
 
 
 class Store(Dataset[dict[str, Tensor]]):
-    """Examples whose fields are lists of numbers of any length.
+    """Examples whose fields are lists of numbers of any length, in files that `write_store` has written.
+
+    For each field there is ``NAME.values`` (all examples on end, 4 bytes a number) and ``NAME.ends`` (where each one
+    ends, 8 bytes an example). Both are mapped: read when they are used, and dropped when memory is short. A copy in
+    another process maps the same files.
 
     Args:
-        tensors: For each field ``NAME.values`` (all examples on end) and ``NAME.ends`` (where each one ends).
-        notes: What was counted while they were made.
+        path: The folder.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], notes: Mapping[str, int]) -> None:
-        self.tensors, self.notes = dict(tensors), dict(notes)
-        self.fields = sorted(key.removesuffix(".ends") for key in tensors if key.endswith(".ends"))
+    def __init__(self, path: Path) -> None:
+        described = json.loads((path / _DESCRIPTION).read_text())
+        self.path, self.notes = path, described["notes"]
+        self.tensors = dict[str, Tensor]()
+        for field, code in described["fields"].items():
+            self.tensors[f"{field}.values"] = _mapped(path / f"{field}.values", _DTYPES[code])
+            self.tensors[f"{field}.ends"] = _mapped(path / f"{field}.ends", torch.int64)
+        self.fields = sorted(field for field in described["fields"] if field != LEARNT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.path,)
 
     def __len__(self) -> int:
         return len(self.tensors[f"{self.fields[0]}.ends"])
@@ -45,48 +66,92 @@ class Store(Dataset[dict[str, Tensor]]):
         ends = self.tensors[f"{field}.ends"]
         return torch.diff(ends, prepend=ends.new_zeros(1))
 
-    @classmethod
-    def collect(cls, examples: Iterable[Example], notes: Mapping[str, int]) -> "Store":
-        """Takes all examples in, 4 bytes a token."""
-        values, ends = dict[str, list[Tensor]](), dict[str, list[int]]()
-        for example in examples:
-            for field, numbers in example.items():
-                dtype = torch.float32 if any(isinstance(n, float) for n in numbers) else torch.int32
-                values.setdefault(field, []).append(torch.tensor(numbers, dtype=dtype))
-                last = ends.setdefault(field, [])
-                last.append((last[-1] if last else 0) + len(numbers))
-        tensors = {f"{field}.values": torch.cat(pieces) for field, pieces in values.items()}
-        tensors |= {f"{field}.ends": torch.tensor(numbers) for field, numbers in ends.items()}
-        return cls(tensors, notes)
+    def learnt(self) -> Tensor | None:
+        """How many tokens of each example are learnt, (n,); None where examples have no such tokens."""
+        return self.tensors.get(f"{LEARNT}.values")
+
+
+def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int]) -> Store | None:
+    """Writes examples as they come, whole or not at all; no more than a few of them are in memory.
+
+    Args:
+        examples: With the same fields each.
+        path: The folder that is made.
+        notes: What is counted while the examples are made.
+
+    Returns:
+        The store; None if there are no examples.
+
+    Raises:
+        ConfigError: If the folder can't be written to.
+    """
+    part, numbers = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}"), iter(examples)
+    fields = dict[str, _Field]()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
+        with stack.enter_context(ExitStack()) as files:
+            while some := list(islice(numbers, _AT_ONCE)):
+                with _writing(path.parent):
+                    for field in some[0] if not fields else ():
+                        part.mkdir(parents=True, exist_ok=True)
+                        fields[field] = _Field(part / field, some[0][field], files)
+                    for example in some:
+                        for field, values in example.items():
+                            fields[field].add(values)
+            if not fields:
+                return None
+            with _writing(path.parent):
+                files.close()
+        with _writing(path.parent):
+            described = {"fields": {name: field.code for name, field in fields.items()}, "notes": dict(notes)}
+            (part / _DESCRIPTION).write_text(json.dumps(described))
+            if not path.exists():  # another run may have been faster
+                part.rename(path)
+    return Store(path)
+
+
+class _Field:
+    """The files of one field while they are written."""
+
+    def __init__(self, path: Path, first: list[int] | list[float], files: ExitStack) -> None:
+        self.code = "f" if any(isinstance(number, float) for number in first) else "i"
+        self.values = files.enter_context(_opened(path.with_name(f"{path.name}.values")))
+        self.ends = files.enter_context(_opened(path.with_name(f"{path.name}.ends")))
+        self.end = 0
+
+    def add(self, values: list[int] | list[float]) -> None:
+        """Puts an example's numbers behind those of the others."""
+        self.end += len(values)
+        self.values.write(array(self.code, values).tobytes())
+        self.ends.write(array("q", [self.end]).tobytes())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    file = path.open("wb")
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError):  # what could not be written can't be flushed either
+            file.close()
+        raise
+    file.close()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"can't keep tokens in {folder} ({error.strerror}): give another data.cache_dir") from error
+
+
+def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
+    count = path.stat().st_size // dtype.itemsize
+    return torch.from_file(str(path), size=count, dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
 
 def cache_folder(given: str | None) -> Path:
     """Where tokens are kept: the folder given, or one of the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(given) if given is not None else Path(base) / "lightning_lora" / "tokens"
-
-
-def save_store(store: Store, path: Path) -> None:
-    """Writes a store, whole or not at all.
-
-    Raises:
-        ConfigError: If the folder can't be written to.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(store.tensors, part, metadata={key: str(value) for key, value in store.notes.items()})
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"can't keep tokens in {path.parent} ({error.strerror}): give another data.cache_dir"
-        ) from error
-
-
-def load_store(path: Path) -> Store:
-    """Reads a store; its tensors are mapped into memory."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        notes = {key: int(value) for key, value in (file.metadata() or {}).items()}
-    return Store(load_file(path), notes)

@@ -1,5 +1,8 @@
 """Tokens and labels: what is learnt, and what is not; what happens to what is too long."""
 
+import pickle
+import resource
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from lightning_lora.recipes.chat import IGNORED, encode_messages
 from lightning_lora.recipes.encode import Encoder
 from lightning_lora.recipes.fields import KINDS, Schema
 from lightning_lora.recipes.records import Record
-from lightning_lora.recipes.store import Store, load_store, save_store
+from lightning_lora.recipes.store import write_store
 from tests.recipes import files
 
 CONVERSATION = files.conversations(1)[0]["messages"]
@@ -128,12 +131,37 @@ def test_a_tokenizer_without_an_end():
 
 def test_a_store_keeps_what_it_is_given(tmp_path):
     examples = [{"input_ids": [1, 2, 3], "label": [0.5]}, {"input_ids": [4], "label": [2.0]}]
-    save_store(Store.collect(examples, {"records": 2}), tmp_path / "x" / "a.safetensors")
-    store = load_store(tmp_path / "x" / "a.safetensors")
+    write_store(examples, tmp_path / "x" / "a", {"records": 2})
+    store = pickle.loads(pickle.dumps(write_store(examples, tmp_path / "x" / "a", {})))  # the first one stays
     assert [[v.tolist() for v in store[i].values()] for i in range(len(store))] == [[[1, 2, 3], [0.5]], [[4], [2.0]]]
     assert store[0]["input_ids"].dtype == torch.long
     assert store.lengths().tolist() == [3, 1]
     assert store.notes == {"records": 2}
+    assert store.learnt() is None
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
+    assert write_store([], tmp_path / "b", {}) is None
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't keep tokens in .*: give another data.cache_dir"):
-        save_store(store, tmp_path / "file" / "a.safetensors")
+        write_store(examples, tmp_path / "file" / "a", {})
+
+
+def test_nothing_is_left_of_a_store_that_could_not_be_written(tmp_path):
+    """A limit for files stands for a full disk; a broken record for what is wrong with the data."""
+    examples = ({"input_ids": list(range(100))} for _ in range(600))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            ConfigError, match=r"can't keep tokens in .* \(File too large\): give another data.cache_dir"
+        ):
+            write_store(examples, tmp_path / "a", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def broken():
+        yield from ({"input_ids": [1]} for _ in range(600))
+        raise ConfigError("a.jsonl:601: broken")
+
+    with pytest.raises(ConfigError, match="a.jsonl:601"):
+        write_store(broken(), tmp_path / "a", {})
+    assert not [*tmp_path.iterdir()]

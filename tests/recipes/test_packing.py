@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import lightning_lora as ll
 from lightning_lora.recipes import CausalLM
-from lightning_lora.recipes.batches import Collate, Packed, Subset, pack
+from lightning_lora.recipes.batches import Collate
 from lightning_lora.recipes.causal_lm import check_isolation
+from lightning_lora.recipes.packing import Packed, pack
 from tests.recipes.files import IDS, SIZES
 
 GPT2 = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -56,7 +57,7 @@ def examples(lengths: list[int]) -> list[dict]:
 def test_loss_and_gradients_of_packed_rows_are_those_of_single_examples(implementation, family):
     own, collate = recipe(implementation, family), Collate(0)
     parts = examples([9, 5, 7, 3, 8])
-    packed = Packed(Subset(parts, range(5)), pack([len(e["labels"]) for e in parts], 17))
+    packed = Packed(parts, pack([len(e["labels"]) for e in parts], 17))
     assert [len(row) for row in packed.rows] == [2, 3]
     trained = [p for p in own.parameters() if p.requires_grad]
 

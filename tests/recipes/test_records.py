@@ -52,8 +52,38 @@ def test_a_dataset_by_the_library(tmp_path, monkeypatch):
     source = f"hf://{tmp_path / 'set'}:train"
     assert [r.fields for r in read_records(source)] == ROWS
     assert digest_of(source) == digest_of(source)
-    with pytest.raises(ConfigError, match=r"set:other: ValueError: .*: check name, split and access"):
-        list(read_records(f"hf://{tmp_path / 'set'}:other"))
+    for streaming in (False, True):
+        with pytest.raises(ConfigError, match=r"set:other: ValueError: .*: check name, split and access"):
+            list(read_records(f"hf://{tmp_path / 'set'}:other", streaming))
+
+
+def test_a_dataset_that_is_streamed_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files.jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    source = f"hf://{tmp_path / 'set'}:train"
+    assert [r.fields for r in read_records(source, streaming=True)] == ROWS
+    before = digest_of(source, streaming=True)
+    assert before == digest_of(source, streaming=True)
+    assert not [*tmp_path.rglob("*.arrow")]
+    files.jsonl(tmp_path / "set" / "train.jsonl", [*ROWS, ROWS[0]])
+    assert digest_of(source, streaming=True) != before
+    assert len(list(read_records(source))) == 3
+    assert [*tmp_path.rglob("*.arrow")]  # which reading without streaming leaves
+
+
+def test_a_long_text_is_several_documents(tmp_path, monkeypatch):
+    """Cut at the ends of lines, and between characters where a line has none; nothing is lost."""
+    monkeypatch.setattr("lightning_lora.recipes.records.PART", 64)
+    text = "".join(f"line {i} with äöü and 漢字\n" for i in range(40)) + "漢字" * 200
+    (tmp_path / "a.txt").write_text(text)
+    found = list(read_records(str(tmp_path / "a.txt")))
+    assert "".join(record.fields["text"] for record in found) == text
+    assert max(len(record.fields["text"].encode()) for record in found) <= 2 * 64 + 3
+    assert found[0].fields["text"].endswith("\n")
+    assert found[1].where == f"{tmp_path / 'a.txt'}, byte {len(found[0].fields['text'].encode())}"
+    (tmp_path / "a.txt").write_bytes(text.encode()[:500] + b"\xff" + text.encode()[500:])
+    with pytest.raises(ConfigError, match=r"a.txt: not UTF-8 \(.* at byte (498|499|500)\): convert the file"):
+        list(read_records(str(tmp_path / "a.txt")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""Files that don't fit into memory: what is held does not grow with them, and nothing else is different."""
+
+import gc
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.demo.data import manual_prose
+from lightning_lora.recipes import TextDataModule
+from tests.recipes import files
+
+
+def write(path: Path, size: int) -> tuple[str, str]:
+    """A file of that many bytes of prose, and what kind of examples it has."""
+    prose = (manual_prose()[0].decode() * 2)[:size]
+    pieces = [prose[start : start + 300] for start in range(0, size, 300)]
+    if path.suffix == ".txt":
+        path.write_text(prose)
+    elif path.suffix == ".jsonl":
+        files.jsonl(path, [{"prompt": f"{piece[:20]}:", "response": piece[20:]} for piece in pieces])
+        return str(path), "prompt"
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": pieces}), path, row_group_size=64)
+    return str(path), "text"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])
+def test_memory_does_not_grow_with_the_file(suffix, llama, tmp_path, monkeypatch):
+    """From reading to the last batch of an epoch, packed and shuffled; a file is four times as large as the other."""
+    monkeypatch.setattr("lightning_lora.recipes.records.PART", 1 << 14)
+
+    def peak(size: int) -> tuple[int, int]:
+        path, kind = write(tmp_path / f"{size}{suffix}", size)
+        gc.collect()
+        tracemalloc.start()
+        data = TextDataModule(path, base=llama, kind=kind, max_length=64, packing=True, val_split=0.1, batch_size=4)
+        data.setup("fit")
+        seen = sum(len(batch["input_ids"]) for batch in data.train_dataloader())
+        assert seen == len(data.examples("train"))
+        assert len(list(data.val_dataloader()))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, int(data.stores["train"].lengths().sum())
+
+    peak(9_000)  # what is loaded and cached once
+    small, large = peak(50_000), peak(150_000)
+    assert large[1] - small[1] > 10_000  # tokens, which as a list of numbers take 40 bytes each
+    assert large[0] - small[0] < 40_000
