@@ -17,6 +17,7 @@ from lightning_lora.marks import merged_problems
 from lightning_lora.names import ancestors, clean
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import is_spread
+from lightning_lora.quantization import quantizer_of
 from lightning_lora.state import require_adapter
 from lightning_lora.values import value_problems
 
@@ -31,7 +32,8 @@ class Source:
         scaling: The factor s of its update.
         factors: Gets A (r, k) and B (d, r); with first factors, those of what was learnt since.
         magnitude: Gets DoRA's m (d,), or None.
-        weight: Gets the frozen weight as a matrix (d, k); None where there is no base.
+        weight: Gets the frozen weight as a matrix (d, k), whose values last until the next is asked for; None where
+            there is no base.
     """
 
     name: str
@@ -78,11 +80,19 @@ def _of_layer(name: str, layer: LoRALayer, adapter_name: str) -> Iterator[Source
             return m if i is None or m is None else m[i]
 
         def weight(i: int | None = i) -> Tensor:
-            W = layer.lora_matrix()
+            W = _matrix(layer)
             return W if i is None else W[i]
 
         label = name if i is None else f"{name}[{i}]"
         yield Source(label, adapter.r, adapter.scaling, factors, magnitude, weight)
+
+
+def _matrix(layer: LoRALayer) -> Tensor:
+    """The weight as a matrix. A packed one is unpacked into memory that the next one takes over, in float32."""
+    quantizer = quantizer_of(layer)
+    if quantizer is None or layer.lora_absorbed or not quantizer.is_packed(layer):
+        return layer.lora_matrix()
+    return quantizer.operand(layer, torch.float32)
 
 
 def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[Source]:
