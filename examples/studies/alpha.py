@@ -43,14 +43,15 @@ def draw(rows: Mapping[float, Sequence[Measured]], lrs: Sequence[float], path: P
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, steps=60)
     made.add_argument("--alphas", type=float, nargs="+", default=[4.0, 16.0, 64.0])
-    made.add_argument("--lrs", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02])
+    made.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.01, 0.02])
     made.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 32])
     options = made.parse_args(arguments)
     quiet()
     grid = {f"α {a:g}, lr {lr}": (R, a, lr, False) for a, lr in itertools.product(options.alphas, options.lrs)}
     scales = {"α / r": False, "α / √r": True}
     ranks = {f"r={r}, {name}": (r, 16.0, 0.01, rs) for r in options.ranks for name, rs in scales.items()}
-    settings = grid | ranks
+    settings = grid | {name: each for name, each in ranks.items() if each not in grid.values()}
+    same = {name: next(other for other, its in settings.items() if its == each) for name, each in ranks.items()}
 
     def run(setting: str, seed: int) -> Measured:
         r, alpha, lr, rs = settings[setting]
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     alphas = {a: row({f"lr {lr}": f"α {a:g}, lr {lr}" for lr in options.lrs}) for a in options.alphas}
     lines = table("r=8", {f"α={a:g}": each for a, each in alphas.items()}, {f"lr {lr}": ".3f" for lr in options.lrs})
-    by_rank = {f"r={r}": row({name: f"r={r}, {name}" for name in scales}) for r in options.ranks}
+    by_rank = {f"r={r}": row({name: same[f"r={r}, {name}"] for name in scales}) for r in options.ranks}
     lines += ["", *table("α=16, lr 0.01", by_rank, dict.fromkeys(scales, ".3f"))]
     write(lines, options.out / "alpha.txt")
     draw(alphas, options.lrs, options.out / "alpha.png")

@@ -38,6 +38,7 @@ def parser(doc: str, steps: int | None = None, batch: int = 8) -> argparse.Argum
     made.add_argument("--out", type=Path, default=Path("runs/studies"), help="the folder (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     if steps is not None:
+        made.add_argument("--trial", type=int, default=0, help="the seed that tries learning rates, if any does")
         made.add_argument("--steps", type=int, default=steps)
         made.add_argument("--batch", type=int, default=batch, help="windows in a step")
         made.add_argument("--examples", type=int, default=251, help="held-out windows of 128 bytes")
@@ -119,6 +120,33 @@ def trained(
     windows = Windows(manual_prose()[0], options.steps * options.batch, seed=seed)
     fit(pl.Trainer(max_epochs=1, callbacks=list(callbacks), **QUIET), module, DataLoader(windows, options.batch))
     return module, held_out(module, options)
+
+
+def tuned(
+    runs: Runs,
+    lrs: Mapping[str, Sequence[float]],
+    options: argparse.Namespace,
+    run: Callable[[str, float, int], Measured],
+) -> tuple[dict[str, list[Measured]], list[str]]:
+    """Tries learning rates with one seed, and runs the others with the best for each setting.
+
+    Returns:
+        What was measured with the other seeds, with its ``lr``; and a table of what was tried.
+    """
+    named = {f"{setting}, lr {lr:g}": (setting, lr) for setting, each in lrs.items() for lr in each}
+
+    def of(name: str, seed: int) -> Measured:
+        return run(*named[name], seed)
+
+    tried = {name: measured[0]["bits per byte"] for name, measured in runs(named, [options.trial], of).items()}
+    best = {setting: min((n for n in named if named[n][0] == setting), key=tried.__getitem__) for setting in lrs}
+    found = runs(best.values(), options.seeds, of)
+    rows = {setting: [each | {"lr": named[name][1]} for each in found[name]] for setting, name in best.items()}
+    lines = [f"| seed {options.trial} | learning rate: bits per byte |", "| --- | --- |"]
+    for setting in lrs:
+        values = [f"{lr:g}: {tried[name]:.3f}" for name, (other, lr) in named.items() if other == setting]
+        lines.append(f"| {setting} | {', '.join(values)} |")
+    return rows, lines
 
 
 def spread(values: Sequence[float], form: str) -> str:
