@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import forks, nodes
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = {
     "digits.py": ["1"],
@@ -44,17 +46,22 @@ def test_every_example_is_run_and_short():
 
 @pytest.mark.gloo
 def test_many_devices(tmp_path):
-    """Each strategy goes on with the checkpoint of the one before it. FSDP needs what makes it run on a CPU."""
+    """Each strategy goes on with the checkpoint of the one before it. FSDP needs what makes it run on a CPU.
+
+    Lightning starts the second process of the first.
+    """
     common = ["--data.examples=64", "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu"]
-    root = EXAMPLES.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    script = str(EXAMPLES / "many_devices.py")
     for epochs, name in enumerate(["ddp", "fsdp2", "fsdp"], 1):
         config = ["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), f"--trainer.max_epochs={epochs}"]
         more = ["--trainer.strategy.class_path=tests.distributed.many.CPUFSDP"] if name == "fsdp" else []
         resume = ["--ckpt_path=runs/devices/last.ckpt"] if epochs > 1 else []
-        command = [sys.executable, str(EXAMPLES / "many_devices.py"), "fit", *config, *common, *more, *resume]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = ["fit", *config, *common, *more, *resume]
+        if name == "ddp":
+            (end,) = nodes.run([script, *arguments], [{}], tmp_path)
+            assert end.code == 0, end.output[-3000:]
+        else:
+            forks.finish(script, arguments, forks.ranks(2), tmp_path)
         saved = torch.load(tmp_path / "runs/devices/last.ckpt", weights_only=True)
         assert saved["global_step"] == 4 * epochs
         assert len(saved["state_dict"]) == 2 * 28

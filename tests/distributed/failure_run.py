@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 import lightning_lora as ll
 from tests.helpers.toy import Lit, data
 
-TIMEOUT = 15  # seconds
+TIMEOUT = int(os.environ.get("TIMEOUT", 15))  # seconds
 
 
 def die() -> None:

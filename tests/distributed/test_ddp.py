@@ -1,8 +1,5 @@
 """Two processes over gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +7,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import lightning_lora as ll
+from tests.helpers import forks
 from tests.helpers.toy import build, data
 
 pytestmark = pytest.mark.gloo
 
 
 def run(strategy: str, folder: Path, *ckpt: str, **variables: str) -> dict[str, torch.Tensor]:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.distributed.ddp_run", strategy, str(folder), *ckpt]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder.mkdir(exist_ok=True)
+    ranks = forks.ranks(2) if strategy == "ddp" else [{}]  # the others start theirs
+    forks.finish("tests.distributed.ddp_run", [strategy, folder, *ckpt], [{**rank, **variables} for rank in ranks])
     return torch.load(folder / "state.pt", weights_only=True)
 
 

@@ -7,6 +7,7 @@ import torch
 
 import lightning_lora as ll
 from tests.distributed.failure_run import TIMEOUT
+from tests.helpers import forks
 from tests.helpers.nodes import Ended, by_hand, run
 from tests.helpers.toy import Lit
 
@@ -15,9 +16,8 @@ MODULE = "tests.distributed.failure_run"
 LOST = r"Connection (closed|reset) by peer"
 
 
-def start(folder, failure="none", rank=1, *ckpt, environments=None) -> list[Ended]:
-    arguments = ["-m", MODULE, str(folder), failure, str(rank), *map(str, ckpt)]
-    return run(arguments, environments or by_hand())
+def start(folder, failure="none", rank=1, *ckpt) -> list[Ended]:
+    return forks.run(MODULE, [folder, failure, rank, *ckpt], by_hand())
 
 
 def check_others(ends: list[Ended], rank: int, message: str, within: float) -> None:
@@ -73,7 +73,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_from_its_checkpoint(tmp_path):
 
 def test_lightnings_own_launcher_ends_too(tmp_path):
     """Two processes on one node, of which Lightning starts the second."""
-    (end,) = start(tmp_path, "die-step", environments=[{"DEVICES": "2"}])
+    (end,) = run(["-m", MODULE, str(tmp_path), "die-step", "1"], [{"DEVICES": "2", "TIMEOUT": "120"}])
     assert end.code not in (None, 0)
     assert re.search(LOST, end.output) or "terminated" in end.output, end.output[-3000:]
     check_checkpoint(tmp_path)

@@ -1,22 +1,15 @@
 """LoRAMonitor on two ranks: both measure the same, also beside a sharded base; adapters in pieces are refused."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+from tests.helpers import forks
+
+pytestmark = pytest.mark.gloo
 
 
 def test_on_two_ranks(tmp_path):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.distributed.monitor_run", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.finish("tests.distributed.monitor_run", [tmp_path], forks.ranks(2))
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     ddp, fsdp2 = results["ddp"]["values"], results["fsdp2"]["values"]
     assert min(ddp[f"lora/default/{what}"] for what in ("magnitude_drift", "grad_norm", "step_norm")) > 0

@@ -1,22 +1,18 @@
 """Adapters on parameters that are read, in two processes over gloo: as in one process with the whole batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import forks
+
 pytestmark = pytest.mark.gloo
 
 
 def run(strategy: str, folder: Path) -> dict[str, torch.Tensor]:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.distributed.read_run", strategy, str(folder / strategy)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [{}] if strategy == "auto" else forks.ranks(2)
+    forks.finish("tests.distributed.read_run", [strategy, folder / strategy], ranks)
     return torch.load(f"{folder / strategy}.ckpt", weights_only=True)["state_dict"]
 
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_lora.ops import sharded
 from lightning_lora.ops.samples import sample, sample_each
+from tests.helpers import forks
 
 pytestmark = pytest.mark.gloo
 RANKS = 3
@@ -38,4 +39,5 @@ def check(rank: int, folder: str) -> None:
 
 
 def test_gathering_and_sampling(tmp_path):
-    multiprocessing.spawn(check, (str(tmp_path),), nprocs=RANKS)
+    forks.serve()
+    multiprocessing.start_processes(check, (str(tmp_path),), nprocs=RANKS, start_method="forkserver")

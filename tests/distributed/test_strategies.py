@@ -5,14 +5,13 @@ tolerance is 1e-5 of the largest value, some hundred times the rounding of one s
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.helpers import forks
 
 pytestmark = pytest.mark.gloo
 
@@ -77,11 +76,8 @@ FOUR = {
 
 
 def launch(folder: Path, devices: int, scenarios: dict[str, dict]) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.distributed.many", str(folder), str(devices), json.dumps(scenarios)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    ranks = forks.ranks(devices) if devices > 1 else [{}]
+    forks.finish("tests.distributed.many", [folder, devices, json.dumps(scenarios)], ranks, timeout=280)
 
 
 @pytest.fixture(scope="module")

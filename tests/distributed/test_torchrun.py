@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lightning_lora as ll
-from tests.helpers.nodes import ROOT, by_hand, free_port, run
+from tests.helpers import forks
+from tests.helpers.nodes import ROOT, Ended, by_hand, free_port, run
 from tests.helpers.toy import Lit
 
 pytestmark = pytest.mark.gloo
@@ -52,8 +53,8 @@ def pods_with_torchrun() -> list[dict[str, str]]:
     return [{**shared, "PET_NODE_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
 
 
-def results(folder: Path, commands, environments) -> list[dict]:
-    for end in run(commands, environments):
+def results(folder: Path, ends: list[Ended]) -> list[dict]:
+    for end in ends:
         assert end.code == 0, end.output[-3000:]
     return [torch.load(folder / f"rank={rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -69,29 +70,32 @@ def check(ranks: list[dict], environment: str, names: list[str]) -> None:
 
 
 def test_torchrun_resumes_from_what_rank_0_wrote(tmp_path):
-    whole = results(tmp_path, torchrun("-m", MODULE, str(tmp_path)), [{}, {}])
+    whole = results(tmp_path, run(torchrun("-m", MODULE, str(tmp_path)), [{}, {}]))
     check(whole, "TorchElasticEnvironment", ["epoch=0.ckpt", "epoch=1.ckpt"])
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     first = str(tmp_path / "epoch=0.ckpt")
-    rest = results(resumed, torchrun("-m", MODULE, str(resumed), first), [{}, {}])
+    rest = results(resumed, run(torchrun("-m", MODULE, str(resumed), first), [{}, {}]))
     check(rest, "TorchElasticEnvironment", ["epoch=1.ckpt"])
     assert all(torch.equal(value, rest[0]["state"][key]) for key, value in whole[0]["state"].items())
 
 
 @pytest.mark.parametrize(
-    ("variables", "prefix", "environment"),
+    ("variables", "environment"),
     [
-        (slurm, [], "SLURMEnvironment"),
-        (pods, [], "KubeflowEnvironment"),
-        (pods_with_torchrun, ["-m", "torch.distributed.run"], "TorchElasticEnvironment"),
-        (by_hand, [], "LightningEnvironment"),
+        (slurm, "SLURMEnvironment"),
+        (pods, "KubeflowEnvironment"),
+        (pods_with_torchrun, "TorchElasticEnvironment"),
+        (by_hand, "LightningEnvironment"),
     ],
     ids=["slurm", "pods", "pods-torchrun", "by-hand"],
 )
-def test_other_launchers(tmp_path, variables, prefix, environment):
-    ranks = results(tmp_path, [*prefix, "-m", MODULE, str(tmp_path)], variables())
-    check(ranks, environment, ["epoch=0.ckpt", "epoch=1.ckpt"])
+def test_other_launchers(tmp_path, variables, environment):
+    if variables is pods_with_torchrun:
+        ends = run(["-m", "torch.distributed.run", "-m", MODULE, str(tmp_path)], variables())
+    else:
+        ends = forks.run(MODULE, [tmp_path], variables())
+    check(results(tmp_path, ends), environment, ["epoch=0.ckpt", "epoch=1.ckpt"])
 
 
 @pytest.mark.parametrize(
@@ -109,9 +113,8 @@ def test_slurm_requeues_and_goes_on(tmp_path, signals, step):
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["-m", MODULE, str(tmp_path)]
     signalled = [{**rank, **path, "SIGNAL": signals.get(i, "")} for i, rank in enumerate(slurm())]
-    first = results(tmp_path, command, signalled)
+    first = results(tmp_path, forks.run(MODULE, [tmp_path], signalled))
     assert "hpc_ckpt_1.ckpt" in first[0]["writes"]
     assert len(first[0]["writes"]) == 3
     assert first[1]["writes"] == []
@@ -124,7 +127,7 @@ def test_slurm_requeues_and_goes_on(tmp_path, signals, step):
     for rank in first:
         states = [state for at, state in rank["saved"] if at == step]
         assert all(torch.equal(value, state[key]) for state in states for key, value in saved["state_dict"].items())
-    rest = results(tmp_path, command, slurm())
+    rest = results(tmp_path, forks.run(MODULE, [tmp_path], slurm()))
     assert [rank["started"] for rank in rest] == ([step] * 2 if step < 8 else [0, 0])
     assert all(torch.equal(value, rest[0]["state"][key]) for key, value in first[0]["state"].items())
 

@@ -1,5 +1,7 @@
 """Processes on this machine that play the nodes of a cluster, each with an environment of its own."""
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -25,10 +27,24 @@ class Ended(NamedTuple):
     output: str
 
 
+# Below those that the system gives to connections, and others in each process of these tests: what is free now has to
+# be free still when a run comes to bind it.
+_PORTS = itertools.cycle(range(first := 10_000 + os.getpid() * 101 % 200 * 100, first + 100))
+
+
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    for port in _PORTS:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a cycle ends")
+
+
+def outer() -> dict[str, str]:
+    """The variables of this process, for one that plays a node."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    paths = os.pathsep.join([f"{ROOT}", *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**variables, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def by_hand(nodes: int = 2) -> list[dict[str, str]]:
@@ -42,7 +58,7 @@ def run(
     command: Sequence[str] | Sequence[Sequence[str]],
     environments: Sequence[Mapping[str, str]],
     cwd: Path = ROOT,
-    timeout: float = 50,
+    timeout: float = 200,
 ) -> list[Ended]:
     """Starts a process for each environment, and waits until all have ended; what is left after a timeout is killed.
 
@@ -53,15 +69,13 @@ def run(
         timeout: In seconds, for all together.
     """
     commands = [command] * len(environments) if isinstance(command[0], str) else command
-    outer = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
-    outer |= {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with ExitStack() as stack:  # files, not pipes: nobody has to read them for a process to go on
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in environments]
         processes = []
         for arguments, environment, file in zip(commands, environments, files, strict=True):
             kwargs = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
             processes.append(
-                subprocess.Popen([sys.executable, *arguments], cwd=cwd, env={**outer, **environment}, **kwargs)
+                subprocess.Popen([sys.executable, *arguments], cwd=cwd, env={**outer(), **environment}, **kwargs)
             )
         ends = _wait(processes, timeout)
         outputs = []

@@ -1,11 +1,8 @@
 """The command line as a new user would try it, in a folder of their own."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from lightning_lora.cli import main
+from tests.helpers import forks, nodes
 from tests.recipes import files
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "fit"
@@ -78,24 +76,22 @@ def test_each_yaml_is_the_one_that_it_says():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "packed"), [("ddp", None), ("fsdp2", "nf4-dq")])
 def test_several_devices(name, packed, llama, tmp_path):
-    """Two processes, started by the Trainer with the same command line; a base that is packed before it is sharded."""
-    command = [sys.executable, "-m", "lightning_lora", "fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT]
-    command += [f"--model.base={llama}", f"--data.train={ROOT}/examples/data/docstrings.jsonl", "--data.batch_size=2"]
-    done = subprocess.run(
-        [*command, "--data.cache_dir=cache", f"--lora.quantization={packed or 'null'}"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Two processes, for DDP started by the Trainer with the same command line; a base that is packed, then sharded."""
+    arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT, "--data.cache_dir=cache"]
+    arguments += [f"--model.base={llama}", f"--data.train={ROOT}/examples/data/docstrings.jsonl", "--data.batch_size=2"]
+    arguments.append(f"--lora.quantization={packed or 'null'}")
+    if name == "ddp":
+        (end,) = nodes.run(["-m", "lightning_lora", *arguments], [{}], tmp_path)
+        said = end.output
+        assert end.code == 0, said[-3000:]
+    else:
+        said = forks.finish("lightning_lora", arguments, forks.ranks(2), tmp_path)
     (path,) = tmp_path.rglob("best.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["global_step"] == 2
     assert checkpoint["lightning_lora"]["base"]["quantization"] == packed
-    assert done.stdout.count("checkpoint: ") == 1
-    assert re.search(r"a step +8 rows \(2 x 2 accumulated x 2 devices\)", done.stdout)
+    assert said.count("checkpoint: ") == 1
+    assert re.search(r"a step +8 rows \(2 x 2 accumulated x 2 devices\)", said)
 
 
 def test_from_a_file_to_generated_text(llama, data, tmp_path, monkeypatch, capsys):
