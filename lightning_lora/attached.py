@@ -22,8 +22,10 @@ class Attached:
         self._adapters: list[tuple[LoRALayer, DoRAAdapter]] = []
         for _, layer in lora_layers(model):
             for adapter in layer.lora_adapters().values():
+                if not isinstance(adapter, DoRAAdapter):
+                    continue
                 own = [p for p in (adapter.A, adapter.B) if p.requires_grad]
-                if isinstance(adapter, DoRAAdapter) and own and all(id(p) in trained for p in own):
+                if own and all(id(p) in trained for p in own):
                     adapter.attended = True
                     self._adapters.append((layer, adapter))
         self._handle = optimizer.register_step_post_hook(self._after_step) if self._adapters else None

@@ -14,6 +14,7 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.misfits import Misfits
 from lightning_lora.ops.samples import sample
 from lightning_lora.skeleton import names_in_files, skeleton
+from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import nodes, parameter_owners
 
 
@@ -51,7 +52,7 @@ class BaseFiles:
         self.misfits = Misfits(self.model, self.stored, adapter_name)
         raise_all(CheckpointError, self.misfits.problems(), stored.source)
         self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
-        self.layers = {name: self._layer_change(name) for name in self.misfits.found}
+        self.layers = {n: self._layer_change(n) for n in self.misfits.found if not self._is_other_end(n)}
         self.added = dict(self._added())
         raise_all(CheckpointError, self._missing(), source)
         raise_all(UnsupportedError, self._unsupported(), stored.source)
@@ -93,11 +94,18 @@ class BaseFiles:
         return name if name in self.added else self.keys.get(name)
 
     def _layer_change(self, layer_name: str) -> Change:
-        node = self.misfits.found[layer_name].node
+        node, stored = self.misfits.found[layer_name]
         own = [f"{name}.weight" for name in node.names]
-        tied = [name for name in self._groups.get(f"{node.name}.weight", ()) if name not in own]
+        ends = self._groups.get(f"{node.name}.weight", ())
+        tied = [] if stored.is_rows else [name for name in ends if name not in own]  # rows are those of every end
+        own += ends if stored.is_rows else []
         key = next((self.keys[name] for name in own if name in self.keys), own[0])
         return Change(self.misfits.adapter_name, own[0], key, tuple(tied))
+
+    def _is_other_end(self, layer_name: str) -> bool:
+        """Whether it is rows of a table that the file has for another layer too."""
+        node, stored = self.misfits.found[layer_name]
+        return stored.is_rows and tied_tables(self.misfits.tree, node)[0] is not node
 
     def _added(self) -> Iterator[tuple[str, tuple[Shard, str]]]:
         """Tensors that no file has, since they were tied to one that is in a file: from now on they differ."""

@@ -18,6 +18,7 @@ from lightning_lora.arguments import check_arguments
 from lightning_lora.compatibility import check_compatibility, final_mode, is_accumulating
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.configure import configure_optimizers
+from lightning_lora.create import default_seed
 from lightning_lora.errors import ConfigError, DeadAdapterError, LightningLoRAError, UnsupportedError, listing
 from lightning_lora.family import options_of, quantization_of, settings_of
 from lightning_lora.formats.checkpoint import META, complete_averages
@@ -25,7 +26,6 @@ from lightning_lora.formats.rng import gather_rng
 from lightning_lora.freeze import train_mode
 from lightning_lora.health import check_before, explain
 from lightning_lora.inits import Init
-from lightning_lora.inject import default_seed
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
 from lightning_lora.optim import restore_ratios

@@ -92,3 +92,22 @@ def index_problems(layers: Any) -> Iterable[str]:
             yield f"{where} must hold layer indices (0, 1, ...), got {indices!r}"
     if not towers:
         yield "layers_to_transform is empty"
+
+
+def token_problems(tokens: Any) -> Iterable[str]:
+    """What is wrong with trainable_token_indices."""
+    tables = tokens if isinstance(tokens, dict) else {"": tokens}
+    if tokens is None:
+        return
+    for table, indices in tables.items():
+        where = f"trainable_token_indices[{table!r}]" if isinstance(tokens, dict) else "trainable_token_indices"
+        if not isinstance(table, str) or (isinstance(tokens, dict) and not table):
+            yield f"trainable_token_indices holds {table!r}, which is no name"
+        elif table.startswith("re:"):
+            yield from regex_problems("trainable_token_indices", table[3:])
+        if not isinstance(indices, list) or not indices or not all(is_int(i) and i >= 0 for i in indices):
+            yield f"{where} must hold tokens (0, 1, ...), got {indices!r}"
+        elif twice := sorted({i for i in indices if indices.count(i) > 1}):
+            yield f"{where} holds {twice[0]} twice"
+    if not tables:
+        yield "trainable_token_indices is empty"

@@ -99,6 +99,8 @@ def _read(path: Path, stack: ExitStack) -> _Source:
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
     for source in sources:
         for name, layer in source.stored.layers.items():
+            if layer.is_rows:
+                continue
             found = [part for part in "AB" if part in layer.tensors and len(layer.tensors[part].shape) > 1]
             if len(found) < 2:
                 yield f"{source.path}: {name} has no matrices A and B"
@@ -111,6 +113,11 @@ def _needs_base(sources: Iterable[_Source]) -> Iterator[str]:
                 f"{source.path} is a DoRA adapter, whose update depends on the weights of the base: combine them in "
                 "Python, on the base (ll.load_adapter, ll.combine_adapters with method='svd' and a rank), or make it a "
                 "LoRA first (ll.to_lora)"
+            )
+        elif rows := [name for name, layer in source.stored.layers.items() if layer.is_rows]:
+            yield (
+                f"{source.path} has rows of tokens ({rows[0]}), whose combination depends on those of the base: "
+                "combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
         elif source.stored.init is not None:
             yield (

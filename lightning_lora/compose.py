@@ -11,6 +11,7 @@ from lightning_lora.arguments import name_problems
 from lightning_lora.checks import choice_problems, is_int, is_number, is_rank
 from lightning_lora.combinations import BY_FACTOR, METHODS, Combined, combine
 from lightning_lora.compose_report import CombineReport, LayerCombination
+from lightning_lora.compose_rows import attach_combined, combined_rows, rows_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import bring, values_of
 from lightning_lora.errors import ConfigError, listing, raise_all
@@ -63,6 +64,9 @@ def combine_adapters(
     ``"linear"``; with a rank on the :math:`\Delta W_i` (PEFT's ``"ties_svd"`` and so on), whose result is then reduced
     to that rank. DoRA adapters have dense updates: they need a rank. Dense updates are formed layer by layer.
 
+    Rows of tokens (``trainable_token_indices``) become :math:`W_t + \sum_i w_i (R_{i,t} - W_t)` with the first three
+    methods, and are refused with the others.
+
     An adapter that is not on a layer contributes nothing there. A module that one of the adapters trains in full
     (``modules_to_save``, biases) comes along with its values. The new adapter is not active: `set_adapter` makes it so.
     It is kept in the widest dtype of its sources, and worked out in float32 at least.
@@ -108,6 +112,7 @@ def combine_adapters(
     problems += [
         *value_problems({name: here for name, (_, here) in layers.items()}),
         *_kind_problems(layers, method, rank),
+        *rows_problems(model, weights, method),
     ]
     problems += [
         f"{' and '.join(map(repr, each.owners))} both train {each.node.name} in full: combine but one of them"
@@ -116,7 +121,9 @@ def combine_adapters(
     ]
     raise_all(ConfigError, problems, "combine_adapters")
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
-    config = _config(model, layers, in_full, {name: combined.A.shape[-2] for name, combined in made.items()})
+    rows = combined_rows(model, weights)
+    tokens = {each.node.name: [*each.tokens] for each in rows}
+    config = _config(model, layers, in_full, tokens, {name: combined.A.shape[-2] for name, combined in made.items()})
     adapters = {
         name: as_adapter(node, config, adapter_name, made[name], _widest(here)) for name, (node, here) in layers.items()
     }
@@ -126,6 +133,7 @@ def combine_adapters(
             active = layer.lora_active
             attach(layer, adapter_name, adapters[name])
             layer.lora_active = active
+        of_rows = attach_combined(rows, config, adapter_name)
         for each in in_full:
             bring(each.node.module, adapter_name, each.values, each.whole)
     except Exception:
@@ -136,7 +144,7 @@ def combine_adapters(
         name: LayerCombination(tuple(here), len(made[name].A), made[name].norm, made[name].error)
         for name, (_, here) in layers.items()
     }
-    return CombineReport(adapter_name, method, entries)
+    return CombineReport(adapter_name, method, {**entries, **of_rows})
 
 
 def _argument_problems(adapter_name: object, method: Any, rank: Any, density: Any, seed: Any) -> Iterator[str]:
@@ -225,7 +233,13 @@ def _in_full(model: nn.Module, adapter_names: Mapping[str, float]) -> list[_InFu
     return found
 
 
-def _config(model: nn.Module, layers: _Layers, in_full: list[_InFull], ranks: Mapping[str, int]) -> LoRAConfig:
+def _config(
+    model: nn.Module,
+    layers: _Layers,
+    in_full: list[_InFull],
+    tokens: dict[str, list[int]],
+    ranks: Mapping[str, int],
+) -> LoRAConfig:
     """The configuration that says what the new adapter is."""
     configs = {name: adapter.config for _, here in layers.values() for name, adapter in here.items()}
     whole = [each.node.name for each in in_full if each.whole]
@@ -242,5 +256,6 @@ def _config(model: nn.Module, layers: _Layers, in_full: list[_InFull], ranks: Ma
         **target_fields({name: node for name, (node, _) in layers.items()}, nodes(model)),
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases), "none"),
         "modules_to_save": sorted(saved) or None,
+        "trainable_token_indices": tokens or None,
     }
     return LoRAConfig(**fields, **rank_fields(layers, ranks))

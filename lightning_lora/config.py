@@ -20,6 +20,7 @@ from lightning_lora.checks import (
     is_rank,
     mapping_problems,
     pattern_problems,
+    token_problems,
 )
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, raise_all
 
@@ -66,11 +67,12 @@ class LoRAConfig:
         train_norms: Whether the weights and biases of LayerNorm, RMSNorm and GroupNorm are trained in full too.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.
-        trainable_token_indices: Rows of the token embedding to train.
+        trainable_token_indices: Rows of the token embedding to train, as they are and one by one, the rest of the table
+            frozen: tokens of the input embedding, or ``{name of an embedding: tokens}``. Where an output embedding is
+            tied to it, it has the same rows. target_modules may be empty then.
 
     Raises:
         ConfigError: With every problem found.
-        UnsupportedError: For an argument whose feature is not built yet.
 
     Example:
         >>> LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8.0)
@@ -105,7 +107,6 @@ class LoRAConfig:
                 own = {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
                 object.__setattr__(self, field.name, own)
         raise_all(ConfigError, list(self._problems()), "LoRA")
-        raise_all(UnsupportedError, list(self._unbuilt()), "LoRA")
 
     @property
     def variant(self) -> str:
@@ -164,7 +165,7 @@ class LoRAConfig:
             yield f"lora_alpha must be finite and not 0 (the update is scaled by it), got {self.lora_alpha!r}"
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}"
-        if self.target_modules or not self.target_parameters:
+        if self.target_modules or not (self.target_parameters or self.trainable_token_indices):
             yield from pattern_problems("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             yield from pattern_problems("exclude_modules", self.exclude_modules)
@@ -194,10 +195,7 @@ class LoRAConfig:
                 yield f"modules_to_save must be 'auto', a list or None, got {self.modules_to_save!r}.{hint}"
             else:
                 yield from pattern_problems("modules_to_save", self.modules_to_save)
-
-    def _unbuilt(self) -> Iterable[str]:
-        if self.trainable_token_indices is not None:
-            yield "trainable_token_indices is not built yet; modules_to_save can train the whole embedding"
+        yield from token_problems(self.trainable_token_indices)
 
 
 @dataclass(frozen=True)

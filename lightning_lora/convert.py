@@ -18,7 +18,7 @@ from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switch import unknown_names
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
-from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, update_of
+from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, reconfigure, source, update_of
 from lightning_lora.values import value_problems
 
 
@@ -33,7 +33,7 @@ def to_lora(
     update as far as the rank allows; that of DoRA has full rank, and the report says how much of it is left.
 
     Whether it is active, trainable and mixed with others stays as it is. Its tensors are new ones: an optimizer that
-    knows the old ones has to be made anew.
+    knows the old ones has to be made anew. Rows of tokens stay as they are.
 
     Args:
         model: The model, or a part of it.
@@ -78,6 +78,7 @@ def to_lora(
         name: as_adapter(node, config, adapter_name, made[name], here[adapter_name].A.dtype)
         for name, (node, here) in layers.items()
     }
+    reconfigure(model, adapter_name, config)
     for name, (node, here) in layers.items():
         exchange(_layer(node), adapter_name, here[adapter_name], adapters[name])
     entries = {

@@ -71,7 +71,7 @@ def initialise_from_data(
     """
     raise_all(ConfigError, merged_problems(model, "call ll.unmerge first"), "initialise_from_data")
     require_adapter(model, adapter_name)
-    held = [layer.lora_adapters()[adapter_name] for _, layer in lora_layers(model) if adapter_name in layer.lora]
+    held = [pairs[adapter_name] for _, layer in lora_layers(model) if adapter_name in (pairs := layer.lora_pairs())]
     if not held[0].config.needs_data:
         raise ConfigError(
             f"initialise_from_data: adapter {adapter_name!r} takes nothing from data: init_lora_weights='eva' or "
@@ -101,7 +101,7 @@ def fill_from_data(model: nn.Module, batches: Iterable[Any], adapter_name: str, 
         adapter_name: The adapter.
         step: What is called with each.
     """
-    adapted = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora}
+    adapted = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora_pairs()}
     linears = {name: layer for name, layer in adapted.items() if layer.lora_dense_linear}
     config = next(iter(adapted.values())).lora_adapters()[adapter_name].config
     init: Any = resolve(config.init_lora_weights)

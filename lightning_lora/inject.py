@@ -4,21 +4,20 @@
 takes is kept on the modules themselves (`lightning_lora.marks`).
 """
 
-import os
 import warnings
-import zlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.adapters import LowRankAdapter, variant_class
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.asked import check_adapter, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import forget, put_in_place
+from lightning_lora.create import create_missing
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
-from lightning_lora.inits import Stage, resolve, stage_of
+from lightning_lora.inits import Stage, stage_of
 from lightning_lora.layers import (
     LoRALayer,
     arrange,
@@ -109,13 +108,7 @@ def carry_out(
     tree = parameter_sites(tree, [target.name for target in drafted.targets])
     targets = {id(tree[target.name].module): target for target in drafted.targets}
     held = [n.module for n in tree.values() if isinstance(n.module, LoRALayer) and adapter_name in n.module.lora]
-    present = {id(layer) for layer in held}
-    seed = default_seed() if seed is None else seed
-    created = [
-        (tree[t.name].module, create(tree[t.name], t.name, config, t.r, t.lora_alpha, adapter_name, dtype, seed))
-        for key, t in targets.items()
-        if key not in present
-    ]
+    created = create_missing(drafted.targets, tree, config, adapter_name, dtype, seed)
     attached: list[LoRALayer] = []
     try:
         for layer, adapter in created:
@@ -209,46 +202,3 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
                     layer.lora_initialise(adapter, device)
                 except (ValueError, RuntimeError) as error:  # LinAlgError among them
                     raise TargetError(f"{clean(layer_name)}: {error}") from error
-
-
-def default_seed() -> int:
-    """The seed of Lightning's ``seed_everything``, or that of torch."""
-    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-
-
-def create(
-    node: Node,
-    name: str,
-    config: LoRAConfig,
-    r: int,
-    lora_alpha: float,
-    adapter_name: str,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> LowRankAdapter:
-    """An adapter for a layer, all zero, and not on it yet.
-
-    Args:
-        node: The layer.
-        name: Its name, from which with the seed the first values are drawn.
-        config: The configuration that the adapter belongs to.
-        r: Rank.
-        lora_alpha: What the scale is made of.
-        adapter_name: The adapter's name.
-        dtype: Dtype of the master copies; a float64 layer gets float64.
-        seed: The seed.
-    """
-    layer, kind, weight = node.module, node.kind, node.module.weight
-    assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (plan sees to it)
-    adapter = variant_class(config.variant)(
-        kind.lora_matrix_shape(layer),
-        r=r,
-        lora_alpha=lora_alpha,
-        config=config,
-        seed=(seed + zlib.crc32(f"{name}.lora.{adapter_name}".encode())) % (1 << 63),
-        dtype=torch.float64 if weight.dtype == torch.float64 else dtype,
-        device=weight.device,
-    )
-    if kind.lora_starts_as_told and getattr(resolve(config.init_lora_weights), "of_the_weight", False):
-        adapter.keep_start(True)
-    return adapter

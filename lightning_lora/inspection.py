@@ -80,6 +80,11 @@ def damage(stored: StoredAdapter) -> Iterator[str]:
         except CheckpointError as error:
             yield str(error)
     for name, layer in stored.layers.items():
+        if layer.is_rows:
+            if layer.tensors["rows"].shape[:1] != (len(layer.tokens),) or layer.tensors.keys() != {"rows"}:
+                rows = layer.tensors["rows"].shape
+                yield f"{stored.source}: {name}: its rows are no {len(layer.tokens)} rows of tokens: {rows}"
+            continue
         for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
             shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
             whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
@@ -113,7 +118,7 @@ def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     return {
         "name": stored.adapter_name,
         "kind": "dora" if stored.options["use_dora"] else "lora",
-        "ranks": sorted({layer["r"] for layer in layers}),
+        "ranks": sorted({layer.r for layer in stored.layers.values() if not layer.is_rows}),
         "modules_to_save": stored.modules_to_save,
         "config": stored.fields,
         **_size(_tensors(stored)),
@@ -124,6 +129,11 @@ def _adapter(stored: StoredAdapter) -> dict[str, Any]:
 
 def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, Any]:
     values = {part: tensor.read() for part, tensor in layer.tensors.items()}
+    if layer.is_rows:
+        norms = dict.fromkeys(("norm_A", "norm_B", "norm_update", "norm_magnitude"))
+        size = _size(layer.tensors.values())
+        of_rows = {"r": len(layer.tokens), "lora_alpha": None, "scaling": None, "tokens": [*layer.tokens]}
+        return {"name": name, **of_rows, **norms, **size}
     wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
     factors = {part: value.to(wide) for part, value in values.items() if part != "magnitude"}
     factors = _each(factors, layer.r, own)

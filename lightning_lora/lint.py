@@ -21,6 +21,7 @@ from lightning_lora.formats.peft_config import CONFIG, parse_config
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_tasks import HEADS
+from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.tensors import TensorFile
 
@@ -208,6 +209,7 @@ def _peft(folder: _Folder) -> Iterator[tuple[str | None, str]]:
     for key, name in _unread(folder, (*_FACTORS, *_TABLES, ".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
         saved = folder.config.get("modules_to_save") or ()
         inside = any(f".{part}." in f".{name}." for part in saved) or ".base_layer." in key
+        inside = inside or (key.endswith(f".{ROWS}") and bool(folder.config.get("trainable_token_indices")))
         if not inside and not (name.endswith(".bias") and folder.config.get("bias") in ("all", "lora_only")):
             yield name, "no field of the configuration says what it is, so that it is not loaded"
 

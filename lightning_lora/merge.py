@@ -21,6 +21,7 @@ from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.switch import rival_modules, unknown_names
 from lightning_lora.targets.walk import nodes, parameter_owners
+from lightning_lora.tied_rows import tied_alike
 from lightning_lora.values import value_problems
 
 
@@ -65,7 +66,8 @@ def merge(
 
     Sums are taken in float32 (float64 for float64 weights) and rounded once. The base's own weights are kept, so that
     `unmerge` is exact; merged layers take that much more memory meanwhile. A weight that is tied to another module is
-    untied for as long as it is merged: the other end keeps the base's values.
+    untied for as long as it is merged: the other end keeps the base's values. Where tied tables have the same rows
+    trained (``trainable_token_indices``) they stay tied.
 
     Until `unmerge` the model computes with exactly the adapters that were merged: others are not active.
 
@@ -97,12 +99,20 @@ def merge(
             "layers by ll.merge_and_unload(model)"
         )
     chosen = {name: _chosen(layer, wanted) for name, layer in layers.items()}
-    owners, entries, scratch = parameter_owners(nodes(model)), {}, Scratch()
+    owners, entries, scratch = parameter_owners(nodes(model)), dict[str, LayerMerge](), Scratch()
+    alike, done = tied_alike(layers, chosen, owners), dict[int, tuple[nn.Parameter, LayerMerge]]()
     try:
         for name, layer in layers.items():
             if chosen[name]:
-                tied = tuple(n for n in owners.get(id(layer.weight), ()) if n != layer.lora_weight_name(clean(name)))
-                entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied, scratch)
+                key, own = id(layer.weight), layer.lora_weight_name(clean(name))
+                tied = () if key in alike else tuple(n for n in owners.get(key, ()) if n != own)
+                if key in done:
+                    new, entries[clean(name)] = done[key]
+                    _put(layer, new, target, chosen[name])
+                else:
+                    entries[clean(name)] = _merge_layer(layer, chosen[name], target, tied, scratch)
+                    if key in alike and isinstance(layer.weight, nn.Parameter):
+                        done[key] = layer.weight, entries[clean(name)]
             else:
                 vars(layer)[MERGED] = Originals(layer, {})
                 layer.lora_active = ()
@@ -177,7 +187,7 @@ def _dtype(spec: torch.dtype | str | None) -> torch.dtype | None:
 def _merge_layer(
     layer: LoRALayer, names: tuple[str, ...], dtype: torch.dtype | None, tied: tuple[str, ...], scratch: Scratch
 ) -> LayerMerge:
-    old, bias, quantizer = layer.weight, layer._parameters.get("bias"), quantizer_of(layer)
+    old, quantizer = layer.weight, quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
     W, compared = layer.lora_matrix(), Comparison(scratch)
@@ -193,17 +203,22 @@ def _merge_layer(
         for rows in row_chunks(W):
             merged_piece(adapters, W[rows], rows, accumulate, scratch, whole[rows])
         new = quantizer.repack(layer, whole)
-    changed = {"weight": new}
-    if dtype and bias is not None:
-        changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
-    originals = Originals(layer, changed, names)
-    originals.swap(layer)
-    vars(layer)[MERGED], layer.lora_active = originals, ()
+    _put(layer, new, dtype, names)
     if quantizer is not None:
         result = layer.lora_matrix()
         for rows in row_chunks(W):
             compared.add(whole[rows] - W[rows], whole[rows], result[rows])
     return compared.result(names, tied)
+
+
+def _put(layer: LoRALayer, weight: nn.Parameter, dtype: torch.dtype | None, names: tuple[str, ...]) -> None:
+    """Gives a layer a merged weight, and keeps its own."""
+    changed, bias = {"weight": weight}, layer._parameters.get("bias")
+    if dtype and bias is not None:
+        changed["bias"] = nn.Parameter(bias.to(dtype), requires_grad=False)
+    originals = Originals(layer, changed, names)
+    originals.swap(layer)
+    vars(layer)[MERGED], layer.lora_active = originals, ()
 
 
 def merged_piece(

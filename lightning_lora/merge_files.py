@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter, variant_class
+from lightning_lora.adapters import Adapter, TokenRows, variant_class
 from lightning_lora.base_files import BaseFiles, Change
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing, raise_all
@@ -21,6 +21,7 @@ from lightning_lora.load import read_stored
 from lightning_lora.merge import merged_piece
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
+from lightning_lora.stored_rows import rows_problems
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes are done, and of how many."""
@@ -73,6 +74,8 @@ def merge_files(
     adapters = {name: _adapter(name, files) for name in files.layers}
     in_full = {key: tensor.read() for key, tensor in files.stored.in_full.items()}
     raise_all(CheckpointError, files.misfits.tied_problems(in_full), stored.source)
+    rows = {name: layer.read() for name, (_, layer) in files.misfits.found.items() if layer.is_rows}
+    raise_all(CheckpointError, rows_problems(rows, files.misfits), stored.source)
     notes += _settle_tables(in_full, files, allow_base_mismatch)
     report, shards, scratch = dict[str, LayerMerge](), list[Shard](), Scratch()
     sizes = [shard.path.stat().st_size for shard in folder.shards]
@@ -113,6 +116,18 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
     config = LoRAConfig(**files.stored.options)
     key = files.source_of(files.layers[name].key)
     dtype = torch.float64 if files.folder.shard_of[key].places[key].dtype == "F64" else torch.float32
+    if layer.is_rows:
+        weight: Any = node.module.weight
+        rows = TokenRows(
+            layer.tokens,
+            tuple(weight.shape),
+            by_columns=isinstance(node.module, nn.Embedding),
+            config=config,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
+        rows.take(layer.read())
+        return rows
     adapter = variant_class(config.variant)(
         shape,
         r=layer.r,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapters import RowsAdapter, TiedRows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import tensors_of
 from lightning_lora.errors import did_you_mean, listing
@@ -15,6 +16,7 @@ from lightning_lora.layers import LoRALayer, kind_of, original_type
 from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
+from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -81,6 +83,9 @@ class Misfits:
         if kind is None or (why := bypass(node) or weight_problem(node)) is not None:
             yield f"a {original_type(node.module).__name__} can't have an adapter" if kind is None else str(why)
             return
+        if layer.is_rows:
+            yield from self._of_rows(node, layer)
+            return
         wanted = {"A", "B", "magnitude"} if self.stored.options["use_dora"] else {"A", "B"}
         wanted |= {"start_A", "start_B"} if "start_A" in layer.tensors else set()
         if layer.tensors.keys() != wanted:
@@ -94,6 +99,29 @@ class Misfits:
                 yield f"{part} is {str(tensor.dtype).removeprefix('torch.')}, which no adapter is"
         if self.stored.init is not None and kind.lora_packed:
             yield f"is quantised, and what {self.stored.init!r} takes out of a weight needs the dense one"
+
+    def _of_rows(self, node: Node, layer: StoredLayer) -> Iterator[str]:
+        """What is wrong with rows of a token table."""
+        module, tensor = node.module, layer.tensors["rows"]
+        if node.kind is None or not node.kind.lora_has_rows or layer.tensors.keys() != {"rows"}:
+            yield f"the file has rows of tokens for it ({', '.join(sorted(layer.tensors))}), and it can't have those"
+            return
+        table: Any = module.weight
+        if tensor.shape != (len(layer.tokens), table.shape[1]) or tensor.dtype not in FLOATS.values():
+            yield (
+                f"rows are {tensor.shape} in the file, for {len(layer.tokens)} tokens in its configuration, and a row "
+                f"has {table.shape[1]} values here"
+            )
+        if outside := [str(token) for token in layer.tokens if token >= len(table)]:
+            yield (
+                f"has {len(table)} rows, and the file's are of the tokens {listing(outside, 3)}: call "
+                "model.resize_token_embeddings(len(tokenizer)) before it is loaded"
+            )
+        ends = tied_tables(self.tree, node)
+        if odd := [end.name for end in ends if end.kind is None or not end.kind.lora_has_rows]:
+            yield f"{listing(odd)} has the same table, and can't have rows of its own"
+        if ends[0] is not node and ends[0].name not in {found.node.name for found in self.found.values()}:
+            yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: untie them"
 
     def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
         kind: Any = kind_of(original_type(node.module))
@@ -175,6 +203,8 @@ class Misfits:
         if not self.held:
             return
         names = {found.node.name for found in self.found.values()}
+        tied = {n for n, layer in self.held.items() if isinstance(layer.lora_adapters()[self.adapter_name], TiedRows)}
+        names |= tied
         if odd := sorted(names ^ self.held.keys()):
             yield f"the model's adapter {self.adapter_name!r} is on other layers: {listing(odd, 3)} differ"
         variant = "dora" if self.stored.options["use_dora"] else "lora"
@@ -182,6 +212,10 @@ class Misfits:
             if (layer := self.held.get(found.node.name)) is None or not found.stored.r:
                 continue
             adapter, stored = layer.lora_adapters()[self.adapter_name], found.stored
+            if stored.is_rows or isinstance(adapter, RowsAdapter):
+                own = adapter.tokens if isinstance(adapter, RowsAdapter) else ()
+                yield from [] if own == stored.tokens else [f"{name}: other rows of tokens in the file than here"]
+                continue
             old = f"{variant}, r={stored.r}, scale {self.scaling(stored):g}"
             new = f"{adapter.variant}, r={adapter.r}, scale {adapter.scaling:g}"
             if old != new:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import known_weights
@@ -58,7 +59,8 @@ def complete_optimizers(
         drop_frozen(optimizer)
     require_trained(model, optimizers)
     for adapter_name, ratio in (lr_ratios or {}).items():
-        pairs = {id(adapter.B) for adapter in adapter_modules(model, adapter_name)}
+        adapters = [a for a in adapter_modules(model, adapter_name) if isinstance(a, LowRankAdapter)]
+        pairs = {id(adapter.B) for adapter in adapters}
         for optimizer in optimizers:
             _split_groups(optimizer, schedulers, pairs, ratio)
 

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapters import TiedRows, TokenRows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import bring, put_in_place, values_of
+from lightning_lora.create import create
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.peft_export import peft_root
@@ -16,13 +18,14 @@ from lightning_lora.formats.peft_parameters import from_peft, with_parameters
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
-from lightning_lora.inject import create, withdraw
+from lightning_lora.inject import withdraw
 from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.misfits import Found, Misfits
 from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
+from lightning_lora.stored_rows import attach_rows, rows_problems
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 from lightning_lora.updates import target_fields
 
@@ -57,6 +60,7 @@ def place(
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
+    raise_all(CheckpointError, rows_problems(values, misfits), stored.source)
     raise_all(CheckpointError, misfits.tied_problems(in_full), stored.source)
     dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
     raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
@@ -174,7 +178,8 @@ def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.d
     weight: Any = found.node.module.weight
     if weight.dtype == torch.float64:
         return torch.float64
-    written = found.stored.tensors["A"].dtype if misfits.stored.base is not None else torch.float32
+    tensor = next(iter(found.stored.tensors.values()))
+    written = tensor.dtype if misfits.stored.base is not None else torch.float32
     assert isinstance(written, torch.dtype)
     return dtype or written
 
@@ -200,6 +205,9 @@ def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: b
 
 def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:
     for key, (node, layer) in misfits.found.items():
+        if layer.is_rows:
+            attach_rows(config, misfits, node, layer.tokens, dtypes[key])
+            continue
         name = f"{prefix}.{node.name}".strip(".")
         adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name, dtypes[key])
         attach(node.module, misfits.adapter_name, adapter)
@@ -209,7 +217,11 @@ def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str,
 def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misfits: Misfits) -> None:
     for name, tensors in values.items():
         layer: Any = misfits.found[name].node.module
-        layer.lora_adapters()[misfits.adapter_name].take(tensors)
+        adapter = layer.lora_adapters()[misfits.adapter_name]
+        if isinstance(adapter, TokenRows):
+            adapter.follow(layer)  # it knows the base's rows too
+        if not isinstance(adapter, TiedRows):
+            adapter.take(tensors)
     for owner, keys in _by_owner(in_full).items():
         bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
         brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}
@@ -219,7 +231,10 @@ def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misf
 def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
     """The configuration that says of this model what the file says."""
     stored, names = misfits.stored, nodes(model) if prefix else misfits.tree
-    layers = {f"{prefix}.{node.name}".strip("."): layer for node, layer in misfits.found.values()}
+    pairs = {f"{prefix}.{node.name}".strip("."): found for found in misfits.found.values() for node in [found.node]}
+    rows = {name: [*found.stored.tokens] for name, found in pairs.items() if found.stored.is_rows}
+    pairs = {name: found for name, found in pairs.items() if name not in rows}
+    layers = {name: layer for name, (_, layer) in pairs.items()}
     r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
     alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
     owners = {outer for owner in _by_owner(stored.in_full) for outer in ancestors(owner)}
@@ -229,7 +244,8 @@ def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
         lora_alpha=float(alpha),
         rank_pattern=ranks or None,
         alpha_pattern=alphas or None,
-        **target_fields({f"{prefix}.{node.name}".strip("."): node for node, _ in misfits.found.values()}, names),
+        **target_fields({name: node for name, (node, _) in pairs.items()}, names),
+        trainable_token_indices=rows or None,
         modules_to_save=saved or None,
         **stored.options,
     )

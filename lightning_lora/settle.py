@@ -11,9 +11,10 @@ from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import exchange
+from lightning_lora.create import create
 from lightning_lora.formats.peft_export import peft_root
 from lightning_lora.formats.stored import StoredAdapter
-from lightning_lora.inject import carry_out, create
+from lightning_lora.inject import carry_out
 from lightning_lora.layers import LoRALayer, detach
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import shape_of
@@ -22,7 +23,7 @@ from lightning_lora.state import adapters
 from lightning_lora.targets import draft
 from lightning_lora.targets.patterns import parse_key
 from lightning_lora.targets.walk import Node, nodes
-from lightning_lora.updates import held
+from lightning_lora.updates import held, reconfigure
 
 
 def settle(model: nn.Module, adapter_name: str, ranks: Mapping[str, int]) -> LoRAConfig:
@@ -42,9 +43,12 @@ def settle(model: nn.Module, adapter_name: str, ranks: Mapping[str, int]) -> LoR
     layers = {name: (node, here[adapter_name]) for name, (node, here) in held(model, [adapter_name]).items()}
     old = next(adapter.config for _, adapter in layers.values())
     if all(ranks.get(name, adapter.r) == adapter.r for name, (_, adapter) in layers.items()):
-        return _renamed(layers, replace(old, rank_pattern=None) if old.rank_pattern == "auto" else old)
+        config = replace(old, rank_pattern=None) if old.rank_pattern == "auto" else old
+        reconfigure(model, adapter_name, config)
+        return config
     alphas = {name: _alpha(old, adapter, ranks.get(name, adapter.r)) for name, (_, adapter) in layers.items()}
-    config = _renamed(layers, _with_ranks(old, layers, ranks, alphas))
+    config = _with_ranks(old, layers, ranks, alphas)
+    reconfigure(model, adapter_name, config)
     master = next(adapter.master_dtype for _, adapter in layers.values())
     for name, (node, adapter) in layers.items():
         assert isinstance(node.module, LoRALayer)
@@ -89,12 +93,6 @@ def _alpha(config: LoRAConfig, adapter: LowRankAdapter, rank: int) -> float:
     """The alpha with which the scale stays."""
     factor = rank / adapter.r
     return float(adapter.lora_alpha * (factor**0.5 if config.use_rslora else factor))
-
-
-def _renamed(layers: Mapping[str, tuple[Node, LowRankAdapter]], config: LoRAConfig) -> LoRAConfig:
-    for _, adapter in layers.values():
-        adapter.config = config
-    return config
 
 
 def _with_ranks(

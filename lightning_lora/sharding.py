@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, RowsAdapter
 from lightning_lora.errors import UnsupportedError, listing
 from lightning_lora.layers import LoRALayer, lora_class, lora_layers, named_base_modules, undressed
 from lightning_lora.names import clean
@@ -53,8 +53,8 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
     for name, layer in lora_layers(model):
         split = _tensor_parallel(layer.weight)
         for adapter in layer.lora_adapters().values():
-            if is_sharded(adapter.master):
-                continue
+            if is_sharded(adapter.master) or (isinstance(adapter, RowsAdapter) and split is None):
+                continue  # rows are read by other layers too, where tables are tied: each rank has them
             if split is not None:
                 _split(clean(name), layer, adapter, *split)
             adapters.append(adapter)
@@ -87,6 +87,8 @@ def _tensor_parallel(weight: Any) -> tuple[Any, Any] | None:
 def _split(name: str, layer: LoRALayer, adapter: Adapter, mesh: Any, placement: Any) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    if isinstance(adapter, RowsAdapter):
+        raise UnsupportedError(f"{name}: rows of tokens of a tensor-parallel table are not built yet: leave them out")
     if not isinstance(layer, nn.Linear):
         raise UnsupportedError(
             f"{name}: an adapter on a tensor-parallel {type(layer).lora_plain_class.__name__} is not built yet: name "

@@ -12,15 +12,15 @@ from lightning_lora.checks import is_number, is_rank
 from lightning_lora.combinations import best_of_product
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import absorbed_problems, exchange
+from lightning_lora.create import create
 from lightning_lora.errors import ConfigError, raise_all
-from lightning_lora.inject import create
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.switch import unknown_names
 from lightning_lora.targets.walk import Node
 from lightning_lora.truncate_report import LayerTruncation, TruncateReport
-from lightning_lora.updates import held, rank_fields, source
+from lightning_lora.updates import held, rank_fields, reconfigure, source
 from lightning_lora.values import value_problems
 
 
@@ -83,6 +83,7 @@ def truncate(
         name: _made(node, config, adapter_name, here[adapter_name], *parts[name][:2])
         for name, (node, here) in layers.items()
     }
+    reconfigure(model, adapter_name, config)
     entries = {}
     for name, (node, here) in layers.items():
         assert isinstance(node.module, LoRALayer)

@@ -15,6 +15,7 @@ from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantize import dequantize_
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
+from lightning_lora.tied_rows import tied_alike
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
@@ -59,7 +60,13 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         if names or any(layer.lora_packed or layer.weight.dtype == torch.float16 for layer in layers.values()):
             merge(model, names or None)
     owners, scratch = parameter_owners(nodes(model)), Scratch()
-    untied = [name for name, layer in layers.items() if _settle(layer, owners, scratch)]
+    chosen = {name: layer.lora_active for name, layer in layers.items()}
+    alike, untied, done = tied_alike(layers, chosen, owners), list[str](), set[int]()
+    for name, layer in layers.items():
+        weight = id(layer.weight)
+        if weight not in done and _settle(layer, owners, scratch, weight in alike):
+            untied.append(name)
+        done |= {weight} & alike
     for module in base_modules(model):
         vars(module).pop(COPIES, None)  # what is in place stays
     eject(model)
@@ -87,7 +94,7 @@ def _untie(module: Any, untied: list[str]) -> None:
 
 
 @torch.no_grad()
-def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) -> bool:
+def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch, stays_tied: bool) -> bool:
     """Gives a layer its merged weight for good, and says whether it had to be untied for it."""
     if (originals := vars(layer).pop(MERGED, None)) is not None:
         return any(id(parameter) in owners for parameter in originals.parameters())
@@ -96,7 +103,7 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch) ->
         return False
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    tied = len(owners[id(weight)]) > 1
+    tied = len(owners[id(weight)]) > 1 and not stays_tied
     if tied:
         holder, key = layer.lora_parameter("weight")
         weight = holder._parameters[key] = nn.Parameter(weight.clone(), requires_grad=False)

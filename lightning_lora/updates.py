@@ -11,9 +11,9 @@ from torch import nn
 from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
+from lightning_lora.create import create
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
-from lightning_lora.inject import create
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.ops.norms import row_chunks
 from lightning_lora.targets.parameters import is_named_alone
 from lightning_lora.targets.patterns import parse_key
@@ -29,6 +29,13 @@ def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[No
             if here := {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}:
                 found[name] = (node, here)
     return found
+
+
+def reconfigure(model: nn.Module, adapter_name: str, config: LoRAConfig) -> None:
+    """Gives an adapter another configuration, on all its layers."""
+    for _, layer in lora_layers(model):
+        if (adapter := layer.lora_adapters().get(adapter_name)) is not None:
+            adapter.config = config
 
 
 def possible_rank(rank: int, layer: LoRALayer) -> int:

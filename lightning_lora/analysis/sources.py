@@ -115,7 +115,8 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
     scaling = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     if files is not None:
         stored = files.stored
-    named = sorted(stored.layers.items(), key=lambda item: _natural(item[0]))
+    pairs = {name: layer for name, layer in stored.layers.items() if not layer.is_rows}
+    named = sorted(pairs.items(), key=lambda item: _natural(item[0]))
     return [
         source
         for name, layer in named

@@ -35,6 +35,7 @@ def run(path: Path, as_json: bool) -> None:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     from lightning_lora.analysis.summary import format_bytes
+    from lightning_lora.errors import listing
 
     base, versions = found["base"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     kind = "checkpoint" if found["format"] == "checkpoint" else "PEFT folder"
@@ -50,7 +51,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             f"adapter {adapter['name'] or '(not named)'}: {adapter['kind']} on {len(adapter['layers'])} layers, rank "
             f"{ranks}, {count} parameters, {format_bytes(adapter['bytes'])}"
         )
-        yield from _table([_COLUMNS, *map(_row, adapter["layers"])])
+        rows = [layer for layer in adapter["layers"] if "tokens" in layer]
+        yield from _table([_COLUMNS, *(_row(layer) for layer in adapter["layers"] if layer not in rows)])
+        for layer in rows:
+            yield f"rows of tokens: {layer['name']} {listing([str(token) for token in layer['tokens']])}"
         for part in adapter["in_full"]:
             yield f"trained in full: {part['name']} {'x'.join(map(str, part['shape']))}"
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_lora.adapters import RowsAdapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack
@@ -37,7 +38,9 @@ from lightning_lora.targets import draft
 META = "lightning_lora"
 FORMAT = 1
 
-_MATHEMATICS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_MATHEMATICS = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+)  # fmt: skip
 _PLACES = (
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save", "bias",
     "train_norms",
@@ -100,6 +103,9 @@ def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str,
         if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
             raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
     trained = checkpoint.get("state_dict", {}).keys() | adapter_state_dict(model).keys()
+    trained |= {
+        f"{key.rpartition('.lora.')[0]}.weight" for key in trained if key.endswith(".rows")
+    }  # others may be new
     return compare(meta["base"], base, trained=trained)
 
 
@@ -166,7 +172,11 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
-        dtypes = [t.dtype for key, t in checkpoint["state_dict"].items() if key.endswith(f".lora.{name}.A")]
+        dtypes = [
+            t.dtype
+            for key, t in checkpoint["state_dict"].items()
+            if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))
+        ]
         carry_out(model, config, without_owned(model, config, drafted, name), name, *dtypes[:1])
     for note in load_adapters(model, checkpoint, fingerprint(model)):
         warnings.warn(note, stacklevel=2)
@@ -214,9 +224,11 @@ def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
     """Whether a configuration that is written in another way means the same for this model."""
     config = LoRAConfig.from_dict(saved)
     drafted, problems = draft(model, config)
-    wanted = {t.name: (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
+    wanted = {t.name: t.tokens or (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
     held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
-    return not problems and wanted == {clean(n): (a.variant, a.r, a.scaling) for n, a in held.items()}
+    return not problems and wanted == {
+        clean(n): a.tokens if isinstance(a, RowsAdapter) else (a.variant, a.r, a.scaling) for n, a in held.items()
+    }
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], fields: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, li
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
 from lightning_lora.formats.peft_names import PeftNames
-from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base
+from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
 
 
@@ -85,7 +85,8 @@ def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str
                 layer = StoredLayer(0, float(names.own_value(alphas, module, config.lora_alpha)))
                 stored.layers[module] = layer
             layer.tensors[part] = _stored(f"{path}: {key}", value)
-            layer.r = value.shape[-2] if part == "A" and value.dim() > 1 else layer.r
+            layer.r = value.shape[-2] if part in ("A", "rows") and value.dim() > 1 else layer.r
+            layer.tokens = tokens_of(module, config.trainable_token_indices) if part == "rows" else ()
         elif key in in_full.get(name, []):
             stored.in_full[key] = _stored(f"{path}: {key}", value)
     if not stored.layers:

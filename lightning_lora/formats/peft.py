@@ -48,7 +48,14 @@ def save_adapter(
         "step": step,
     }
     if first:
-        write_peft_folder(folder, tensors, exported.fields(), entry, len(exported.layers), exported.notes())
+        write_peft_folder(
+            folder,
+            tensors,
+            exported.fields(),
+            entry,
+            len(exported.layers) + len(exported.rows.tables),
+            exported.notes(),
+        )
 
 
 def check_exportable(model: nn.Module, adapter_name: str) -> Export:

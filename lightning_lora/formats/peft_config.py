@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.checks import is_alpha, is_int, is_number, is_rank
+from lightning_lora.checks import is_alpha, is_int, is_number, is_rank, token_problems
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 
 CONFIG = "adapter_config.json"
@@ -16,7 +16,7 @@ MOST = 1 << 22  # bytes; one with the full names of 10,000 layers has less than 
 _KNOWN = {  # what is read here
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "target_parameters", "use_dora", "use_rslora",
+    "target_modules", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 _IRRELEVANT = {  # who made it and how it was initialised: what matters of that is in the tensors
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
@@ -115,6 +115,7 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
         value = config.get(name) or {}
         if not isinstance(value, dict) or not all(map(is_right, value.values())):
             yield f"{name} must map names to numbers, got {shown(value)}"
+    yield from token_problems(config.get("trainable_token_indices"))
     layers = config.get("layers_to_transform")
     if not (layers is None or is_int(layers) or (isinstance(layers, list) and all(map(is_int, layers)))):
         yield f"layers_to_transform must hold layer indices, got {shown(layers)}"

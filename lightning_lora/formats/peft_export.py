@@ -14,6 +14,7 @@ from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, 
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
 from lightning_lora.formats.peft_refusals import refusals
 from lightning_lora.formats.peft_tasks import HEADS, task_of
+from lightning_lora.formats.peft_tokens import ExportedRows
 from lightning_lora.formats.tensors import all_finite
 from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
@@ -61,6 +62,7 @@ class Export:
             if not is_inside(f"{name}.", self.prefix) and f"{name}." != f"{self.prefix}."
             for key, _ in values_of(node.module, adapter_name)
         ]
+        self.rows = ExportedRows(self.tree, adapter_name)
         self._owners = parameter_owners(self.tree)
         self._nodes = {name: held.node for name, held in self.layers.items()}
         self._names = peft_modules(self._nodes)
@@ -79,6 +81,7 @@ class Export:
             if kind is not None:
                 yield f"{name}: {kind}"
         yield from parameter_problems(self._nodes, self.config.use_dora)
+        yield from self.rows.problems(bool(self.layers))
         if is_pretrained(self.root):
             yield from refusals(
                 self.root, [n for n, node in self._nodes.items() if not isinstance(node.module, ReadWeight)]
@@ -95,7 +98,8 @@ class Export:
         Args:
             tensors: Those of `tensors`, where they are there already.
         """
-        if waiting := [name for name, held in self.layers.items() if not held.adapter.initialised]:
+        adapters = {name: held.adapter for name, held in self.layers.items()} | self.rows.tables
+        if waiting := [name for name, adapter in adapters.items() if not adapter.initialised]:
             yield f"{listing(waiting, 3)} have no values yet"
         found = self.tensors() if tensors is None else tensors.items()
         odd = [key for key, tensor in found if not all_finite(tensor)]
@@ -122,6 +126,7 @@ class Export:
             "rank_pattern": ranks,
             "target_modules": shortest_targets([name for name in self.layers if name not in read], others),
             **parameters,
+            **self.rows.fields(self._short),
             "task_type": self._task(),
             "use_dora": self.config.use_dora,
             "use_rslora": self.config.use_rslora,
@@ -138,6 +143,7 @@ class Export:
             for part, (end, shape) in zip(PARTS, shapes.items(), strict=False):
                 if part in values:
                     yield f"{PREFIX}{self._names[name]}.{end}", values[part].reshape(shape)
+        yield from ((f"{PREFIX}{key}", tensor) for key, tensor in self.rows.tensors())
         for key, value in self.in_full.items():
             owner, _, own = key.rpartition(".")
             middle = "base_layer." if owner in self.layers else ""

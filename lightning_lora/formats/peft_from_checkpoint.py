@@ -15,6 +15,7 @@ from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_chec
 from lightning_lora.formats.fingerprint import unpack, within
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
+from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 
@@ -76,6 +77,9 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
     prefix, tables = record["prefix"], set(record["embeddings"])
     inner = {_inside(name, prefix): layer for name, layer in stored.layers.items()}
     for name, layer in inner.items():
+        if layer.is_rows:
+            yield f"{PREFIX}{name}.{ROWS}", layer.tensors["rows"].read()
+            continue
         ends = _TABLE_ENDS if name in tables else _ENDS
         module, turned = record["parameters"].get(name, (name, False))
         for own, whole in _update(layer).items():

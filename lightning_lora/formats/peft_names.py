@@ -148,11 +148,13 @@ def shortest_targets(targets: Collection[str], names: Iterable[str]) -> list[str
 
 
 def shortest_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and patterns for the names that have others, as PEFT resolves them when sorted.
+    """The most common value (or 1), and patterns for the names that have others, as PEFT resolves them when sorted.
 
     >>> shortest_patterns({"layers.0.q": 8, "layers.1.q": 8, "layers.2.q": 8, "layers.0.down": 16, "layers.1.down": 16})
     (8, {'down': 16})
     """
+    if not values:
+        return 1, {}
     counts = Counter(values.values())
     default = min(value for value in counts if counts[value] == max(counts.values()))
     odd = {name: value for name, value in values.items() if value != default}

@@ -12,8 +12,9 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, 
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
-from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import TensorFile
 
 _ENDS = {
@@ -23,6 +24,7 @@ _ENDS = {
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    ROWS: "rows",
 }
 
 
@@ -94,6 +96,8 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         if part in stored.layers[module].tensors:
             raise CheckpointError(f"{folder}: {module} has two tensors for {part}")
         stored.layers[module].tensors[part] = tensor
+        if part == "rows":
+            stored.layers[module].tokens = tokens_of(module, config.get("trainable_token_indices"))
     _split_starts(stored, file.entry)
     if not stored.layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: its keys are {listing(file.tensors, 3)}")
@@ -106,7 +110,9 @@ def _split(key: str) -> tuple[str, str | None]:
     for end, part in _ENDS.items():
         if name == end or name.endswith(f".{end}"):
             return name[: -len(end)].rstrip("."), part
-    return name.replace(".base_layer.", ".").removeprefix("base_layer."), None
+    for wrapper in ("token_adapter.base_layer.", "base_layer."):
+        name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
+    return name, None
 
 
 def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:

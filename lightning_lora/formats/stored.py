@@ -13,7 +13,7 @@ from lightning_lora.errors import did_you_mean
 from lightning_lora.formats.fingerprint import within
 from lightning_lora.names import ancestors
 
-TENSORS = ("A", "B", "magnitude", "start_A", "start_B")  # what a layer of an adapter can have
+TENSORS = ("A", "B", "magnitude", "start_A", "start_B", "rows")  # what a layer of an adapter can have
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,28 @@ class StoredTensor:
 
 @dataclass
 class StoredLayer:
-    """What a file has for one layer: rank, scale, and tensors by our name for them (of `TENSORS`)."""
+    """What a file has for one layer: rank, scale, and tensors by our name for them (of `TENSORS`).
+
+    Of a token table it may be rows instead, of ``tokens``.
+    """
 
     r: int
     lora_alpha: float
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is rows of a table."""
+        return "rows" in self.tensors
 
     def read(self, *shape: int) -> dict[str, Tensor]:
-        """Its values in the shapes that they have in an `Adapter` for a matrix (out, in), or a stack (n, out, in)."""
+        """Its values in the shapes that they have in an `Adapter` for a matrix (out, in), or a stack (n, out, in).
+
+        Rows of tokens have one shape everywhere.
+        """
+        if self.is_rows:
+            return {part: tensor.read() for part, tensor in self.tensors.items()}
         *stack, rows, columns = shape
         shapes = {"A": (*stack, -1, columns), "B": (*stack, rows, -1), "magnitude": (*stack, rows)}
         return {part: t.read().reshape(shapes[part.removeprefix("start_")]) for part, t in self.tensors.items()}
@@ -85,7 +99,8 @@ class StoredAdapter:
     @property
     def trained(self) -> set[str]:
         """The names of what may not be the base's: what this or another adapter in the file trains, and biases."""
-        return {*self.in_full, *self.beside, *(f"{name}.bias" for name in self.layers)}
+        rows = (f"{name}.weight" for name, layer in self.layers.items() if layer.is_rows)  # others of it may be new
+        return {*self.in_full, *self.beside, *(f"{name}.bias" for name in self.layers), *rows}
 
     @property
     def tables(self) -> list[str]:
@@ -119,6 +134,18 @@ class StoredAdapter:
             base=None if self.base is None else within(self.base, outer),
             is_target=None if is_target is None else lambda name: is_target(start + name),
         )
+
+
+def tokens_of(name: str, wanted: Any) -> tuple[int, ...]:
+    """The rows of a table that trainable_token_indices means; none if it does not name it.
+
+    Args:
+        name: The table's layer.
+        wanted: A list, which means the one table that there is, or ``{name or its end: list}``.
+    """
+    if not isinstance(wanted, dict):
+        return tuple(wanted or ())
+    return next((tuple(tokens) for key, tokens in wanted.items() if name == key or name.endswith(f".{key}")), ())
 
 
 def checked_base(base: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from lightning_lora.layers.registry import adapts
 class LoRAConv1D(LoRALinear):
     """x (..., in) meets the same A and B as in a linear; the weight is (in, out)."""
 
+    lora_has_rows = False
+
     @override
     @staticmethod
     def lora_matrix_shape(layer: Any) -> tuple[int, int]:

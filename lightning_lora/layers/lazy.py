@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -90,7 +92,7 @@ class Lazy(Tensor):
 
 def lazily(site: "LoRARead", weight: Tensor) -> Lazy | None:
     """The stack with the active adapters of its site; None where it has to be W + ΔW."""
-    if type(weight) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or in_transform():
+    if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or torch.compiler.is_compiling() or in_transform():
         return None
     parts = []
     for name in site.lora_active:
@@ -104,7 +106,11 @@ def lazily(site: "LoRARead", weight: Tensor) -> Lazy | None:
 
 
 def _lazy(base: Tensor, parts: list[Part], transposed: bool) -> Lazy:
-    made: Lazy = base.detach().as_subclass(Lazy)
+    if isinstance(base, FakeTensor):  # its class is what makes it one of shapes alone
+        with unset_fake_temporarily():
+            made: Lazy = torch.empty(base.shape, dtype=base.dtype, device="meta").as_subclass(Lazy)
+    else:
+        made = base.detach().as_subclass(Lazy)
     made.lora_base, made.lora_parts, made.lora_transposed = base, parts, transposed
     return made
 

@@ -74,7 +74,8 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
         choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
     choice.problems += blocks.problems()
-    if not choice.chosen and not choice.problems:
+    rows_alone = config.trainable_token_indices is not None and not config.target_modules
+    if not choice.chosen and not choice.problems and not rows_alone:
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
     return choice
 

@@ -18,6 +18,7 @@ from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
 from lightning_lora.targets.saved import SavedModule, biases, norms, saved_modules
 from lightning_lora.targets.table import render
+from lightning_lora.targets.tokens import TableRows, table_rows
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
 
@@ -25,8 +26,9 @@ from lightning_lora.targets.walk import Node, nodes, parameter_owners
 class Target:
     """A layer that gets an adapter.
 
-    ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it, of a stack
-    of experts (n, out, in); ``bits`` is what each weight takes.
+    ``shape`` is its weight's; ``matrix`` is (out, in) as the adapter sees it, of a stack of experts (n, out, in);
+    ``bits`` is what each weight takes. Of a token table ``tokens`` may be what is trained: then ``r`` is how many, and
+    ``source`` the layer that has these rows, if the table is tied to that one's.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Target:
     bits: float = 32.0
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    source: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +109,17 @@ def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = N
     bad_weights = {node.name: why for node in choice.chosen if (why := weight_problem(node))}
     usable = [node for node in choice.chosen if node.name not in bad_weights]
     problems += [*choice.problems, *bad_weights.values()]
-    targets = _targets(usable, parameter_owners(tree), config, problems)
+    in_full = {name for module in saved for name in (module.name, *module.aliases)}
+    rows = table_rows(tree, config, choice.chosen, in_full, problems)
+    owners = parameter_owners(tree)
+    targets = _targets(usable, owners, config, problems)
     high = [
         f"{t.name}: r={t.r} is more than the rank that a {t.matrix[-2]}x{t.matrix[-1]} weight can have"
         for t in targets
         if t.r > min(t.matrix[-2:])
     ]
+    targets += tuple(_target_of_rows(each, owners) for each in rows)
+    skipped = {name: why for name, why in choice.skipped.items() if not any(name == t.name for t in targets)}
     if undropped := [n.name for n in usable if config.lora_dropout and is_undropped(n)]:
         high.append(
             f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
@@ -118,7 +127,26 @@ def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = N
         )
     saved += norms(tree, config, saved, problems)
     saved += biases(tree, config, usable, saved)
-    return Plan(targets=targets, modules_to_save=saved, skipped=choice.skipped, notes=(*choice.notes, *high)), problems
+    return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *high)), problems
+
+
+def _target_of_rows(rows: TableRows, owners: dict[int, list[str]]) -> Target:
+    node, kind, layer = rows.node, rows.node.kind, rows.node.module
+    assert kind is not None and isinstance(layer.weight, Tensor)  # noqa: PT018  (`table_rows` takes no others)
+    return Target(
+        name=node.name,
+        type=node.cls.__name__,
+        shape=tuple(layer.weight.shape),
+        matrix=kind.lora_matrix_shape(layer),
+        r=len(rows.tokens),
+        lora_alpha=float(len(rows.tokens)),
+        parameters=0 if rows.source is not None else len(rows.tokens) * layer.weight.shape[1],
+        bits=bits_per_weight(layer),
+        aliases=tuple(node.aliases),
+        tied=tuple(n for n in owners.get(id(layer.weight), ()) if n != kind.lora_weight_name(node.name)),
+        tokens=rows.tokens,
+        source=rows.source,
+    )
 
 
 def _is_peft(cls: type) -> bool:

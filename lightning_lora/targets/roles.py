@@ -64,7 +64,7 @@ def find_roles(tree: dict[str, Node]) -> Roles:
 def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretrained: list[Node]) -> dict[str, str]:
     found = {}
     for node in tree.values():
-        output = _ask(node.module, "get_output_embeddings", name_of)
+        output = ask(node.module, "get_output_embeddings", name_of)
         if output is not None:
             found[output] = "output embedding"
     tables: list[Any] = [n.module for n in tree.values() if issubclass(n.cls, nn.Embedding)]
@@ -122,7 +122,7 @@ def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], role
     candidates = [n for n in tree.values() if not is_numbered(n.name) and n.name not in roles.outside]
     heads = _named_like_heads(candidates, list(tree.values()))
     for node in tree.values():
-        if (classifier := _ask(node.module, "get_classifier", name_of)) is not None:
+        if (classifier := ask(node.module, "get_classifier", name_of)) is not None:
             heads[classifier] = "the classifier of a timm model"
     layers = [n.name for n in tree.values() if n.kind is not None]
     if not all(any(name == h or is_inside(name, h) for h in heads) for name in layers):
@@ -159,7 +159,7 @@ def _children(name: str, tree: dict[str, Node]) -> list[str]:
     return [child for key in tree[name].module._modules if (child := f"{name}.{key}".lstrip(".")) in tree]
 
 
-def _ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:
+def ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:
     """The name of the module that a method returns which not every model has, and some refuse to answer."""
     try:
         return name_of.get(id(getattr(type(module), method)(module)))

@@ -64,7 +64,10 @@ def _span(numbers: list[int]) -> str:
 
 def _cells(target: "Target") -> tuple[str, ...]:
     packed = "" if target.bits in (16, 32, 64) else f"; {target.bits:.4g} bit per weight"
-    remark = f"alpha {target.lora_alpha:g}{packed}{_remark(target.aliases, target.tied)}"
+    what = f"alpha {target.lora_alpha:g}"
+    if target.tokens:
+        what = "rows of tokens" if target.source is None else f"rows of {target.source}"
+    remark = f"{what}{packed}{_remark(target.aliases, target.tied)}"
     return target.type, "x".join(map(str, target.shape)), str(target.r), remark
 
 
