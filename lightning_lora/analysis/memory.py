@@ -18,11 +18,6 @@ from lightning_lora.checks import choice_problems, is_int
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, raise_all
 
-_STACKS = (
-    "adapters on stacks of matrices (experts) are counted as if each stack with its update was formed, which "
-    "a run does not do: activations are less"
-)
-
 PRECISIONS = (None, "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
@@ -123,7 +118,6 @@ def estimate_memory(
         trainable=step.trainable,
         layers=step.layers,
         options=run.options(),
-        notes=(_STACKS,) if step.has_stacks else (),
         card=size,
         compared=_compared(steps, run) if compare else {},
     )

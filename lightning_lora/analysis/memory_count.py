@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter, LowRankAdapter
+from lightning_lora.adapters import Adapter
 from lightning_lora.analysis.memory_trace import Trace
 from lightning_lora.layers import base_modules, original_type
 from lightning_lora.marks import trained_in_full
@@ -40,7 +40,6 @@ class Step:
         largest: Bytes of the largest dense weight that is going to be packed.
         dense: Bytes of the base before it is packed.
         trace: Activations and gradients.
-        has_stacks: Whether there are adapters on stacks of matrices, such as those of experts.
     """
 
     layers: tuple[LayerBytes, ...]
@@ -52,7 +51,6 @@ class Step:
     largest: int
     dense: int
     trace: Trace
-    has_stacks: bool
 
     @property
     def base(self) -> int:
@@ -111,7 +109,6 @@ def counted(net: nn.Module, dense: int, largest: int, seen: Trace) -> Step:
         largest=largest,
         dense=dense,
         trace=seen,
-        has_stacks=any(m.A.dim() > 2 for m in net.modules() if isinstance(m, LowRankAdapter)),
     )
 
 

@@ -59,7 +59,6 @@ class MemoryEstimate:
         card: Bytes of the card, if one was named.
         changes: What would take less, what costs least first: each by itself, and the last one all up to there
             together, if no single one is enough.
-        notes: What is not known.
         compared: The parts of other ways to train the same model, by name.
     """
 
@@ -74,7 +73,6 @@ class MemoryEstimate:
     options: Mapping[str, Any]
     card: int | None = None
     changes: tuple[Change, ...] = ()
-    notes: tuple[str, ...] = ()
     compared: Mapping[str, Parts] = field(default_factory=dict)
 
     @property
@@ -108,7 +106,6 @@ class MemoryEstimate:
             "cheapest": None if self.cheapest is None else self.cheapest.name,
             "changes": [asdict(change) for change in self.changes],
             "compared": {name: {**asdict(parts), "total": parts.total} for name, parts in self.compared.items()},
-            "notes": [*self.notes],
             "options": dict(self.options),
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -125,7 +122,6 @@ class MemoryEstimate:
             lines.append(f"{format_bytes(self.host)} of dense weights are there before they are packed, on the CPU say")
         if self.paged:
             lines.append(f"{format_bytes(self.paged)} of optimizer states may leave the device")
-        lines += [f"note: {note}" for note in self.notes]
         if self.card is None:
             return lines
         card = f"{self.card / GIB:g} GiB ({format_bytes(self.card)}), of which {format_bytes(RESERVE)} are set aside"
