@@ -17,6 +17,7 @@ from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
 from lightning_lora.recipes.parts import Feed
+from lightning_lora.recipes.sharded import Files, open_files
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.recompute import let_run_again
 from lightning_lora.switch import disable_adapters
@@ -96,14 +97,17 @@ class Recipe(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Loads the base, and shards it where the strategy is ModelParallelStrategy.
+        """Loads the base; with ModelParallelStrategy it is sharded first, and each rank reads its part.
 
         Raises:
             ConfigError: If the base can't be loaded.
         """
         if self.model is not None:
             return
-        self.model = self._load()
+        files = None if self.device_mesh is None or self._packing() else open_files(self.base)
+        self.model = None if files is None else self._build(files)
+        if self.model is None:
+            files, self.model = None, self._load()
         if self.gradient_checkpointing:
             let_run_again(self.model)
         blocks = repeated_blocks(self.model)
@@ -112,18 +116,29 @@ class Recipe(LightningModule):
                 block.compile()
         if self.device_mesh is not None:
             self._shard(blocks)
+        if files is not None:
+            files.fill(self.model, self.trainer.strategy.root_device)
 
-    def _load(self) -> Any:
+    def _asked(self) -> tuple[Any, Any, dict[str, Any]]:
+        """The class that builds the base, its configuration, and further options."""
         import transformers
 
         config = load_config(self.base)
         self.adjust(config)
-        options: dict[str, Any] = {"config": config}
-        options["dtype"] = self.dtype_of_base if self.dtype_of_base == "auto" else getattr(torch, self.dtype_of_base)
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
+        attention = self.attn_implementation
+        options = {} if attention is None else {"attn_implementation": attention}
+        return getattr(transformers, self.auto_class), config, options
+
+    def _build(self, files: Files) -> Any:
+        auto_class, config, options = self._asked()
+        model = files.build(auto_class, config, self.dtype_of_base, **options)
+        return None if model is None else model.train()
+
+    def _load(self) -> Any:
+        auto_class, config, options = self._asked()
+        dtype = self.dtype_of_base if self.dtype_of_base == "auto" else getattr(torch, self.dtype_of_base)
         try:
-            model = getattr(transformers, self.auto_class).from_pretrained(resolve(self.base), **options)
+            model = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {reason}") from error
@@ -136,12 +151,16 @@ class Recipe(LightningModule):
         """FSDP2: the blocks one by one, then the rest; packed before that, if the run wants it packed."""
         from torch.distributed.fsdp import fully_shard
 
-        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
-        for settings in filter(None, wanted):
+        for settings in self._packing():
             quantize(self.model, settings)
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for module in [*blocks, self.model]:
             fully_shard(module, mesh=mesh)
+
+    def _packing(self) -> list[Any]:
+        """How the run wants the base packed."""
+        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
+        return [settings for settings in wanted if settings]
 
     @override
     def configure_optimizers(self) -> Any:
@@ -155,11 +174,19 @@ class Recipe(LightningModule):
             scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # Lightning clips no fused ones
             fused = not scales and all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters)
             optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        steps = self._steps()
+        scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, round(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> int:
+        loop = self.trainer.fit_loop
+        is_there = loop._combined_loader is not None
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigError("the run has no end: give trainer.max_epochs or trainer.max_steps")
-        scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, round(self.warmup * steps), int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if not is_there:  # made to be counted; Lightning restores where a loader was only when it makes it
+            loop._combined_loader = None
+        return int(steps)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
