@@ -34,6 +34,10 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self):
+        import deepspeed
+
+        # Its sums over shared memory, which it would compile for a minute, instead of gloo's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -3,9 +3,6 @@ after `deepspeed_run` has taken its check for CUDA away. Its float16 engine and 
 """
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 import lightning_lora as ll
+from tests.helpers import forks
 from tests.helpers.toy import Lit
 
 if find_spec("deepspeed") is None:  # importing it here would set up an accelerator
@@ -25,23 +23,18 @@ TRAINED, BASE = 452, 1152  # parameters; of each, Adam has two states
 WHOLE = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}  # else small weights stay whole
 
 
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
-
-
 def run(name, folder: Path, ckpt: Path | None = None, fails: bool = False, **options) -> str:
-    command = [sys.executable, "-m", "tests.distributed.deepspeed_run", str(name), str(folder)]
-    done = subprocess.run(
-        [*command, *([str(ckpt)] if ckpt else [])],
-        cwd=ROOT,
-        env=environment(OPTIONS=json.dumps(options)),
-        capture_output=True,
-        text=True,
-        timeout=120,
+    devices = options.get("devices", 1 if name == "single" else 2)
+    ranks = forks.ranks(devices) if devices > 1 else [{}]
+    folder.mkdir(exist_ok=True)
+    ends = forks.run(
+        "tests.distributed.deepspeed_run",
+        [name, folder, *([ckpt] if ckpt else [])],
+        [{**rank, "OPTIONS": json.dumps(options)} for rank in ranks],
     )
-    assert (done.returncode != 0) is fails, done.stderr[-3000:]
-    return done.stderr
+    said = "".join(end.output for end in ends)
+    assert [end.code != 0 for end in ends] == [fails] * len(ends), said[-5000:]
+    return said
 
 
 def end(folder: Path) -> dict:
@@ -202,17 +195,10 @@ def test_the_example_trains_and_goes_on(tmp_path):
     cpu = ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy.class_path={CPU}"]
     config = ["--config", str(examples / "configs" / "deepspeed.yaml")]
     little = ["--data.examples=64", "--trainer.limit_val_batches=2"]
-    command = [sys.executable, str(examples / "many_devices.py"), "fit", *config, *cpu, *little]
+    script = str(examples / "many_devices.py")
     for epochs, more in ((1, []), (2, ["--ckpt_path=runs/deepspeed/epoch=0.ckpt"])):
-        done = subprocess.run(
-            [*command, f"--trainer.max_epochs={epochs}", *more],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = ["fit", *config, *cpu, *little, f"--trainer.max_epochs={epochs}", *more]
+        forks.finish(script, arguments, forks.ranks(2), tmp_path)
         saved = torch.load(tmp_path / f"runs/deepspeed/epoch={epochs - 1}.adapters.ckpt", weights_only=True)
         assert saved["global_step"] == 4 * epochs
         assert len(saved["state_dict"]) == 2 * 28
