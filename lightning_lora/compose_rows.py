@@ -60,7 +60,7 @@ def combined_rows(model: nn.Module, weights: Mapping[str, float]) -> list[Combin
         change = torch.zeros_like(base)
         for name, adapter in own.items():
             places = torch.tensor([tokens.index(token) for token in adapter.tokens], device=device)
-            change.index_add_(0, places, (gathered(adapter.rows) - adapter.start).to(dtype), alpha=weights[name])
+            change.index_add_(0, places, gathered(adapter.rows).to(dtype) - base[places], alpha=weights[name])
         norm, masters = float(torch.linalg.vector_norm(change)), [adapter.rows.dtype for adapter in own.values()]
         widest = torch.float64 if torch.float64 in masters else torch.float32
         found.append(CombinedRows(node, tied, tuple(own), tokens, base + change, norm, widest))

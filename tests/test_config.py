@@ -71,31 +71,11 @@ def test_single_problems(arguments, message):
         ll.LoRAConfig(**arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"trainable_token_indices": [1]},
-    ],
-)
-def test_what_is_not_built_says_so_by_name(arguments):
-    (name,) = arguments
-    with pytest.raises(ll.UnsupportedError, match=name):
-        ll.LoRAConfig(**arguments)
-    with pytest.raises(ll.UnsupportedError, match=name):
-        ll.LoRA(**arguments)
-
-
 def test_callback_reports_its_own_problems_together_with_those_of_the_config():
     with pytest.raises(ll.ConfigError) as caught:
         ll.LoRA(r=0, adapter_dtype="float23", adapter_name="a.b", loraplus_lr_ratio=-1, quantization="nf3")
     assert len(caught.value.problems) == 5
     assert "Did you mean 'float32'" in str(caught.value)
-
-
-@pytest.mark.parametrize("unbuilt", [{"trainable_token_indices": [1]}, {"save_peft": True}])
-def test_what_is_wrong_comes_before_what_is_not_built(unbuilt):
-    with pytest.raises(ll.ConfigError, match="loraplus_lr_ratio must be a positive number, got True"):
-        ll.LoRA(loraplus_lr_ratio=True, **unbuilt)
 
 
 def test_configs_share_nothing_with_what_they_came_from_or_give():

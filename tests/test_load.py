@@ -646,7 +646,6 @@ def test_nesting_that_python_can_just_read(folders, models, tmp_path):
     {
         "layer_replication": [[0, 2], [1, 2]],
         "use_qalora": True,
-        "trainable_token_indices": [1, 2],
         "alora_invocation_tokens": [5, 6],
         "lora_bias": True,
         "use_bdlora": {"target_modules_bd_a": ["q_proj"]},

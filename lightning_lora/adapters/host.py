@@ -10,14 +10,12 @@ class Rows(NamedTuple):
 
     Args:
         values: (n, dim).
-        start: What the frozen table has in their place, (n, dim).
         tokens: Which they are, (n,).
         places: For every token its place among these rows, and n for those that have none, (tokens,).
-        share: A factor of ``values - start``; None for 1.
+        share: A factor of what they change; None for 1.
     """
 
     values: Tensor
-    start: Tensor
     tokens: Tensor
     places: Tensor
     share: Tensor | None

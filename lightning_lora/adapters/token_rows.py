@@ -47,8 +47,10 @@ class RowsAdapter(Adapter):
     @property
     @override
     def untouched(self) -> bool:
-        rows = self.origin.rows
-        return rows.is_meta or not self.initialised or torch.equal(gathered(rows), self.origin.start)
+        rows, start = self.origin.rows, self.origin.start
+        if rows.is_meta or not self.initialised:
+            return True
+        return start is not None and torch.equal(gathered(rows), start)
 
     @override
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -71,7 +73,7 @@ class RowsAdapter(Adapter):
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         origin = self.origin
-        rows = Rows(origin.rows, origin.start, origin.index, origin.places, self.share)
+        rows = Rows(origin.rows, origin.index, origin.places, self.share)
         return host.lora_with_rows(x, base, out, rows)
 
     @override
@@ -92,7 +94,7 @@ class TokenRows(RowsAdapter):
     """
 
     rows: nn.Parameter
-    start: Tensor
+    start: Tensor | None
     index: Tensor
     places: Tensor
 
@@ -109,7 +111,7 @@ class TokenRows(RowsAdapter):
         super().__init__(lora_alpha=float(len(tokens)), scaling=1.0, config=config, seed=0, dtype=dtype)
         self.of_tokens, self.by_columns = tuple(tokens), by_columns
         self.rows = nn.Parameter(torch.zeros(len(tokens), shape[1], dtype=dtype, device=device))
-        self.register_buffer("start", torch.zeros_like(self.rows.detach()), persistent=False)  # the base's
+        self.register_buffer("start", None, persistent=False)  # the base's own, once these are known
         self.register_buffer("index", torch.empty(len(tokens), dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("places", torch.empty(shape[0], dtype=torch.int64, device=device), persistent=False)
         self._number()
@@ -127,7 +129,7 @@ class TokenRows(RowsAdapter):
             return
         self._number()
         untouched = self.untouched
-        self.start.copy_(host.lora_rows(self.index))
+        self.start = host.lora_rows(self.index).to(self.rows.dtype, copy=True)
         if untouched:
             copy_whole_(self.rows, self.start)
         self.initialised = True
@@ -135,6 +137,7 @@ class TokenRows(RowsAdapter):
     @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self.start = None
         self._number()
 
     def _number(self) -> None:

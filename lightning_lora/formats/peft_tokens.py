@@ -31,7 +31,7 @@ class ExportedRows:
         self.tables = {name: adapter for name, adapter in found.items() if isinstance(adapter, TokenRows)}
         self.tied = [name for name, adapter in found.items() if isinstance(adapter, TiedRows)]
         self._tree, self._root = tree, tree[""].module
-        self._input = _input_embedding(self._root)
+        self._input = _ask(self._root, "get_input_embeddings")
 
     def problems(self, has_pairs: bool) -> Iterator[str]:
         """What of them PEFT would not have, or would have elsewhere too."""
@@ -49,7 +49,7 @@ class ExportedRows:
                 f"{listing(self.tied, 3)} is tied to {listing([*self.tables], 3)}, of which PEFT does not know: untie "
                 "them, or set tie_word_embeddings in the model's config"
             )
-        if by_input and ties and not self.tied:
+        if by_input and ties and not self.tied and _ask(self._root, "get_output_embeddings") is not None:
             yield "tie_word_embeddings is set and nothing is tied: PEFT would change rows of the output embedding too"
 
     def fields(self, short: Callable[[str], str]) -> dict[str, Any]:
@@ -67,11 +67,11 @@ class ExportedRows:
             yield f"{name}.{ROWS}", gathered(adapter.rows).detach()
 
 
-def _input_embedding(root: Any) -> nn.Module | None:
+def _ask(root: Any, method: str) -> nn.Module | None:
     if not is_pretrained(root):
         return None
     try:
-        embedding: nn.Module | None = root.get_input_embeddings()
+        found: nn.Module | None = getattr(root, method)()
     except (AttributeError, NotImplementedError):  # some have none
         return None
-    return embedding
+    return found

@@ -125,7 +125,8 @@ class LoRALinear(LoRALayer):
     @override
     def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: "Rows") -> Tensor:
         """The logits of some tokens are other ones. The base's own are written to: no second copy of them is made."""
-        change = F.linear(x, (rows.values - rows.start).to(x.dtype)).to(out.dtype)
+        frozen: Any = self.weight
+        change = F.linear(x, (rows.values - frozen[rows.tokens]).to(x.dtype)).to(out.dtype)
         change = change if rows.share is None else change * rows.share.to(out.dtype)
         if out is base and len(self.lora_active) == 1:
             return out.index_add_(-1, rows.tokens, change)
