@@ -9,7 +9,7 @@ of them.
 
 from collections.abc import Sequence
 
-from study import Measured, Runs, budget, parser, points, quiet, table, trained, tuned, write
+from study import Measured, Runs, budget, parser, points, quiet, table, trained, trial, tuned, write
 
 import lightning_lora as ll
 from lightning_lora.demo.module import ByteLM
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = Runs(options.out / "matrices.jsonl", **budget(options))
     rows, tried = tuned(runs, dict.fromkeys(options.choices, options.lrs), options, run)
     lines = table("matrices", rows, {"r": "g", "parameters": ",.0f", "lr": "g", "bits per byte": ".3f"})
-    write([*lines, "", *tried], options.out / "matrices.txt")
+    write([*lines, *trial(options, "bits per byte", tried)], options.out / "matrices.txt")
     points(rows, "bits per byte", "bits per byte", options.out / "matrices.png")
 
 

@@ -37,8 +37,8 @@ def parser(doc: str, steps: int | None = None, batch: int = 8) -> argparse.Argum
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, default=Path("runs/studies"), help="the folder (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    made.add_argument("--trial", type=int, default=0, help="the seed that tries learning rates, if any does")
     if steps is not None:
-        made.add_argument("--trial", type=int, default=0, help="the seed that tries learning rates, if any does")
         made.add_argument("--steps", type=int, default=steps)
         made.add_argument("--batch", type=int, default=batch, help="windows in a step")
         made.add_argument("--examples", type=int, default=251, help="held-out windows of 128 bytes")
@@ -127,26 +127,32 @@ def tuned(
     lrs: Mapping[str, Sequence[float]],
     options: argparse.Namespace,
     run: Callable[[str, float, int], Measured],
+    by: str = "bits per byte",
 ) -> tuple[dict[str, list[Measured]], list[str]]:
-    """Tries learning rates with one seed, and runs the others with the best for each setting.
+    """Tries learning rates with one seed, and runs the others with that which has the least of something.
 
     Returns:
-        What was measured with the other seeds, with its ``lr``; and a table of what was tried.
+        What was measured with the other seeds, with its ``lr``; and the rows of a table of what was tried.
     """
     named = {f"{setting}, lr {lr:g}": (setting, lr) for setting, each in lrs.items() for lr in each}
 
     def of(name: str, seed: int) -> Measured:
         return run(*named[name], seed)
 
-    tried = {name: measured[0]["bits per byte"] for name, measured in runs(named, [options.trial], of).items()}
-    best = {setting: min((n for n in named if named[n][0] == setting), key=tried.__getitem__) for setting in lrs}
+    some = [name for name, (setting, _) in named.items() if len(lrs[setting]) > 1]
+    tried = {name: measured[0][by] for name, measured in runs(some, [options.trial], of).items()}
+    best = {
+        setting: min((n for n in named if named[n][0] == setting), key=lambda n: tried.get(n, 0)) for setting in lrs
+    }
     found = runs(best.values(), options.seeds, of)
     rows = {setting: [each | {"lr": named[name][1]} for each in found[name]] for setting, name in best.items()}
-    lines = [f"| seed {options.trial} | learning rate: bits per byte |", "| --- | --- |"]
-    for setting in lrs:
-        values = [f"{lr:g}: {tried[name]:.3f}" for name, (other, lr) in named.items() if other == setting]
-        lines.append(f"| {setting} | {', '.join(values)} |")
-    return rows, lines
+    cells = {s: [f"{named[name][1]:g}: {tried[name]:.3f}" for name in tried if named[name][0] == s] for s in lrs}
+    return rows, [f"| {setting} | {', '.join(values)} |" for setting, values in cells.items() if values]
+
+
+def trial(options: argparse.Namespace, by: str, rows: Sequence[str]) -> list[str]:
+    """The table of what was tried, with an empty line before it."""
+    return ["", f"| seed {options.trial} | learning rate: {by} |", "| --- | --- |", *rows] if rows else []
 
 
 def spread(values: Sequence[float], form: str) -> str:

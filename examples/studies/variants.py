@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from study import Measured, Runs, budget, parser, points, quiet, table, trained, tuned, write
+from study import Measured, Runs, budget, parser, points, quiet, table, trained, trial, tuned, write
 
 import lightning_lora as ll
 from lightning_lora.demo.module import ByteLM
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lrs = {m: [(ADAPTERS | PARTS)[m][0] * factor for factor in options.factors] for m in options.methods}
     rows, tried = tuned(Runs(options.out / "variants.jsonl", **budget(options)), lrs, options, run)
     lines = table("method", rows, {"trained parameters": ",.0f", "lr": "g", "bits per byte": ".3f"})
-    write([*lines, "", *tried], options.out / "variants.txt")
+    write([*lines, *trial(options, "bits per byte", tried)], options.out / "variants.txt")
     points(rows, "bits per byte", "bits per byte", options.out / "variants.png")
 
 

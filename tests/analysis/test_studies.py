@@ -58,10 +58,14 @@ def test_rank(study, tmp_path):
 
 def test_methods(study, tmp_path):
     less = ["--base", "demo", "--targets", "q_proj|v_proj", "--each", "4", "--epochs", "1", "--seeds", "1", "2"]
-    rows = study("methods", *less, "--methods", "head alone", "LoRA")
-    assert [int(mean(row[2])) for name, row in rows.items() if name != "method"] == [1_290, 1_290 + 8 * 8 * 256]
-    assert all(0 <= mean(rows[name][0]) <= 100 for name in ("head alone", "LoRA"))
-    assert len(kept(tmp_path, "methods")) == 4
+    study("methods", *less, "--methods", "head alone", "LoRA", "DoRA", "--factors", "0.001", "1")
+    lines = (tmp_path / "out" / "methods.txt").read_text().splitlines()[2:5]
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in lines)}
+    head, adapter = 1_290, 8 * 8 * 256
+    assert [int(mean(row[0])) for row in rows.values()] == [head, head + adapter, head + adapter + 8 * 128]
+    assert rows["DoRA"][1] == rows["LoRA"][1]  # its learning rate
+    assert all(0 <= mean(row[2]) <= 100 for row in rows.values())
+    assert len(kept(tmp_path, "methods")) == 2 * 2 + 3 * 2
 
 
 def test_matrices(study, tmp_path):
@@ -69,7 +73,8 @@ def test_matrices(study, tmp_path):
     *same, mlp, everything = [run["measured"]["parameters"] for run in kept(tmp_path, "matrices")]
     assert {*same, everything} == {4 * 256 * 46}  # what the study calls the same budget
     assert 0 < 1 - mlp / everything < 0.03
-    assert rows["MLP"] == [f"0.01: {kept(tmp_path, 'matrices')[-2]['measured']['bits per byte']:.3f}"]
+    assert rows["MLP"][:3] == ["6", "46,080", "0.01"]
+    assert mean(rows["MLP"][3]) == pytest.approx(kept(tmp_path, "matrices")[-2]["measured"]["bits per byte"], abs=1e-3)
 
 
 def test_alpha(study, tmp_path):
