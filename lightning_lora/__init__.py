@@ -6,6 +6,7 @@ from lightning_lora.analysis.memory_estimate import MemoryEstimate
 from lightning_lora.analysis.results import Analysis
 from lightning_lora.analysis.summary import Summary, summary
 from lightning_lora.attached import attach_optimizer
+from lightning_lora.averaging import AdapterAveraging
 from lightning_lora.callback import LoRA
 from lightning_lora.compose import combine_adapters
 from lightning_lora.compose_report import CombineReport
@@ -39,6 +40,7 @@ from lightning_lora.truncate_report import TruncateReport
 from lightning_lora.unload import merge_and_unload
 
 __all__ = [
+    "AdapterAveraging",
     "Analysis",
     "BaseMismatchError",
     "CheckpointError",

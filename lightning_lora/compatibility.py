@@ -38,14 +38,19 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
         if "WeightAveraging" in bases and place < first:
             problems.append(f"{type(callback).__name__} copies the model before adapters are added: put LoRA first")
         if "WeightAveraging" in bases and packed:
-            unsupported.append(f"{type(callback).__name__} averages whole models, and packed weights have no average")
+            unsupported.append(
+                f"{type(callback).__name__} averages whole models, and packed weights have no average: "
+                "AdapterAveraging averages what is trained"
+            )
         if "WeightAveraging" in bases and any(map(_spreads_ranks, family)):
             unsupported.append(
                 f"{type(callback).__name__} copies the model before its ranks are known: give "
                 "init_lora_weights=EVA(rho=1), or ranks by rank_pattern"
             )
         if "StochasticWeightAveraging" in bases:
-            unsupported.append(f"{type(callback).__name__} can't be used with adapters; EMAWeightAveraging can")
+            unsupported.append(
+                f"{type(callback).__name__} can't be used with adapters: AdapterAveraging(decay=None) does it"
+            )
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
     if by_plugin and mode_of(trainer.precision_plugin) is None:

@@ -49,7 +49,7 @@ LEVELS = [
     {"merge_files", "combine_files", "inspection", "lint", "recompute"},
     {"strategies", "analysis"},
     {"bitsandbytes_plugin", "movement"},
-    {"health", "monitor", "base_buffers", "base_weights", "compatibility", "family"},
+    {"health", "monitor", "averaging", "base_buffers", "base_weights", "compatibility", "family"},
     {"random_states"},
     {"training", "trainer_batches"},
     {"phases", "configure"},

@@ -1,0 +1,191 @@
+"""Averages of what a run trains, over its steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.checks import is_int, is_number
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.lightning_packages import CallbackBase
+from lightning_lora.names import clean
+from lightning_lora.ops.norms import accumulation_dtype
+from lightning_lora.ops.sharded import is_plain
+from lightning_lora.patches import Patches
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class AdapterAveraging(CallbackBase):
+    r"""Averages adapters, and what is trained in full with them, over the steps of a run; their base has one value.
+
+    .. math:: \bar\theta_n = d\,\bar\theta_{n-1} + (1 - d)\,\theta_n, \quad \bar\theta_1 = \theta_1
+        \qquad\text{or}\qquad \bar\theta_n = \frac{1}{n} \sum_{i=1}^{n} \theta_i
+
+    The first one is an exponential moving average (EMA), the second stochastic weight averaging (SWA,
+    arXiv:1803.05407, eq. in section 3.2; for its schedule of learning rates see the optimizer's). A, B and magnitudes
+    are averaged each by itself, in float32 at least: the mean of B times the mean of A is not the mean of B A, and as
+    near to it as steps are to each other.
+
+    Validation measures the average, checkpoints and PEFT folders hold it, and the model has it when the fit ends; the
+    values that are trained on lie in the checkpoint too, and a run that is resumed goes on with both. It takes one copy
+    of what is trained. Lightning's EMAWeightAveraging keeps a copy of the whole model instead, so that a base must not
+    be packed. Put it behind `LoRA`. Parameters of which ranks hold parts are refused.
+
+    Args:
+        decay: d of the EMA; None for the mean of all.
+        every_n_steps: How often the values are taken, in optimizer steps.
+        start: Which part of all steps goes by before the first are.
+
+    Raises:
+        ConfigError: With everything that is wrong with the arguments.
+        UnsupportedError: When training begins, if parameters are in pieces.
+        CheckpointError: If a checkpoint has averages of something else.
+
+    Example:
+        >>> AdapterAveraging(decay=None, start=0.75).every_n_steps
+        1
+    """
+
+    def __init__(self, decay: float | None = 0.999, every_n_steps: int = 1, start: float = 0.0) -> None:
+        raise_all(ConfigError, _problems(decay, every_n_steps, start), "AdapterAveraging")
+        self.decay, self.every_n_steps, self.start = decay, every_n_steps, start
+        self._patches = Patches()
+        self._restored: dict[str, Any] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._own: dict[str, nn.Parameter] = {}
+        self._average: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] | None = None  # while the model has the average, what it is trained on
+        self._count, self._step, self._first = 0, 0, 0
+
+    @override
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Called when fit, validate, test or predict begins. From now on checkpoints get the average."""
+        self._patches.release()
+        if stage == "fit":
+            self._begin()
+            self._restored = None
+            self._patches.wrap(trainer, "save_checkpoint", self._save)
+
+    @override
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when training begins. Goes on with the averages of a checkpoint, if it has some."""
+        self._own = {clean(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if pieces := [name for name, p in self._own.items() if not is_plain(p)]:
+            raise UnsupportedError(
+                f"AdapterAveraging: {listing(pieces, 3)} are in pieces, of which each rank has one: leave it out, or "
+                "train under DDP"
+            )
+        self._step = trainer.global_step
+        self._first = int(self.start * trainer.estimated_stepping_batches) if self.start else 0
+        if self._restored is not None and self._restored["count"]:
+            state, self._restored = self._restored, None
+            if state["trained"].keys() != self._own.keys():
+                names = sorted(state["trained"].keys() ^ self._own.keys())
+                raise CheckpointError(f"AdapterAveraging: the checkpoint has other averages: {listing(names, 3)}")
+            self._count = state["count"]
+            self._average = {name: p.detach().to(accumulation_dtype(p), copy=True) for name, p in self._own.items()}
+            self._average |= {name: value.to(self._own[name].device) for name, value in state["average"].items()}
+            self._trained = state["trained"]
+            self._leave()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Takes the values in, if there was a step."""
+        step = trainer.global_step
+        if step == self._step or step <= self._first or step % self.every_n_steps:
+            return
+        self._step, self._count = step, self._count + 1
+        with torch.no_grad():
+            for name, p in self._own.items():
+                if self._count == 1:
+                    self._average[name] = p.detach().to(accumulation_dtype(p), copy=True)
+                else:
+                    share = 1 / self._count if self.decay is None else 1 - self.decay
+                    self._average[name].lerp_(p.detach().to(self._average[name].dtype), share)
+
+    @override
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when validation begins. Puts the average in."""
+        if trainer.state.fn == "fit":
+            self._enter()
+
+    @override
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when validation ends. Training goes on from where it was."""
+        if trainer.state.fn == "fit":
+            self._leave()
+
+    @override
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when training ends. The model keeps the average."""
+        self._enter()
+
+    @override
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Called when a run is broken off."""
+        self._leave()
+        self._patches.release()
+
+    @override
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Called when fit, validate, test or predict ends."""
+        self._patches.release()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Called when a checkpoint is saved, which has the average where values are looked for."""
+        if self._trained is None:
+            return {"count": 0}
+        rounded = {name: value for name, value in self._average.items() if value.dtype != self._own[name].dtype}
+        return {"count": self._count, "trained": self._trained, "average": rounded}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called when a checkpoint is loaded."""
+        self._restored = state_dict
+
+    def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():
+            return original(*args, **kwargs)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        is_there = self._trained is not None
+        self._enter()
+        try:
+            yield
+        finally:
+            if not is_there:
+                self._leave()
+
+    @torch.no_grad()
+    def _enter(self) -> None:
+        if self._count and self._trained is None:
+            self._trained = {name: p.detach().clone() for name, p in self._own.items()}
+            for name, p in self._own.items():
+                p.copy_(self._average[name])
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        if self._trained is not None:
+            for name, p in self._own.items():
+                p.copy_(self._trained[name])
+            self._trained = None
+
+
+def _problems(decay: Any, every_n_steps: Any, start: Any) -> Iterator[str]:
+    if decay is not None and (not is_number(decay) or not 0 <= decay < 1):
+        yield f"decay must be in [0, 1), or None for the mean of all, got {decay!r}"
+    if not is_int(every_n_steps) or every_n_steps < 1:
+        yield f"every_n_steps must be a positive integer, got {every_n_steps!r}"
+    if not is_number(start) or not 0 <= start < 1:
+        yield f"start must be in [0, 1), a part of all steps, got {start!r}"

@@ -1,0 +1,129 @@
+"""Averages of adapters: by their formulas, in validation and in files, through a resume, and on a packed base."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_lora as ll
+from tests.helpers.toy import Lit, data
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ckpt_path=.*:UserWarning")
+
+
+class Seen(pl.Callback):
+    """What was trained after each step, and what validation had."""
+
+    def __init__(self):
+        self.steps, self.validated = [], []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.steps.append(values(module))
+
+    def on_validation_end(self, trainer, module):
+        self.validated.append(values(module))
+
+
+def values(module) -> dict:
+    return {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}
+
+
+def run(averaging, folder=None, epochs: int = 2, module=None, ckpt_path=None, lora: dict | None = None, **saving):
+    """Four steps an epoch."""
+    pl.seed_everything(1, verbose=False)
+    module, seen = module or Lit(), Seen()
+    callbacks = [ll.LoRA(**{"r": 4, "lora_alpha": 6, "use_dora": True, **(lora or {})}), seen, averaging]
+    if folder is not None:
+        callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **saving))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=folder is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+    )
+    trainer.fit(module, data(), data(), ckpt_path=ckpt_path)
+    return trainer, module, seen
+
+
+def assert_same(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "weights"),
+    [
+        ({"decay": 0.5}, [1, 2, 3, 4, 5, 6, 7, 8], [0.0078125, 0.0078125, *(2.0 ** -(8 - i) for i in range(2, 8))]),
+        ({"decay": None, "start": 0.5}, [5, 6, 7, 8], [0.25] * 4),
+        ({"decay": None, "every_n_steps": 3}, [3, 6], [0.5, 0.5]),
+    ],
+)
+def test_averages_are_those_of_the_formula(options, taken, weights):
+    _, module, seen = run(ll.AdapterAveraging(**options))
+    assert len(seen.steps) == 8
+    for key, found in values(module).items():
+        wanted = sum(w * seen.steps[i - 1][key].double() for i, w in zip(taken, weights, strict=True))
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(found, seen.steps[-1][key])
+    plain = run(pl.Callback())[2]
+    for averaged, alone in zip(seen.steps, plain.steps, strict=True):  # training itself is not changed
+        assert_same(averaged, alone, rtol=0, atol=0)
+
+
+def test_validation_files_and_peft_folders_have_the_average(tmp_path):
+    """And the weights-only file of a step within an epoch, after which training goes on from its own values."""
+    averaging = ll.AdapterAveraging(decay=0.5)
+    trainer, module, seen = run(
+        averaging, tmp_path, lora={"save_peft": True}, every_n_train_steps=3, save_weights_only=True
+    )
+    assert_same(seen.validated[-1], values(module), rtol=0, atol=0)
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)["state_dict"]
+    again = ll.load_from_checkpoint(Lit, tmp_path / "step=6.ckpt")
+    assert_same(values(again), saved, rtol=0, atol=0)
+    assert any(not torch.equal(saved[key], seen.steps[5][key]) for key in saved)
+    folder = Lit()
+    ll.load_adapter(folder, tmp_path / "step=6.peft")
+    assert_same(
+        {k: v for k, v in values(folder).items() if ".lora." in k}, {k: v for k, v in saved.items() if ".lora." in k}
+    )
+    loss = trainer.validate(module, data(), verbose=False)[0]["val_loss"]
+    assert loss == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+
+
+def test_a_run_goes_on_with_both(tmp_path):
+    whole = run(ll.AdapterAveraging(decay=0.5), tmp_path)
+    _, module, seen = run(ll.AdapterAveraging(decay=0.5), ckpt_path=tmp_path / "step=4.ckpt")
+    assert len(seen.steps) == 4
+    assert_same(seen.steps[-1], whole[2].steps[-1], rtol=0, atol=0)
+    assert_same(values(module), values(whole[1]), rtol=0, atol=0)
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    (state,) = (s for name, s in checkpoint["callbacks"].items() if "AdapterAveraging" in name)
+    state["trained"].popitem()
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ll.CheckpointError, match="the checkpoint has other averages"):
+        run(ll.AdapterAveraging(decay=0.5), ckpt_path=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("options", [{"quantization": "nf4"}, {"adapter_dtype": "bfloat16"}])
+def test_packed_bases_and_short_adapters(options, tmp_path):
+    """A packed base stays as it is; averages in bfloat16 are kept in float32, also through a resume."""
+    whole = run(ll.AdapterAveraging(decay=0.5), tmp_path, lora=options)
+    resumed = run(ll.AdapterAveraging(decay=0.5), lora=options, ckpt_path=tmp_path / "step=4.ckpt")
+    assert_same(values(resumed[1]), values(whole[1]), rtol=0, atol=0)
+    assert_same(resumed[2].steps[-1], whole[2].steps[-1], rtol=0, atol=0)
+
+
+def test_what_is_refused():
+    with pytest.raises(ll.ConfigError, match="3 problems"):
+        ll.AdapterAveraging(decay=1.0, every_n_steps=0, start=1)
+    module = Lit()
+    module.net.head.weight._fsdp_flattened = True
+    with pytest.raises(ll.UnsupportedError, match="net.head.weight are in pieces"):
+        run(ll.AdapterAveraging(), module=module)
+    with pytest.raises(ll.UnsupportedError, match=r"AdapterAveraging\(decay=None\) does it"):
+        run(pl.callbacks.StochasticWeightAveraging(1e-2))
