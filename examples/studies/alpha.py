@@ -24,18 +24,20 @@ BITS = "bits per byte"
 
 
 def draw(rows: Mapping[float, Sequence[Measured]], lrs: Sequence[float], path: Path) -> None:
-    """The means over seeds: over the learning rate, and over its product with alpha / r."""
-    figure, sides = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
-    for axes, label in zip(sides, ("learning rate", "learning rate · α / r"), strict=True):
+    """The means over seeds: over the learning rate, and over its products with alpha / r and with its root."""
+    figure, sides = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    labels = {"learning rate": 0.0, "learning rate · α / r": 1.0, "learning rate · √(α / r)": 0.5}
+    lowest = min(run[f"lr {lr}"] for runs in rows.values() for run in runs for lr in lrs)
+    for axes, (label, power) in zip(sides, labels.items(), strict=True):
         for alpha, runs in rows.items():
-            factor = 1 if axes is sides[0] else alpha / R
             means = [statistics.mean(run[f"lr {lr}"] for run in runs) for lr in lrs]
-            axes.plot([lr * factor for lr in lrs], means, "o-", label=f"α = {alpha:g}")
+            axes.plot([lr * (alpha / R) ** power for lr in lrs], means, "o-", label=f"α = {alpha:g}")
         axes.set_xscale("log", base=2)
         axes.set_xlabel(label)
+        axes.set_ylim(lowest - 0.01, lowest + 0.15)  # what diverged is above it
         axes.grid(alpha=0.3)
     sides[0].set_ylabel(BITS)
-    sides[1].legend()
+    sides[-1].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
