@@ -1,5 +1,6 @@
 """LoRA and DoRA for PyTorch Lightning: one callback turns any Trainer run into a fine-tuning run of adapters."""
 
+from lightning_lora import comparators
 from lightning_lora.analysis.analyze import analyze
 from lightning_lora.analysis.memory import estimate_memory
 from lightning_lora.analysis.memory_estimate import MemoryEstimate
@@ -65,6 +66,7 @@ __all__ = [
     "analyze",
     "attach_optimizer",
     "combine_adapters",
+    "comparators",
     "delete_adapter",
     "disable_adapters",
     "eject",

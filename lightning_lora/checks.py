@@ -81,6 +81,17 @@ def pattern_problems(name: str, patterns: Any) -> Iterable[str]:
                 yield from regex_problems(name, item[3:])
 
 
+def saved_problems(value: Any) -> Iterable[str]:
+    """What is wrong with modules_to_save."""
+    if value in ("auto", None):
+        return
+    if isinstance(value, str):
+        hint = did_you_mean(value, ["auto"]) or f" For one module: [{value!r}]."
+        yield f"modules_to_save must be 'auto', a list or None, got {value!r}.{hint}"
+    else:
+        yield from pattern_problems("modules_to_save", value)
+
+
 def index_problems(layers: Any) -> Iterable[str]:
     """What is wrong with layers_to_transform."""
     towers = layers if isinstance(layers, dict) else {"": [layers] if is_int(layers) else layers}

@@ -6,10 +6,12 @@ from torch import nn
 
 from lightning_lora.bitsandbytes_plugin import is_bitsandbytes, mode_of
 from lightning_lora.config import Quantization
-from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
+from lightning_lora.errors import ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.inits import EVA, resolve
+from lightning_lora.method import NO_CACHE, MethodConfig
 from lightning_lora.quantization import is_quantized
 
+_WHOLE_MODELS = ("SingleDeviceStrategy", "DDPStrategy")  # on every rank
 REPLACING_PLUGINS = ("TransformerEnginePrecision",)
 
 
@@ -28,7 +30,12 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
     problems, unsupported = [], []
     names = [callback.adapter_name for callback in family]
     twins = {name: names.count(name) for name in names if names.count(name) > 1}
-    problems += [f"{n} LoRA callbacks have adapter_name={name!r}: give each its own name" for name, n in twins.items()]
+    problems += [f"{n} callbacks have adapter_name={name!r}: give each its own name" for name, n in twins.items()]
+    others = {callback.config.method for callback in family} - {"LoRA"}
+    if others and (strategy := type(trainer.strategy).__name__) not in _WHOLE_MODELS:
+        unsupported.append(f"{listing(sorted(others))}: not built for {strategy}; use one device or DDP")
+    if any(callback.gradient_checkpointing for callback in family):
+        unsupported += [f"gradient_checkpointing: {c.method} {NO_CACHE}" for c in _configs(family) if c.needs_cache]
     first = trainer.callbacks.index(family[0])
     by_plugin = is_bitsandbytes(trainer.precision_plugin)
     by_us = any(callback.quantization is not None for callback in family)
@@ -63,8 +70,14 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
 
 def _spreads_ranks(callback: Any) -> bool:
     """Whether data change the ranks of an adapter."""
+    if callback.config.method != "LoRA":
+        return False
     init = resolve(callback.config.init_lora_weights)
     return callback.config.rank_pattern == "auto" or (isinstance(init, EVA) and init.rho > 1)
+
+
+def _configs(family: list[Any]) -> list[MethodConfig]:
+    return [callback.config for callback in family if isinstance(callback.config, MethodConfig)]
 
 
 def is_accumulating(trainer: Any) -> bool:

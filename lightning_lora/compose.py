@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.checks import choice_problems, is_int, is_number, is_rank
+from lightning_lora.chosen import unknown_names, weight_problems
 from lightning_lora.combinations import BY_FACTOR, METHODS, Combined, combine
 from lightning_lora.compose_report import CombineReport, LayerCombination
 from lightning_lora.compose_rows import attach_combined, combined_rows, rows_problems
@@ -20,7 +21,6 @@ from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.switch import unknown_names, weight_problems
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
 from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, target_fields, update_of

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_lora.checks import (
     MODES,
@@ -20,6 +20,7 @@ from lightning_lora.checks import (
     is_rank,
     mapping_problems,
     pattern_problems,
+    saved_problems,
     token_problems,
 )
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, raise_all
@@ -78,6 +79,8 @@ class LoRAConfig:
         >>> LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8.0)
         2.0
     """
+
+    method: ClassVar[str] = "LoRA"  # in messages
 
     r: int = 8
     lora_alpha: float = 16.0
@@ -189,12 +192,7 @@ class LoRAConfig:
         if not callable(init):
             hint = " (PEFT's True is 'kaiming' here)" if init is True else ""
             yield from (p + hint for p in choice_problems("init_lora_weights", init, (*INITS,)))
-        if self.modules_to_save not in ("auto", None):
-            if isinstance(self.modules_to_save, str):
-                hint = did_you_mean(self.modules_to_save, ["auto"]) or f" For one module: [{self.modules_to_save!r}]."
-                yield f"modules_to_save must be 'auto', a list or None, got {self.modules_to_save!r}.{hint}"
-            else:
-                yield from pattern_problems("modules_to_save", self.modules_to_save)
+        yield from saved_problems(self.modules_to_save)
         yield from token_problems(self.trainable_token_indices)
 
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import is_rank, mapping_problems
+from lightning_lora.chosen import unknown_names
 from lightning_lora.combinations import combine
 from lightning_lora.compose_report import CombineReport, LayerCombination
 from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.switch import unknown_names
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
 from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, reconfigure, source, update_of

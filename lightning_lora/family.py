@@ -38,6 +38,6 @@ def settings_of(family: list[Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"quantization": quantization_of(family), "options": options_of(family)}
     for lora in family:
         own = {"loraplus_lr_ratio": lora.loraplus_lr_ratio, "gradient_checkpointing": lora.gradient_checkpointing}
-        values = {**lora.config.to_dict(), **own, "save_peft": lora.save_peft, "dtype": lora._request.dtype}
+        values = {**lora.config.to_dict(), **own, "save_peft": lora.save_peft, "dtype": lora.request.dtype}
         settings |= {f"{lora.adapter_name}: {key}": value for key, value in values.items()}
     return settings

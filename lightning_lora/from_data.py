@@ -17,7 +17,7 @@ from lightning_lora.names import clean
 from lightning_lora.ops.streaming import PrincipalRows
 from lightning_lora.ranks import Step, by_gradients, by_variance, of_first_rank
 from lightning_lora.settle import settle
-from lightning_lora.state import require_adapter
+from lightning_lora.state import require_low_rank
 from lightning_lora.targets import Plan, draft
 from lightning_lora.undisturbed import undisturbed
 
@@ -70,7 +70,7 @@ def initialise_from_data(
         8
     """
     raise_all(ConfigError, merged_problems(model, "call ll.unmerge first"), "initialise_from_data")
-    require_adapter(model, adapter_name)
+    require_low_rank(model, adapter_name)
     held = [pairs[adapter_name] for _, layer in lora_layers(model) if adapter_name in (pairs := layer.lora_pairs())]
     if not held[0].config.needs_data:
         raise ConfigError(

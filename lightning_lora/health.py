@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.added import added_modules
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
@@ -135,11 +136,12 @@ class Watch:
         self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
         self._handles: list[RemovableHandle] = []
         compiled = _below_compiled(model)
-        for node in nodes(model).values():
-            parents = [p for p in node.parents if p is not model] if isinstance(node.module, LoRALayer) else []
-            for parameter in self._watched_of(node.module):
-                self._owners[id(parameter)] = node.module, parents
-                for module in (node.module, *parents):
+        parents_of = {n.module: n.parents if isinstance(n.module, LoRALayer) else [] for n in nodes(model).values()}
+        for owner, above in [*parents_of.items(), *((found.module, []) for found in added_modules(model))]:
+            parents = [parent for parent in above if parent is not model]
+            for parameter in self._watched_of(owner):
+                self._owners[id(parameter)] = owner, parents
+                for module in (owner, *parents):
                     if id(module) not in compiled:  # there a hook would be traced into the graph: its layers may wait
                         self._handles.append(module.register_forward_pre_hook(self._note_call))
         for optimizer in optimizers:

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from lightning_lora.adapters import LowRankAdapter
+from lightning_lora.added import added_modules
+from lightning_lora.adding import carry_out_additions, initialise_added, remove_added
 from lightning_lora.asked import check_adapter, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import forget, put_in_place
-from lightning_lora.create import create_missing
+from lightning_lora.create import create_missing, default_seed
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.freeze import freeze, mark_trained, thaw, unmark_trained
 from lightning_lora.inits import Stage, stage_of
@@ -28,6 +30,7 @@ from lightning_lora.layers import (
     lora_layers,
 )
 from lightning_lora.marks import merged_problems
+from lightning_lora.method import MethodConfig
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import is_flattened
 from lightning_lora.owned import without_owned
@@ -37,7 +40,7 @@ from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.walk import Node, nodes
 
 
-def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> Plan:
+def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: str = "default") -> Plan:
     """Adds an adapter to a model, freezes the base, and marks what is trained in full.
 
     Outputs stay what they were until something is trained. Injecting the same configuration again
@@ -45,7 +48,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
 
     Args:
         model: A LightningModule or any other module.
-        config: Which layers get an adapter, and of what kind.
+        config: Which layers get an adapter, and of what kind; or the configuration of another method.
         adapter_name: The adapter's name in the model and in checkpoints.
 
     Returns:
@@ -64,8 +67,9 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
     """
     tree, config = nodes(model), settled(model, config, adapter_name)
     had = {name for node in tree.values() if isinstance(node.module, LoRALayer) for name in node.module.lora}
+    had |= {found.adapter_name for found in added_modules(model)}
     drafted, problems = draft(model, config, tree)
-    raise_all(TargetError, problems, "LoRA")
+    raise_all(TargetError, problems, drafted.method)
     drafted = without_owned(model, config, drafted, adapter_name)
     carry_out(model, config, drafted, adapter_name, tree=tree)
     try:
@@ -81,7 +85,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") 
 
 def carry_out(
     model: nn.Module,
-    config: LoRAConfig,
+    config: LoRAConfig | MethodConfig,
     drafted: Plan,
     adapter_name: str,
     dtype: torch.dtype = torch.float32,
@@ -102,9 +106,12 @@ def carry_out(
         seed: What the first values are drawn from; `default_seed` by default.
         tree: The modules that the model has, where these are known.
     """
+    tree, seed = nodes(model) if tree is None else tree, default_seed() if seed is None else seed
+    if isinstance(config, MethodConfig):
+        carry_out_additions(model, config, drafted, adapter_name, dtype, seed, tree)
+        return
     check_adapter(model, config, adapter_name)
     guard(model)
-    tree = nodes(model) if tree is None else tree
     tree = parameter_sites(tree, [target.name for target in drafted.targets])
     targets = {id(tree[target.name].module): target for target in drafted.targets}
     held = [n.module for n in tree.values() if isinstance(n.module, LoRALayer) and adapter_name in n.module.lora]
@@ -153,6 +160,7 @@ def eject(model: nn.Module) -> None:
         for name in list(layer.lora):
             detach(layer, name)
     put_in_place(base_modules(model), ())
+    remove_added(model)
     thaw(model)
     arrange(model)
 
@@ -167,7 +175,8 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     put_in_place(base_modules(model), list(active))
     forget(model, adapter_name)
     unmark_trained(model, adapter_name)
-    if any(True for _ in lora_layers(model)):
+    remove_added(model, adapter_name)
+    if any(True for found in (lora_layers(model), added_modules(model)) for _ in found):
         freeze(model)
         arrange(model)
     else:
@@ -188,6 +197,7 @@ def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.de
     Raises:
         TargetError: If a weight gives no such values.
     """
+    initialise_added(model, stage)
     for layer_name, layer in lora_layers(model):
         for adapter in layer.lora_adapters().values():
             weight: Any = layer.weight

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.arguments import name_problems
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
+from lightning_lora.formats.peft_prompts import is_prompt_folder, load_prompt_folder
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.marks import merged_problems
@@ -46,6 +47,10 @@ def load_adapter(
     problems = merged_problems(model, "call ll.unmerge before others are loaded")
     problems += [] if adapter_name is None else name_problems(adapter_name)
     raise_all(ConfigError, problems, "load_adapter")
+    if is_prompt_folder(Path(source)):
+        for note in load_prompt_folder(model, Path(source), adapter_name, allow_base_mismatch):
+            warnings.warn(note, stacklevel=2)
+        return
     stored = read_stored(source, adapter_name)
     name = adapter_name or stored.adapter_name or "default"
     for note in place(model, stored, name, allow_base_mismatch, dtype=None):

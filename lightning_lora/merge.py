@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.chosen import rival_modules, unknown_names
 from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
@@ -19,7 +20,6 @@ from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
-from lightning_lora.switch import rival_modules, unknown_names
 from lightning_lora.targets.walk import nodes, parameter_owners
 from lightning_lora.tied_rows import tied_alike
 from lightning_lora.values import value_problems

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.adapters import LowRankAdapter
+from lightning_lora.added import KEY, added_modules
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import known_weights
@@ -77,7 +78,7 @@ def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Puts adapters that are in no optimizer into the group that holds their layer's weight."""
+    """Puts adapters that are in no optimizer into the group that holds their layer's weight, or another one near it."""
     group_of = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for name, layer in lora_layers(model):
         group = next((group_of[id(p)] for p in known_weights(layer) if id(p) in group_of), None)
@@ -89,6 +90,14 @@ def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
                     group["params"].append(parameter)
                     if "param_names" in group:
                         group["param_names"].append(f"{clean(name)}.lora.{adapter_name}.{key}")
+
+    for host_name, host, adapter_name, module in added_modules(model):
+        group = next((group_of[id(p)] for p in host.parameters() if id(p) in group_of), None)
+        for key, parameter in module.named_parameters():
+            if group is not None and id(parameter) not in group_of:
+                group["params"].append(parameter)
+                if "param_names" in group:
+                    group["param_names"].append(clean(f"{host_name}.{KEY}.{adapter_name}.{key}".lstrip(".")))
 
 
 def drop_frozen(optimizer: Optimizer) -> None:

@@ -9,12 +9,17 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import TRAINED
+from lightning_lora.method import MethodConfig
 from lightning_lora.targets import Plan
 from lightning_lora.targets.walk import Node, nodes
 
 
 def without_owned(
-    model: nn.Module, config: LoRAConfig, drafted: Plan, adapter_name: str, trained: Container[str] | None = None
+    model: nn.Module,
+    config: LoRAConfig | MethodConfig,
+    drafted: Plan,
+    adapter_name: str,
+    trained: Container[str] | None = None,
 ) -> Plan:
     """A plan without the heads that another adapter of the model has already.
 
@@ -35,17 +40,24 @@ def without_owned(
     if not (owned := {name: owner for name, owner in owners.items() if owner is not None}):
         return drafted
     reasons = {name: f"trained in full with adapter {owner!r}" for name, owner in owned.items()}
-    if config.modules_to_save != "auto" or config.bias != "none" or config.train_norms:
+    if config.modules_to_save != "auto" or _names_more(config, drafted, owned):
         which = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
         raise ConfigError(
-            f"LoRA: {which}: leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, or train one "
-            "by one"
+            f"{config.method}: {which}: leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, "
+            "or train one by one"
         )
     frozen = [name for name, owner in owned.items() if trained is not None and owner not in trained]
     notes = [f"{name} is {reasons[name]}, and stays as it is in this run" for name in frozen]
     kept = tuple(saved for saved in drafted.modules_to_save if saved.name not in owned)
     skipped = {**drafted.skipped, **reasons}
     return replace(drafted, modules_to_save=kept, skipped=skipped, notes=(*drafted.notes, *notes))
+
+
+def _names_more(config: LoRAConfig | MethodConfig, drafted: Plan, owned: Container[str]) -> bool:
+    """Whether it was asked for something that another adapter has, beside the heads that are found."""
+    if isinstance(config, LoRAConfig):
+        return config.bias != "none" or config.train_norms
+    return any(saved.name in owned and saved.type == "Parameter" for saved in drafted.modules_to_save)
 
 
 def _owner(tree: dict[str, Node], name: str, adapter_name: str) -> str | None:

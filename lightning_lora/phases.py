@@ -20,6 +20,7 @@ from lightning_lora.from_data import fill_from_data, waits_for_data
 from lightning_lora.inits import Stage
 from lightning_lora.inject import carry_out, initialise, withdraw
 from lightning_lora.load import read_stored
+from lightning_lora.method import MethodConfig
 from lightning_lora.owned import without_owned
 from lightning_lora.patches import Patches
 from lightning_lora.placement import place
@@ -34,10 +35,9 @@ from lightning_lora.trainer_batches import TrainerBatches, require_whole_layers
 class Request(NamedTuple):
     """An adapter that a callback asks for."""
 
-    config: LoRAConfig
+    config: LoRAConfig | MethodConfig
     adapter_name: str
     dtype: torch.dtype
-    lr_ratio: float | None
     init_from: str | os.PathLike[str] | None
 
 
@@ -145,7 +145,8 @@ class Phases:
         requests = [r._replace(config=settled(self._model, r.config, r.adapter_name)) for r in self._requests]
         drafts = [(request, *draft(self._model, request.config)) for request in requests]
         if last:
-            raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), "LoRA")
+            methods = "+".join(dict.fromkeys(plan.method for _, plan, problems in drafts if problems))
+            raise_all(TargetError, dict.fromkeys(p for _, _, problems in drafts for p in problems), methods)
         notes, names = list[str](), {request.adapter_name for request in self._requests}
         for request, plan, problems in drafts:
             if not problems:
@@ -212,7 +213,8 @@ class Phases:
                 withdraw(self._model, request.adapter_name)
                 continue
             with self._all_or_nothing(Exception):
-                batches = TrainerBatches(trainer, getattr(request.config.init_lora_weights, "step", "training_step"))
+                init = getattr(request.config, "init_lora_weights", None)
+                batches = TrainerBatches(trainer, getattr(init, "step", "training_step"))
                 plan = fill_from_data(self._model, batches, request.adapter_name, batches.step)
             self.plans[request.adapter_name] = plan
         if waiting:

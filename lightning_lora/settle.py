@@ -73,10 +73,12 @@ def adopt_ranks(model: nn.Module, state: Mapping[str, Any]) -> None:
     """
     own = {clean(key): value for key, value in state.items()}
     for adapter_name, config in adapters(model).items():
+        if not config.needs_data:
+            continue
         ends = f".lora.{adapter_name}.A"
         stored = {key.removesuffix(ends): shape_of(value)[-2] for key, value in own.items() if key.endswith(ends)}
         names = held(model, [adapter_name])
-        if config.needs_data and stored.keys() <= names.keys():
+        if stored.keys() <= names.keys():
             settle(model, adapter_name, {clean(name): stored.get(clean(name), 0) for name in names})
 
 

@@ -7,19 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.added import Added, added_modules
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import kept_values, tensors_of, values_of
-from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
+from lightning_lora.method import MethodConfig
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.quantization import is_quantized
 
 
-def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
-    """The adapters of a model, by name, with their configurations.
+def adapters(model: nn.Module) -> dict[str, LoRAConfig | MethodConfig]:
+    """The adapters of a model, by name, with their configurations; those of other methods than LoRA too.
 
     Example:
         >>> from lightning_lora import inject
@@ -28,11 +30,24 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
         >>> adapters(model)["default"].r
         2
     """
+    added = {found.adapter_name: found.module.config for found in added_modules(model)}
+    return {**low_rank_adapters(model), **added}
+
+
+def low_rank_adapters(model: nn.Module) -> dict[str, LoRAConfig]:
+    """Those of LoRA alone."""
     found: dict[str, LoRAConfig] = {}
     for _, layer in lora_layers(model):
         for name, adapter in layer.lora_adapters().items():
             found.setdefault(name, adapter.config)
     return found
+
+
+def require_low_rank(model: nn.Module, adapter_name: str) -> None:
+    """Raises ConfigError if a model has no adapter of that name, and UnsupportedError if it is of another method."""
+    require_adapter(model, adapter_name)
+    if isinstance(config := adapters(model)[adapter_name], MethodConfig):
+        raise UnsupportedError(f"adapter {adapter_name!r} is {config.method}: this can be had of LoRA's only")
 
 
 def require_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -140,7 +155,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
             copy_whole_(tensor, state[key])
     load_extra_state(model, state, extra)
     for module in model.modules():
-        if isinstance(module, Adapter):
+        if isinstance(module, (Adapter, Added)):
             module.initialised = True
 
 

@@ -1,15 +1,16 @@
 """Which adapters take part in a forward, and for which samples."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checks import is_alpha
-from lightning_lora.copies import kept_values, put_in_place, values_of
-from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.added import KEY, added_modules
+from lightning_lora.chosen import rival_modules, unknown_names, weight_problems, weights_of
+from lightning_lora.copies import put_in_place, values_of
+from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.freeze import freeze_marked
 from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
@@ -42,12 +43,18 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         >>> model[0].lora_active
         ('korean', 'coding')
     """
-    weights, (layers, are_marked) = _weights(adapters), _parts(model)
+    weights, (layers, are_marked, hosts) = weights_of(adapters), _parts(model)
+    added = {name: module for host in hosts for name, module in host._modules[KEY]._modules.items()}
     odd = any(MERGED in vars(layer) or SUSPENDED in vars(layer) for layer in layers)
     problems = merged_problems(model, "call ll.unmerge first") if odd else []
-    if not all(any(name in layer.lora for layer in layers) for name in weights):
-        problems += unknown_names([*weights], {name for layer in layers for name in layer.lora})
+    if not all(name in added or any(name in layer.lora for layer in layers) for name in weights):
+        problems += unknown_names([*weights], {*added, *(name for layer in layers for name in layer.lora)})
     problems += weight_problems(weights)
+    problems += [
+        f"{name!r} ({added[name].config.method}) takes part or not: its weight is 1, got {w}"
+        for name, w in weights.items()
+        if name in added and w != 1
+    ]
     raise_all(ConfigError, [*problems, *rival_modules(model, weights)], "set_adapter")
     shares = {name: torch.tensor(float(w), dtype=torch.float64) for name, w in weights.items() if w != 1}
     _activate(layers, tuple(weights), shares)
@@ -55,11 +62,15 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         marked = [module for module in base_modules(model) if TRAINED in vars(module) or COPIES in vars(module)]
         put_in_place(marked, [*weights])
         freeze_marked(marked)
+    for host in hosts:
+        for name, module in host._modules[KEY]._modules.items():
+            module.active = name in weights
+            module.requires_grad_(module.active)
 
 
-def _parts(model: nn.Module) -> tuple[list[LoRALayer], bool]:
-    """The layers with adapters, in any order, and whether any module is trained in full with one."""
-    layers, are_marked = list[LoRALayer](), False
+def _parts(model: nn.Module) -> tuple[list[LoRALayer], bool, list[Any]]:
+    """The layers with adapters, in any order, whether any module is trained in full, and those that have additions."""
+    layers, are_marked, hosts = list[LoRALayer](), False, list[Any]()
     seen, waiting = set[int](), list[Any]([model])
     while waiting:
         module = waiting.pop()
@@ -67,6 +78,8 @@ def _parts(model: nn.Module) -> tuple[list[LoRALayer], bool]:
             continue
         seen.add(id(module))
         if children := module._modules:
+            if KEY in children:
+                hosts.append(module)
             if not isinstance(module, LoRALayer):
                 waiting += children.values()
             else:
@@ -75,7 +88,7 @@ def _parts(model: nn.Module) -> tuple[list[LoRALayer], bool]:
                     waiting += [child for key, child in children.items() if key != "lora"]
         if TRAINED in (own := vars(module)) or COPIES in own:
             are_marked = True
-    return layers, are_marked
+    return layers, are_marked, hosts
 
 
 def _activate(layers: Iterable[LoRALayer], names: tuple[str, ...], shares: Mapping[str, Tensor]) -> None:
@@ -107,7 +120,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ConfigError: If there is no such adapter, or adapters are merged, disabled or mixed.
     """
     problems = merged_problems(model, "call ll.unmerge first")
-    problems += unknown_names([adapter_name], {name for _, layer in lora_layers(model) for name in layer.lora})
+    known = {name for _, layer in lora_layers(model) for name in layer.lora}
+    problems += unknown_names([adapter_name], known | {found.adapter_name for found in added_modules(model)})
     raise_all(ConfigError, problems, "delete_adapter")
     withdraw(model, adapter_name)
 
@@ -135,18 +149,23 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in lora_layers(model)]
     active, mixtures = [layer.lora_active for layer in layers], [layer.lora_mixture for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
+    added = [(found.module, found.module.active) for found in added_modules(model)]
     in_place = [*active, *(vars(layer)[MERGED].merged for layer in merged)]
     for layer in merged:
         vars(layer)[MERGED].swap(layer)
     try:
         for layer in layers:
             layer.lora_active, layer.lora_mixture = (), None
+        for module, _ in added:
+            module.active = False
         put_in_place(base_modules(model), ())
         with _suspended(layers, "disable_adapters"):
             yield
     finally:
         for layer, names, mixture in zip(layers, active, mixtures, strict=True):
             layer.lora_active, layer.lora_mixture = names, mixture
+        for module, was in added:
+            module.active = was
         for layer in merged:
             vars(layer)[MERGED].swap(layer)
         put_in_place(base_modules(model), list(dict.fromkeys(name for names in in_place for name in names)))
@@ -189,6 +208,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         for name in names
         if any(True for _ in values_of(module, name))
     ][:1]
+    problems += [
+        f"{found.module.config.method} is the same for all samples: call ll.set_adapter without it"
+        for found in added_modules(model)
+        if found.module.active and found.module._parameters
+    ][:1]
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
     before = [layer.lora_mixture for layer in layers]
@@ -222,43 +246,3 @@ def _suspended(layers: Sequence[nn.Module], name: str) -> Iterator[None]:
             vars(layer)[SUSPENDED] = context
             if context is None:
                 del vars(layer)[SUSPENDED]
-
-
-def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:
-    """Which of some names no adapter has."""
-    return [
-        f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {sorted(known)}"
-        for name in names
-        if name not in known
-    ]
-
-
-def weight_problems(weights: Mapping[str, float]) -> list[str]:
-    """Which weights of adapters are none."""
-    return [
-        f"the weight of {name!r} must be a finite number and not 0, got {weight!r}"
-        for name, weight in weights.items()
-        if not is_alpha(weight)
-    ]
-
-
-def _weights(adapters: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    if isinstance(adapters, Mapping):
-        weights = dict(adapters)
-    else:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
-        weights = dict.fromkeys(names, 1.0)
-        if len(weights) < len(names):
-            raise ConfigError(f"set_adapter: a name is there twice in {names}: give it a weight instead")
-    if not weights:
-        raise ConfigError("set_adapter: no adapter is named; `with ll.disable_adapters(model)` gives the base")
-    return weights
-
-
-def rival_modules(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Modules of which more than one of these adapters has values of its own."""
-    for name, module in model.named_modules() if len(names) > 1 else ():
-        owners = {owner for owner, _, _ in kept_values(module)} | {n for n in names if [*values_of(module, n)]}
-        if len(rivals := [n for n in names if n in owners]) > 1:
-            return [f"{' and '.join(map(repr, rivals))} both train {name} in full: name one of them"]
-    return []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import is_number, is_rank
+from lightning_lora.chosen import unknown_names
 from lightning_lora.combinations import best_of_product
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import absorbed_problems, exchange
@@ -17,7 +18,6 @@ from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
-from lightning_lora.switch import unknown_names
 from lightning_lora.targets.walk import Node
 from lightning_lora.truncate_report import LayerTruncation, TruncateReport
 from lightning_lora.updates import held, rank_fields, reconfigure, source

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lora.added import added_modules
 from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.inject import eject
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
@@ -46,7 +47,9 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         >>> type(merge_and_unload(model)[0]).__name__
         'Linear'
     """
-    raise_all(ConfigError, context_problems(model), "merge_and_unload")
+    others = dict.fromkeys(f.module.config.method for f in added_modules(model) if f.module._parameters)
+    problems = [f"{m} can't be merged into weights: ll.delete_adapter or ll.eject takes it off" for m in others]
+    raise_all(ConfigError, [*context_problems(model), *problems], "merge_and_unload")
     layers = dict(lora_layers(model))
     kept = [vars(layer)[MERGED] for layer in layers.values() if MERGED in vars(layer)]
     names = list(dict.fromkeys(name for originals in kept for name in originals.merged))

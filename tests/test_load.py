@@ -660,7 +660,7 @@ def test_fields_that_change_the_mathematics(folders, models, tmp_path, field, va
     refused(models, target, f"{field[:80]}=.* is not supported, and would change", ll.UnsupportedError)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "XLORA", "PREFIX_TUNING", "lora", None, 5, ["LORA"], "x" * 1_000_000])
+@pytest.mark.parametrize("kind", ["LOHA", "XLORA", "P_TUNING", "lora", None, 5, ["LORA"], "x" * 1_000_000])
 def test_other_kinds_of_adapters(folders, models, tmp_path, kind):
     target = case(folders["peft"], tmp_path, config(peft_type=kind))
     refused(models, target, "is of peft_type .*: only LORA", ll.UnsupportedError)

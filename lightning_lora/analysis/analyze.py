@@ -19,7 +19,7 @@ from lightning_lora.checks import is_int, is_number
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.load import read_stored
-from lightning_lora.state import adapters
+from lightning_lora.state import low_rank_adapters
 
 
 def analyze(
@@ -71,7 +71,7 @@ def analyze(
     settings = _settings(weights, weight_svd, top, epsilon, seed)
     sources = model_sources(model, adapter_name)
     others = None if compare is None else _others(model, compare, compare_adapter)
-    described = type(model).__name__, adapter_name, adapters(model)[adapter_name].variant
+    described = type(model).__name__, adapter_name, low_rank_adapters(model)[adapter_name].variant
     return _analysis(described, sources, others, weights, settings)
 
 
@@ -144,7 +144,7 @@ def _others(model: nn.Module, compare: Any, compare_adapter: str | None) -> tupl
     if isinstance(compare, nn.Module):
         name = compare_adapter or "default"
         return f"{type(compare).__name__} ({name})", model_sources(compare, name)
-    if isinstance(compare, str) and compare in (known := adapters(model)) and compare_adapter is None:
+    if isinstance(compare, str) and compare in (known := low_rank_adapters(model)) and compare_adapter is None:
         return compare, model_sources(model, compare)
     if isinstance(compare, str) and "/" not in compare and not Path(compare).exists():
         hint = did_you_mean(compare, known)

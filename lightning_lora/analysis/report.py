@@ -32,7 +32,7 @@ def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
     """Prints the plan as a table, with the counts below it."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     grid = table(plan)
-    grid.title, grid.title_justify = f"LoRA adapter {adapter_name!r}", "left"
+    grid.title, grid.title_justify = f"{plan.method} adapter {adapter_name!r}", "left"
     grid.caption, grid.caption_justify = str(counts), "left"
     console.print(grid)
 
@@ -41,7 +41,9 @@ def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
     """The same in one line, for a log."""
     count = len(plan.modules_to_save)
     in_full = f" and {count} part{'s' * (count > 1)} in full" if count else ""
-    return f"LoRA adapter {adapter_name!r} on {len(plan.targets)} layers{in_full}: {counts}"
+    added = sum(addition.parameters > 0 for addition in plan.additions)
+    on = f"{added} module{'s' * (added != 1)}" if plan.additions else f"{len(plan.targets)} layers"
+    return f"{plan.method} adapter {adapter_name!r} on {on}{in_full}: {counts}"
 
 
 def figures(plan: Plan, counts: Summary, adapter_name: str) -> dict[str, Any]:

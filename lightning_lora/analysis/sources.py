@@ -18,7 +18,7 @@ from lightning_lora.names import ancestors, clean
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
-from lightning_lora.state import require_adapter
+from lightning_lora.state import require_low_rank
 from lightning_lora.values import value_problems
 
 
@@ -51,7 +51,7 @@ def model_sources(model: nn.Module, adapter_name: str) -> list[Source]:
         ConfigError: If there is no such adapter, it has no finite values, or adapters are merged.
         UnsupportedError: If the model is spread over ranks.
     """
-    require_adapter(model, adapter_name)
+    require_low_rank(model, adapter_name)
     layers = {clean(name): layer for name, layer in lora_layers(model) if adapter_name in layer.lora_pairs()}
     problems = merged_problems(model, "call ll.unmerge before they are analysed")
     held = {name: {adapter_name: layer.lora_adapters()[adapter_name]} for name, layer in layers.items()}

@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.added import Added
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import trained_in_full
 
@@ -70,9 +71,8 @@ def summary(model: nn.Module) -> Summary:
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            part = counts[
-                "adapters" if isinstance(module, Adapter) else "in_full" if id(parameter) in in_full else "base"
-            ]
+            kind = "in_full" if id(parameter) in in_full else "base"
+            part = counts["adapters" if isinstance(module, (Adapter, Added)) else kind]
             part[0] += (numel := _numel(parameter))
             part[1] += parameter.numel() * parameter.element_size()
             trainable += numel * parameter.requires_grad

@@ -16,6 +16,7 @@ Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it
 import io
 import os
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -30,9 +31,10 @@ from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.inject import carry_out
 from lightning_lora.layers import lora_layers
+from lightning_lora.method import config_from
 from lightning_lora.names import clean
 from lightning_lora.owned import without_owned
-from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state
+from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state, low_rank_adapters
 from lightning_lora.targets import draft
 
 META = "lightning_lora"
@@ -55,7 +57,7 @@ def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "adapters": {name: config.to_dict() for name, config in adapters(model).items()},
         "in_full": {name: keys for name in adapters(model) if (keys := keys_in_full(model, name))},
-        "peft": {name: pack(Export(model, name).record()) for name in adapters(model)},
+        "peft": {name: pack(Export(model, name).record()) for name in low_rank_adapters(model)},
         "base": base,
         "versions": {name: version(name) for name in ("lightning-lora", "torch", "lightning")},
     }
@@ -165,7 +167,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
         loader: Any = module_class.load_from_checkpoint  # type: ignore[attr-defined]
         model: _ModuleT = loader(stripped, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
     for name, values in checkpoint[META]["adapters"].items():
-        config = LoRAConfig.from_dict(values)
+        config = config_from(values)
         drafted, problems = draft(model, config)
         if problems:
             raise CheckpointError(
@@ -222,7 +224,10 @@ def _adapter_keys(model: nn.Module) -> set[str]:
 
 def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
     """Whether a configuration that is written in another way means the same for this model."""
-    config = LoRAConfig.from_dict(saved)
+    if (config := config_from(saved)) == adapters(model)[name]:
+        return True
+    if not isinstance(config, LoRAConfig):
+        return False
     drafted, problems = draft(model, config)
     wanted = {t.name: t.tokens or (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
     held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
@@ -237,6 +242,14 @@ def _differences(saved: dict[str, Any], current: dict[str, Any], fields: tuple[s
     return [
         f"{name}: {field}: {saved[name].get(field)!r} -> {current[name].get(field)!r}"
         for name in saved
-        for field in fields
+        for field in _fields(saved[name], current[name], fields)
         if saved[name].get(field) != current[name].get(field)
     ]
+
+
+def _fields(saved: dict[str, Any], current: dict[str, Any], fields: tuple[str, ...]) -> Iterable[str]:
+    """Those to compare: of another method than LoRA all, with its mathematics, but for where it is trained in full."""
+    if "method" not in saved and "method" not in current:
+        return fields
+    own = ("method", *(key for key in {**saved, **current} if key not in _PLACES and "init" not in key))
+    return fields if fields == _PLACES else own

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
 from lightning_lora.formats.files import read
 from lightning_lora.formats.peft_names import PeftNames
@@ -58,6 +58,10 @@ def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str
     if name not in known:
         hint = did_you_mean(name, known) if name else " Say which by adapter_name."
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
+    if isinstance(known[name], dict) and (method := known[name].get("method")) is not None:
+        raise UnsupportedError(
+            f"{path}: adapter {name!r} is {method}: ll.load_from_checkpoint loads it, and a run that goes on from it"
+        )
     config = _config(path, name, known[name])
     try:
         base = checked_base(meta.get("base"))

@@ -7,9 +7,10 @@ from torch import distributed, nn
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft_export import Export
+from lightning_lora.formats.peft_prompts import exported_prompt
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.ops.sharded import is_flattened, is_spread
-from lightning_lora.state import require_adapter
+from lightning_lora.state import require_low_rank
 
 
 def save_adapter(
@@ -33,11 +34,15 @@ def save_adapter(
         CheckpointError: If the adapter holds values that are not finite, or none yet.
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
     """
-    exported = check_exportable(model, adapter_name)
+    first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if (prompt := exported_prompt(model, adapter_name)) is not None:
+        if first:
+            prompt.write(folder, step)
+        return
+    exported = check_low_rank(model, adapter_name)
     tensors = dict(exported.tensors())
     raise_all(CheckpointError, exported.unfit(tensors), f"adapter {adapter_name!r}")
     sharded = is_spread(model)
-    first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     if not first and not sharded:
         return
     entry = {
@@ -58,14 +63,20 @@ def save_adapter(
         )
 
 
-def check_exportable(model: nn.Module, adapter_name: str) -> Export:
-    """The adapter as PEFT would have it.
+def check_exportable(model: nn.Module, adapter_name: str) -> None:
+    """Raises what `save_adapter` would."""
+    if exported_prompt(model, adapter_name) is None:
+        check_low_rank(model, adapter_name)
+
+
+def check_low_rank(model: nn.Module, adapter_name: str) -> Export:
+    """An adapter of LoRA as PEFT would have it.
 
     Raises:
         ConfigError: If there is no such adapter.
         UnsupportedError: If PEFT would compute something else with it.
     """
-    require_adapter(model, adapter_name)
+    require_low_rank(model, adapter_name)
     exported = Export(model, adapter_name)
     raise_all(UnsupportedError, exported.problems(), f"PEFT can't have adapter {adapter_name!r}")
     return exported

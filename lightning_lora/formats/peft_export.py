@@ -20,7 +20,7 @@ from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, origin
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
-from lightning_lora.state import adapters
+from lightning_lora.state import low_rank_adapters
 from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
@@ -54,7 +54,7 @@ class Export:
             for name, node in self.tree.items()
             if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora_pairs()
         }
-        self.config: LoRAConfig = adapters(self.root)[adapter_name]
+        self.config: LoRAConfig = low_rank_adapters(self.root)[adapter_name]
         outside = whole if self.prefix else {}
         self._lost = [
             f"{name}.{key}".lstrip(".")

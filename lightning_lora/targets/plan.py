@@ -10,13 +10,14 @@ from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.marks import BROKEN
+from lightning_lora.method import Addition, MethodConfig
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
 from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.saved import SavedModule, biases, norms, saved_modules
+from lightning_lora.targets.saved import SavedModule, biases, norms, saved_modules, single_parameters
 from lightning_lora.targets.table import render
 from lightning_lora.targets.tokens import TableRows, table_rows
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
@@ -54,24 +55,29 @@ class Plan:
         modules_to_save: What is trained in full.
         skipped: Dense linears that get none, and layers that were named but can't have one, with the reason.
         notes: What is worth a warning.
+        additions: Modules that come on top, for a method other than LoRA.
+        method: Its name.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
     modules_to_save: tuple[SavedModule, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    additions: tuple[Addition, ...] = ()
+    method: str = "LoRA"
 
     @property
     def trainable_parameters(self) -> int:
         """How many parameters will be trained, those of modules trained in full included."""
-        return sum(t.parameters for t in self.targets) + sum(m.parameters for m in self.modules_to_save)
+        in_full = sum(m.parameters for m in self.modules_to_save)
+        return sum(t.parameters for t in self.targets) + sum(a.parameters for a in self.additions) + in_full
 
     @override
     def __str__(self) -> str:
         return render(self)
 
 
-def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+def plan(model: nn.Module, config: LoRAConfig | MethodConfig) -> Plan:
     """Works out which layers of a model get an adapter. Changes nothing.
 
     Args:
@@ -87,11 +93,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         40
     """
     result, problems = draft(model, config)
-    raise_all(TargetError, problems, "LoRA")
+    raise_all(TargetError, problems, result.method)
     return result
 
 
-def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = None) -> tuple[Plan, list[str]]:
+def draft(
+    model: nn.Module, config: LoRAConfig | MethodConfig, tree: dict[str, Node] | None = None
+) -> tuple[Plan, list[str]]:
     """The plan as far as it goes, and what is wrong with it: for models that are not complete yet."""
     tree = nodes(model) if tree is None else tree
     of_peft = {cls for cls in {type(n.module) for n in tree.values()} if _is_peft(cls)}
@@ -105,6 +113,8 @@ def draft(model: nn.Module, config: LoRAConfig, tree: dict[str, Node] | None = N
         return Plan(targets=()), [f"quantising this model broke off at {broken}: build it anew"]
     roles, problems = find_roles(tree), list[str]()
     saved = saved_modules(tree, config, roles, problems)
+    if isinstance(config, MethodConfig):
+        return _draft_method(tree, config, saved, problems)
     choice = choose(tree, config, roles, saved)
     bad_weights = {node.name: why for node in choice.chosen if (why := weight_problem(node))}
     usable = [node for node in choice.chosen if node.name not in bad_weights]
@@ -147,6 +157,18 @@ def _target_of_rows(rows: TableRows, owners: dict[int, list[str]]) -> Target:
         tokens=rows.tokens,
         source=rows.source,
     )
+
+
+def _draft_method(
+    tree: dict[str, Node], config: MethodConfig, saved: tuple[SavedModule, ...], problems: list[str]
+) -> tuple[Plan, list[str]]:
+    taken = [name for module in saved for name in (module.name, *module.aliases)]
+    places = config.places(tree, taken)
+    saved += single_parameters(tree, places.in_full)
+    return Plan(modules_to_save=saved, additions=tuple(places.additions), method=config.method), [
+        *problems,
+        *places.problems,
+    ]
 
 
 def _is_peft(cls: type) -> bool:

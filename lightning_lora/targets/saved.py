@@ -1,7 +1,7 @@
 """modules_to_save: what is trained in full beside the adapters."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import base_modules, original_type
+from lightning_lora.method import MethodConfig
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
@@ -29,7 +30,7 @@ class SavedModule:
 
 
 def saved_modules(
-    tree: dict[str, Node], config: LoRAConfig, roles: Roles, problems: list[str]
+    tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: Roles, problems: list[str]
 ) -> tuple[SavedModule, ...]:
     """The modules and bare parameters to train in full, by detection or by the user's list."""
     if config.modules_to_save is None:
@@ -96,6 +97,15 @@ def biases(
         if (bias := node.module._parameters.get("bias")) is not None and bias.is_floating_point()
         for name in [f"{node.name}.bias".lstrip(".")]
         if not any(f"{name}.".startswith(f"{outer}.") for outer in names)
+    )
+
+
+def single_parameters(tree: dict[str, Node], names: Mapping[str, str]) -> tuple[SavedModule, ...]:
+    """Parameters that are trained in full by themselves, by name with the reason; a tied one is under its first."""
+    parameters = _bare_parameters(tree)
+    return tuple(
+        SavedModule(name=name, type="Parameter", parameters=parameters[name].numel(), reason=reason)
+        for name, reason in names.items()
     )
 
 

@@ -23,6 +23,12 @@ def table(plan: "Plan") -> Table:
     adapted = ((t.name, _cells(t), t.parameters) for t in plan.targets)
     for name, (kind, shape, r, remark), parameters in _grouped(adapted):
         result.add_row(Text(name), kind, shape, r, f"{parameters:,}", Text(remark))
+    for name, (kind, remark), parameters in _grouped(
+        (a.name or "(the model)", (a.type, " ".join(filter(None, (a.role, a.remark)))), a.parameters)
+        for a in plan.additions
+        if a.parameters
+    ):
+        result.add_row(Text(name), kind, "", "", f"{parameters:,}", Text(f"added: {remark}"))
     in_full = ((m.name, (m.type, f"{m.reason}{_remark(m.aliases, ())}"), m.parameters) for m in plan.modules_to_save)
     for name, (kind, reason), parameters in _grouped(in_full):
         result.add_row(Text(name), kind, "", "", f"{parameters:,}", Text(f"trained in full: {reason}"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_lora.added import KEY
 from lightning_lora.layers import LoRALayer, ReadWeight, kind_of, original_type, read_weights, readable
 from lightning_lora.layers.find import CHILD
 from lightning_lora.names import clean
@@ -57,7 +58,7 @@ def nodes(model: nn.Module) -> dict[str, Node]:
             node.parents.append(above[-1])
         above = (*above, module)
         for key, child in module._modules.items():
-            is_adapter = key == CHILD or (key == "lora" and isinstance(module, LoRALayer))
+            is_adapter = key in (CHILD, KEY) or (key == "lora" and isinstance(module, LoRALayer))
             if child is not None and not is_adapter and not any(child is outer for outer in above):
                 below = f"{prefix}{key}."
                 visit(child, prefix + key, clean(below) if key.startswith("_") else below, above)

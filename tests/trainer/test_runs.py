@@ -355,7 +355,7 @@ averaging = pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging 
 @pytest.mark.parametrize(
     ("callbacks", "error", "message"),
     [
-        (lambda: [ll.LoRA(), ll.LoRA(r=4)], ll.ConfigError, "2 LoRA callbacks have adapter_name='default'"),
+        (lambda: [ll.LoRA(), ll.LoRA(r=4)], ll.ConfigError, "2 callbacks have adapter_name='default'"),
         (lambda: [EMAWeightAveraging(), ll.LoRA()], ll.ConfigError, "put LoRA first"),
         (lambda: [ll.LoRA(), StochasticWeightAveraging(1e-2)], ll.UnsupportedError, "can't be used with adapters"),
     ],
