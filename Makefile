@@ -26,7 +26,7 @@ test: venv
 		--target .deepspeed -c constraints.txt deepspeed einops hjson msgpack ninja py-cpuinfo
 
 test-deepspeed: venv .deepspeed
-	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)

@@ -15,8 +15,8 @@ from lightning_lora.demo.data import LENGTH, Windows, library_sources, manual_pr
 from lightning_lora.demo.module import BASE
 
 
-def run(*arguments: str, folder: Path, threads: str = "2") -> str:
-    environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": threads}
+def run(*arguments: str, folder: Path) -> str:
+    environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     environment.pop("FORCE_COLOR", None)
     done = subprocess.run(
         [sys.executable, "-m", "lightning_lora", "demo", "--output", str(folder), *arguments],
