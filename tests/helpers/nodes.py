@@ -41,10 +41,11 @@ def free_port() -> int:
 
 
 def outer() -> dict[str, str]:
-    """The variables of this process, for one that plays a node."""
+    """The variables of this process, for one that plays a node or starts ranks of its own."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     paths = os.pathsep.join([f"{ROOT}", *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**variables, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    own = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**variables, "PYTHONPATH": paths, **own}
 
 
 def by_hand(nodes: int = 2) -> list[dict[str, str]]:
