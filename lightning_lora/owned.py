@@ -40,7 +40,7 @@ def without_owned(
     if not (owned := {name: owner for name, owner in owners.items() if owner is not None}):
         return drafted
     reasons = {name: f"trained in full with adapter {owner!r}" for name, owner in owned.items()}
-    if config.modules_to_save != "auto" or _names_more(config, drafted, owned):
+    if _is_asked_for(config, drafted, owned):
         which = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
         raise ConfigError(
             f"{config.method}: {which}: leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, "
@@ -53,11 +53,11 @@ def without_owned(
     return replace(drafted, modules_to_save=kept, skipped=skipped, notes=(*drafted.notes, *notes))
 
 
-def _names_more(config: LoRAConfig | MethodConfig, drafted: Plan, owned: Container[str]) -> bool:
-    """Whether it was asked for something that another adapter has, beside the heads that are found."""
+def _is_asked_for(config: LoRAConfig | MethodConfig, drafted: Plan, owned: Container[str]) -> bool:
+    """Whether what another adapter has was named, and not found."""
     if isinstance(config, LoRAConfig):
-        return config.bias != "none" or config.train_norms
-    return any(saved.name in owned and saved.type == "Parameter" for saved in drafted.modules_to_save)
+        return config.modules_to_save != "auto" or config.bias != "none" or config.train_norms
+    return any(saved.name in owned and saved.reason == "modules_to_save" for saved in drafted.modules_to_save)
 
 
 def _owner(tree: dict[str, Node], name: str, adapter_name: str) -> str | None:

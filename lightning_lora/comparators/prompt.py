@@ -20,6 +20,7 @@ from lightning_lora.comparators.virtual import (
     length_of,
     one_model,
     place_of,
+    refuse_packed,
     stack_of,
     token_problems,
 )
@@ -163,7 +164,7 @@ class Prompt(Added):
 
     @override
     def connect(self, host: nn.Module) -> None:
-        host.register_forward_pre_hook(self.before, with_kwargs=True)
+        host.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)  # a prefix fills the cache
         host.register_forward_hook(self.behind)
 
     def before(self, host: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -172,6 +173,7 @@ class Prompt(Added):
         if not self.active:
             return None
         given, count = given_to(host, args, kwargs), self.config.num_virtual_tokens
+        refuse_packed(given)
         extend_mask(given, count)
         if (positions := given.get("position_ids")) is not None:
             positions = given["position_ids"] = positions + count

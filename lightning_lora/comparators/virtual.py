@@ -81,6 +81,16 @@ def extend_mask(given: dict[str, Any], count: int, key: str = "attention_mask") 
     given[key] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
 
 
+def refuse_packed(given: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for rows of several texts, told by positions that start again."""
+    positions = given.get("position_ids")
+    if positions is not None and given.get("attention_mask") is None and bool((positions.diff(dim=-1) != 1).any()):
+        raise UnsupportedError(
+            "virtual tokens would come before the first text of a row only, and position_ids start again within rows: "
+            "train without packing"
+        )
+
+
 def length_of(past: Any) -> int:
     """How many tokens a cache holds."""
     if past is None:

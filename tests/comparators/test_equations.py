@@ -238,5 +238,8 @@ def test_what_can_have_no_virtual_tokens():
         ll.plan(FAMILIES["whisper"].make(), PromptTuningConfig())
     model = frozen("llama")
     ll.inject(model, VIRTUAL["prompt"])
+    packed = {"input_ids": batch("llama")["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)}
+    with pytest.raises(ll.UnsupportedError, match="train without packing"):
+        model(**packed)
     with pytest.raises(ll.UnsupportedError, match="attention_mask has 4 dimensions"):
         model(**{**batch("llama"), "attention_mask": torch.zeros(2, 1, 7, 7, dtype=torch.float64)})
