@@ -15,10 +15,11 @@ $(READY): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/lightning-lora demo
 
-# As many processes as cores, with one thread each; then the tests that start processes of their own, one after the other.
+# As many processes as cores, with one thread each; then the tests that start processes of their own, two at a time. Those
+# of one file go together, as they look at the same runs.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not gloo"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gloo --durations=25 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m gloo --durations=25 tests
 
 # DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
 .deepspeed: constraints.txt
