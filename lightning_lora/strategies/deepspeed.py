@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.adapters import Adapter
+from lightning_lora.adapters import Adapter, TiedRows
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
@@ -18,6 +18,7 @@ from lightning_lora.formats.checkpoint import (
     is_adapter_checkpoint,
     load_adapters,
 )
+from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
 from lightning_lora.optim import SPLIT_FROM
 from lightning_lora.patches import Patches
@@ -89,6 +90,13 @@ class DeepSpeedAdapter(StrategyAdapter):
         config = self.strategy.config
         if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
             raise UnsupportedError("DeepSpeed without ZeRO is not built: use its stage 1, 2 or 3, or strategy='ddp'")
+        ends = ((name, adapter) for name, layer in lora_layers(model) for adapter in layer.lora_adapters().values())
+        tied = [clean(name) for name, adapter in ends if isinstance(adapter, TiedRows)]
+        if self.strategy.zero_stage_3 and tied:
+            raise UnsupportedError(
+                f"DeepSpeed's stage 3 takes rows of tokens apart, and {tied[0]} reads those of a "
+                "table that it is tied to: use stage 2, FSDP2, or untie them"
+            )
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(name, {}).get("enabled") is True:
                 # DeepSpeed keeps the float32 masters, and takes parameters of one dtype only
