@@ -104,7 +104,7 @@ class Recipe(LightningModule):
         """
         if self.model is not None:
             return
-        files = None if self.device_mesh is None or self._packing() else open_files(self.base)
+        files = None if self.device_mesh is None else open_files(self.base)
         self.model = None if files is None else self._build(files)
         if self.model is None:
             files, self.model = None, self._load()
@@ -115,9 +115,7 @@ class Recipe(LightningModule):
             for block in blocks:
                 block.compile()
         if self.device_mesh is not None:
-            self._shard(blocks)
-        if files is not None:
-            files.fill(self.model, self.trainer.strategy.root_device)
+            self._shard(blocks, files)
 
     def _asked(self) -> tuple[Any, Any, dict[str, Any]]:
         """The class that builds the base, its configuration, and further options."""
@@ -147,15 +145,20 @@ class Recipe(LightningModule):
     def adjust(self, config: Any) -> None:
         """Changes the configuration before the model is built."""
 
-    def _shard(self, blocks: list[nn.Module]) -> None:
+    def _shard(self, blocks: list[nn.Module], files: Files | None) -> None:
         """FSDP2: the blocks one by one, then the rest; packed before that, if the run wants it packed."""
         from torch.distributed.fsdp import fully_shard
 
-        for settings in self._packing():
+        packing = self._packing()
+        if packing and files is not None:
+            files.map(self.model)
+        for settings in packing:
             quantize(self.model, settings)
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for module in [*blocks, self.model]:
             fully_shard(module, mesh=mesh)
+        if files is not None and not packing:
+            files.fill(self.model, self.trainer.strategy.root_device)
 
     def _packing(self) -> list[Any]:
         """How the run wants the base packed."""

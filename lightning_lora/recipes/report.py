@@ -24,14 +24,28 @@ from lightning_lora.recipes.watch import peak_memory
 class Report(Callback):
     """Prints what is trained on what, and in the end where it lies and which commands use it."""
 
+    def __init__(self) -> None:
+        self._begun, self._waits = 0, False
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when training begins, with everything in place."""
+        self._begun, self._waits = trainer.global_step, True
         if trainer.is_global_zero and isinstance(pl_module, Recipe):
             table = Table("run", "", box=None, title_justify="left")
             for name, value in _rows(trainer, pl_module):
                 table.add_row(name, value)
             Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Behind the first step, says what it took."""
+        if self._waits and trainer.global_step > self._begun:
+            self._waits = False
+            if trainer.is_global_zero and isinstance(pl_module, Recipe):
+                print(f"memory, measured behind the first step: {format_bytes(peak_memory(pl_module.device))} at most")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """A base that no rank reads whole: built without memory for its weights, sharded, and filled with each rank's rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ class Files:
             model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder.path)
         return model
 
+    def map(self, model: Any) -> None:
+        """Gives a model that was built the files themselves as its weights: nothing is read before it is used.
+
+        So a base is packed with no more of it in memory than the layer that is being packed: pages of a file that were
+        read can be dropped again.
+        """
+        self._assign(
+            model, lambda key, own: nn.Parameter(self._read(key).to(own.dtype), requires_grad=own.requires_grad)
+        )
+
     def fill(self, model: Any, device: torch.device) -> None:
         """Reads each rank's rows of each weight, behind ``fully_shard``.
 
@@ -69,27 +79,33 @@ class Files:
             model: As it was built.
             device: Where the weights go.
         """
+        self._assign(model, lambda key, own: self._part(key, own, device))
+
+    def _assign(self, model: Any, make: Callable[[str, Any], nn.Parameter]) -> None:
         made = dict[int, nn.Parameter]()  # weights that are tied stay so
         state = dict[str, Tensor]()
         for name, own in model.named_parameters(remove_duplicate=False):
             if own.is_meta and id(own) not in made:
                 key = self._key(model, own)
                 assert key is not None
-                made[id(own)] = self._part(key, own, device)
+                made[id(own)] = make(key, own)
             if own.is_meta:
                 state[name] = made[id(own)]
         for name, buffer in model.named_buffers():
             if name in self.keys:
-                state[name] = self.folder.shard_of[self.keys[name]].read(self.keys[name]).to(buffer.dtype, copy=True)
+                state[name] = self._read(self.keys[name]).to(buffer.dtype, copy=True)
         model.load_state_dict(state, strict=False, assign=True)
+
+    def _read(self, key: str, rows: slice = slice(None)) -> Tensor:
+        return self.folder.shard_of[key].read(key, rows)
 
     def _part(self, key: str, own: Any, device: torch.device) -> nn.Parameter:
         from torch.distributed.tensor import DTensor
 
-        mesh, shard = own.device_mesh, self.folder.shard_of[key]
+        mesh = own.device_mesh
         rows = -(-own.shape[0] // mesh.size())  # as torch.chunk has it
         first = min(mesh.get_local_rank() * rows, own.shape[0])
-        local = shard.read(key, slice(first, first + rows)).to(device, own.dtype, copy=True)
+        local = self._read(key, slice(first, first + rows)).to(device, own.dtype, copy=True)
         whole = DTensor.from_local(local, mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
         return nn.Parameter(whole, requires_grad=own.requires_grad)
 

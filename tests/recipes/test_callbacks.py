@@ -1,5 +1,7 @@
 """Callbacks that people combine: each of Lightning's own does its work on a recipe with adapters."""
 
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_lora as ll
 from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.report import Report
 from tests.recipes import files
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
@@ -38,16 +41,19 @@ def run(base: str, tmp_path, *callbacks, epochs: int = 2, batch_size: int = 4):
     return trainer, module, data
 
 
-def test_stopping_early_and_watching(llama, tmp_path):
+def test_stopping_early_and_watching(llama, tmp_path, capsys):
     """A threshold that no loss reaches stops after the second epoch."""
     stop = EarlyStopping("val/loss", patience=1, min_delta=100.0)
     saver = ModelCheckpoint(monitor="val/loss", filename="best")
-    watch = [LearningRateMonitor(), DeviceStatsMonitor(cpu_stats=False), ModelSummary()]
+    watch = [LearningRateMonitor(), DeviceStatsMonitor(cpu_stats=False), ModelSummary(), Report()]
     trainer, module, _ = run(llama, tmp_path, stop, saver, *watch, epochs=9)
     assert trainer.current_epoch == 2
     assert stop.stopped_epoch == 1
     again = ll.load_from_checkpoint(CausalLM, saver.best_model_path)
     assert ll.summary(again).trainable == ll.summary(module).trainable == 3712
+    said = capsys.readouterr().out
+    for told in (r"memory, estimated +\S+ \wB at most", r"memory, measured behind the first step: \S+ \wB at most"):
+        assert len(re.findall(told, said)) == 1
 
 
 def test_averages_of_adapters(llama, tmp_path):

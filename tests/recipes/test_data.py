@@ -98,6 +98,14 @@ def test_each_epoch_has_an_order_of_its_own_and_each_device_its_part(llama, path
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_workers_share_the_batches_of_one(llama, path):
+    """In the same order, none twice, and none left out, of files that each worker maps."""
+    loaders = [ready(llama, path, num_workers=n, batch_size=3).train_dataloader() for n in (0, 2)]
+    batches = [[batch["input_ids"].tolist() for batch in loader] for loader in loaders]
+    assert batches[0] == batches[1]
+    assert len({str(row) for batch in batches[1] for row in batch}) == 38
+
+
 def test_without_torchdata_a_warning_says_what_is_lost(llama, path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchdata.stateful_dataloader", None)
     with pytest.warns(UserWarning, match=r"will not go on with the next batch: pip install 'lightning-lora\[data\]'"):
