@@ -187,7 +187,8 @@ def points(rows: Mapping[str, Sequence[Measured]], column: str, label: str, path
         values = [run[column] for run in runs]
         axes.plot([i] * len(values), values, "o", color="C0", alpha=0.6)
         axes.plot([i - 0.2, i + 0.2], [statistics.mean(values)] * 2, color="C1", linewidth=2)
-    axes.set_xticks(range(len(rows)), list(rows), rotation=30 if len(rows) > 6 else 0)
+    crowded = len(rows) * max(map(len, rows)) > 60
+    axes.set_xticks(range(len(rows)), list(rows), rotation=25 * crowded, ha="right" if crowded else "center")
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
