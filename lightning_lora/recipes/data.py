@@ -44,7 +44,7 @@ class TextDataModule(LightningDataModule):
         packing: Fill rows of ``max_length`` tokens with several examples, which don't see each other.
         batch_size: Rows of a batch, on each device.
         eval_batch_size: The same outside training; by default ``batch_size``.
-        num_workers: Processes that make batches.
+        num_workers: Processes that make batches, and tokens of large files.
         seed: Of the order and the split.
         pad_token: A token to pad with, if the tokenizer has none.
         cache_dir: Where tokens are kept; by default ``~/.cache/lightning_lora/tokens``.
@@ -172,6 +172,7 @@ class TextDataModule(LightningDataModule):
             regression=getattr(recipe, "regression", False),
             cache=cache_folder(self.cache_dir),
             streaming=self.streaming,
+            workers=self.num_workers,
         )
 
     def examples(self, name: str) -> Examples | None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.encode import Encoder, Overlong
 from lightning_lora.recipes.fields import Schema, checked, find_schema
+from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
 from lightning_lora.recipes.store import Store, write_store
 
@@ -32,6 +33,7 @@ class Reading:
         regression: Whether labels are numbers.
         cache: The folder for tokens.
         streaming: Whether datasets of the hub are read over the network, and not copied to the disk first.
+        workers: Processes that make tokens of large files.
     """
 
     kinds: tuple[str, ...]
@@ -45,6 +47,7 @@ class Reading:
     regression: bool
     cache: Path
     streaming: bool = False
+    workers: int = 0
 
     def schema(self, source: str, is_open: bool = False) -> Schema:
         """What the columns of a file say."""
@@ -74,7 +77,8 @@ class Reading:
         encoder = Encoder(
             schema, self.tokenizer, self.max_length, self.overlong, self.prompt_template, labels, self.separate
         )
-        store = write_store(encoder.encode(checked(self._records(source), schema, labels)), path, encoder.notes)
+        examples = encoded(encoder, checked(self._records(source), schema, labels), source, self.workers)
+        store = write_store(examples, path, encoder.notes)
         if store is None:
             raise ConfigError(
                 f"{source}: nothing is left of {encoder.notes['records']} examples within {self.max_length} tokens: "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_lora import ConfigError
 from lightning_lora.demo.data import manual_prose
 from lightning_lora.recipes import TextDataModule
 from tests.recipes import files
@@ -50,3 +51,30 @@ def test_memory_does_not_grow_with_the_file(suffix, llama, tmp_path, monkeypatch
     small, large = peak(50_000), peak(150_000)
     assert large[1] - small[1] > 10_000  # tokens, which as a list of numbers take 40 bytes each
     assert large[0] - small[0] < 40_000
+
+
+def test_several_processes_make_the_same_tokens(llama, tmp_path, monkeypatch):
+    """In the order of the file, with the same counts; and what is wrong is said as one process says it."""
+    path, _ = write(tmp_path / "a.jsonl", 60_000)
+
+    def store(workers: int):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(workers)))
+        data = TextDataModule(path, base=llama, kind="prompt", max_length=64, num_workers=workers)
+        data.setup("fit")
+        return data.stores["train"]
+
+    alone = store(0)
+    monkeypatch.setattr("lightning_lora.recipes.processes.LARGE", 1000)
+    shared = store(2)
+    assert shared.notes == alone.notes
+    assert shared.notes["records"] == 200
+    assert all((shared.path / p.name).read_bytes() == p.read_bytes() for p in alone.path.iterdir() if p.suffix)
+    monkeypatch.setattr("lightning_lora.recipes.processes.LARGE", 1)
+    said = []
+    for workers in (0, 2):
+        data = TextDataModule(path, base=llama, kind="prompt", max_length=64, num_workers=workers, overlong="error")
+        with pytest.raises(ConfigError) as caught:
+            data.setup("fit")
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert f"{path}:1: " in said[0]
