@@ -143,7 +143,7 @@ def unmerge(model: nn.Module) -> None:
     merged = [layer for _, layer in lora_layers(model) if MERGED in vars(layer)]
     problems = context_problems(model) if merged else ["no adapter is merged"]
     raise_all(ConfigError, problems, "unmerge")
-    for layer in merged:
+    for layer in reversed(merged):  # parts of one layer were merged one after the other
         originals = vars(layer).pop(MERGED)
         originals.swap(layer)
         layer.lora_active = originals.active
@@ -193,11 +193,13 @@ def _merge_layer(
     W, compared = layer.lora_matrix(), Comparison(scratch)
     accumulate = accumulation_dtype(W, *(adapter.master for adapter in adapters))
     if quantizer is None:
-        new = nn.Parameter(torch.empty_like(old, dtype=dtype or old.dtype), requires_grad=False)
+        room = old.clone() if layer.lora_is_part else torch.empty_like(old)
+        new = nn.Parameter(room.to(dtype or old.dtype), requires_grad=False)
         result = layer.lora_as_matrix(new)
         for rows in row_chunks(W):
             update, exact = merged_piece(adapters, W[rows], rows, accumulate, scratch, result[rows])
             compared.add(update, exact, exact if result.dtype == accumulate else result[rows])
+        layer.lora_put(new, result)
     else:
         whole = torch.empty(W.shape, dtype=accumulate, device=W.device)
         for rows in row_chunks(W):

@@ -1,7 +1,7 @@
 """Putting an adapter from a file into a model: all of it, or nothing."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from lightning_lora.copies import bring, put_in_place, values_of
 from lightning_lora.create import create
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
-from lightning_lora.formats.peft_export import peft_root
-from lightning_lora.formats.peft_names import shortest_patterns
 from lightning_lora.formats.peft_parameters import from_peft, with_parameters
+from lightning_lora.formats.peft_parts import with_parts
+from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.formats.tensor_write import THREADS
 from lightning_lora.freeze import freeze
@@ -26,12 +26,11 @@ from lightning_lora.inject import withdraw
 from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.misfits import Found, Misfits
-from lightning_lora.names import ancestors
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
+from lightning_lora.stored_config import by_owner, config_of
 from lightning_lora.stored_rows import attach_rows, rows_problems
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
-from lightning_lora.updates import target_fields
 
 
 def place(
@@ -69,7 +68,7 @@ def place(
     dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
     raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
     tables = _tables(in_full, misfits, allow_base_mismatch)
-    config = _config(model, prefix, misfits)
+    config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_active)
     try:
@@ -101,7 +100,7 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
     a module that the model is a part of.
     """
     tree = nodes(model)
-    given, stored = stored, with_parameters(stored, tree)
+    given, stored = stored, with_parameters(with_parts(stored, tree), tree)
     first = next(iter(stored.layers))
     names = {name for node in tree.values() for name in node.names}
     names |= {name for known in parameter_owners(tree).values() for name in known}
@@ -109,7 +108,8 @@ def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, S
         return "", model, stored
     prefix, root = peft_root(tree) if stored.layout == "peft" else ("", model)
     if prefix:
-        within = with_parameters(given, nodes(root))
+        below = nodes(root)
+        within = with_parameters(with_parts(given, below), below)
         if f"{prefix}.{next(iter(within.layers))}" in names:
             return prefix, root, within
     inner = stored.relative_to(names)
@@ -233,38 +233,7 @@ def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misf
             adapter.follow(layer)  # it knows the base's rows too
         if not isinstance(adapter, TiedRows):
             adapter.take(tensors)
-    for owner, keys in _by_owner(in_full).items():
+    for owner, keys in by_owner(in_full).items():
         bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
         brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}
         bring(misfits.by_name[owner].module, misfits.adapter_name, brought, whole=not bias_alone)
-
-
-def _config(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
-    """The configuration that says of this model what the file says."""
-    stored, names = misfits.stored, nodes(model) if prefix else misfits.tree
-    pairs = {f"{prefix}.{node.name}".strip("."): found for found in misfits.found.values() for node in [found.node]}
-    rows = {name: [*found.stored.tokens] for name, found in pairs.items() if found.stored.is_rows}
-    pairs = {name: found for name, found in pairs.items() if name not in rows}
-    layers = {name: layer for name, (_, layer) in pairs.items()}
-    r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
-    alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
-    owners = {outer for owner in _by_owner(stored.in_full) for outer in ancestors(owner)}
-    saved = sorted(f"{prefix}.{name}".strip(".") for name in misfits.saved_modules() & owners)
-    return LoRAConfig(
-        r=r,
-        lora_alpha=float(alpha),
-        rank_pattern=ranks or None,
-        alpha_pattern=alphas or None,
-        **target_fields({name: node for name, (node, _) in pairs.items()}, names),
-        trainable_token_indices=rows or None,
-        modules_to_save=saved or None,
-        **stored.options,
-    )
-
-
-def _by_owner(keys: Iterable[str]) -> dict[str, list[str]]:
-    owners: dict[str, list[str]] = {}
-    for key in keys:
-        owner, _, own = key.rpartition(".")
-        owners.setdefault(owner, []).append(own)
-    return owners

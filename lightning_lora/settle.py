@@ -12,7 +12,7 @@ from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig
 from lightning_lora.convert import exchange
 from lightning_lora.create import create
-from lightning_lora.formats.peft_export import peft_root
+from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.inject import carry_out
 from lightning_lora.layers import LoRALayer, detach

@@ -114,5 +114,6 @@ def _settle(layer: LoRALayer, owners: dict[int, list[str]], scratch: Scratch, st
     accumulate = accumulation_dtype(W, *(adapter.master for adapter in adapters))
     for rows in row_chunks(W):
         merged_piece(adapters, W[rows], rows, accumulate, scratch, result[rows])
+    layer.lora_put(weight, result)
     layer.lora_absorbed = ()  # a merged weight lacks nothing
     return tied

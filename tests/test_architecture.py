@@ -45,7 +45,7 @@ LEVELS = [
     {"skeleton", "stand_in"},
     {"misfits"},
     {"base_files"},
-    {"stored_rows"},
+    {"stored_rows", "stored_config"},
     {"placement"},
     {"load"},
     {"merge_files", "combine_files", "inspection", "lint", "recompute"},

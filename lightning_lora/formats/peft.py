@@ -51,6 +51,7 @@ def save_adapter(
         "base": None if any(map(is_flattened, exported.root.parameters())) else fingerprint(exported.root),
         "starts": [name for name, held in exported.layers.items() if held.adapter.start_A is not None],
         "step": step,
+        **({"parts": noted} if (noted := exported.parts.noted()) else {}),
     }
     if first:
         write_peft_folder(
@@ -58,7 +59,7 @@ def save_adapter(
             tensors,
             exported.fields(),
             entry,
-            len(exported.layers) + len(exported.rows.tables),
+            len(exported.layers) + len(exported.parts.whole) + len(exported.rows.tables),
             exported.notes(),
         )
 

@@ -12,11 +12,13 @@ from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
+from lightning_lora.formats.peft_parts import ExportedParts
 from lightning_lora.formats.peft_refusals import refusals
+from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.peft_tokens import ExportedRows
 from lightning_lora.formats.tensors import all_finite
-from lightning_lora.layers import LoRALayer, ReadWeight, has_own_forward, original_type, reaches_base_forward
+from lightning_lora.layers import LoRALayer, Part, ReadWeight, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
@@ -49,11 +51,12 @@ class Export:
         whole = nodes(model)
         self.prefix, self.root = peft_root(whole, adapter_name)
         self.tree = nodes(self.root) if self.prefix else whole
-        self.layers = {
+        held = {
             name: Held(node, node.module, node.module.lora_pairs()[adapter_name])
             for name, node in self.tree.items()
             if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora_pairs()
         }
+        self.layers = {name: each for name, each in held.items() if not isinstance(each.layer, Part)}
         self.config: LoRAConfig = low_rank_adapters(self.root)[adapter_name]
         outside = whole if self.prefix else {}
         self._lost = [
@@ -63,6 +66,8 @@ class Export:
             for key, _ in values_of(node.module, adapter_name)
         ]
         self.rows = ExportedRows(self.tree, adapter_name)
+        on_parts = {name: (each.node, each.adapter) for name, each in held.items() if name not in self.layers}
+        self.parts = ExportedParts(on_parts, self.config.use_rslora)
         self._owners = parameter_owners(self.tree)
         self._nodes = {name: held.node for name, held in self.layers.items()}
         self._names = peft_modules(self._nodes)
@@ -81,7 +86,7 @@ class Export:
             if kind is not None:
                 yield f"{name}: {kind}"
         yield from parameter_problems(self._nodes, self.config.use_dora)
-        yield from self.rows.problems(bool(self.layers))
+        yield from self.rows.problems(bool(self.layers or self.parts.whole))
         if is_pretrained(self.root):
             yield from refusals(
                 self.root, [n for n, node in self._nodes.items() if not isinstance(node.module, ReadWeight)]
@@ -98,7 +103,7 @@ class Export:
         Args:
             tensors: Those of `tensors`, where they are there already.
         """
-        adapters = {name: held.adapter for name, held in self.layers.items()} | self.rows.tables
+        adapters = {n: held.adapter for n, held in self.layers.items()} | self.parts.adapters | self.rows.tables
         if waiting := [name for name, adapter in adapters.items() if not adapter.initialised]:
             yield f"{listing(waiting, 3)} have no values yet"
         found = self.tensors() if tensors is None else tensors.items()
@@ -109,22 +114,24 @@ class Export:
     def fields(self) -> dict[str, Any]:
         """Those of PEFT's ``LoraConfig``."""
         config: Any = getattr(self.root, "config", None) if is_pretrained(self.root) else None
-        r, ranks = shortest_patterns({name: self._rank(held.adapter) for name, held in self.layers.items()})
-        alpha, alphas = shortest_patterns({name: self._alpha(held.adapter) for name, held in self.layers.items()})
-        others = [name for name in self.tree if name]
+        held, whole = [(name, each.adapter) for name, each in self.layers.items()], self.parts.whole
+        r, ranks = shortest_patterns({n: self._rank(a) for n, a in held} | {n: w.r for n, w in whole.items()})
+        scales = {n: self._alpha(a) for n, a in held} | {n: w.lora_alpha for n, w in whole.items()}
+        alpha, alphas = shortest_patterns(scales)
+        others = [name for name, node in self.tree.items() if name and not isinstance(node.module, Part)]
         read = [name for name, node in self._nodes.items() if isinstance(node.module, ReadWeight)]
         parameters = parameter_fields(self._nodes, [name for names in self._owners.values() for name in names])
         return {
             "alpha_pattern": alphas,
             "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
             "bias": self.config.bias,
-            "fan_in_fan_out": all(isinstance(held.layer, LoRAConv1D) for held in self.layers.values()),
+            "fan_in_fan_out": all(issubclass(kind, LoRAConv1D) for kind in self._kinds()),
             "lora_alpha": alpha,
             "lora_dropout": 0.0 if parameters["target_parameters"] else self.config.lora_dropout,  # PEFT has none there
             "modules_to_save": [self._short(name) for name in self.modules_to_save] or None,
             "r": r,
             "rank_pattern": ranks,
-            "target_modules": shortest_targets([name for name in self.layers if name not in read], others),
+            "target_modules": shortest_targets([name for name in (*self.layers, *whole) if name not in read], others),
             **parameters,
             **self.rows.fields(self._short),
             "task_type": self._task(),
@@ -143,10 +150,11 @@ class Export:
             for part, (end, shape) in zip(PARTS, shapes.items(), strict=False):
                 if part in values:
                     yield f"{PREFIX}{self._names[name]}.{end}", values[part].reshape(shape)
-        yield from ((f"{PREFIX}{key}", tensor) for key, tensor in self.rows.tensors())
+        for key, tensor in (*self.parts.tensors(), *self.rows.tensors()):
+            yield f"{PREFIX}{key}", tensor
         for key, value in self.in_full.items():
             owner, _, own = key.rpartition(".")
-            middle = "base_layer." if owner in self.layers else ""
+            middle = "base_layer." if owner in {*self.layers, *self.parts.whole} else ""
             yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", gathered(value).detach()
 
     def record(self) -> dict[str, Any]:
@@ -166,20 +174,27 @@ class Export:
             "embeddings": embeddings,
             "parameters": parameters,
             "tied": self._tied(),
-            "problems": [*self.problems()],
+            "parts": {owner: joined.record() for owner, joined in self.parts.whole.items()},
+            "noted": self.parts.noted(),
+            "problems": [*self.problems(), *self.parts.problems()],
             "notes": self.notes(),
         }
 
     def notes(self) -> list[str]:
         """What who loads it should know."""
         notes = []
-        if any(held.adapter.start_A is not None for held in self.layers.values()):
+        adapters = [*(held.adapter for held in self.layers.values()), *self.parts.adapters.values()]
+        if any(adapter.start_A is not None for adapter in adapters):
             notes.append(
                 "Trained with twice the parameters frozen beside it (PiSSA, OLoRA or LoftQ); fits the clean base."
             )
         if self.config.use_dora:
             notes.append("vLLM does not serve DoRA: `ll.to_lora` converts it, or merge it.")
         return notes
+
+    def _kinds(self) -> list[Any]:
+        """The kinds of layers that PEFT would see."""
+        return [type(each.layer) for each in self.layers.values()] + [self.tree[n].kind for n in self.parts.whole]
 
     def _rank(self, adapter: LowRankAdapter) -> int:
         return adapter.r if adapter.start_A is None else 2 * adapter.r
@@ -236,26 +251,6 @@ class Export:
         parts = name.split(".")
         ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
         return next((end for end in ends if not any(other.endswith(end) for other in others)), name)
-
-
-def peft_root(tree: dict[str, Node], adapter_name: str | None = None) -> tuple[str, nn.Module]:
-    """What names in a PEFT folder are relative to, and its own name in the model.
-
-    The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
-    """
-    model = tree[""].module
-    inner = [node for node in tree.values() if is_pretrained(node.module)]
-    inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]
-    if len(inner) != 1 or not inner[0].name:
-        return "", model
-    outside = [
-        name
-        for name, node in tree.items()
-        if isinstance(node.module, LoRALayer)
-        and (adapter_name is None or adapter_name in node.module.lora)
-        and not is_inside(name, inner[0].name)
-    ]
-    return ("", model) if outside else (inner[0].name, inner[0].module)
 
 
 def _is_known(layer: nn.Module) -> bool:

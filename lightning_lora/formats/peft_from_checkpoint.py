@@ -15,6 +15,7 @@ from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_chec
 from lightning_lora.formats.fingerprint import unpack, within
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
+from lightning_lora.formats.peft_parts import joined_from
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
@@ -54,7 +55,9 @@ def export_checkpoint(
     starts = [_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors]
     entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}
     entry["step"] = whole.get("global_step")
-    write_peft_folder(folder, tensors, fields, entry, len(stored.layers), record["notes"])
+    entry |= {"parts": record["noted"]} if record["noted"] else {}
+    joined = sum(len(parts) - 1 for parts in record["parts"].values())
+    write_peft_folder(folder, tensors, fields, entry, len(stored.layers) - joined, record["notes"])
     return name
 
 
@@ -67,7 +70,8 @@ def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = unpack(packed)
         keys = ("prefix", "fields", "shapes", "embeddings", "tied", "problems", "notes")
-        return {"parameters": record.get("parameters", {}), **{key: record[key] for key in keys}}
+        later = {key: record.get(key, {}) for key in ("parameters", "parts", "noted")}
+        return {**later, **{key: record[key] for key in keys}}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{path}: what it says of adapter {name!r} can't be read ({error})") from error
 
@@ -76,6 +80,11 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
     """By PEFT's keys, in PEFT's shapes."""
     prefix, tables = record["prefix"], set(record["embeddings"])
     inner = {_inside(name, prefix): layer for name, layer in stored.layers.items()}
+    for owner, parts in record["parts"].items():
+        joined = joined_from(parts, stored.options["use_rslora"])
+        updates = [_update(inner.pop(f"{owner}.{part.name}")) for part in joined.parts]
+        A, B = joined.factors([(values["A"], values["B"]) for values in updates])
+        yield from ((f"{PREFIX}{owner}.lora_A.weight", A), (f"{PREFIX}{owner}.lora_B.weight", B))
     for name, layer in inner.items():
         if layer.is_rows:
             yield f"{PREFIX}{name}.{ROWS}", layer.tensors["rows"].read()
@@ -93,7 +102,7 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
     everything = [(name, tensor) for key, tensor in in_full.items() for name in record["tied"].get(key, [key])]
     for key, tensor in everything:
         owner, _, own = key.rpartition(".")
-        middle = "base_layer." if owner in inner else ""
+        middle = "base_layer." if owner in {*inner, *record["parts"]} else ""
         yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", tensor.read()
 
 

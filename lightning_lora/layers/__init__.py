@@ -3,6 +3,8 @@
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized, read  # noqa: F401  (registers the layer types)
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
+from lightning_lora.layers.layouts import layouts
+from lightning_lora.layers.parts import Fused, Part, parts
 from lightning_lora.layers.read import Reading, ReadWeight, read_weights, readable
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.siblings import arrange
@@ -20,9 +22,11 @@ from lightning_lora.layers.swap import (
 
 __all__ = [
     "GAINED",
+    "Fused",
     "LoRALayer",
     "LockedStatistics",
     "Mixture",
+    "Part",
     "ReadWeight",
     "Reading",
     "arrange",
@@ -31,11 +35,13 @@ __all__ = [
     "detach",
     "has_own_forward",
     "kind_of",
+    "layouts",
     "lock_statistics",
     "lora_class",
     "lora_layers",
     "named_base_modules",
     "original_type",
+    "parts",
     "reaches_base_forward",
     "read_weights",
     "readable",

@@ -42,6 +42,7 @@ class LoRALayer(Base):
 
     lora_plain_class: ClassVar[type[nn.Module]]
     lora_dense_linear: ClassVar[bool] = False  # what "all-linear" means
+    lora_is_part: ClassVar[bool] = False  # of a weight that other layers have parts of too
     lora_has_rows: ClassVar[bool] = False  # the rows of the weight are those of tokens, and can be trained one by one
     lora_packed: bool = False  # the weight can't be read without unpacking it
     lora_starts_as_told: ClassVar[bool] = True  # by init_lora_weights
@@ -156,6 +157,9 @@ class LoRALayer(Base):
     def lora_as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight, as that matrix: a view, through which it can be written."""
         return weight.detach()
+
+    def lora_put(self, weight: Tensor, matrix: Tensor) -> None:
+        """Writes what `lora_as_matrix` gave of a weight back into it, where that was a copy."""
 
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The layer's own kind of product of x with the matrix B A."""

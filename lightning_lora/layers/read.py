@@ -19,6 +19,9 @@ from lightning_lora.layers.registry import adapts
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.stacks import add_product
 
+if TYPE_CHECKING:
+    from lightning_lora.layers.parts import Part
+
 
 class ReadWeight(nn.Module):
     """Stands for a parameter: a matrix (out, in), or a stack of matrices (n, out, in).
@@ -196,26 +199,26 @@ def read_weights(reader: nn.Module) -> list[ReadWeight]:
     return [] if kept is None else [site for site in kept.modules() if isinstance(site, ReadWeight)]
 
 
-def install(site: ReadWeight) -> None:
+def install(site: "ReadWeight | Part") -> None:
     """Makes a site a child of its reader, at a path that is the parameter's name."""
     reader, *path = site.lora_place[0], CHILD, *site.lora_name.split(".")
-    module = reader
+    module: Any = reader
     for part in path[:-1]:
         if part not in module._modules:
             module.add_module(part, nn.ModuleDict())
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules[part]
     module._modules[path[-1]] = site
 
 
-def uninstall(site: ReadWeight) -> bool:
+def uninstall(site: "ReadWeight | Part") -> bool:
     """Undoes `install`, and says whether that was the last one of the reader."""
-    reader = site.lora_place[0]
+    reader: Any = site.lora_place[0]
     path = [CHILD, *site.lora_name.split(".")]
     for length in range(len(path), 0, -1):  # the site, and what is empty without it
         module = reader
         for part in path[: length - 1]:
-            module = module._modules[part]  # type: ignore[assignment]
-        if length == len(path) or not module._modules[path[length - 1]]._modules:  # type: ignore[union-attr]
+            module = module._modules[part]
+        if length == len(path) or not module._modules[path[length - 1]]._modules:
             del module._modules[path[length - 1]]
     return CHILD not in reader._modules
 

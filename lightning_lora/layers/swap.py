@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.layers.base import Base, LoRALayer
+from lightning_lora.layers.parts import Fused, Part
 from lightning_lora.layers.read import Reading, ReadWeight, install, uninstall
 from lightning_lora.layers.registry import kind_of, qualified_name, reaches_base_forward, registered_base
 
@@ -53,6 +54,17 @@ def reading_class(cls: type) -> type[Reading]:
     return swapped
 
 
+def fused_class(cls: type) -> type[Fused]:
+    """The subclass of ``cls`` with adapters on parts of its output."""
+    swapped: type[Fused] = _fused_class(cls)
+    return swapped
+
+
+@cache
+def _fused_class(cls: type) -> Any:
+    return _subclass("LoRA", cls, (Fused, cls), fused_class)
+
+
 @cache
 def _reading_class(cls: type) -> Any:
     return _subclass("LoRA", cls, (Reading, cls), reading_class)
@@ -88,7 +100,7 @@ def _rebuild(cls: type, family: Callable[[type], Any]) -> Any:
 
 def original_type(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave the module."""
-    swapped = isinstance(module, (LoRALayer, LockedStatistics, Reading))
+    swapped = isinstance(module, (LoRALayer, LockedStatistics, Reading, Fused))
     return type(module).lora_plain_class if swapped else type(module)  # type: ignore[attr-defined]
 
 
@@ -98,8 +110,8 @@ def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
     if not isinstance(layer, LoRALayer):
         swapped.__class__ = lora_class(type(layer))
         swapped.lora, swapped.lora_active = nn.ModuleDict(), ()
-    if isinstance(layer, ReadWeight):
-        _let_read(layer)
+    if isinstance(layer, (ReadWeight, Part)):
+        _let_in(layer)
     swapped.lora[name] = adapter.train(layer.training)
     swapped.lora_active = (*swapped.lora_active, name)
 
@@ -116,24 +128,24 @@ def detach(layer: LoRALayer, name: str) -> None:
         for own in ("lora_absorbed", "lora_mixture"):
             vars(layer).pop(own, None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
-        if isinstance(layer, ReadWeight):
+        if isinstance(layer, (ReadWeight, Part)):
             _let_be(layer)
 
 
-def _let_read(site: ReadWeight) -> None:
-    """Makes a site's module read what comes out of the site."""
-    reader: Any = site.lora_place[0]
-    if not isinstance(reader, Reading):
-        reader.__class__ = reading_class(type(reader))
+def _let_in(site: ReadWeight | Part) -> None:
+    """Makes a site's module read what comes out of the site, or add what its parts give."""
+    owner: Any = site.lora_place[0]
+    if not isinstance(owner, (Reading, Fused)):
+        owner.__class__ = (fused_class if isinstance(site, Part) else reading_class)(type(owner))
     install(site)
 
 
-def _let_be(site: ReadWeight) -> None:
-    """Undoes `_let_read`."""
-    reader: Any = site.lora_place[0]
-    plain: Any = original_type(reader)
-    if uninstall(site) and type(reader) is reading_class(plain):
-        reader.__class__ = plain
+def _let_be(site: ReadWeight | Part) -> None:
+    """Undoes `_let_in`."""
+    owner: Any = site.lora_place[0]
+    plain: Any = original_type(owner)
+    if uninstall(site) and type(owner) in (reading_class(plain), fused_class(plain)):
+        owner.__class__ = plain
 
 
 @contextmanager
@@ -161,7 +173,8 @@ def undressed(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
 def rebase(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Gives a layer another class of its own, below its adapters if it has any."""
-    layer.__class__ = lora_class(cls) if isinstance(layer, LoRALayer) else cls
+    family = lora_class if isinstance(layer, LoRALayer) else fused_class if isinstance(layer, Fused) else None
+    layer.__class__ = cls if family is None else family(cls)
 
 
 def lock_statistics(module: nn.Module) -> None:

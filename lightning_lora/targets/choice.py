@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
-from lightning_lora.layers import ReadWeight
+from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside
 from lightning_lora.targets.parameters import chosen_parameters
@@ -36,6 +36,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     by_tail = tails(tree)
     hits = {p.text: [n for n in by_tail.get(p.tail, ()) if any(map(p.matches, n.names))] for p in patterns}
     hits = {text: [part for node in nodes for part in _read_parts(node, tree)] for text, nodes in hits.items()}
+    hits = {text: _outermost(nodes) for text, nodes in hits.items()}
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
@@ -73,7 +74,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     if config.target_parameters is not None:
         choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
-    choice.problems += blocks.problems()
+    choice.problems += [*blocks.problems(), *_half(choice.chosen)]
     rows_alone = config.trainable_token_indices is not None and not config.target_modules
     if not choice.chosen and not choice.problems and not rows_alone:
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
@@ -92,6 +93,22 @@ def _read_parts(node: Node, tree: dict[str, Node]) -> list[Node]:
     if node.kind is not None or not (isinstance(node.module, nn.MultiheadAttention) or _is_read(node)):
         return [node]
     return [part for part in tree.values() if is_inside(part.name, node.name) and isinstance(part.module, ReadWeight)]
+
+
+def _outermost(nodes: list[Node]) -> list[Node]:
+    """Without the parts of layers that the same pattern matches as a whole."""
+    whole = {id(node.module) for node in nodes}
+    return [n for n in nodes if not (isinstance(n.module, Part) and id(n.module.lora_place[0]) in whole)]
+
+
+def _half(chosen: list[Node]) -> list[str]:
+    """Layers that are to have adapters as a whole and in parts."""
+    whole = {id(node.module): node.name for node in chosen}
+    owners = [(n.name, n.module.lora_place[0]) for n in chosen if isinstance(n.module, Part)]
+    both = [whole[id(owner)] for _, owner in owners if id(owner) in whole]
+    both += [n.name for n in chosen if isinstance(n.module, Fused)]
+    both += [name for name, owner in owners if isinstance(owner, LoRALayer)]
+    return [f"{name} gets adapters as a whole and in parts: choose one" for name in dict.fromkeys(both)]
 
 
 def _is_read(node: Node) -> bool:

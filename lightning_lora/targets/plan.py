@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
+from lightning_lora.layers import Part
 from lightning_lora.marks import BROKEN
 from lightning_lora.method import Addition, MethodConfig
 from lightning_lora.quantization import bits_per_weight
@@ -191,11 +192,11 @@ def _targets(
             Target(
                 name=node.name,
                 type=type_of(node),
-                shape=matrix if kind.lora_packed else tuple(weight.shape),
+                shape=matrix if kind.lora_packed or kind.lora_is_part else tuple(weight.shape),
                 matrix=matrix,
                 r=r,
                 lora_alpha=float(alpha),
-                bits=bits_per_weight(node.module),
+                bits=bits_per_weight(node.module.lora_place[0] if isinstance(node.module, Part) else node.module),
                 parameters=variant.parameter_count(matrix, r),
                 aliases=tuple(node.aliases),
                 tied=tuple(n for n in owners.get(id(weight), ()) if n != kind.lora_weight_name(node.name)),

@@ -10,16 +10,18 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inits import plain_defaults
+from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.layers import (
     GAINED,
     LoRALayer,
+    Part,
     ReadWeight,
     attach,
     detach,
     has_own_forward,
     kind_of,
     original_type,
+    reaches_base_forward,
     registered_base,
 )
 from lightning_lora.quantization import is_quantized
@@ -49,6 +51,8 @@ class Probe:
         layer, cls = node.module, node.cls
         if isinstance(layer, ReadWeight):
             return _reader_problem(layer)
+        if isinstance(layer, Part):
+            return self._part_problem(layer)
         if (why := bypass(node)) is not None:
             return why
         if not isinstance(layer, LoRALayer) and (taken := self._taken(layer)):
@@ -59,6 +63,18 @@ class Probe:
             return None
         self._try(layer, cls)
         return self._wrong[cls]
+
+    def _part_problem(self, part: Part) -> str | None:
+        """What keeps the parts of a layer from having adapters; None when nothing is known to."""
+        owner = part.lora_place[0]
+        cls = original_type(owner)
+        if has_own_forward(cls) and not is_quantized(owner):
+            self._try(owner, cls)
+        if "forward" in vars(owner) or (has_own_forward(cls) and (reaches_base_forward(cls) or self._wrong.get(cls))):
+            return "the forward of its layer is one of its own, and may do more to the product"
+        if getattr(resolve(self._config.init_lora_weights), "stage", Stage.INJECTED) is Stage.PACKED:
+            return "init_lora_weights='loftq' starts whole layers: name the layer itself"
+        return None if owner._parameters.get("weight") is not None else "its weight is computed by a parametrization"
 
     def doubt(self, node: Node) -> str | None:
         """Why it is not known whether an adapter on this layer would do what it should."""
@@ -111,10 +127,11 @@ def _reader_problem(site: ReadWeight) -> str | None:
 
 def weight_problem(node: Node) -> str | None:
     """What is wrong with the weight of a layer that is to be adapted; None when nothing is."""
-    weight: Any = getattr(node.module, "weight", None)
+    layer: Any = node.module.lora_place[0] if isinstance(node.module, Part) else node.module
+    weight: Any = getattr(layer, "weight", None)
     if is_lazy(weight):
         return f"{node.name} is a lazy layer without a shape: run one forward before adapters are added"
-    if weight is None or is_quantized(node.module):
+    if weight is None or is_quantized(layer):
         return None
     if weight.layout is not torch.strided:
         return f"{node.name} has a sparse weight ({weight.layout}): make it dense, or name it in exclude_modules"

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_lora.added import KEY
-from lightning_lora.layers import LoRALayer, ReadWeight, kind_of, original_type, read_weights, readable
+from lightning_lora.layers import (
+    LoRALayer,
+    Part,
+    ReadWeight,
+    kind_of,
+    layouts,
+    original_type,
+    parts,
+    read_weights,
+    readable,
+)
 from lightning_lora.layers.find import CHILD
 from lightning_lora.names import clean
 
@@ -42,7 +52,7 @@ def nodes(model: nn.Module) -> dict[str, Node]:
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, Node] = {}
     kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
-    virtual: dict[tuple[int, str], ReadWeight] = {}
+    virtual: dict[tuple[int, str], ReadWeight | Part] = {}
 
     def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...]) -> None:
         module = unwrapped(module)
@@ -62,17 +72,25 @@ def nodes(model: nn.Module) -> dict[str, Node]:
             if child is not None and not is_adapter and not any(child is outer for outer in above):
                 below = f"{prefix}{key}."
                 visit(child, prefix + key, clean(below) if key.startswith("_") else below, above)
-        for site in _sites(module, virtual):
-            visit(site, prefix + site.lora_name, "", above)
+        for site in _sites(node, above, virtual):
+            outer = prefix if isinstance(site, ReadWeight) else f"{name}."
+            visit(site, f"{outer}{site.lora_name}".lstrip("."), "", above)
 
     visit(model, "", "", ())
     return {node.name: node for node in found.values()}
 
 
-def _sites(module: nn.Module, virtual: dict[tuple[int, str], ReadWeight]) -> list[ReadWeight]:
-    """The parameters of a module that have adapters, and those that could have some without being asked for."""
-    found = {site.lora_name: site for site in read_weights(module)}
-    for site in readable(module):
+def _sites(
+    node: Node, above: tuple[nn.Module, ...], virtual: dict[tuple[int, str], ReadWeight | Part]
+) -> list[ReadWeight | Part]:
+    """What stands for parameters, or parts, of a module: those that have adapters, and others that could have some."""
+    module, possible = node.module, list[ReadWeight | Part](readable(node.module))
+    attached: list[ReadWeight | Part] = [*read_weights(module), *parts(module)]
+    found = {site.lora_name: site for site in attached}
+    if node.is_dense_linear and len(above) > 1:
+        fused = layouts(above[-2], node.name.rpartition(".")[2], module)
+        possible += [Part(module, name, layout) for name, layout in fused.items() if name not in found]
+    for site in possible:
         found.setdefault(site.lora_name, virtual.setdefault((id(module), site.lora_name), site))
     return [*found.values()]
 

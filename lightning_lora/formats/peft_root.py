@@ -1,0 +1,27 @@
+"""What names in a PEFT folder are relative to."""
+
+from torch import nn
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.walk import Node
+
+
+def peft_root(tree: dict[str, Node], adapter_name: str | None = None) -> tuple[str, nn.Module]:
+    """What names in a PEFT folder are relative to, and its own name in the model.
+
+    The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
+    """
+    model = tree[""].module
+    inner = [node for node in tree.values() if is_pretrained(node.module)]
+    inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]
+    if len(inner) != 1 or not inner[0].name:
+        return "", model
+    outside = [
+        name
+        for name, node in tree.items()
+        if isinstance(node.module, LoRALayer)
+        and (adapter_name is None or adapter_name in node.module.lora)
+        and not is_inside(name, inner[0].name)
+    ]
+    return ("", model) if outside else (inner[0].name, inner[0].module)

@@ -1,0 +1,180 @@
+"""Parts of a fused projection: the queries of a layer that gives queries, keys and values at once.
+
+The layer gets another class, which adds to its output what the adapters on its parts make of its input. These sit on a
+`Part`, a layer that stands for some rows of the fused weight, so that all that holds for layers holds for them: each
+has a rank, a scale, an initialisation and magnitudes of its own.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_lora.adapters.lora import LoRAAdapter
+from lightning_lora.layers.base import Base, LoRALayer
+from lightning_lora.layers.find import CHILD
+from lightning_lora.layers.layouts import Layout
+from lightning_lora.layers.registry import adapts, kind_of
+from lightning_lora.marks import MERGED
+from lightning_lora.quantization import dense, is_quantized
+
+
+class Part(nn.Module):
+    """Stands for some rows of a layer's weight.
+
+    Args:
+        owner: The layer.
+        name: The part's name.
+        layout: Where its rows are.
+    """
+
+    def __init__(self, owner: Any, name: str, layout: Layout) -> None:
+        super().__init__()
+        self.lora_place = owner, owner, "weight"  # in a tuple, or it would be a child
+        self.lora_name, self.lora_layout = name, layout
+        kind: Any = kind_of(type(owner))
+        self.lora_shape = layout.outputs, kind.lora_matrix_shape(owner)[1]
+        self.training = owner.training
+
+    @property
+    def weight(self) -> Any:
+        """That of the layer."""
+        return self.lora_place[0].weight
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # its layer is called
+
+
+@adapts(f"{__name__}.Part")
+class LoRAPart(LoRALayer):
+    """x (..., in) meets A (r, in) and B (out, r), whose product is added to some outputs of the layer."""
+
+    lora_is_part = True
+
+    lora_place: tuple[Any, Any, str]
+    lora_layout: Layout
+    lora_shape: tuple[int, int]
+
+    if TYPE_CHECKING:
+        weight: Any
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What comes out of the layer, with the adapters' part of it.
+
+        Args:
+            input: What the layer was given.
+            *args: What it made of that.
+            **kwargs: None.
+        """
+        out: Tensor = args[0]
+        adapters = self.lora_adapters()
+        if self.lora_mixture is None and all(isinstance(adapters[name], LoRAAdapter) for name in self.lora_active):
+            for name in self.lora_active:
+                out = self.lora[name](self, input, out, out)
+            return out
+        base = mine = self.lora_layout.of_columns(out).flatten(-2)
+        if self.lora_mixture is not None:
+            mine = self.lora_mixed(self.lora_mixture, input, base)
+        else:
+            for name in self.lora_active:
+                mine = self.lora[name](self, input, base, mine)
+        return out + self.lora_layout.columns_widened(mine - base)
+
+    @override
+    @staticmethod
+    def lora_matrix_shape(layer: Any) -> tuple[int, ...]:
+        shape: tuple[int, int] = layer.lora_shape
+        return shape
+
+    @override
+    @staticmethod
+    def lora_weight_name(name: str) -> str:
+        return f"{name.rpartition('.')[0]}.weight".lstrip(".")
+
+    @override
+    def lora_parameter(self, key: str) -> tuple[nn.Module, str]:
+        return self.lora_place[0], key
+
+    @override
+    def lora_stored_matrix(self) -> Tensor:
+        owner = self.lora_place[0]
+        return self.lora_as_matrix(dense(owner) if is_quantized(owner) else owner.weight)
+
+    @override
+    def lora_as_matrix(self, weight: Tensor) -> Tensor:
+        return self._rows(weight).flatten(0, 1)
+
+    @override
+    def lora_put(self, weight: Tensor, matrix: Tensor) -> None:
+        if self.lora_layout.blocks > 1:  # else it is the weight's own memory
+            self._rows(weight).copy_(matrix.view(self.lora_layout.blocks, self.lora_layout.size, -1))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        kind: Any = kind_of(type(self.lora_place[0]))
+        return self.lora_layout.of_rows(kind.lora_as_matrix(self.lora_place[0], weight.detach()))
+
+    @override
+    def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bias = self.lora_bias_per_row()
+        return F.linear(x, self.lora_stored_matrix().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @override
+    def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+    @override
+    def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        h = F.linear(x, A)
+        if out.shape[-1] != len(B):  # the output of the layer
+            B = self.lora_layout.rows_widened(B)
+        if h.dtype != out.dtype or out.dim() < 2:
+            return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
+        return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+
+    @override
+    def lora_bias_per_row(self) -> Tensor | None:
+        bias = self.lora_place[0]._parameters.get("bias")
+        return None if bias is None else self.lora_layout.of_rows(bias).flatten()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Comes behind its layer, which has told whether the weight is a new one (`Fused`)."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if vars(self).pop(_COMES, False) and not self.weight.is_meta:
+            self.lora_follow()
+
+
+_COMES = "_lora_weight_comes"  # on a `LoRAPart`, while a state dict is loaded that has its layer's weight
+
+
+class Fused(Base):
+    """A layer with adapters on parts of its output."""
+
+    lora_plain_class: ClassVar[type[nn.Module]]
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = super().forward(input, *args, **kwargs)
+        for part in parts(self):
+            if getattr(part, "lora_active", ()) or getattr(part, "lora_mixture", None) is not None:
+                out = part(input, out)
+        return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """New values are told to the adapters on them, and refused while they would overwrite merged ones."""
+        if f"{prefix}weight" in state_dict:
+            for part in parts(self):
+                if MERGED in vars(part):
+                    args[-1].append(f"adapters are merged into {prefix}weight: call ll.unmerge before loading weights")
+                    return
+                vars(part)[_COMES] = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def parts(layer: nn.Module) -> list[Part]:
+    """The parts of a layer that have adapters."""
+    kept = layer._modules[CHILD] if CHILD in layer._modules else None  # noqa: SIM401  (jit has no get)
+    return [] if kept is None else [part for part in kept._modules.values() if isinstance(part, Part)]

@@ -1,0 +1,44 @@
+"""The configuration that says of a model what a file says."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.formats.peft_names import shortest_patterns
+from lightning_lora.misfits import Misfits
+from lightning_lora.names import ancestors
+from lightning_lora.targets.walk import nodes
+from lightning_lora.updates import target_fields
+
+
+def config_of(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
+    """The configuration that says of this model what the file says."""
+    stored, names = misfits.stored, nodes(model) if prefix else misfits.tree
+    pairs = {f"{prefix}.{node.name}".strip("."): found for found in misfits.found.values() for node in [found.node]}
+    rows = {name: [*found.stored.tokens] for name, found in pairs.items() if found.stored.is_rows}
+    pairs = {name: found for name, found in pairs.items() if name not in rows}
+    layers = {name: layer for name, (_, layer) in pairs.items()}
+    r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
+    alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
+    owners = {outer for owner in by_owner(stored.in_full) for outer in ancestors(owner)}
+    saved = sorted(f"{prefix}.{name}".strip(".") for name in misfits.saved_modules() & owners)
+    return LoRAConfig(
+        r=r,
+        lora_alpha=float(alpha),
+        rank_pattern=ranks or None,
+        alpha_pattern=alphas or None,
+        **target_fields({name: node for name, (node, _) in pairs.items()}, names),
+        trainable_token_indices=rows or None,
+        modules_to_save=saved or None,
+        **stored.options,
+    )
+
+
+def by_owner(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The last parts of names, by what stands before these."""
+    owners: dict[str, list[str]] = {}
+    for key in keys:
+        owner, _, own = key.rpartition(".")
+        owners.setdefault(owner, []).append(own)
+    return owners
