@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.formats.model_folder import ModelFolder
+from lightning_lora.formats.model_folder import CONFIG, INDEX, WEIGHTS, ModelFolder
 from lightning_lora.formats.shards import FLOATS
 from lightning_lora.recipes.tokens import resolve
 from lightning_lora.skeleton import names_in_files
 
 HALVES = (torch.float16, torch.bfloat16)
+_OF_A_MODEL = [WEIGHTS, INDEX, "model-*-of-*.safetensors", CONFIG, "generation_config.json"]  # others hold it again
 
 
 class Files:
@@ -52,12 +53,13 @@ class Files:
         with parameters_on_meta():
             model = auto_class.from_config(config, **options)
         self.keys = names_in_files(model, self.folder)
-        if not self._fits(model):
+        known = self._known(model)
+        new = [m for m in model.modules() if not all(id(own) in known for own in m.parameters(recurse=False))]
+        if not self._fits(model) or any(_holds_more(module, known) for module in new):
             return None
-        for module in model.modules():
-            if any(not self._key(model, own) for own in module._parameters.values() if own is not None):
-                module.to_empty(device="cpu", recurse=False)
-                model._init_weights(module)
+        for module in new:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
         if (self.folder.path / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder.path)
         return model
@@ -82,13 +84,11 @@ class Files:
         self._assign(model, lambda key, own: self._part(key, own, device))
 
     def _assign(self, model: Any, make: Callable[[str, Any], nn.Parameter]) -> None:
-        made = dict[int, nn.Parameter]()  # weights that are tied stay so
+        made, known = dict[int, nn.Parameter](), self._known(model)  # weights that are tied stay so
         state = dict[str, Tensor]()
         for name, own in model.named_parameters(remove_duplicate=False):
             if own.is_meta and id(own) not in made:
-                key = self._key(model, own)
-                assert key is not None
-                made[id(own)] = make(key, own)
+                made[id(own)] = make(known[id(own)], own)
             if own.is_meta:
                 state[name] = made[id(own)]
         for name, buffer in model.named_buffers():
@@ -109,10 +109,10 @@ class Files:
         whole = DTensor.from_local(local, mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride())
         return nn.Parameter(whole, requires_grad=own.requires_grad)
 
-    def _key(self, model: Any, own: Tensor) -> str | None:
-        """The tensor in the files that a parameter is, under one of its names."""
-        names = (name for name, other in model.named_parameters(remove_duplicate=False) if other is own)
-        return next((self.keys[name] for name in names if name in self.keys), None)
+    def _known(self, model: Any) -> dict[int, str]:
+        """By parameter the tensor in the files that it is, under one of its names."""
+        named = model.named_parameters(remove_duplicate=False)
+        return {id(own): self.keys[name] for name, own in named if name in self.keys}
 
     def _places(self) -> dict[str, Any]:
         return {key: shard.places[key] for key, shard in self.folder.shard_of.items()}
@@ -122,13 +122,19 @@ class Files:
         keeps = any(getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
         if keeps and model.dtype in HALVES:
             return False  # transformers leaves some of it in float32
-        if not all(self._key(model, own) for own in model.base_model.parameters()):
+        known = self._known(model)
+        if not all(id(own) in known for own in model.base_model.parameters()):
             return False  # made of several tensors, or of another name
         places, state = self._places(), model.state_dict()
         return all(
             places[key].dtype in FLOATS and places[key].shape == tuple(state[name].shape)
             for name, key in self.keys.items()
         )
+
+
+def _holds_more(module: nn.Module, known: Mapping[int, str]) -> bool:
+    """Whether a module has other values than those that no file has."""
+    return bool(module._buffers) or any(id(own) in known for own in module.parameters(recurse=False))
 
 
 def open_files(base: str) -> Files | None:
@@ -141,7 +147,7 @@ def open_files(base: str) -> Files | None:
 
     path = resolve(base)
     try:
-        folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=_OF_A_MODEL)
         return Files(ModelFolder(folder))
     except (UnsupportedError, OSError, ValueError):
         return None

@@ -62,7 +62,8 @@ def test_a_base_without_memory_is_that_of_transformers(base, auto, new, request)
     """Names, shapes, dtypes, buffers; and which weights no file has."""
     source = request.getfixturevalue(base)
     own = open_files(source)
-    made = own.build(getattr(tf, auto), load_config(source), "auto")
+    made = own.build(getattr(tf, auto), load_config(source), "auto", attn_implementation="eager")
+    assert made.config._attn_implementation == "eager"
     wanted = getattr(tf, auto).from_pretrained(source)
     described = [
         {name: (p.shape, p.dtype) for name, p in model.named_parameters(remove_duplicate=False)}
