@@ -78,3 +78,18 @@ def test_several_processes_make_the_same_tokens(llama, tmp_path, monkeypatch):
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert f"{path}:1: " in said[0]
+
+
+def test_a_dataset_of_the_hub_is_streamed_into_the_cache(bert, tmp_path, monkeypatch):
+    """A local folder stands for one of the hub. Its columns, classes and tokens are read so, and nothing is copied."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    files.jsonl(tmp_path / "set" / "train.jsonl", files.classes(30))
+    source = f"hf://{tmp_path / 'set'}:train"
+    data = TextDataModule(source, base=bert, kind="classification", streaming=True, val_split=0.1)
+    data.setup("fit")
+    assert data.labels == ["alpha", "beta", "gamma"]
+    assert len(data.examples("train")) == 27
+    assert not [*tmp_path.rglob("*.arrow")]
+    again = TextDataModule(source, base=bert, kind="classification", streaming=True)
+    again.setup("fit")
+    assert again.stores["train"].path == data.stores["train"].path
