@@ -11,6 +11,7 @@ from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpac
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
+from lightning_lora.layers import Part
 from lightning_lora.misfits import Misfits
 from lightning_lora.ops.samples import sample
 from lightning_lora.skeleton import names_in_files, skeleton
@@ -51,6 +52,9 @@ class BaseFiles:
         self.stored = stored if stored.layout == "peft" else stored.relative_to(names)
         self.misfits = Misfits(self.model, self.stored, adapter_name)
         raise_all(CheckpointError, self.misfits.problems(), stored.source)
+        if parts := [name for name, (node, _) in self.misfits.found.items() if isinstance(node.module, Part)]:
+            way_out = "make a PEFT folder of it first (lightning-lora export)"
+            raise UnsupportedError(f"{stored.source}: {listing(parts, 3)}: parts of layers: {way_out}")
         self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
         self.layers = {n: self._layer_change(n) for n in self.misfits.found if not self._is_other_end(n)}
         self.added = dict(self._added())

@@ -12,14 +12,14 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.chosen import rival_modules, unknown_names
 from lightning_lora.copies import put_in_place
 from lightning_lora.errors import ConfigError, listing, raise_all
-from lightning_lora.layers import LoRALayer, base_modules, lora_layers
+from lightning_lora.layers import LoRALayer, Part, base_modules, lora_layers
 from lightning_lora.marks import MERGED, context_problems, merged_layers
 from lightning_lora.merge_probe import differences
 from lightning_lora.merge_report import Comparison, LayerMerge, MergeReport
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.ops.sharded import is_spread
-from lightning_lora.quantization import quantizer_of
+from lightning_lora.quantization import is_quantized, quantizer_of
 from lightning_lora.targets.walk import nodes, parameter_owners
 from lightning_lora.tied_rows import tied_alike
 from lightning_lora.values import value_problems
@@ -92,6 +92,8 @@ def merge(
     if isinstance(adapter_names, Mapping):
         raise ConfigError("merge takes names: call ll.set_adapter with the weights, and merge what is active")
     raise_all(ConfigError, merge_problems(model, layers, wanted), "merge")
+    if parts := [n for n, layer in layers.items() if isinstance(layer, Part) and is_quantized(layer.lora_place[0])]:
+        raise ConfigError(f"merge: {listing(parts, 3)}: parts of packed layers: ll.merge_and_unload unpacks them first")
     target = _dtype(dtype)
     if target and (packed := [name for name, layer in layers.items() if layer.lora_packed]):
         raise ConfigError(

@@ -72,6 +72,8 @@ class Probe:
             self._try(owner, cls)
         if "forward" in vars(owner) or (has_own_forward(cls) and (reaches_base_forward(cls) or self._wrong.get(cls))):
             return "the forward of its layer is one of its own, and may do more to the product"
+        if self._config.needs_data:
+            return "'eva' and rank_pattern='auto' look at whole layers: name the layer itself"
         if getattr(resolve(self._config.init_lora_weights), "stage", Stage.INJECTED) is Stage.PACKED:
             return "init_lora_weights='loftq' starts whole layers: name the layer itself"
         return None if owner._parameters.get("weight") is not None else "its weight is computed by a parametrization"

@@ -11,26 +11,28 @@ torch.set_num_threads(1)
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers import Phi3Config, Phi3ForCausalLM
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import lightning_lora as ll
 from tests.distributed.many import CPUFSDP
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import DECODER, KV
 
 STRATEGIES = {
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     "fsdp2-sharded": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-    "fsdp": lambda: CPUFSDP(auto_wrap_policy={Qwen2DecoderLayer}),
+    "fsdp": lambda: CPUFSDP(auto_wrap_policy={Phi3DecoderLayer}),
 }
 
 
 class Module(pl.LightningModule):
-    """A language model whose output embedding is tied to the input's."""
+    """A language model whose output embedding is tied to the input's, and whose projections are fused."""
 
     def __init__(self, sharded: bool) -> None:
         super().__init__()
         self.sharded = sharded
-        self.net = FAMILIES["qwen2-tied"].make()
+        torch.manual_seed(0)
+        self.net = Phi3ForCausalLM(Phi3Config(**DECODER, **KV, tie_word_embeddings=True))
 
     def configure_model(self) -> None:
         if self.sharded:
@@ -68,7 +70,11 @@ def main(strategy: str, file: str) -> None:
         use_distributed_sampler=False,
         callbacks=[
             ll.LoRA(
-                r=2, lora_alpha=3.0, target_modules=["q_proj", "v_proj"], trainable_token_indices=[5, 60, 7], **options
+                r=2,
+                lora_alpha=3.0,
+                target_modules=["qkv_proj.q", "qkv_proj.v", "up"],
+                trainable_token_indices=[5, 60, 7],
+                **options,
             )
         ],
     )

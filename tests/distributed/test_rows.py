@@ -1,4 +1,4 @@
-"""Rows of a tied token table in two processes over gloo: as in one process with the whole batch."""
+"""Rows of a tied token table, and parts of fused layers, in two processes over gloo: as in one process."""
 
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def expected(tmp_path_factory):
 def test_ranks_train_what_one_process_would(strategy, expected, tmp_path):
     state, folder = expected
     assert ROWS in state
+    assert "net.model.layers.0.self_attn.qkv_proj.v.lora.default.B" in state
     assert any(key.endswith("trainable_tokens_delta") for key in folder)
     for wanted, found in zip(expected, run(strategy, tmp_path), strict=True):
         assert found.keys() == wanted.keys()
