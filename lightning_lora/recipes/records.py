@@ -6,6 +6,7 @@ Each record knows where it stands, so that what is wrong with it can be said by 
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.recipes.hub import HUB, dataset, identity
 
 PART = 1 << 20  # bytes of a text that are one document
+WHOLE = 1 << 30  # bytes of a file that is read to tell whether it has changed
 MOST = 5  # problems of one file that are told one by one
 
 
@@ -83,14 +85,25 @@ def files_of(source: str) -> list[Path]:
 
 
 def digest_of(source: str, streaming: bool = False) -> str:
-    """SHA-256 over what `read_records` would read, which names cached tokens."""
+    """SHA-256 over what `read_records` would read, which names cached tokens.
+
+    Of a file of more than `WHOLE` bytes it is over its size, the time of its last change, and its two ends.
+    """
     digest = hashlib.sha256()
     if source.startswith(HUB):
         digest.update(identity(source, streaming).encode())
         return digest.hexdigest()
     for path in files_of(source):
         with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            found = path.stat()
+            if found.st_size <= WHOLE:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            else:  # which each process would read whole, each time that a run begins
+                ends = hashlib.sha256(file.read(PART))
+                file.seek(-PART, os.SEEK_END)
+                ends.update(file.read())
+                content = f"{found.st_size} {found.st_mtime_ns} {ends.hexdigest()}"
+        digest.update(f"{path.name}:{content}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Files of every kind, and what is wrong with them, by file and line."""
 
 import json
+import os
 
 import pytest
 
@@ -69,6 +70,18 @@ def test_a_dataset_that_is_streamed_is_not_copied(tmp_path, monkeypatch):
     assert digest_of(source, streaming=True) != before
     assert len(list(read_records(source))) == 3
     assert [*tmp_path.rglob("*.arrow")]  # which reading without streaming leaves
+
+
+def test_changes_of_very_large_files_are_seen_without_reading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lora.recipes.records.WHOLE", 100)
+    monkeypatch.setattr("lightning_lora.recipes.records.PART", 10)
+    path, found = tmp_path / "a.txt", set()
+    for content, time in (("a" * 101, 1), ("a" * 50 + "b" + "a" * 50, 2), ("a" * 100 + "b", 2), ("a" * 102, 2)):
+        path.write_text(content)
+        os.utime(path, (time, time))
+        found.add(digest_of(str(path)))
+        assert digest_of(str(path)) in found
+    assert len(found) == 4
 
 
 def test_a_long_text_is_several_documents(tmp_path, monkeypatch):
