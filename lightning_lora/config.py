@@ -44,8 +44,9 @@ class LoRAConfig:
         lora_alpha: Scale of the update, before it is divided by r (or by the square root of r).
         lora_dropout: Probability of dropout on the adapter's input, in [0, 1).
         target_modules: ``"all-linear"``, ``"attention"``, ``"mlp"``, a regex that matches whole module names, or a
-            list of name suffixes, globs (``"layers.*.q_proj"``), regexes (``"re:..."``) and the three words above. It
-            may be empty where target_parameters says what to adapt.
+            list of name suffixes, globs (``"layers.*.q_proj"``), regexes (``"re:..."``) and the three words above.
+            Parts of fused projections have names too (``"qkv_proj.q"``). It may be empty where target_parameters or
+            trainable_token_indices say what to train.
         exclude_modules: The same forms. Naming a module excludes everything below it.
         target_parameters: Parameters that are read, not called, by the same forms (``"attn.in_proj_weight"``,
             ``"lstm.weight_*"``), or ``"experts"``: the stacked weights of a mixture of experts. They come on top of

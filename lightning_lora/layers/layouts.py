@@ -131,12 +131,7 @@ _KNOWN: dict[tuple[str, str], Callable[[Any], Iterator[tuple[str, Layout]]]] = {
     ("GPTNeoXAttention", "query_key_value"): _neox,
     ("BloomAttention", "query_key_value"): _bloom,
     ("FalconAttention", "query_key_value"): _falcon,
-    ("FalconFlashAttention2", "query_key_value"): _falcon,
     ("GPTBigCodeAttention", "c_attn"): _bigcode,
     ("GPT2Attention", "c_attn"): _thirds("c_attn"),
     ("MptAttention", "Wqkv"): _thirds("Wqkv"),
-    ("VisionAttention", "qkv"): _thirds("qkv"),  # Qwen2-VL
-    ("Qwen2_5_VLVisionAttention", "qkv"): _thirds("qkv"),
-    ("SamVisionAttention", "qkv"): _thirds("qkv"),
-    ("Attention", "qkv"): _thirds("qkv"),  # timm
 }

@@ -150,10 +150,16 @@ def test_which_outputs_are_the_queries_keys_and_values(name):
         assert not torch.allclose(context(scaled(name, **{part: 4.0})), before, rtol=1e-3)
 
 
-def test_which_outputs_are_the_gates_and_ups():
-    before = make("phi3").model.layers[0].mlp
+@pytest.mark.parametrize("name", ["phi3", "glm", "glm4"])
+def test_which_outputs_are_the_gates_and_ups(name):
+    def make_one():
+        torch.manual_seed(0)
+        config = tf.AutoConfig.for_model(name, **SIZES, **IDS, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+        return tf.AutoModelForCausalLM.from_config(config).double()
+
+    before = make_one().model.layers[0].mlp
     for part, factor in (("up", 3.0), ("gate", 3.0)):
-        model = make("phi3")
+        model = make_one()
         ll.inject(model, ll.LoRAConfig(r=32, lora_alpha=32, target_modules=[part], modules_to_save=None))
         mlp = model.model.layers[0].mlp
         site = mlp.gate_up_proj._lora_weights[part]
