@@ -63,7 +63,7 @@ def test_packed_rows_too(llama, tmp_path):
     assert difference(whole, trained(CausalLM, llama, path, accumulated=4, **options)) < 1e-10
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning", "ignore:Total length of:UserWarning")
 def test_batches_in_an_order_of_the_trainers_own_count_equally(llama, tmp_path):
     path = files.jsonl(tmp_path / "a.jsonl", RECORDS)
     with pytest.warns(UserWarning, match="batches come in another order than the data") as caught:
