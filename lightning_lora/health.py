@@ -54,17 +54,17 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
         DeadAdapterError: Naming the layers and the way out.
     """
     problems = []
-    layers = dict(lora_layers(model))
     if merged := merged_layers(model):
         problems.append(f"adapters are merged into {listing(merged)} and would get no gradient: call ll.unmerge(model)")
-    for name, layer in layers.items():
-        for adapter_name, adapter in layer.lora_adapters().items():
-            if adapter_name not in adapter_names:
-                continue
+    held = [(name, layer, *item) for name, layer in lora_layers(model) for item in layer.lora_adapters().items()]
+    for name, layer, adapter_name, adapter in held:
+        if adapter_name in adapter_names:
             if adapter.scaling == 0:
                 problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
             if adapter_name not in layer.lora_active and MERGED not in vars(layer):
                 problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
+    idle = [added for added in added_modules(model) if added.adapter_name in adapter_names and not added.module.active]
+    problems += [f"adapter {added.adapter_name!r} is not active and would get no gradient" for added in idle[:1]]
     adapted = [node for node in nodes(model).values() if isinstance(node.module, LoRALayer)]
     problems += [f"{node.name}: {why}" for node in adapted if (why := bypass(node))]
     frozen = [name for name, p in trained_parameters(model, adapter_names) if not p.requires_grad]

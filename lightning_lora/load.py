@@ -47,11 +47,11 @@ def load_adapter(
     problems = merged_problems(model, "call ll.unmerge before others are loaded")
     problems += [] if adapter_name is None else name_problems(adapter_name)
     raise_all(ConfigError, problems, "load_adapter")
-    if is_prompt_folder(Path(source)):
-        for note in load_prompt_folder(model, Path(source), adapter_name, allow_base_mismatch):
+    if is_prompt_folder(path := _located(source)):
+        for note in load_prompt_folder(model, path, adapter_name, allow_base_mismatch):
             warnings.warn(note, stacklevel=2)
         return
-    stored = read_stored(source, adapter_name)
+    stored = _read(path, source, adapter_name)
     name = adapter_name or stored.adapter_name or "default"
     for note in place(model, stored, name, allow_base_mismatch, dtype=None):
         warnings.warn(note, stacklevel=2)
@@ -59,15 +59,22 @@ def load_adapter(
 
 def read_stored(source: str | os.PathLike[str], adapter_name: str | None = None) -> StoredAdapter:
     """The adapter that a file, a folder or a hub id stands for, with tensors that are not read yet."""
+    return _read(_located(source), source, adapter_name)
+
+
+def _read(path: Path, source: str | os.PathLike[str], adapter_name: str | None) -> StoredAdapter:
+    if path.is_file():
+        return read_checkpoint_adapter(path, adapter_name)
+    require_peft_folder(path, "give a PEFT folder, a checkpoint, or a hub id", os.fspath(source))
+    return read_folder(path)
+
+
+def _located(source: str | os.PathLike[str]) -> Path:
+    """The file or the folder that a source stands for, on this machine."""
     path = Path(source)
     is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/")) and path.suffix not in _FILES
     path = path.parent if path.suffix == ".safetensors" else path
-    if path.is_file():
-        return read_checkpoint_adapter(path, adapter_name)
-    if is_hub_id and not path.exists():
-        path = _from_hub(str(source))
-    require_peft_folder(path, "give a PEFT folder, a checkpoint, or a hub id", os.fspath(source))
-    return read_folder(path)
+    return _from_hub(str(source)) if is_hub_id and not path.exists() else path
 
 
 def _from_hub(repository: str) -> Path:

@@ -13,7 +13,7 @@ from tests.helpers import forks, nodes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMANDS = {
-    "comparators.py": ["3"],
+    "comparators.py": ["1"],
     "digits.py": ["1"],
     "finetune.py": ["4"],
     "merge_and_export.py": ["4"],
@@ -84,7 +84,8 @@ def test_example(name, tmp_path):
         assert "largest change of a logit" in done.stdout
         assert (tmp_path / "runs/finetune/merged/model.safetensors").exists()
     if name == "comparators.py":
-        assert re.search(r"prefix, 8 tokens +│ 2,373 +│ 1.93 % +│ [\d.]+ %", done.stdout)
+        assert re.search(r"prefix, 20 tokens +│ 20,480 +│ 1.86 % +│ [\d.]+ ", done.stdout)
+        assert "bitfit: the model has no biases" in done.stdout
     if name == "plain_pytorch.py":
         assert "Linear again" in done.stdout
         assert len(torch.load(tmp_path / "adapter.pt", weights_only=True)) == 2 * 16

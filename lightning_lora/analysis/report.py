@@ -49,7 +49,7 @@ def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
 def figures(plan: Plan, counts: Summary, adapter_name: str) -> dict[str, Any]:
     """The same as values, for experiment loggers."""
     values = {
-        "layers": len(plan.targets),
+        "layers": len(plan.targets) + len(plan.additions),
         "trainable": counts.trainable,
         "total": counts.total,
         "percent": round(counts.percent, 4),

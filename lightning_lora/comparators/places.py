@@ -85,12 +85,8 @@ def _block(place: Place, attention: list[Place], feed_forward: list[Place]) -> B
 def _attention_around(name: str, block: str) -> str:
     """What of a layer's name leads to the attention that it belongs to."""
     parts = name.removeprefix(f"{block}.").split(".")
-    last = next(i for i, part in enumerate(parts) if _ATTENTION.search(part)) if _named(parts) else 0
+    last = next((i for i, part in enumerate(parts) if _ATTENTION.search(part)), 0)
     return ".".join(parts[: last + 1])
-
-
-def _named(parts: list[str]) -> bool:
-    return any(_ATTENTION.search(part) for part in parts)
 
 
 def _within(outer: Place, layers: list[Place]) -> list[Place]:

@@ -54,6 +54,11 @@ class PromptTuningConfig(MethodConfig):
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
 
+    def __post_init__(self) -> None:
+        init: Any = self.prompt_tuning_init
+        object.__setattr__(self, "prompt_tuning_init", init.upper() if isinstance(init, str) else init)
+        super().__post_init__()
+
     @override
     @classmethod
     def of_peft(cls, fields: Mapping[str, Any]) -> "PromptTuningConfig":

@@ -178,6 +178,15 @@ def test_dead_tensors_are_named(tmp_path):
         run(tmp_path, PromptTuning(), module=Partial())
 
 
+def test_what_is_switched_off_is_not_trained(tmp_path):
+    module = Lit()
+    ll.inject(module, ll.LoRAConfig(r=2, modules_to_save=None))
+    ll.inject(module, PrefixTuning().config, "prefix")
+    ll.set_adapter(module, "default")
+    with pytest.raises(ll.DeadAdapterError, match="adapter 'prefix' is not active"):
+        run(tmp_path, PrefixTuning(), module=module)
+
+
 def test_a_prefix_and_checkpointed_activations(tmp_path):
     """transformers would drop the cache, and the prefix in it, with no more than a warning."""
     with pytest.raises(ll.UnsupportedError, match="gradient_checkpointing: prefix_tuning lives in the cache"):
@@ -209,7 +218,7 @@ def test_arguments_are_checked_together():
     assert "Did you mean 'houlsby'" in str(error.value)
     for make, words in {
         lambda: PrefixTuning(num_virtual_tokens=0, encoder_hidden_size=3): "(?s)positive integer.*no effect without",
-        lambda: PromptTuning(prompt_tuning_init="TEXT"): "(?s)needs prompt_tuning_init_text.*needs tokenizer_name",
+        lambda: PromptTuning(prompt_tuning_init="text"): "(?s)needs prompt_tuning_init_text.*needs tokenizer_name",
         lambda: PromptTuning(prompt_tuning_init_text="x"): "no effect without prompt_tuning_init='TEXT'",
         lambda: BitFit(bias="some", modules_to_save="head"): "(?s)bias must be one of.*modules_to_save must be",
         lambda: Bottleneck(reduction_factor=4, bottleneck_size=2): "say the same",
