@@ -18,7 +18,7 @@ from lightning_lora.added import added_modules
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
-from lightning_lora.movement import gradient_of, mark_of
+from lightning_lora.movement import below_compiled, gradient_of, mark_of
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.optim import require_trained
@@ -135,7 +135,7 @@ class Watch:
         self._had_gradient: set[int] = set()
         self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
         self._handles: list[RemovableHandle] = []
-        compiled = _below_compiled(model)
+        compiled = below_compiled(model)
         parents_of = {n.module: n.parents if isinstance(n.module, LoRALayer) else [] for n in nodes(model).values()}
         for owner, above in [*parents_of.items(), *((found.module, []) for found in added_modules(model))]:
             parents = [parent for parent in above if parent is not model]
@@ -205,7 +205,13 @@ class Watch:
         raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
 
     def _is_alternative(self, parameter: nn.Parameter, optimizer: Optimizer) -> bool:
-        """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task."""
+        """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task.
+
+        Rows of tokens may be those of rare ones: that they did not move is said when the run is over.
+        """
+        owner = self._owners[id(parameter)][0]
+        if isinstance(owner, LoRALayer) and any(parameter is getattr(a, "rows", 0) for a in owner.lora.children()):
+            return True
         name = self._names[id(parameter)]
         numbered = [prefix for prefix in ancestors(name) if prefix.rpartition(".")[2].isdigit()]
         lists = {prefix.rpartition(".")[0] for prefix in numbered}
@@ -262,9 +268,3 @@ def _mentions_weight(cls: type) -> bool:
             return True
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
     return False
-
-
-def _below_compiled(model: nn.Module) -> set[int]:
-    """The modules that run inside a compiled one."""
-    roots = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
-    return {id(module) for root in roots for module in root.modules()}

@@ -21,3 +21,9 @@ def mark_of(parameter: nn.Parameter, optimizer: Any) -> Tensor:
     values = parameter.detach()
     marks = values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, dtype=torch.float64)
     return torch.stack([gathered(mark) for mark in marks])
+
+
+def below_compiled(model: nn.Module) -> set[int]:
+    """The modules that run inside a compiled one."""
+    roots = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
+    return {id(module) for root in roots for module in root.modules()}

@@ -17,6 +17,7 @@ COMMANDS = {
     "digits.py": ["1"],
     "finetune.py": ["4"],
     "merge_and_export.py": ["4"],
+    "new_tokens.py": ["4"],
     "plain_pytorch.py": ["4"],
     "switch_and_compose.py": ["4"],
     "many_devices.py": [],

@@ -447,3 +447,13 @@ def test_consumers_are_told(tmp_path):
     plain = FAMILIES["llama"].make().eval()
     plain.load_adapter(str(tmp_path / "rows"))
     torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_tokens_that_never_come_are_named_when_the_run_is_over(monkeypatch):
+    """They may be rare, so that the run goes on."""
+    monkeypatch.setattr("lightning_lora.health.PATIENCE", 3)
+    module = Wrapped(FAMILIES["llama"].make)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    run = trainer(ll.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[50, 51]), max_epochs=1)
+    with pytest.warns(UserWarning, match=r"1 trainable tensors never moved in this run: .*embed_tokens.*rows"):
+        run.fit(module, one_batch({"input_ids": ids, "labels": ids}, 8))
