@@ -18,14 +18,14 @@ from lightning_lora.demo.module import ByteLM
 
 ADAPTERS: dict[str, tuple[float, dict[str, Any]]] = {  # the middle of the learning rates
     "LoRA": (0.01, {}),
-    "LoRA+": (0.0025, {"loraplus_lr_ratio": 16.0}),
+    "LoRA+": (0.00125, {"loraplus_lr_ratio": 16.0}),
     "DoRA": (0.01, {"use_dora": True}),
-    "PiSSA": (0.001, {"init_lora_weights": "pissa"}),
+    "PiSSA": (0.002, {"init_lora_weights": "pissa"}),
 }
 PARTS: dict[str, tuple[float, str]] = {  # what is trained of the base, by a regex of names
-    "norms": (0.02, r"norm\.weight$|layernorm\.weight$"),
+    "norms": (0.04, r"norm\.weight$|layernorm\.weight$"),
     "head": (0.005, r"embed_tokens"),
-    "full": (0.002, r""),
+    "full": (0.001, r""),
 }
 METHODS = [*ADAPTERS, *PARTS]
 
