@@ -34,7 +34,8 @@ OPTIONS = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False,
 
 def main(steps: int) -> None:
     train, held_out = manual_prose()
-    test, batches = DataLoader(Windows(held_out, 512), batch_size=64), Windows(train, 16 * steps, seed=1)
+    test = DataLoader(Windows(held_out, min(512, 64 * steps)), batch_size=64)
+    batches = Windows(train, 16 * steps, seed=1)
     before = pl.Trainer(**OPTIONS).test(ByteLM(), test, verbose=False)[0]["bits_per_byte_held_out"]
     table = Table("method", "trained", "of all", "bits per byte", title=f"held-out prose; before: {before:.3f}")
     for name, (callbacks, lr) in METHODS.items():
