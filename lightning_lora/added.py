@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, DeadAdapterError, UnsupportedError
+from lightning_lora.layers.find import named_base_modules
 from lightning_lora.marks import TRAINED, WHOLE
 from lightning_lora.method import MethodConfig
 
@@ -127,7 +128,7 @@ class Found(NamedTuple):
 
 def added_modules(model: nn.Module) -> Iterator[Found]:
     """The added modules of a model, each once."""
-    for name, host in model.named_modules():
+    for name, host in named_base_modules(model):
         held: Any = host._modules[KEY] if KEY in host._modules else {}  # noqa: SIM401  (jit has no get)
         for adapter_name, module in held.items():
             yield Found(name, host, adapter_name, module)

@@ -97,5 +97,8 @@ def _queries(tree: Mapping[str, Place]) -> dict[str, Place]:
     return {
         name: place
         for name, place in tree.items()
-        if place.kind is not None and _QUERY.fullmatch(last_part(name)) and in_attention(place, tree)  # type: ignore[arg-type]
+        if place.kind is not None
+        and place.module._parameters
+        and _QUERY.fullmatch(last_part(name))
+        and in_attention(place, tree)  # type: ignore[arg-type]
     }

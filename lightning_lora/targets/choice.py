@@ -145,7 +145,8 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
 def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
     reasons = [f"{name}: {why}" for name, why in skipped.items()]
     left_out = f"Left out: {listing(reasons)}" if reasons else "The model has no layer of that kind"
-    kinds = [n.cls.__name__ for n in tree.values() if n.kind is not None and not n.is_dense_linear]
+    others = [n for n in tree.values() if n.kind is not None and not n.is_dense_linear]
+    kinds = [n.cls.__name__ for n in others if not isinstance(n.module, Part)]
     counts = [f"{kinds.count(kind)} of type {kind}" for kind in dict.fromkeys(kinds)]
     could = f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
     return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could}"
