@@ -49,10 +49,10 @@ def cell(found: Latency, what: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--widths", type=int, nargs="+", default=[128, 512])
+    made.add_argument("--widths", type=int, nargs="+", default=[128, 256])
     made.add_argument("--shapes", nargs="+", default=["1x1", "1x128", "8x1", "8x128"], help="batch size x tokens")
     made.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
-    made.add_argument("--rounds", type=int, default=15)
+    made.add_argument("--rounds", type=int, default=11)
     options = made.parse_args(arguments)
     quiet()
     lines = [f"| model | {' | '.join(options.shapes)} |", f"| --- {'| ---: ' * len(options.shapes)}|"]

@@ -31,7 +31,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
     "QLoRA": {"quantization": "nf4-dq"},
-    "QDoRA": {"use_dora": True, "quantization": "nf4-dq"},
 }
 METHODS = ["head alone", "full", *ADAPTERS]
 
