@@ -20,6 +20,7 @@ from lightning_lora.comparators.virtual import (
     length_of,
     one_model,
     place_of,
+    reads_first,
     refuse_packed,
     stack_of,
     token_problems,
@@ -85,7 +86,7 @@ class PromptTuningConfig(MethodConfig):
             return Places(problems=[f"{type(encoder).__name__} reads no tokens, in front of which a prompt could come"])
         size = encoder.get_input_embeddings().embedding_dim
         # As in PEFT, an encoder's classifier reads the first token there is.
-        by_first = model.config.is_encoder_decoder or _reads_first(model)
+        by_first = model.config.is_encoder_decoder or reads_first(model)
         parts = [self._addition(encoder, tree, "keep" if by_first else "cut", size)]
         if model.config.is_encoder_decoder:
             parts.append(self._addition(model.get_decoder(), tree, "mask", 0))
@@ -258,11 +259,6 @@ class PromptTuning(MethodCallback):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "save_peft")}
         config = checked(PromptTuningConfig, **given)
         super().__init__(config, adapter_name, save_peft=save_peft)
-
-
-def _reads_first(model: Any) -> bool:
-    """Whether a classifier reads the output of the first token."""
-    return type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "classifier")
 
 
 def _tokens(config: PromptTuningConfig) -> list[int]:

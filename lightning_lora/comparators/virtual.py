@@ -36,6 +36,11 @@ def stack_of(model: Any) -> Any:
     return found if "input_ids" in forward_names(found) else model.base_model
 
 
+def reads_first(model: Any) -> bool:
+    """Whether a classifier reads the output of the first token."""
+    return type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "classifier")
+
+
 def place_of(module: Any, tree: Mapping[str, Place]) -> Place:
     """Where a module is."""
     return next(place for place in tree.values() if place.module is module)
