@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes.set_title(f"width {width}")
         axes.grid(alpha=0.3)
     sides[0][0].set_ylabel("forward pass, of the base's")
-    sides[0][-1].legend()
+    sides[0][-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
     options.out.mkdir(parents=True, exist_ok=True)
     write(lines, options.out / "latency.txt")
     figure.savefig(options.out / "latency.png", dpi=120, bbox_inches="tight")
