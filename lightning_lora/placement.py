@@ -1,9 +1,6 @@
 """Putting an adapter from a file into a model: all of it, or nothing."""
 
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +16,6 @@ from lightning_lora.formats.peft_parameters import from_peft, with_parameters
 from lightning_lora.formats.peft_parts import with_parts
 from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
-from lightning_lora.formats.tensor_write import THREADS
 from lightning_lora.freeze import freeze
 from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.inject import withdraw
@@ -60,7 +56,7 @@ def place(
     misfits = Misfits(root, stored, adapter_name)
     raise_all(CheckpointError, misfits.problems(), stored.source)
     notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
-    values = _read_all(misfits)
+    values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
     raise_all(CheckpointError, rows_problems(values, misfits), stored.source)
@@ -126,13 +122,6 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
     except BaseMismatchError as error:
         hint = "or give allow_base_mismatch=True to load it all the same"
         raise BaseMismatchError(f"{stored.source}: {error}, {hint}") from None
-
-
-def _read_all(misfits: Misfits) -> dict[str, dict[str, Tensor]]:
-    """Every layer's tensors: several at a time, since most of it is hashing them."""
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        read = pool.map(partial(_read, misfits=misfits), misfits.found.values())
-        return dict(zip(misfits.found, read, strict=True))
 
 
 def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.added import Added, added_modules
+from lightning_lora.added import KEY, Added
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import kept_values, tensors_of, values_of
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
 from lightning_lora.method import MethodConfig
@@ -30,30 +30,34 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig | MethodConfig]:
         >>> adapters(model)["default"].r
         2
     """
-    added = {found.adapter_name: found.module.config for found in added_modules(model)}
-    return {**low_rank_adapters(model), **added}
+    found: dict[str, LoRAConfig | MethodConfig] = {}
+    added: dict[str, LoRAConfig | MethodConfig] = {}
+    for module in base_modules(model):
+        if isinstance(module, LoRALayer):
+            for name, adapter in module.lora_adapters().items():
+                found.setdefault(name, adapter.config)
+        if KEY in module._modules:
+            held: Any = module._modules[KEY]
+            added |= {name: one.config for name, one in held.items()}
+    return {**found, **added}
 
 
 def low_rank_adapters(model: nn.Module) -> dict[str, LoRAConfig]:
     """Those of LoRA alone."""
-    found: dict[str, LoRAConfig] = {}
-    for _, layer in lora_layers(model):
-        for name, adapter in layer.lora_adapters().items():
-            found.setdefault(name, adapter.config)
-    return found
+    return {name: config for name, config in adapters(model).items() if isinstance(config, LoRAConfig)}
 
 
 def require_low_rank(model: nn.Module, adapter_name: str) -> None:
     """Raises ConfigError if a model has no adapter of that name, and UnsupportedError if it is of another method."""
-    require_adapter(model, adapter_name)
-    if isinstance(config := adapters(model)[adapter_name], MethodConfig):
+    if isinstance(config := require_adapter(model, adapter_name), MethodConfig):
         raise UnsupportedError(f"adapter {adapter_name!r} is {config.method}: this can be had of LoRA's only")
 
 
-def require_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Raises ConfigError if a model has no adapter of that name."""
+def require_adapter(model: nn.Module, adapter_name: str) -> LoRAConfig | MethodConfig:
+    """The configuration of an adapter. Raises ConfigError if a model has none of that name."""
     if adapter_name not in (known := adapters(model)):
         raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
+    return known[adapter_name]
 
 
 def adapter_modules(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:

@@ -48,7 +48,7 @@ def save_adapter(
     entry = {
         "adapter_name": adapter_name,
         "config": exported.config.to_dict(),
-        "base": None if any(map(is_flattened, exported.root.parameters())) else fingerprint(exported.root),
+        "base": None if sharded and any(map(is_flattened, exported.root.parameters())) else fingerprint(exported.root),
         "starts": [name for name, held in exported.layers.items() if held.adapter.start_A is not None],
         "step": step,
         **({"parts": noted} if (noted := exported.parts.noted()) else {}),

@@ -213,8 +213,8 @@ def is_prompt_folder(folder: Path) -> bool:
 
 def exported_prompt(model: nn.Module, adapter_name: str) -> Exported | None:
     """A prefix or a prompt as PEFT would have it; None for an adapter of LoRA."""
-    config = adapters(model).get(adapter_name)
-    if not isinstance(config, MethodConfig):
+    config = next((found.module.config for found in added_modules(model) if found.adapter_name == adapter_name), None)
+    if config is None:
         return None
     if config.peft_type is None:
         raise UnsupportedError(f"PEFT has no {shown(config.method)}: keep adapter {adapter_name!r} in a checkpoint")

@@ -28,7 +28,15 @@ def is_flattened(tensor: Tensor) -> bool:
 
 def is_spread(model: nn.Module) -> bool:
     """Whether a rank has a part of the model only."""
-    return any(is_sharded(p) or is_flattened(p) for p in model.parameters())
+    waiting, seen = [model], set[int]()
+    while waiting:
+        if id(module := waiting.pop()) in seen:
+            continue
+        seen.add(id(module))
+        if any(p is not None and (is_sharded(p) or is_flattened(p)) for p in module._parameters.values()):
+            return True
+        waiting += [child for child in module._modules.values() if child is not None]
+    return False
 
 
 def gathered(tensor: Tensor) -> Tensor:
