@@ -36,6 +36,8 @@ class LoRALinear(LoRALayer):
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.lora_active and not self.lora_absorbed and self.lora_mixture is None:
+            return self.lora_stored_forward(input, *args, **kwargs)  # merged, or switched off: as if it had no adapters
         if not args and not kwargs and _is_usual(input) and (out := self.lora_fused(input)) is not None:
             return out
         return super().forward(input, *args, **kwargs)
