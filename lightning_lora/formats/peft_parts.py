@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapters import LowRankAdapter
+from lightning_lora.checks import is_alpha, is_rank
 from lightning_lora.errors import CheckpointError
+from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
 from lightning_lora.layers import Part, kind_of
 from lightning_lora.layers.layouts import Layout
@@ -120,7 +122,7 @@ class ExportedParts:
 def _joined(held: Sequence[tuple[Any, LowRankAdapter]], use_rslora: bool) -> Joined:
     found = []
     for part, adapter in held:
-        r = adapter.r if adapter.start_A is None else 2 * adapter.r
+        r = adapter.update_rank
         alpha = adapter.scaling * (math.sqrt(r) if use_rslora else r)
         found.append(OnPart(part.lora_name, part.lora_layout, r, alpha, adapter.scaling))
     return Joined(found, use_rslora)
@@ -155,7 +157,7 @@ def with_parts(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter
     layers = {name: layer for name, layer in stored.layers.items() if name not in owners}
     for owner in owners:
         try:
-            layers |= _apart(stored, owner, dict(noted[owner]), tree)
+            layers |= _apart(stored, owner, noted[owner], tree)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{stored.source}: what it says of the parts of {owner} does not fit") from error
     meant = stored.is_target
@@ -168,25 +170,36 @@ def _apart(
 ) -> Iterator[tuple[str, StoredLayer]]:
     whole, at = stored.layers[owner], 0
     root = math.sqrt if stored.options["use_rslora"] else float
-    if sum(int(r) for r, _ in parts.values()) != whole.r:
+    if sum(r for r, _ in parts.values()) != whole.r:
         raise ValueError(whole.r)
     scale = whole.lora_alpha / root(whole.r)
     for name, (r, alpha) in parts.items():
         part = tree[f"{owner}.{name}"].module
-        assert isinstance(part, Part)
-        columns, factor = slice(at, at := at + int(r)), float(alpha) / root(int(r)) / scale
+        if not isinstance(part, Part):
+            raise TypeError(name)
+        columns, factor = slice(at, at := at + r), alpha / root(r) / scale
         tensors = {
-            "A": _piece(whole.tensors["A"], (int(r), part.lora_shape[1]), lambda A, c=columns: A[c]),
+            "A": _piece(whole.tensors["A"], (r, part.lora_shape[1]), lambda A, c=columns: A[c]),
             "B": _piece(
                 whole.tensors["B"],
-                (part.lora_shape[0], int(r)),
+                (part.lora_shape[0], r),
                 lambda B, c=columns, f=factor, p=part: _unscaled(p.lora_layout.of_rows(B[:, c]).flatten(0, 1), f),
             ),
         }
         if (m := whole.tensors.get("magnitude")) is not None:
             rows = lambda values, p=part: p.lora_layout.of_rows(values.flatten()).flatten()  # noqa: E731
             tensors["magnitude"] = _piece(m, (part.lora_shape[0],), rows)
-        yield f"{owner}.{name}", StoredLayer(int(r), float(alpha), tensors)
+        yield f"{owner}.{name}", StoredLayer(r, float(alpha), tensors)
+
+
+def noted_problems(noted: Any) -> Iterator[str]:
+    """What is wrong with what a file says of parts: ``{layer: {part: [rank, alpha]}}``."""
+    layers = noted.values() if isinstance(noted, dict) else [noted]
+    for parts in layers:
+        pairs = list(parts.values()) if isinstance(parts, dict) else []
+        right = (isinstance(pair, list) and len(pair) == 2 and is_rank(pair[0]) and is_alpha(pair[1]) for pair in pairs)
+        if not pairs or not all(right):
+            yield f"says {shown(parts)} of the parts of a layer, which is no mapping to ranks and alphas"
 
 
 def _unscaled(B: Tensor, factor: float) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, 
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_parts import noted_problems
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
@@ -177,6 +178,7 @@ def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     yield from edited(config, written)
     if (name := entry.get("adapter_name")) is not None and name_problems(name):
         yield f"{WEIGHTS} calls the adapter {shown(name)}, which is no name"
+    yield from (f"{WEIGHTS} {problem}" for problem in noted_problems(entry.get("parts", {})))
     starts = entry.get("starts") or []
     are_names = isinstance(starts, list) and all(isinstance(name, str) for name in starts)
     if not are_names or len({*starts}) < len(starts):

@@ -407,3 +407,29 @@ def test_checkpoints_merge_by_way_of_a_folder(tmp_path):
     make("gpt-neox", torch.float32).save_pretrained(tmp_path / "base")
     with pytest.raises(ll.UnsupportedError, match="parts of layers: make a PEFT folder of it first"):
         merge_files(tmp_path / "base", tmp_path / "last.ckpt", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        5,
+        ["q"],
+        {},
+        {"q": 3},
+        {"q": [3]},
+        {"q": [-3, 5.0], "v": [12, 2.0]},
+        {"q": [3, 0.0], "v": [6, 2.0]},
+        {"w": [9, 5.0]},
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_parts_and_makes_no_sense(noted, tmp_path, monkeypatch):
+    model, _ = adapted("gpt-neox", torch.float32)
+    owner = "gpt_neox.layers.0.attention.query_key_value"
+    monkeypatch.setattr("lightning_lora.formats.peft_parts.ExportedParts.noted", lambda self: {owner: noted})
+    ll.save_adapter(model, tmp_path / "odd")
+    other = make("gpt-neox", torch.float32)
+    before = other(ids()).logits
+    with pytest.raises(ll.CheckpointError, match="of the parts of"):
+        ll.load_adapter(other, tmp_path / "odd")
+    assert torch.equal(other(ids()).logits, before)
