@@ -10,6 +10,7 @@ from lightning_lora.errors import CheckpointError, DeadAdapterError, Unsupported
 from lightning_lora.layers.find import named_base_modules
 from lightning_lora.marks import TRAINED, WHOLE
 from lightning_lora.method import MethodConfig
+from lightning_lora.ops.masters import keeping_masters
 
 KEY = "lora_added"  # where a module keeps what was added to it, by adapter
 
@@ -101,13 +102,7 @@ class Added(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Added":
         """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
-
-        def keep_master_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            dtype = torch.float64 if moved.dtype == torch.float64 else self.master_dtype
-            return moved if moved.dtype == dtype else tensor.to(device=moved.device, dtype=dtype)
-
-        super()._apply(keep_master_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_masters(fn, self.master_dtype), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -126,11 +121,16 @@ class Found(NamedTuple):
     module: Added
 
 
+def added_to(host: nn.Module) -> dict[str, Added]:
+    """What was added to a module, by adapter."""
+    held: Any = host._modules[KEY]._modules if KEY in host._modules else {}  # type: ignore[union-attr]
+    return dict(held)
+
+
 def added_modules(model: nn.Module) -> Iterator[Found]:
     """The added modules of a model, each once."""
     for name, host in named_base_modules(model):
-        held: Any = host._modules[KEY] if KEY in host._modules else {}  # noqa: SIM401  (jit has no get)
-        for adapter_name, module in held.items():
+        for adapter_name, module in added_to(host).items():
             yield Found(name, host, adapter_name, module)
 
 

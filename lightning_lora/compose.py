@@ -1,6 +1,6 @@
 """Several adapters as one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,20 @@ from lightning_lora.inject import withdraw
 from lightning_lora.layers import LoRALayer, attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.ops.norms import accumulation_dtype
+from lightning_lora.state import low_rank_adapters
 from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
-from lightning_lora.updates import as_adapter, held, possible_rank, rank_fields, source, target_fields, update_of
+from lightning_lora.updates import (
+    as_adapter,
+    held,
+    held_rows,
+    possible_rank,
+    rank_fields,
+    source,
+    target_fields,
+    update_of,
+    widest,
+)
 from lightning_lora.values import value_problems
 
 _Layers = Mapping[str, tuple[Node, dict[str, LowRankAdapter]]]
@@ -108,11 +119,12 @@ def combine_adapters(
     weights = dict(weights)
     problems += unknown_names([*weights], known)
     problems += weight_problems(weights)
-    layers, in_full = held(model, weights), _in_full(model, weights)
+    layers, in_full, of_tokens = held(model, weights), _in_full(model, weights), held_rows(model, weights)
     problems += [
         *value_problems({name: here for name, (_, here) in layers.items()}),
+        *value_problems({name: here for name, (_, here) in of_tokens.items()}),
         *_kind_problems(layers, method, rank),
-        *rows_problems(model, weights, method),
+        *rows_problems(of_tokens, layers, method),
     ]
     problems += [
         f"{' and '.join(map(repr, each.owners))} both train {each.node.name} in full: combine but one of them"
@@ -121,18 +133,18 @@ def combine_adapters(
     ]
     raise_all(ConfigError, problems, "combine_adapters")
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
-    rows = combined_rows(model, weights)
+    rows = combined_rows(of_tokens, weights)
     tokens = {each.node.name: [*each.tokens] for each in rows}
-    config = _config(model, layers, in_full, tokens, {name: combined.A.shape[-2] for name, combined in made.items()})
+    config = _config(
+        model, weights, layers, in_full, tokens, {name: combined.A.shape[-2] for name, combined in made.items()}
+    )
     adapters = {
-        name: as_adapter(node, config, adapter_name, made[name], _widest(here)) for name, (node, here) in layers.items()
+        name: as_adapter(node, config, adapter_name, made[name], widest(a.A for a in here.values()))
+        for name, (node, here) in layers.items()
     }
     try:
         for name, (node, _) in layers.items():
-            layer: Any = node.module
-            active = layer.lora_active
-            attach(layer, adapter_name, adapters[name])
-            layer.lora_active = active
+            attach(node.module, adapter_name, adapters[name], active=False)
         of_rows = attach_combined(rows, config, adapter_name)
         for each in in_full:
             bring(each.node.module, adapter_name, each.values, each.whole)
@@ -177,22 +189,10 @@ def _kind_problems(layers: _Layers, method: str, rank: int | None) -> Iterator[s
         )
     if method not in BY_FACTOR or dense:
         return
-    ranks = {name: {n: _rank(adapter) for n, adapter in here.items()} for name, (_, here) in layers.items()}
+    ranks = {name: {n: adapter.update_rank for n, adapter in here.items()} for name, (_, here) in layers.items()}
     if odd := [name for name, here in ranks.items() if len(set(here.values())) > 1]:
         found = ", ".join(f"{rank} for {name!r}" for name, rank in ranks[odd[0]].items())
         yield f"method={method!r} needs equal ranks, and on {listing(odd, 3)} there are {found}: give {way_out}"
-
-
-def _rank(adapter: LowRankAdapter) -> int:
-    """The rank of its update."""
-    return adapter.r if adapter.start_A is None else 2 * adapter.r
-
-
-def _widest(here: Mapping[str, LowRankAdapter]) -> torch.dtype:
-    dtype, *others = [adapter.A.dtype for adapter in here.values()]
-    for other in others:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
 
 
 def _combined(
@@ -235,13 +235,15 @@ def _in_full(model: nn.Module, adapter_names: Mapping[str, float]) -> list[_InFu
 
 def _config(
     model: nn.Module,
+    weights: Iterable[str],
     layers: _Layers,
     in_full: list[_InFull],
     tokens: dict[str, list[int]],
     ranks: Mapping[str, int],
 ) -> LoRAConfig:
     """The configuration that says what the new adapter is."""
-    configs = {name: adapter.config for _, here in layers.values() for name, adapter in here.items()}
+    known = low_rank_adapters(model)
+    configs = {name: known[name] for name in weights}
     whole = [each.node.name for each in in_full if each.whole]
     alone = [(each, key) for each in in_full if not each.whole for key in each.values]
     biases = {configs[each.owners[0]].bias for each, key in alone if key == "bias"}

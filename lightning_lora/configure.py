@@ -8,11 +8,10 @@ from torch import nn
 
 from lightning_lora.errors import listing
 from lightning_lora.freeze import freeze
-from lightning_lora.health import let_gradients_through
 from lightning_lora.inject import initialise
 from lightning_lora.optim import Moved, complete_optimizers
 from lightning_lora.patches import Patches
-from lightning_lora.recompute import checkpoint_activations
+from lightning_lora.recompute import checkpoint_activations, let_gradients_through
 
 
 def configure_optimizers(

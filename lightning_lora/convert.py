@@ -1,6 +1,6 @@
 """Any adapter as a plain LoRA, of another rank if wanted."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,7 @@ def to_lora(
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
     problems = [*unknown_names([adapter_name], known), *merged_problems(model, "call ll.unmerge first")]
     problems += [*value_problems({name: here for name, (_, here) in layers.items()}), *_rank_problems(rank, layers)]
-    problems += absorbed_problems(layers, adapter_name)
+    problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]
     raise_all(ConfigError, problems, "to_lora")
     ranks = {
         name: possible_rank(_rank_of(rank, node, here[adapter_name]), _layer(node))
@@ -91,6 +91,13 @@ def to_lora(
 def _layer(node: Node) -> LoRALayer:
     assert isinstance(node.module, LoRALayer)
     return node.module
+
+
+def without_pairs(layers: Mapping[str, object], known: Collection[str], adapter_name: str) -> list[str]:
+    """That an adapter has nothing that could get another rank."""
+    if layers or adapter_name not in known:
+        return []
+    return [f"adapter {adapter_name!r} is rows of tokens alone, which have no rank"]
 
 
 def absorbed_problems(layers: Mapping[str, tuple[Node, Any]], adapter_name: str) -> list[str]:

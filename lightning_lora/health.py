@@ -6,7 +6,7 @@ every tensor that should: it must get a gradient, and it must move.
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
-from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.walk import nodes
 
@@ -79,32 +78,6 @@ def explain(exception: BaseException) -> None:
     for words, note in _NOTES.items() if isinstance(exception, RuntimeError) else ():
         if words in str(exception):
             exception.add_note(f"lightning_lora: {note}")
-
-
-def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:
-    """Makes reentrant activation checkpointing of transformers models work behind a frozen embedding.
-
-    A reentrant checkpoint gives no gradients to what is inside if none of its inputs needs one, and with a frozen
-    embedding none does.
-
-    Returns:
-        For each of these models, whose embeddings' outputs now ask for gradients, how to undo it.
-    """
-    helped: dict[str, Callable[[], None]] = {}
-    for name, module in model.named_modules():
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
-        if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
-            if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
-                module.enable_input_require_grads()
-                helped[name] = module.disable_input_require_grads
-    return helped
-
-
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    if function is None or not getattr(module, "gradient_checkpointing", False):
-        return False
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 class Watch:

@@ -25,8 +25,10 @@ from lightning_lora.misfits import Found, Misfits
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.stored_config import by_owner, config_of
-from lightning_lora.stored_rows import attach_rows, rows_problems
+from lightning_lora.stored_rows import rows_problems
+from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
+from lightning_lora.tied_rows import attach_rows
 
 
 def place(
@@ -206,7 +208,9 @@ def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: b
 def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:
     for key, (node, layer) in misfits.found.items():
         if layer.is_rows:
-            attach_rows(config, misfits, node, layer.tokens, dtypes[key])
+            tables = tied_tables(misfits.tree, node)
+            if node is tables[0]:  # what the file has for other ends is the same
+                attach_rows(tables, layer.tokens, config, misfits.adapter_name, dtypes[key])
             continue
         name = f"{prefix}.{node.name}".strip(".")
         adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name, dtypes[key])

@@ -146,3 +146,29 @@ def _in_eval_mode_too(block: Any, patches: Patches) -> None:
 
     patches.replace(block, "_gradient_checkpointing_func", run)
     patches.wrap(block, "forward", forward)
+
+
+def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:
+    """Makes reentrant activation checkpointing of transformers models work behind a frozen embedding.
+
+    A reentrant checkpoint gives no gradients to what is inside if none of its inputs needs one, and with a frozen
+    embedding none does.
+
+    Returns:
+        For each of these models, whose embeddings' outputs now ask for gradients, how to undo it.
+    """
+    helped: dict[str, Callable[[], None]] = {}
+    for name, module in model.named_modules():
+        nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
+        if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
+            if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
+                module.enable_input_require_grads()
+                helped[name] = module.disable_input_require_grads
+    return helped
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if function is None or not getattr(module, "gradient_checkpointing", False):
+        return False
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.added import KEY, Added
+from lightning_lora.added import Added, added_to
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import kept_values, tensors_of, values_of
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
@@ -36,9 +36,7 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig | MethodConfig]:
         if isinstance(module, LoRALayer):
             for name, adapter in module.lora_adapters().items():
                 found.setdefault(name, adapter.config)
-        if KEY in module._modules:
-            held: Any = module._modules[KEY]
-            added |= {name: one.config for name, one in held.items()}
+        added |= {name: one.config for name, one in added_to(module).items()}
     return {**found, **added}
 
 

@@ -15,10 +15,9 @@ from lightning_lora.updates import target_fields
 def config_of(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
     """The configuration that says of this model what the file says."""
     stored, names = misfits.stored, nodes(model) if prefix else misfits.tree
-    pairs = {f"{prefix}.{node.name}".strip("."): found for found in misfits.found.values() for node in [found.node]}
-    rows = {name: [*found.stored.tokens] for name, found in pairs.items() if found.stored.is_rows}
-    pairs = {name: found for name, found in pairs.items() if name not in rows}
-    layers = {name: layer for name, (_, layer) in pairs.items()}
+    held = {f"{prefix}.{found.node.name}".strip("."): found for found in misfits.found.values()}
+    rows = {name: [*layer.tokens] for name, (_, layer) in held.items() if layer.is_rows}
+    layers = {name: layer for name, (_, layer) in held.items() if not layer.is_rows}
     r, ranks = shortest_patterns({name: layer.r for name, layer in layers.items()})
     alpha, alphas = shortest_patterns({name: layer.lora_alpha for name, layer in layers.items()})
     owners = {outer for owner in by_owner(stored.in_full) for outer in ancestors(owner)}
@@ -28,7 +27,7 @@ def config_of(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
         lora_alpha=float(alpha),
         rank_pattern=ranks or None,
         alpha_pattern=alphas or None,
-        **target_fields({name: node for name, (node, _) in pairs.items()}, names),
+        **target_fields({name: held[name].node for name in layers}, names),
         trainable_token_indices=rows or None,
         modules_to_save=saved or None,
         **stored.options,

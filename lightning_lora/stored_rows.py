@@ -1,34 +1,12 @@
-"""Rows of token tables from a file, at every end of a table that is tied."""
+"""Rows of token tables in a file, where the model has one table for several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.create import create_rows, tie_rows
-from lightning_lora.layers import attach
 from lightning_lora.misfits import Misfits
 from lightning_lora.targets.tokens import tied_tables
-from lightning_lora.targets.walk import Node
-
-
-def attach_rows(config: LoRAConfig, misfits: Misfits, node: Node, tokens: Sequence[int], dtype: torch.dtype) -> None:
-    """Puts an adapter for rows on a layer and on those that are tied to it.
-
-    Args:
-        config: The configuration that the adapter belongs to.
-        misfits: The file and the model.
-        node: The layer. If it is the other end of a table, nothing is done for it.
-        tokens: Which rows.
-        dtype: Dtype of the master copies.
-    """
-    first, *others = tied_tables(misfits.tree, node)
-    if node is first:
-        rows = create_rows(node, tokens, config, dtype)
-        attach(node.module, misfits.adapter_name, rows)
-        for other in others:
-            attach(other.module, misfits.adapter_name, tie_rows(other, rows))
 
 
 def rows_problems(values: Mapping[str, Mapping[str, Tensor]], misfits: Misfits) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.added import KEY, added_modules
+from lightning_lora.added import KEY, added_modules, added_to
 from lightning_lora.chosen import rival_modules, unknown_names, weight_problems, weights_of
 from lightning_lora.copies import put_in_place, values_of
 from lightning_lora.errors import ConfigError, listing, raise_all
@@ -44,7 +44,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         ('korean', 'coding')
     """
     weights, (layers, are_marked, hosts) = weights_of(adapters), _parts(model)
-    added = {name: module for host in hosts for name, module in host._modules[KEY]._modules.items()}
+    added = {name: module for host in hosts for name, module in added_to(host).items()}
     odd = any(MERGED in vars(layer) or SUSPENDED in vars(layer) for layer in layers)
     problems = merged_problems(model, "call ll.unmerge first") if odd else []
     if not all(name in added or any(name in layer.lora for layer in layers) for name in weights):
@@ -63,7 +63,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
         put_in_place(marked, [*weights])
         freeze_marked(marked)
     for host in hosts:
-        for name, module in host._modules[KEY]._modules.items():
+        for name, module in added_to(host).items():
             module.active = name in weights
             module.requires_grad_(module.active)
 

@@ -12,7 +12,7 @@ from lightning_lora.checks import is_number, is_rank
 from lightning_lora.chosen import unknown_names
 from lightning_lora.combinations import best_of_product
 from lightning_lora.config import LoRAConfig
-from lightning_lora.convert import absorbed_problems, exchange
+from lightning_lora.convert import absorbed_problems, exchange, without_pairs
 from lightning_lora.create import create
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
@@ -72,7 +72,7 @@ def truncate(
     problems = [*_argument_problems(rank, energy), *unknown_names([adapter_name], known)]
     problems += merged_problems(model, "call ll.unmerge first")
     problems += [*value_problems({name: here for name, (_, here) in layers.items()})]
-    problems += absorbed_problems(layers, adapter_name)
+    problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]
     raise_all(ConfigError, problems, "truncate")
     parts = {name: _reduced(node, here[adapter_name], rank, energy) for name, (node, here) in layers.items()}
     ranks = {name: A.shape[-2] for name, (A, _, _, _) in parts.items()}
@@ -92,7 +92,7 @@ def truncate(
         exchange(node.module, adapter_name, before, after)
         shape = node.module.lora_matrix_shape(node.module)
         counts = [type(a).parameter_count(shape, a.r) for a in (before, after)]
-        entries[name] = LayerTruncation(before.update()[0].shape[-2], after.r, norm, error, of_merged, *counts)
+        entries[name] = LayerTruncation(before.update_rank, after.r, norm, error, of_merged, *counts)
     return TruncateReport(adapter_name, entries)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
+from lightning_lora.adapters import LoRAAdapter, LowRankAdapter, RowsAdapter
 from lightning_lora.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
 from lightning_lora.create import create
@@ -22,13 +22,32 @@ from lightning_lora.targets.walk import Node, nodes
 
 def held(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[Node, dict[str, LowRankAdapter]]]:
     """The layers on which some of these adapters have low-rank pairs, and these, in the order of the names."""
+    found: dict[str, tuple[Node, dict[str, LowRankAdapter]]] = _held(model, adapter_names, LowRankAdapter)
+    return found
+
+
+def held_rows(model: nn.Module, adapter_names: Collection[str]) -> dict[str, tuple[Node, dict[str, RowsAdapter]]]:
+    """Those on which they have rows of tokens."""
+    found: dict[str, tuple[Node, dict[str, RowsAdapter]]] = _held(model, adapter_names, RowsAdapter)
+    return found
+
+
+def _held(model: nn.Module, adapter_names: Collection[str], kind: type[Any]) -> dict[str, Any]:
     found = {}
     for name, node in nodes(model).items():
-        if isinstance(node.module, LoRALayer):
-            own = node.module.lora_pairs()
-            if here := {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}:
-                found[name] = (node, here)
+        own = node.module.lora_adapters() if isinstance(node.module, LoRALayer) else {}
+        chosen = {adapter_name: own[adapter_name] for adapter_name in adapter_names if adapter_name in own}
+        if here := {adapter_name: adapter for adapter_name, adapter in chosen.items() if isinstance(adapter, kind)}:
+            found[name] = (node, here)
     return found
+
+
+def widest(masters: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all of these."""
+    dtype, *others = [master.dtype for master in masters]
+    for other in others:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
 
 
 def reconfigure(model: nn.Module, adapter_name: str, config: LoRAConfig) -> None:

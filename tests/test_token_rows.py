@@ -457,3 +457,33 @@ def test_rows_of_tokens_that_never_come_are_named_when_the_run_is_over(monkeypat
     run = trainer(ll.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[50, 51]), max_epochs=1)
     with pytest.warns(UserWarning, match=r"1 trainable tensors never moved in this run: .*embed_tokens.*rows"):
         run.fit(module, one_batch({"input_ids": ids, "labels": ids}, 8))
+
+
+def test_adapters_that_are_rows_alone():
+    model, batch, _ = adapted("qwen2-tied", target_modules=[])
+    logits = model(**batch).logits
+    ll.combine_adapters(model, {"default": 1.0}, "other")
+    ll.set_adapter(model, "other")
+    torch.testing.assert_close(model(**batch).logits, logits)
+    for convert in (ll.to_lora, ll.truncate):
+        with pytest.raises(ll.ConfigError, match="rows of tokens alone, which have no rank"):
+            convert(model, rank=2)
+    with torch.no_grad():
+        model.model.embed_tokens.lora["other"].rows[0, 0] = torch.nan
+    with pytest.raises(ll.ConfigError, match="'other' holds NaN"):
+        ll.combine_adapters(model, {"other": 1.0}, "third")
+
+
+def test_combined_rows_are_kept_in_the_dtype_of_their_sources():
+    model = FAMILIES["qwen2-tied"].make()
+    ll.inject(model, ll.LoRAConfig(target_modules=[], trainable_token_indices=TOKENS))
+    model.model.embed_tokens.lora["default"].rows.data = model.model.embed_tokens.lora["default"].rows.data.bfloat16()
+    ll.combine_adapters(model, {"default": 1.0}, "other")
+    assert model.model.embed_tokens.lora["other"].rows.dtype == torch.bfloat16
+
+
+def test_rows_and_an_update_of_the_whole_table_are_not_combined():
+    model, _, _ = adapted("llama", target_modules=["q_proj"])
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["embed_tokens"]), "whole")
+    with pytest.raises(ll.ConfigError, match="embed_tokens: one of the adapters has rows of tokens there"):
+        ll.combine_adapters(model, {"default": 0.5, "whole": 0.5}, "both")

@@ -11,6 +11,7 @@ from lightning_lora.adapters.host import Host
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
 from lightning_lora.ops.fused import LowRank
+from lightning_lora.ops.masters import keeping_masters
 from lightning_lora.ops.sharded import copy_whole_
 
 
@@ -138,16 +139,8 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
-
-        def keep_master_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            dtype = torch.float64 if moved.dtype == torch.float64 else self.master_dtype
-            if moved.dtype == dtype or not tensor.is_floating_point():
-                return moved
-            return tensor.to(device=moved.device, dtype=dtype)
-
         self.forget()
-        super()._apply(keep_master_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_masters(fn, self.master_dtype), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

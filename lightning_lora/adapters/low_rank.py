@@ -60,6 +60,11 @@ class LowRankAdapter(Adapter):
     def r(self) -> int:
         return shape_of(self.A)[-2]
 
+    @property
+    def update_rank(self) -> int:
+        """The rank of its update, which is twice its own where it started with a part of W."""
+        return self.r if self.start_A is None else 2 * self.r
+
     @classmethod
     def parameter_count(cls, shape: tuple[int, ...], r: int) -> int:
         """Trainable parameters of an adapter of this rank on a matrix of this shape."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.added import KEY, Added
+from lightning_lora.added import Added, added_to
 from lightning_lora.checks import is_rank
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.cache import CacheShape, cache_obstacle, cache_shape, empty_cache
@@ -177,7 +177,7 @@ class Prefix(Added):
             return None
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in host.modules()):
             raise UnsupportedError(f"{self.config.method} {NO_CACHE}")
-        if sum(isinstance(module, Prefix) and module.active for module in host._modules[KEY].values()) > 1:
+        if sum(isinstance(module, Prefix) and module.active for module in added_to(host).values()) > 1:
             raise UnsupportedError("several prefixes are active, and a cache starts with one: ll.set_adapter names it")
         given, count = given_to(host, args, kwargs), self.config.num_virtual_tokens
         if length_of(given.get("past_key_values")) == 0:

@@ -76,7 +76,7 @@ class Export:
 
     def problems(self) -> Iterator[str]:
         """What of it PEFT would compute in another way, or can't have."""
-        if shared := [name for name, held in self.layers.items() if held.node.aliases]:
+        if shared := [name for name in (*self.layers, *self.parts.whole) if self.tree[name].aliases]:
             yield f"{listing(shared, 3)}: has several names in the model, and PEFT would adapt it under one of them"
         for name, held in self.layers.items():
             kind = held.layer.lora_peft_problem(held.layer)
@@ -115,7 +115,7 @@ class Export:
         """Those of PEFT's ``LoraConfig``."""
         config: Any = getattr(self.root, "config", None) if is_pretrained(self.root) else None
         held, whole = [(name, each.adapter) for name, each in self.layers.items()], self.parts.whole
-        r, ranks = shortest_patterns({n: self._rank(a) for n, a in held} | {n: w.r for n, w in whole.items()})
+        r, ranks = shortest_patterns({n: a.update_rank for n, a in held} | {n: w.r for n, w in whole.items()})
         scales = {n: self._alpha(a) for n, a in held} | {n: w.lora_alpha for n, w in whole.items()}
         alpha, alphas = shortest_patterns(scales)
         others = [name for name, node in self.tree.items() if name and not isinstance(node.module, Part)]
@@ -162,7 +162,7 @@ class Export:
         shapes = {
             f"{PREFIX}{name}.{end}": list(shape)
             for name, held in self.layers.items()
-            for end, shape in held.layer.lora_peft_shapes(held.layer, self._rank(held.adapter)).items()
+            for end, shape in held.layer.lora_peft_shapes(held.layer, held.adapter.update_rank).items()
             if len(shape) > 2
         }
         parameters = {n: [self._names[n], is_turned(node)] for n, node in self._nodes.items() if self._names[n] != n}
@@ -195,9 +195,6 @@ class Export:
     def _kinds(self) -> list[Any]:
         """The kinds of layers that PEFT would see."""
         return [type(each.layer) for each in self.layers.values()] + [self.tree[n].kind for n in self.parts.whole]
-
-    def _rank(self, adapter: LowRankAdapter) -> int:
-        return adapter.r if adapter.start_A is None else 2 * adapter.r
 
     def _alpha(self, adapter: LowRankAdapter) -> float:
         factor = 1.0 if adapter.start_A is None else 2**0.5 if self.config.use_rslora else 2.0

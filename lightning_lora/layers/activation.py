@@ -16,6 +16,7 @@ from lightning_lora.layers.siblings import scope
 from lightning_lora.ops.fused import Site, fused_linears, linear_without_gradients
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.ops.sharded import PLAIN, is_plain
 from lightning_lora.ops.transforms import in_transform
 
@@ -115,14 +116,11 @@ class LoRALinear(LoRALayer):
 
     @override
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.linear(x, A), B)
+        return low_rank_product(x, A, B)
 
     @override
     def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        h = F.linear(x, A)
-        if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
-            return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
-        return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+        return add_low_rank(out, x, A, B, scale)
 
     @override
     def lora_with_rows(self, x: Tensor, base: Tensor, out: Tensor, rows: "Rows") -> Tensor:

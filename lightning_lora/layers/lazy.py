@@ -94,9 +94,9 @@ def lazily(site: "LoRARead", weight: Tensor) -> Lazy | None:
     """The stack with the active adapters of its site; None where it has to be W + ΔW."""
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or torch.compiler.is_compiling() or in_transform():
         return None
-    parts = []
+    parts, adapters = [], site.lora_pairs()
     for name in site.lora_active:
-        adapter = site.lora_pairs()[name]
+        adapter = adapters[name]
         if not adapter.initialised or not is_plain(adapter.A) or (beside := adapter.beside(site)) is None:
             return None
         p = adapter.config.lora_dropout if adapter.training else 0.0

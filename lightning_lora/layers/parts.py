@@ -7,7 +7,6 @@ has a rank, a scale, an initialisation and magnitudes of its own.
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -18,6 +17,7 @@ from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.layouts import Layout
 from lightning_lora.layers.registry import adapts, kind_of
 from lightning_lora.marks import MERGED
+from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.quantization import dense, is_quantized
 
 
@@ -124,16 +124,12 @@ class LoRAPart(LoRALayer):
 
     @override
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.linear(x, A), B)
+        return low_rank_product(x, A, B)
 
     @override
     def lora_add(self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        h = F.linear(x, A)
-        if out.shape[-1] != len(B):  # the output of the layer
-            B = self.lora_layout.rows_widened(B)
-        if h.dtype != out.dtype or out.dim() < 2:
-            return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
-        return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+        of_the_layer = out.shape[-1] != len(B)
+        return add_low_rank(out, x, A, self.lora_layout.rows_widened(B) if of_the_layer else B, scale)
 
     @override
     def lora_bias_per_row(self) -> Tensor | None:

@@ -104,8 +104,8 @@ def original_type(module: nn.Module) -> type[nn.Module]:
     return type(module).lora_plain_class if swapped else type(module)  # type: ignore[attr-defined]
 
 
-def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
-    """Puts an adapter on a layer and makes it active."""
+def attach(layer: nn.Module, name: str, adapter: "Adapter", active: bool = True) -> None:
+    """Puts an adapter on a layer, and makes it active unless it is not to be."""
     swapped: Any = layer
     if not isinstance(layer, LoRALayer):
         swapped.__class__ = lora_class(type(layer))
@@ -113,7 +113,7 @@ def attach(layer: nn.Module, name: str, adapter: "Adapter") -> None:
     if isinstance(layer, (ReadWeight, Part)):
         _let_in(layer)
     swapped.lora[name] = adapter.train(layer.training)
-    swapped.lora_active = (*swapped.lora_active, name)
+    swapped.lora_active = (*swapped.lora_active, name) if active else swapped.lora_active
 
 
 def detach(layer: LoRALayer, name: str) -> None:

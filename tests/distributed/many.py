@@ -26,6 +26,24 @@ from lightning_lora.names import clean
 from tests.helpers.toy import Lit, Net, build, data
 
 
+def train_and_save(module, strategy, lora, file):
+    """Three epochs of a module that brings its data for its rank, and a checkpoint; "auto" is one process."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1 if strategy == "auto" else 2,
+        strategy=strategy,
+        max_epochs=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[lora],
+    )
+    trainer.fit(module)
+    trainer.save_checkpoint(f"{file}.ckpt")
+
+
 class Sharded(Lit):
     """A user's module that shards itself, as the Lightning docs have it."""
 

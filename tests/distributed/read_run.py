@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lora as ll
-from tests.distributed.many import CPUFSDP
+from tests.distributed.many import CPUFSDP, train_and_save
 from tests.layers.test_experts import FAMILIES
 
 STRATEGIES = {
@@ -61,23 +61,9 @@ class Module(pl.LightningModule):
 
 
 def main(strategy: str, file: str) -> None:
-    devices = 1 if strategy == "auto" else 2
-    sharded = strategy == "fsdp2"
-    module = Module(sharded)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=STRATEGIES.get(strategy, lambda: strategy)(),
-        max_epochs=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        callbacks=[ll.LoRA(r=2, lora_alpha=3.0, target_parameters=["experts", "lstm.weight_*"], modules_to_save=None)],
-    )
-    trainer.fit(module)
-    trainer.save_checkpoint(f"{file}.ckpt")
+    module = Module(strategy == "fsdp2")
+    lora = ll.LoRA(r=2, lora_alpha=3.0, target_parameters=["experts", "lstm.weight_*"], modules_to_save=None)
+    train_and_save(module, STRATEGIES.get(strategy, lambda: strategy)(), lora, file)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

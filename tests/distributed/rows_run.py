@@ -15,7 +15,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import lightning_lora as ll
-from tests.distributed.many import CPUFSDP
+from tests.distributed.many import CPUFSDP, train_and_save
 from tests.helpers.families import DECODER, KV
 
 STRATEGIES = {
@@ -58,28 +58,9 @@ class Module(pl.LightningModule):
 def main(strategy: str, file: str) -> None:
     module = Module(strategy.startswith("fsdp2"))
     options = {"shard_adapters": True} if strategy == "fsdp2-sharded" else {}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else 2,
-        strategy=STRATEGIES.get(strategy, lambda: strategy)(),
-        max_epochs=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        callbacks=[
-            ll.LoRA(
-                r=2,
-                lora_alpha=3.0,
-                target_modules=["qkv_proj.q", "qkv_proj.v", "up"],
-                trainable_token_indices=[5, 60, 7],
-                **options,
-            )
-        ],
-    )
-    trainer.fit(module)
-    trainer.save_checkpoint(f"{file}.ckpt")
+    targets = ["qkv_proj.q", "qkv_proj.v", "up"]
+    lora = ll.LoRA(r=2, lora_alpha=3.0, target_modules=targets, trainable_token_indices=[5, 60, 7], **options)
+    train_and_save(module, STRATEGIES.get(strategy, lambda: strategy)(), lora, file)
     ll.save_adapter(module, f"{file}-folder")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,0 +1,18 @@
+"""The product of an input with a low-rank matrix, an operation after the other."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def low_rank_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """X (..., in) times A (r, in) and B (out, r)."""
+    return F.linear(F.linear(x, A), B)
+
+
+def add_low_rank(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``out`` (..., out) plus scale times that product."""
+    h = F.linear(x, A)
+    if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
+        return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
+    return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
