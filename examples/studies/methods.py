@@ -1,11 +1,11 @@
-"""LoRA, DoRA, QLoRA, full fine-tuning or a new head alone? On a real pre-trained encoder and real text.
+"""LoRA, DoRA, their 4-bit twins, BitFit, full fine-tuning or a new head alone? A real pre-trained encoder, real text.
 
     pip install 'lightning-lora[demo]'
     python examples/studies/methods.py --out docs/studies
 
 MiniLM learns to tell which of 10 packages of CPython's library a docstring is from (examples/docstrings.py). One seed
-tries learning rates of the methods without an adapter, the others train with the best. Writes a table and a figure of
-the accuracy on held-out docstrings, with the spread over seeds, which draw the head, the first A and the batches.
+tries learning rates, the others train with the best. Writes a table and a figure of the accuracy on held-out
+docstrings, with the spread over seeds, which draw the head, the first A and the batches.
 """
 
 import argparse
@@ -25,14 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from docstrings import docstrings, minilm
 
 FOLDER = Path("runs/studies/docstrings")
-TRIED = {"head alone": 2e-2, "full": 2e-4}  # the middle of the learning rates
-LORA = 5e-3  # was better than 2e-3 on longer texts; DoRA and packed bases have it too, as in their papers
 ADAPTERS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
     "QLoRA": {"quantization": "nf4-dq"},
+    "QDoRA": {"use_dora": True, "quantization": "nf4-dq"},
 }
-METHODS = ["head alone", "full", *ADAPTERS]
+METHODS = {"head alone": 2e-2, "full": 2e-4, "BitFit": 5e-3, **dict.fromkeys(ADAPTERS, 5e-3)}  # and learning rates
 
 
 class HeadAlone(SequenceClassifier):
@@ -43,6 +42,15 @@ class HeadAlone(SequenceClassifier):
         self.model.requires_grad_(False)
 
 
+def callbacks(method: str, options: argparse.Namespace) -> list[pl.Callback]:
+    """What makes a Trainer's run one of a method."""
+    if method == "BitFit":
+        return [ll.comparators.BitFit()]
+    if method not in ADAPTERS:
+        return []
+    return [ll.LoRA(r=8, target_modules=rf".*\.(?:{options.targets})", **ADAPTERS[method])]
+
+
 def run(method: str, lr: float, seed: int, options: argparse.Namespace) -> Measured:
     """Accuracy and loss on the held-out docstrings, and how many parameters were trained."""
     pl.seed_everything(seed, verbose=False)
@@ -50,9 +58,7 @@ def run(method: str, lr: float, seed: int, options: argparse.Namespace) -> Measu
     data = TextDataModule(files[0], val=files[1], max_length=options.tokens, batch_size=16)
     recipe = HeadAlone if method == "head alone" else SequenceClassifier
     model = recipe(options.base or minilm(), pooling="mean", lr=lr)
-    targets = rf".*\.(?:{options.targets})"
-    callbacks = [ll.LoRA(r=8, target_modules=targets, **ADAPTERS[method])] if method in ADAPTERS else []
-    trainer = pl.Trainer(max_epochs=options.epochs, callbacks=callbacks, **QUIET)
+    trainer = pl.Trainer(max_epochs=options.epochs, callbacks=callbacks(method, options), **QUIET)
     fit(trainer, model, data)
     measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -63,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--base", help="a model's folder (default: MiniLM of the extra 'demo')")
     made.add_argument("--targets", default="query|key|value", help="a regex of the ends of the layers' names")
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     made.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="of learning rates")
     made.add_argument("--epochs", type=int, default=3)
     made.add_argument("--each", type=int, default=100, help="docstrings of each package; a quarter is held out")
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: dict[str, list[Measured]] = {}
     tried: list[str] = []
     for method in options.methods:
-        lrs = [TRIED[method] * factor for factor in options.factors] if method in TRIED else [LORA]
+        lrs = [METHODS[method] * factor for factor in options.factors]
         found, said = tuned(runs, {method: lrs}, options, lambda *each: run(*each, options), by="loss")
         rows, tried = rows | found, tried + said
     lines = table("method", rows, {"trained parameters": ",.0f", "lr": "g", "accuracy, %": ".1f", "loss": ".3f"})

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.recipes import files
+
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 LOGS = ("lightning.pytorch", "lightning_lora", "bitsandbytes")
 SMALL = ["--seeds", "1", "2", "--steps", "2", "--batch", "2", "--examples", "2"]
@@ -57,15 +59,24 @@ def test_rank(study, tmp_path):
 
 
 def test_methods(study, tmp_path):
-    less = ["--base", "demo", "--targets", "q_proj|v_proj", "--each", "4", "--epochs", "1", "--seeds", "1", "2"]
-    study("methods", *less, "--methods", "head alone", "LoRA", "DoRA", "--factors", "0.001", "1")
-    lines = (tmp_path / "out" / "methods.txt").read_text().splitlines()[2:5]
+    base = files.bert(tmp_path / "bert")
+    names, each, other = {"base": base, "targets": "query|value"}, {"each": "4", "epochs": "1"}, {"tokens": "8"}
+    options = [part for name, value in (names | each | other).items() for part in (f"--{name}", value)]
+    methods = ["head alone", "BitFit", "LoRA", "DoRA", "QLoRA", "QDoRA"]
+    study("methods", *options, "--seeds", "1", "2", "--methods", *methods, "--factors", "0.001", "1")
+    lines = (tmp_path / "out" / "methods.txt").read_text().splitlines()[2 : 2 + len(methods)]
     rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in lines)}
-    head, adapter = 1_290, 8 * 8 * 256
-    assert [int(mean(row[0])) for row in rows.values()] == [head, head + adapter, head + adapter + 8 * 128]
-    assert rows["DoRA"][1] == rows["LoRA"][1] == "0.005"
-    assert all(0 <= mean(row[2]) <= 100 for row in rows.values())
-    assert len(kept(tmp_path, "methods")) == 2 + 3 * 2
+    head, adapter, magnitudes = 32 * 10 + 10, 4 * 8 * 64, 4 * 32
+    model = transformers.AutoModel.from_pretrained(base)
+    biases = sum(p.numel() for name, p in model.named_parameters() if "bias" in name and "pooler" not in name)
+    sizes = [head, head + biases, *[head + adapter, head + adapter + magnitudes] * 2]
+    assert {name: int(mean(row[0])) for name, row in rows.items()} == dict(zip(methods, sizes, strict=True))
+    assert len(kept(tmp_path, "methods")) == (2 + 2) * len(methods)
+    tried = {run["setting"]: run["measured"]["loss"] for run in kept(tmp_path, "methods") if run["seed"] == 0}
+    for method, row in rows.items():
+        best = min((setting for setting in tried if setting.startswith(f"{method},")), key=tried.__getitem__)
+        assert f"{method}, lr {row[1]}" == best
+        assert 0 <= mean(row[2]) <= 100
 
 
 def test_matrices(study, tmp_path):
