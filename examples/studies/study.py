@@ -37,7 +37,7 @@ def parser(doc: str, steps: int | None = None, batch: int = 8) -> argparse.Argum
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, default=Path("runs/studies"), help="the folder (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    made.add_argument("--trial", type=int, default=0, help="the seed that tries learning rates, if any does")
+    made.add_argument("--trial", type=int, nargs="+", default=[0], help="seeds that try learning rates, if any do")
     if steps is not None:
         made.add_argument("--steps", type=int, default=steps)
         made.add_argument("--batch", type=int, default=batch, help="windows in a step")
@@ -129,7 +129,7 @@ def tuned(
     run: Callable[[str, float, int], Measured],
     by: str = "bits per byte",
 ) -> tuple[dict[str, list[Measured]], list[str]]:
-    """Tries learning rates with one seed, and runs the others with that which has the least of something.
+    """Tries learning rates with some seeds, and runs the others with that which has the least of something.
 
     Returns:
         What was measured with the other seeds, with its ``lr``; and the rows of a table of what was tried.
@@ -140,7 +140,8 @@ def tuned(
         return run(*named[name], seed)
 
     some = [name for name, (setting, _) in named.items() if len(lrs[setting]) > 1]
-    tried = {name: measured[0][by] for name, measured in runs(some, [options.trial], of).items()}
+    trials = runs(some, options.trial, of)
+    tried = {name: statistics.mean(run[by] for run in measured) for name, measured in trials.items()}
     best = {
         setting: min((n for n in named if named[n][0] == setting), key=lambda n: tried.get(n, 0)) for setting in lrs
     }
@@ -152,7 +153,10 @@ def tuned(
 
 def trial(options: argparse.Namespace, by: str, rows: Sequence[str]) -> list[str]:
     """The table of what was tried, with an empty line before it."""
-    return ["", f"| seed {options.trial} | learning rate: {by} |", "| --- | --- |", *rows] if rows else []
+    if not rows:
+        return []
+    seeds = f"seed{'s' * (len(options.trial) > 1)} {', '.join(map(str, options.trial))}"
+    return ["", f"| {seeds} | learning rate: {by} |", "| --- | --- |", *rows]
 
 
 def spread(values: Sequence[float], form: str) -> str:
