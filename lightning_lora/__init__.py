@@ -6,13 +6,14 @@ from lightning_lora.analysis.memory import estimate_memory
 from lightning_lora.analysis.memory_estimate import MemoryEstimate
 from lightning_lora.analysis.results import Analysis
 from lightning_lora.analysis.summary import Summary, summary
-from lightning_lora.attached import attach_optimizer
 from lightning_lora.averaging import AdapterAveraging
 from lightning_lora.callback import LoRA
-from lightning_lora.compose import combine_adapters
-from lightning_lora.compose_report import CombineReport
+from lightning_lora.composing.compose import combine_adapters
+from lightning_lora.composing.convert import to_lora
+from lightning_lora.composing.report import CombineReport
+from lightning_lora.composing.truncate import truncate
+from lightning_lora.composing.truncate_report import TruncateReport
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.convert import to_lora
 from lightning_lora.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -22,23 +23,22 @@ from lightning_lora.errors import (
     TargetError,
     UnsupportedError,
 )
+from lightning_lora.files.lint import Finding, lint
 from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.formats.peft import save_adapter
-from lightning_lora.from_data import initialise_from_data
-from lightning_lora.inject import eject, inject
-from lightning_lora.lint import Finding, lint
-from lightning_lora.load import load_adapter
-from lightning_lora.merge import merge, unmerge
-from lightning_lora.merge_report import MergeReport
+from lightning_lora.from_data.initialise import initialise_from_data
+from lightning_lora.injection.inject import eject, inject
+from lightning_lora.loading.load import load_adapter
+from lightning_lora.merging.merge import merge, unmerge
+from lightning_lora.merging.report import MergeReport
+from lightning_lora.merging.unload import merge_and_unload
 from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
-from lightning_lora.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
+from lightning_lora.switching.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
 from lightning_lora.targets import Plan, plan
-from lightning_lora.truncate import truncate
-from lightning_lora.truncate_report import TruncateReport
-from lightning_lora.unload import merge_and_unload
+from lightning_lora.training.attached import attach_optimizer
 
 __all__ = [
     "AdapterAveraging",

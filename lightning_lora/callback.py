@@ -8,9 +8,9 @@ import torch
 from lightning_lora.arguments import check_arguments
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, UnsupportedError
-from lightning_lora.hooks import MethodCallback
 from lightning_lora.inits import Init
 from lightning_lora.strategies import Options
+from lightning_lora.training.hooks import MethodCallback
 
 
 class LoRA(MethodCallback):

@@ -7,10 +7,10 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.adapters import LowRankAdapter
-from lightning_lora.added import KEY, added_modules
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import known_weights
+from lightning_lora.methods.added import KEY, added_modules
 from lightning_lora.names import clean
 from lightning_lora.state import adapter_modules
 

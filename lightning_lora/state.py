@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.added import Added, added_to
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import kept_values, tensors_of, values_of
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.injection.copies import kept_values, tensors_of, values_of
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
-from lightning_lora.method import MethodConfig
+from lightning_lora.methods.added import Added, added_to
+from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.quantization import is_quantized

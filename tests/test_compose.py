@@ -374,7 +374,7 @@ def test_two_heads_can_not_be_one():
     model = FAMILIES["bert"].make()
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"]), "first")
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=None), "second")
-    from lightning_lora.copies import bring
+    from lightning_lora.injection.copies import bring
 
     bring(model.classifier, "second", {"weight": torch.zeros_like(model.classifier.weight)}, whole=True)
     with pytest.raises(ll.ConfigError, match="'first' and 'second' both train classifier in full: combine but one"):

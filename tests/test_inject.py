@@ -1,7 +1,6 @@
 """Injection: initial values, names, freezing, failure, and the way back."""
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import transformers as tf
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.injection import inject
 from lightning_lora.layers import lora_layers
 from tests.helpers.families import DECODER, FAMILIES, KV
 from tests.helpers.modules import Wrapped, one_batch, trainer
@@ -257,7 +257,6 @@ def test_dora_follows_weights_until_it_is_trained():
 
 def test_a_failure_half_way_leaves_nothing(monkeypatch):
     model = build()
-    inject = importlib.import_module("lightning_lora.inject")  # ll.inject is the function
     real, calls = inject.attach, []
 
     def fails_at_the_third(layer, name, adapter):

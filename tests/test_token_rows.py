@@ -15,8 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 import lightning_lora as ll
+from lightning_lora.files.merge import merge_files
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
-from lightning_lora.merge_files import merge_files
 from tests.helpers.families import DECODER, FAMILIES, KV
 from tests.helpers.modules import Wrapped, one_batch, trainer
 
@@ -451,7 +451,7 @@ def test_consumers_are_told(tmp_path):
 
 def test_rows_of_tokens_that_never_come_are_named_when_the_run_is_over(monkeypatch):
     """They may be rare, so that the run goes on."""
-    monkeypatch.setattr("lightning_lora.health.PATIENCE", 3)
+    monkeypatch.setattr("lightning_lora.training.health.PATIENCE", 3)
     module = Wrapped(FAMILIES["llama"].make)
     ids = torch.tensor([[1, 2, 3, 4]])
     run = trainer(ll.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[50, 51]), max_epochs=1)

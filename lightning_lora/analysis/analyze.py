@@ -14,11 +14,11 @@ from lightning_lora.analysis.results import Analysis, Comparison, LayerAnalysis
 from lightning_lora.analysis.sources import Source, aligned, file_sources, model_sources
 from lightning_lora.analysis.spectra import ENERGIES, Spectrum, effective_rank, energy, spectrum, stable_rank
 from lightning_lora.analysis.subspaces import compare_spectra
-from lightning_lora.base_files import BaseFiles
 from lightning_lora.checks import is_int, is_number
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.files.base import BaseFiles
 from lightning_lora.formats.model_folder import ModelFolder
-from lightning_lora.load import read_stored
+from lightning_lora.loading.load import read_stored
 from lightning_lora.state import low_rank_adapters
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_lora.analysis.memory_inputs import likely_batch, transformers_model
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import arrange, lora_layers, undressed
-from lightning_lora.merge import merge, unmerge
-from lightning_lora.switch import set_adapter
+from lightning_lora.merging.merge import merge, unmerge
+from lightning_lora.switching.switch import set_adapter
 
 
 @dataclass(frozen=True)

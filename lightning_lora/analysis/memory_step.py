@@ -17,8 +17,8 @@ from lightning_lora.analysis.memory_inputs import as_shapes, likely_batch, loss_
 from lightning_lora.analysis.memory_trace import on_shapes, trace
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, TargetError, UnsupportedError, raise_all
-from lightning_lora.freeze import train_mode
-from lightning_lora.inject import carry_out
+from lightning_lora.injection.freeze import train_mode
+from lightning_lora.injection.inject import carry_out
 from lightning_lora.layers import lora_layers
 from lightning_lora.patches import Patches
 from lightning_lora.quantize import quantizable

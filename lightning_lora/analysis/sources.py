@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.base_files import BaseFiles
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.files.base import BaseFiles
+from lightning_lora.files.inspection import damage
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
-from lightning_lora.inspection import damage
 from lightning_lora.layers import LoRALayer, kind_of, lora_layers, original_type
 from lightning_lora.marks import merged_problems
+from lightning_lora.merging.values import value_problems
 from lightning_lora.names import ancestors, clean
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.state import require_low_rank
-from lightning_lora.values import value_problems
 
 
 @dataclass(frozen=True)

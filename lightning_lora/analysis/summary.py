@@ -8,9 +8,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.adapters import Adapter
-from lightning_lora.added import Added
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import trained_in_full
+from lightning_lora.methods.added import Added
 
 
 @dataclass(frozen=True)

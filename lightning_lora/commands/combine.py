@@ -43,7 +43,7 @@ def run(
     allow_base_mismatch: bool,
 ) -> None:
     """Runs it."""
-    from lightning_lora.combine_files import combine_files
+    from lightning_lora.files.combine import combine_files
 
     report = combine_files(
         out,

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
 
 def run(path: Path, as_json: bool) -> None:
     """Runs it."""
-    from lightning_lora.inspection import inspect
+    from lightning_lora.files.inspection import inspect
 
     found = inspect(path)
     print(json.dumps(found, sort_keys=True) if as_json else "\n".join(_lines(found)))

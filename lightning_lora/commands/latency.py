@@ -85,8 +85,8 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
 
 
 def _read(model: Any, adapter: Path) -> None:
-    from lightning_lora.load import load_adapter
-    from lightning_lora.switch import set_adapter
+    from lightning_lora.loading.load import load_adapter
+    from lightning_lora.switching.switch import set_adapter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it was trained on: times don't depend on values
@@ -98,9 +98,9 @@ def _read(model: Any, adapter: Path) -> None:
 def _random(model: Any, config: Any) -> None:
     import torch
 
-    from lightning_lora.inject import inject
+    from lightning_lora.injection.inject import inject
     from lightning_lora.layers import lora_layers
-    from lightning_lora.switch import set_adapter
+    from lightning_lora.switching.switch import set_adapter
 
     for name in ("one", "other"):
         inject(model, config, name)

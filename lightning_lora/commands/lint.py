@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
 
 def run(folder: Path, target: str, max_lora_rank: int) -> None:
     """Runs it."""
-    from lightning_lora.lint import lint
+    from lightning_lora.files.lint import lint
 
     findings = lint(folder, target, max_lora_rank=max_lora_rank)
     for finding in findings:

@@ -33,7 +33,7 @@ def run(adapter: Path, out: Path, base: Path, adapter_name: str | None, allow_ba
     from rich.console import Console
     from rich.progress import Progress
 
-    from lightning_lora.merge_files import merge_files
+    from lightning_lora.files.merge import merge_files
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("merging", total=None)

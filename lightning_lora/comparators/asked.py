@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from lightning_lora.arguments import name_problems
 from lightning_lora.errors import ConfigError, raise_all
-from lightning_lora.method import MethodConfig
+from lightning_lora.methods.method import MethodConfig
 
 _ConfigT = TypeVar("_ConfigT", bound=MethodConfig)
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.added import Added
 from lightning_lora.checks import choice_problems
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.places import feed_forward_inputs, host_of
-from lightning_lora.hooks import MethodCallback
-from lightning_lora.method import Addition, MethodConfig, Place, Places, method
+from lightning_lora.methods.added import Added
+from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
 from lightning_lora.targets.kinds import in_attention, last_part
+from lightning_lora.training.hooks import MethodCallback
 
 _QUERY = re.compile(r"q|query|q_proj|query_proj|q_lin|to_q")
 

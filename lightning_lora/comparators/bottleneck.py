@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.added import Added
 from lightning_lora.checks import choice_problems, is_number, is_rank
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.places import Block, blocks
 from lightning_lora.errors import listing
-from lightning_lora.hooks import MethodCallback
-from lightning_lora.method import Addition, MethodConfig, Place, Places, method
+from lightning_lora.methods.added import Added
+from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
+from lightning_lora.training.hooks import MethodCallback
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

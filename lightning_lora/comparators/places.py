@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_lora.method import Place
+from lightning_lora.methods.method import Place
 from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside, is_pretrained
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)

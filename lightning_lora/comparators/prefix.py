@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.added import Added, added_to
 from lightning_lora.checks import is_rank
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.cache import CacheShape, cache_obstacle, cache_shape, empty_cache
@@ -27,8 +26,9 @@ from lightning_lora.comparators.virtual import (
     token_problems,
 )
 from lightning_lora.errors import CheckpointError, UnsupportedError
-from lightning_lora.hooks import MethodCallback
-from lightning_lora.method import NO_CACHE, Addition, MethodConfig, Place, Places, method
+from lightning_lora.methods.added import Added, added_to
+from lightning_lora.methods.method import NO_CACHE, Addition, MethodConfig, Place, Places, method
+from lightning_lora.training.hooks import MethodCallback
 
 
 @method("prefix_tuning")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.added import Added
 from lightning_lora.checks import choice_problems
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.virtual import (
@@ -25,8 +24,9 @@ from lightning_lora.comparators.virtual import (
     stack_of,
     token_problems,
 )
-from lightning_lora.hooks import MethodCallback
-from lightning_lora.method import Addition, MethodConfig, Place, Places, method
+from lightning_lora.methods.added import Added
+from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
+from lightning_lora.training.hooks import MethodCallback
 
 _INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 

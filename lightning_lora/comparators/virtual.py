@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.checks import is_rank
 from lightning_lora.comparators.places import pretrained
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.method import Place
+from lightning_lora.methods.method import Place
 
 
 def token_problems(count: Any) -> list[str]:

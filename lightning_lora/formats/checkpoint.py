@@ -29,11 +29,11 @@ from lightning_lora.errors import CheckpointError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.shards_of_ranks import read_either
-from lightning_lora.inject import carry_out
+from lightning_lora.injection.inject import carry_out
+from lightning_lora.injection.owned import without_owned
 from lightning_lora.layers import lora_layers
-from lightning_lora.method import config_from
+from lightning_lora.methods.method import config_from
 from lightning_lora.names import clean
-from lightning_lora.owned import without_owned
 from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state, low_rank_adapters
 from lightning_lora.targets import draft
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import values_of
 from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
@@ -18,6 +17,7 @@ from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.peft_tokens import ExportedRows
 from lightning_lora.formats.tensors import all_finite
+from lightning_lora.injection.copies import values_of
 from lightning_lora.layers import LoRALayer, Part, ReadWeight, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.names import ancestors

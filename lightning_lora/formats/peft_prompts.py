@@ -10,8 +10,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from lightning_lora.added import Found, added_modules
-from lightning_lora.copies import bring, put_in_place, tensors_of, values_of
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.card import CARD
 from lightning_lora.formats.fingerprint import compare, fingerprint
@@ -21,11 +19,13 @@ from lightning_lora.formats.peft_tasks import task_of
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode, encode
 from lightning_lora.formats.tensor_write import write_tensors
 from lightning_lora.formats.tensors import TensorFile, all_finite
-from lightning_lora.freeze import freeze
-from lightning_lora.inject import carry_out, withdraw
+from lightning_lora.injection.copies import bring, put_in_place, tensors_of, values_of
+from lightning_lora.injection.freeze import freeze
+from lightning_lora.injection.inject import carry_out, withdraw
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import is_whole
-from lightning_lora.method import MethodConfig, method_of_peft
+from lightning_lora.methods.added import Found, added_modules
+from lightning_lora.methods.method import MethodConfig, method_of_peft
 from lightning_lora.names import clean
 from lightning_lora.state import adapters
 from lightning_lora.targets import draft

@@ -9,7 +9,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
-from lightning_lora.load import load_adapter, read_stored
+from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import render_prompt
 from lightning_lora.recipes.generation import generation_options
 from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import UnsupportedError
+from lightning_lora.files.skeleton import names_in_files
 from lightning_lora.formats.model_folder import CONFIG, INDEX, WEIGHTS, ModelFolder
 from lightning_lora.formats.shards import FLOATS
 from lightning_lora.recipes.tokens import resolve
-from lightning_lora.skeleton import names_in_files
 
 HALVES = (torch.float16, torch.bfloat16)
 _OF_A_MODEL = [WEIGHTS, INDEX, "model-*-of-*.safetensors", CONFIG, "generation_config.json"]  # others hold it again

@@ -26,10 +26,10 @@ from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
+from lightning_lora.from_data.settle import adopt_ranks
 from lightning_lora.ops.sharded import gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
-from lightning_lora.settle import adopt_ranks
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.optim import Moved
-from lightning_lora.sharding import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
+from lightning_lora.strategies.adapters import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
 from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.sharded import ShardedAdapter
 

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.copies import tensors_of
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
+from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, placed_like

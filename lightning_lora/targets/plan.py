@@ -11,7 +11,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError, listing, raise_all
 from lightning_lora.layers import Part
 from lightning_lora.marks import BROKEN
-from lightning_lora.method import Addition, MethodConfig
+from lightning_lora.methods.method import Addition, MethodConfig
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose
 from lightning_lora.targets.parameters import is_undropped, type_of

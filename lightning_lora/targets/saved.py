@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import base_modules, original_type
-from lightning_lora.method import MethodConfig
+from lightning_lora.methods.method import MethodConfig
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.added import KEY
 from lightning_lora.layers import (
     LoRALayer,
     Part,
@@ -18,6 +17,7 @@ from lightning_lora.layers import (
     readable,
 )
 from lightning_lora.layers.find import CHILD
+from lightning_lora.methods.added import KEY
 from lightning_lora.names import clean
 
 

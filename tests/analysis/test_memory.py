@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.analysis.memory_trace import Storages, trace
-from lightning_lora.freeze import train_mode
+from lightning_lora.injection.freeze import train_mode
 from lightning_lora.ops import operand
 from lightning_lora.patches import Patches
 from lightning_lora.recompute import checkpoint_activations

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
-from lightning_lora.merge_files import merge_files
+from lightning_lora.files.merge import merge_files
 from tests.commands.files import adapted, assert_same_tensors, fails, fitted, run, tensors
 from tests.helpers.families import FAMILIES
 
@@ -368,7 +368,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from lightning_lora.merge_files import merge_files
+from lightning_lora.files.merge import merge_files
 torch.set_num_threads(1)
 
 def resident(field):

@@ -9,13 +9,13 @@ import transformers as tf
 from torch.nn import functional as F
 
 import lightning_lora as ll
-from lightning_lora.added import added_modules
 from lightning_lora.comparators import (
     BitFitConfig,
     BottleneckConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
 )
+from lightning_lora.methods.added import added_modules
 from tests.comparators.methods import NEUTRAL, VIRTUAL, batch, frozen, stirred
 from tests.helpers.families import FAMILIES
 

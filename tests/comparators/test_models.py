@@ -9,8 +9,8 @@ import transformers as tf
 from lightning.pytorch.plugins import BitsandbytesPrecision
 
 import lightning_lora as ll
-from lightning_lora.added import added_modules
 from lightning_lora.comparators import BitFit, Bottleneck, PrefixTuning, PrefixTuningConfig, PromptTuning
+from lightning_lora.methods.added import added_modules
 from tests.comparators.methods import NEUTRAL, VIRTUAL, Lit, batch, frozen, stirred
 from tests.helpers.modules import Wrapped, one_batch, trainer
 

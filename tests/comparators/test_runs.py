@@ -8,8 +8,8 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_lora as ll
 from lightning_lora.comparators import BitFit, Bottleneck, PrefixTuning, PromptTuning
-from lightning_lora.compatibility import check_compatibility
 from lightning_lora.recompute import let_run_again
+from lightning_lora.training.compatibility import check_compatibility
 from tests.comparators.methods import CALLBACKS, Lit, batch
 from tests.helpers.modules import one_batch, trainer
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from lightning_lora.from_data.ranks import GRADIENT_BATCHES
 from lightning_lora.layers import lora_layers
 from lightning_lora.ops.sketch import GradientSketch
-from lightning_lora.ranks import GRADIENT_BATCHES
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, trainer
 from tests.helpers.toy import Lit, build, data
@@ -137,7 +137,7 @@ def test_a_run_and_its_files(options, tmp_path, monkeypatch):
     found = ranks(module)
     assert len(set(found.values())) > 2
     assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
-    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)  # to call it is an error
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)  # to call it is an error
     twin = Wrapped(FAMILY.make)
     run = trainer(lora(), max_epochs=2)
     run.fit(twin, loader, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)

@@ -359,7 +359,7 @@ def test_the_callback_and_the_function_do_the_same(trained):
 def test_a_run_that_goes_on_does_not_look_again(trained, monkeypatch):
     module, folder = trained
     twin = Wrapped(FAMILY.make)
-    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)  # to call it is an error
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)  # to call it is an error
     lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None)
     fit = trainer(lora, max_epochs=2)
     fit.fit(twin, DataLoader(batches(), batch_size=None), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
@@ -373,7 +373,7 @@ def test_a_run_that_goes_on_does_not_look_again(trained, monkeypatch):
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_evaluation_looks_at_no_data(trained, stage, monkeypatch):
     module, folder = trained
-    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)
     loader = DataLoader(batches(1), batch_size=None)
     outcomes = []
     for checkpoint in (folder / "epoch=1.ckpt", None):
@@ -423,7 +423,7 @@ def test_what_is_saved_is_read_everywhere(trained):
 
 @pytest.mark.filterwarnings("ignore:.*never moved")  # at a learning rate of 0
 def test_a_run_starts_from_a_folder_without_a_look(trained, monkeypatch):
-    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)
     for source in ("epoch=1.peft", "epoch=1.ckpt"):
         module = Wrapped(FAMILY.make, lr=0.0)
         lora = ll.LoRA(r=4, lora_alpha=6, init_lora_weights="eva", modules_to_save=None, init_from=trained[1] / source)
@@ -689,7 +689,7 @@ def test_strategies_that_split_layers_start_from_a_folder(tmp_path):
 
 
 def test_what_was_done_by_hand_is_not_done_again(monkeypatch):
-    monkeypatch.setattr("lightning_lora.phases.fill_from_data", None)
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)
     module = Lit()
     ll.inject(module, ll.LoRAConfig(r=4, init_lora_weights="eva", modules_to_save=None))
     plan = ll.initialise_from_data(module, [torch.randn(64, 16)], forward=lambda module, x: module.net(x))

@@ -159,7 +159,7 @@ def test_an_attention_that_peft_adapted_is_refused(tmp_path):
 
 
 def test_inspect_tells_the_norms_of_experts(tmp_path):
-    from lightning_lora.inspection import inspect
+    from lightning_lora.files.inspection import inspect
 
     model = build("mixtral")
     ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[]))

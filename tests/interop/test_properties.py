@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
 from lightning_lora.arguments import name_problems
-from lightning_lora.inject import carry_out, initialise
+from lightning_lora.injection.inject import carry_out, initialise
 from lightning_lora.layers import lora_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")

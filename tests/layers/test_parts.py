@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.files.merge import merge_files
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
-from lightning_lora.merge_files import merge_files
 from tests.helpers.modules import Wrapped, one_batch, trainer
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
-from lightning_lora.health import PATIENCE, check_before
 from lightning_lora.layers import attach, lora_layers
+from lightning_lora.training.health import PATIENCE, check_before
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, one_batch, trainer
 from tests.helpers.toy import Lit, data

@@ -1,0 +1,1 @@
+"""Several adapters as one, and one adapter as another."""

@@ -1,0 +1,1 @@
+"""What is done with files of adapters and models, without a model that computes."""

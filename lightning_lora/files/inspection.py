@@ -1,0 +1,188 @@
+"""What is in a checkpoint or a PEFT folder, and whether it is intact: every tensor is read."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.composing.combinations import product_norm
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import CheckpointError, raise_all
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
+from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.peft_write import WEIGHTS
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+
+
+@torch.no_grad()
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads all of a checkpoint's adapters, or that of a PEFT folder, and tells what they are, in plain types.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged or holds values that are not finite, with every tensor.
+        UnsupportedError: If it asks for mathematics that are not built here.
+    """
+    source = Path(path)
+    source = source.parent if source.suffix == ".safetensors" else source
+    if source.is_file():
+        return _checkpoint(source)
+    require_peft_folder(source, "give a PEFT folder or a checkpoint")
+    return _folder(source)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint[META]
+    stored = [checkpoint_adapter(path, checkpoint, name) for name in meta["adapters"]]
+    raise_all(CheckpointError, [problem for each in stored for problem in damage(each)])
+    return {
+        "path": str(path),
+        "format": "checkpoint",
+        "bytes": path.stat().st_size,
+        "step": checkpoint.get("global_step"),
+        "epoch": checkpoint.get("epoch"),
+        "versions": meta.get("versions", {}),
+        "checksums": "none",
+        "base": _base(meta["base"], None),
+        "adapters": [_adapter(each) for each in stored],
+    }
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    stored = read_folder(folder)
+    raise_all(CheckpointError, damage(stored))
+    fields, entry = stored.fields, stored.entry
+    return {
+        "path": str(folder),
+        "format": "peft",
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "step": entry.get("step"),
+        "epoch": None,
+        "versions": {"peft": fields["peft_version"]} if fields.get("peft_version") else {},
+        "checksums": "verified" if "sha256" in entry else "none",
+        "base": _base(stored.base, fields.get("base_model_name_or_path")),
+        "adapters": [_adapter(stored)],
+    }
+
+
+def damage(stored: StoredAdapter) -> Iterator[str]:
+    """What is wrong with the tensors of an adapter: all of them are read."""
+    for tensor in _tensors(stored):
+        try:
+            tensor.read()
+        except CheckpointError as error:
+            yield str(error)
+    for name, layer in stored.layers.items():
+        if layer.is_rows:
+            if layer.tensors["rows"].shape[:1] != (len(layer.tokens),) or layer.tensors.keys() != {"rows"}:
+                rows = layer.tensors["rows"].shape
+                yield f"{stored.source}: {name}: its rows are no {len(layer.tokens)} rows of tokens: {rows}"
+            continue
+        for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
+            shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
+            whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
+            if not (whole and (shapes[0][0] == shapes[1][1] == layer.r or _are_stacks(shapes[0], shapes[1], layer.r))):
+                yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
+
+
+def _tensors(stored: StoredAdapter) -> Iterator[StoredTensor]:
+    yield from (tensor for layer in stored.layers.values() for tensor in layer.tensors.values())
+    yield from stored.in_full.values()
+
+
+def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any] | None:
+    if fingerprint is None:
+        return None if name is None else {"name": name, "sha256": None, "tensors": None, "quantization": None}
+    return {
+        "name": name,
+        "sha256": fingerprint["sha256"] or None,
+        "tensors": len(unpack(fingerprint["parameters"])),
+        "quantization": fingerprint.get("quantization"),
+    }
+
+
+def _adapter(stored: StoredAdapter) -> dict[str, Any]:
+    scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
+    layers = [
+        _layer(name, layer, scale(layer.r, layer.lora_alpha), stored.layout == "own")
+        for name, layer in stored.layers.items()
+    ]
+    in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
+    return {
+        "name": stored.adapter_name,
+        "kind": "dora" if stored.options["use_dora"] else "lora",
+        "ranks": sorted({layer.r for layer in stored.layers.values() if not layer.is_rows}),
+        "modules_to_save": stored.modules_to_save,
+        "config": stored.fields,
+        **_size(_tensors(stored)),
+        "layers": layers,
+        "in_full": in_full,
+    }
+
+
+def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, Any]:
+    values = {part: tensor.read() for part, tensor in layer.tensors.items()}
+    if layer.is_rows:
+        norms = dict.fromkeys(("norm_A", "norm_B", "norm_update", "norm_magnitude"))
+        size = _size(layer.tensors.values())
+        of_rows = {"r": len(layer.tokens), "lora_alpha": None, "scaling": None, "tokens": [*layer.tokens]}
+        return {"name": name, **of_rows, **norms, **size}
+    wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+    factors = {part: value.to(wide) for part, value in values.items() if part != "magnitude"}
+    factors = _each(factors, layer.r, own)
+    return {
+        "name": name,
+        "r": layer.r,
+        "lora_alpha": layer.lora_alpha,
+        "scaling": scale,
+        "norm_A": _norm(factors["A"]),
+        "norm_B": _norm(factors["B"]),
+        "norm_update": _update_norm(factors, scale),
+        "norm_magnitude": _norm(values.get("magnitude")),
+        **_size(layer.tensors.values()),
+    }
+
+
+def _are_stacks(A: tuple[int, ...], B: tuple[int, ...], r: int) -> bool:
+    """Whether these are the shapes of pairs for the matrices of a stack, ours or PEFT's."""
+    if len(A) == len(B) == 3:
+        return A[0] == B[0] and A[1] == B[2] == r
+    return len(A) == len(B) == 2 and r > 0 and A[0] == B[1] and A[0] % r == 0
+
+
+def _each(factors: dict[str, Tensor], r: int, own: bool) -> dict[str, Tensor]:
+    """The matrices of a stack by themselves, whoever wrote it; other tensors (of convolutions) as matrices."""
+    if own and factors["A"].dim() == 3:
+        return factors
+    factors = {part: value.flatten(1) for part, value in factors.items()}
+    (ranks, columns), rows = factors["A"].shape, factors["B"].shape[0]
+    if ranks > r and _are_stacks(tuple(factors["A"].shape), tuple(factors["B"].shape), r):
+        A, B = factors["A"].view(-1, r, columns), factors["B"].view(rows, r, -1).permute(2, 0, 1)
+        return {"A": A, "B": B}
+    return factors
+
+
+def _update_norm(factors: dict[str, Tensor], scale: float) -> float:
+    r""":math:`\|s\,B A\|`, or :math:`\|s\,(B A - B_0 A_0)\|` of an adapter that started with a part of the weight."""
+    A, B = factors["A"], factors["B"]
+    if "start_A" in factors:
+        A, B = torch.cat([A, factors["start_A"]], dim=-2), torch.cat([B, -factors["start_B"]], dim=-1)
+    norms = [product_norm(a, b) for a, b in zip(A, B, strict=True)] if A.dim() == 3 else [product_norm(A, B)]
+    return abs(scale) * math.hypot(*norms)
+
+
+def _norm(tensor: Tensor | None) -> float | None:
+    return None if tensor is None else float(torch.linalg.vector_norm(tensor.double()))
+
+
+def _size(tensors: Iterable[StoredTensor]) -> dict[str, int]:
+    known = [(torch.Size(tensor.shape).numel(), tensor.dtype) for tensor in tensors]
+    sizes = [n * dtype.itemsize for n, dtype in known if isinstance(dtype, torch.dtype)]
+    return {"parameters": sum(n for n, _ in known), "bytes": sum(sizes)}

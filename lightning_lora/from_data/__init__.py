@@ -1,0 +1,1 @@
+"""Ranks and first values that come from batches of data."""

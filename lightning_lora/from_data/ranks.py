@@ -1,0 +1,155 @@
+"""Which ranks and first values batches of data speak for."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.from_data.inputs import counted, gradients, leaders, listening, rows
+from lightning_lora.inits import EVA
+from lightning_lora.layers import LoRALayer
+from lightning_lora.ops.sharded import all_objects, world_size
+from lightning_lora.ops.sketch import GradientSketch
+from lightning_lora.ops.spread import Share, spread
+from lightning_lora.ops.streaming import PrincipalRows
+
+GRADIENT_BATCHES = 8  # from which ranks are spread: what counts is which layers have large gradients, not their noise
+GRADIENT_RHO = 4  # times its rank is what a layer may get
+_END = object()
+
+Step = Callable[[Any], Any]
+
+
+def by_variance(
+    linears: Mapping[str, LoRALayer], adapter_name: str, init: EVA, batches: Iterable[Any], step: Step
+) -> tuple[dict[str, int], dict[str, PrincipalRows]]:
+    """Ranks by the variance that components of inputs explain, and these components, by layer (see `EVA`).
+
+    Args:
+        linears: The layers.
+        adapter_name: The adapter on them.
+        init: The options.
+        batches: The batches.
+        step: What is called with each.
+    """
+    r = {name: layer.lora_adapters()[adapter_name].r for name, layer in linears.items()}
+    most = {name: min(init.most(r[name]), *layer.lora_matrix_shape(layer)) for name, layer in linears.items()}
+    first: dict[str, str] = {}
+    seen: dict[str, PrincipalRows] = {}
+    likeness: dict[str, float] = {}
+    mask: Tensor | None = None
+
+    def hear(name: str, x: Tensor) -> None:
+        before = seen[name].V
+        seen[name].add(rows(x, mask))
+        group = [r[other] for other, leader in first.items() if leader == name]
+        likeness[name] = seen[name].likeness(before, max(group))
+
+    for batch in _together(batches, init.batches, lambda: bool(likeness) and min(likeness.values()) >= init.tau):
+        with torch.no_grad():
+            if not first:
+                first = _agreed(leaders(linears, partial(step, batch)))
+                counts = {
+                    leader: max(most[n] for n, own in first.items() if own == leader) for leader in first.values()
+                }
+                seen = {leader: PrincipalRows(count) for leader, count in counts.items()}
+            mask = counted(batch, init.use_label_mask)
+            with listening({leader: linears[leader] for leader in seen}, hear):
+                step(batch)
+    for leader in seen:
+        seen[leader] = _merged(seen[leader])
+    found = {name: seen[leader] for name, leader in first.items()}
+    shares = {name: Share(found[name].shares(most[name])) for name in linears if name in found}
+    return spread(shares, sum(r[name] for name in shares)), found
+
+
+def by_gradients(
+    linears: Mapping[str, LoRALayer], adapter_name: str, batches: Iterable[Any], step: Step
+) -> dict[str, int]:
+    """Ranks by what parameters gain from the gradients (see `lightning_lora.initialise_from_data`).
+
+    Args:
+        linears: The layers.
+        adapter_name: The adapter on them.
+        batches: The batches.
+        step: What is called with each; gives the loss.
+    """
+    r = {name: layer.lora_adapters()[adapter_name].r for name, layer in linears.items()}
+    shape = {name: layer.lora_matrix_shape(layer) for name, layer in linears.items()}
+    most = {name: min(GRADIENT_RHO * r[name], *shape[name]) for name in linears}
+    sketches = {
+        name: GradientSketch(
+            shape[name][0], shape[name][1], 2 * most[name] + 8, linears[name].lora_adapters()[adapter_name].seed
+        )
+        for name in linears
+    }
+
+    def take(name: str, x: Tensor, delta: Tensor) -> None:
+        sketches[name].add(x, delta)
+
+    for batch in _together(batches, GRADIENT_BATCHES, lambda: False):
+        with torch.enable_grad(), gradients(linears, take):
+            loss = _loss_of(step(batch))
+            if loss is None or not loss.requires_grad:
+                raise TargetError(
+                    f"rank_pattern='auto' needs a loss that depends on the adapted layers, and got {_shown(loss)}: "
+                    "training_step (or forward=...) has to return it"
+                )
+            torch.autograd.backward(loss)
+    reached = _agreed({name: name for name, sketch in sketches.items() if sketch.Y is not None})
+    gains = {name: [s * s for s in sketches[name].singular_values(most[name])] for name in reached}
+    shares = {name: Share(gains[name], sum(shape[name]), least=1) for name in reached}
+    return spread(shares, sum(r[name] * sum(shape[name]) for name in reached))
+
+
+def _together(batches: Iterable[Any], most: int, enough: Callable[[], bool]) -> Iterator[Any]:
+    """Batches as long as every process has one, not all of them have enough, and there were not too many."""
+    iterator, count = iter(batches), 0
+    while count < most:
+        batch = next(iterator, _END)
+        states = all_objects((batch is _END, enough()))
+        if any(ended for ended, _ in states) or all(done for _, done in states):
+            break
+        yield batch
+        count += 1
+    if not count:
+        raise ConfigError("initialise_from_data: there is no batch" + " on some rank" * (world_size() > 1))
+
+
+def _agreed(found: dict[str, str]) -> dict[str, str]:
+    """What every process has found of the layers, and so can be worked out together."""
+    each = all_objects(found)
+    shared = {name: leader for name, leader in each[0].items() if all(other.get(name) == leader for other in each)}
+    shared = {name: leader for name, leader in shared.items() if leader in shared}
+    if not shared:
+        raise TargetError("initialise_from_data: the batches reach none of the linear layers that have an adapter")
+    return shared
+
+
+def _merged(seen: PrincipalRows) -> PrincipalRows:
+    """The rows of all processes: the same on each, to the bit."""
+    first, *others = all_objects(seen.cpu())
+    for other in others:
+        first.merge(other)
+    return of_first_rank(first)  # type: ignore[no-any-return]
+
+
+def of_first_rank(value: Any) -> Any:
+    """What the first process has. A collective."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _loss_of(result: Any) -> Tensor | None:
+    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def _shown(loss: Tensor | None) -> str:
+    return "no scalar" if loss is None else "one that needs no gradient"

@@ -1,0 +1,1 @@
+"""Putting adapters onto a model, and taking them off again."""

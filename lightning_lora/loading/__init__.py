@@ -1,0 +1,1 @@
+"""Adapters from files into a model: all of it, or nothing."""

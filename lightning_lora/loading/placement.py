@@ -1,0 +1,232 @@
+"""Putting an adapter from a file into a model: all of it, or nothing."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapters import TiedRows, TokenRows
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
+from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.formats.peft_parameters import from_peft, with_parameters
+from lightning_lora.formats.peft_parts import with_parts
+from lightning_lora.formats.peft_root import peft_root
+from lightning_lora.formats.stored import StoredAdapter
+from lightning_lora.inits import OLoRA, PiSSA
+from lightning_lora.injection.copies import bring, put_in_place, values_of
+from lightning_lora.injection.create import create
+from lightning_lora.injection.freeze import freeze
+from lightning_lora.injection.inject import withdraw
+from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
+from lightning_lora.layers.starting import start_misfit
+from lightning_lora.loading.misfits import Found, Misfits
+from lightning_lora.loading.stored_config import by_owner, config_of
+from lightning_lora.loading.stored_rows import rows_problems
+from lightning_lora.merging.tied_rows import attach_rows
+from lightning_lora.ops.finite import is_finite
+from lightning_lora.quantization import dense, guard
+from lightning_lora.targets.tokens import tied_tables
+from lightning_lora.targets.walk import Node, nodes, parameter_owners
+
+
+def place(
+    model: nn.Module,
+    stored: StoredAdapter,
+    adapter_name: str,
+    allow_base_mismatch: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> list[str]:
+    """Checks everything about an adapter, reads every tensor, and only then changes the model.
+
+    Args:
+        model: The model.
+        stored: The adapter.
+        adapter_name: What it is going to be called.
+        allow_base_mismatch: Whether it may be of another base.
+        dtype: Dtype of the master copies of a new adapter; None for what they were, and float32 for what PEFT wrote.
+
+    Returns:
+        What may differ and does.
+
+    Raises:
+        CheckpointError: If it does not fit.
+        BaseMismatchError: If it was trained on another base.
+    """
+    prefix, root, stored = _root_of(model, stored)
+    misfits = Misfits(root, stored, adapter_name)
+    raise_all(CheckpointError, misfits.problems(), stored.source)
+    notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
+    values = {name: _read(found, misfits) for name, found in misfits.found.items()}
+    in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
+    raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)
+    raise_all(CheckpointError, rows_problems(values, misfits), stored.source)
+    raise_all(CheckpointError, misfits.tied_problems(in_full), stored.source)
+    dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
+    raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
+    tables = _tables(in_full, misfits, allow_base_mismatch)
+    config = config_of(model, prefix, misfits)
+    had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
+    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_active)
+    try:
+        if adapter_name not in had:
+            _attach(config, prefix, misfits, dtypes)
+        _fill(values, in_full, misfits)
+    except Exception:
+        if adapter_name not in had:
+            withdraw(model, adapter_name)
+        raise
+    if adapter_name not in had and had:
+        for _, layer in lora_layers(model):
+            layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
+    put_in_place(base_modules(model), list(active) if had else [adapter_name])
+    freeze(model)
+    guard(model)
+    arrange(model)
+    for key, table in tables.items():
+        with torch.no_grad():
+            misfits.own_tensors[key].copy_(table)
+        notes.append(f"{key} of the base was replaced by that of {stored.source}")
+    return notes
+
+
+def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, StoredAdapter]:
+    """What the names in the file are relative to, and the adapter with names that are.
+
+    A PEFT folder's are relative to the one transformers model, or to the model itself; or, as those of a checkpoint, to
+    a module that the model is a part of.
+    """
+    tree = nodes(model)
+    given, stored = stored, with_parameters(with_parts(stored, tree), tree)
+    first = next(iter(stored.layers))
+    names = {name for node in tree.values() for name in node.names}
+    names |= {name for known in parameter_owners(tree).values() for name in known}
+    if first in names:
+        return "", model, stored
+    prefix, root = peft_root(tree) if stored.layout == "peft" else ("", model)
+    if prefix:
+        below = nodes(root)
+        within = with_parameters(with_parts(given, below), below)
+        if f"{prefix}.{next(iter(within.layers))}" in names:
+            return prefix, root, within
+    inner = stored.relative_to(names)
+    return (prefix, root, stored) if inner is stored else ("", model, inner)
+
+
+def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, Node]) -> list[str]:
+    trained = stored.trained
+    for node in tree.values():
+        trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
+    try:
+        assert stored.base is not None
+        return compare(stored.base, fingerprint(root), trained)
+    except BaseMismatchError as error:
+        hint = "or give allow_base_mismatch=True to load it all the same"
+        raise BaseMismatchError(f"{stored.source}: {error}, {hint}") from None
+
+
+def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
+    """A layer's tensors in the shapes of an adapter's."""
+    node, layer = found
+    kind: Any = kind_of(original_type(node.module))
+    if misfits.stored.layout == "peft" and len(kind.lora_matrix_shape(node.module)) == 3:
+        return from_peft(node, layer.r, {part: tensor.read() for part, tensor in layer.tensors.items()})
+    values = layer.read(*kind.lora_matrix_shape(node.module))
+    if misfits.stored.init is not None and kind.lora_starts_as_told:
+        values |= _start_again(found, misfits)
+    return values
+
+
+def _start_again(found: Found, misfits: Misfits) -> dict[str, Tensor]:
+    """What PEFT took out of the weight when the adapter started, and takes out again when it loads it."""
+    node, layer = found
+    kind: Any = kind_of(original_type(node.module))
+    W, scale = kind.lora_as_matrix(node.module, dense(node.module)).float(), misfits.scaling(layer)
+    if misfits.stored.init == "pissa":
+        A, B = PiSSA(niter=None)(W, layer.r, scale, torch.Generator())
+    else:
+        A, B = OLoRA()(W, layer.r, scale, torch.Generator())
+        A = A * scale  # PEFT takes s times Q R out
+    return {"start_A": A, "start_B": B}
+
+
+def _absorbed_problems(values: dict[str, dict[str, Tensor]], misfits: Misfits) -> Iterator[str]:
+    for name, tensors in values.items():
+        if (layer := misfits.held.get(misfits.found[name].node.name)) is not None:
+            why = start_misfit(layer, misfits.adapter_name, tensors.get("start_A"), tensors.get("start_B"))
+            yield from [] if why is None else [f"{name}: {why}"]
+
+
+def _overflows(
+    values: dict[str, dict[str, Tensor]],
+    in_full: dict[str, Tensor],
+    misfits: Misfits,
+    dtypes: dict[str, torch.dtype],
+) -> Iterator[str]:
+    """Values that are finite in the file, and not in the dtype that they get."""
+    named = [(f"{n}: {part}", t, dtypes[n]) for n, tensors in values.items() for part, t in tensors.items()]
+    named += [(key, tensor, misfits.own_tensors[key].dtype) for key, tensor in in_full.items()]
+    for name, tensor, dtype in named:
+        narrower = dtype.is_floating_point and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
+        if narrower and not is_finite(tensor, torch.finfo(dtype).max):
+            yield f"{name} is too large for {str(dtype).removeprefix('torch.')}"
+
+
+def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.dtype:
+    """That of the adapter that the model has, or is going to have."""
+    if (held := misfits.held.get(found.node.name)) is not None:
+        return held.lora_adapters()[misfits.adapter_name].master.dtype
+    weight: Any = found.node.module.weight
+    if weight.dtype == torch.float64:
+        return torch.float64
+    tensor = next(iter(found.stored.tensors.values()))
+    written = tensor.dtype if misfits.stored.base is not None else torch.float32
+    assert isinstance(written, torch.dtype)
+    return dtype or written
+
+
+def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> dict[str, Tensor]:
+    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own.
+
+    Takes them out of what is trained in full, and returns those that are not.
+    """
+    others, own, source = dict[str, Tensor](), misfits.own_tensors, misfits.stored.source
+    for key in misfits.stored.tables:
+        table = in_full.pop(key).to(own[key])
+        if torch.equal(table, own[key]):
+            continue
+        if not allow_base_mismatch:
+            raise BaseMismatchError(
+                f"{source} brings a {key} that is not the base's: load it into the base, or give "
+                "allow_base_mismatch=True to have that done"
+            )
+        others[key] = table
+    return others
+
+
+def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:
+    for key, (node, layer) in misfits.found.items():
+        if layer.is_rows:
+            tables = tied_tables(misfits.tree, node)
+            if node is tables[0]:  # what the file has for other ends is the same
+                attach_rows(tables, layer.tokens, config, misfits.adapter_name, dtypes[key])
+            continue
+        name = f"{prefix}.{node.name}".strip(".")
+        adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name, dtypes[key])
+        attach(node.module, misfits.adapter_name, adapter)
+
+
+@torch.no_grad()
+def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misfits: Misfits) -> None:
+    for name, tensors in values.items():
+        layer: Any = misfits.found[name].node.module
+        adapter = layer.lora_adapters()[misfits.adapter_name]
+        if isinstance(adapter, TokenRows):
+            adapter.follow(layer)  # it knows the base's rows too
+        if not isinstance(adapter, TiedRows):
+            adapter.take(tensors)
+    for owner, keys in by_owner(in_full).items():
+        bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
+        brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}
+        bring(misfits.by_name[owner].module, misfits.adapter_name, brought, whole=not bias_alone)

@@ -1,0 +1,19 @@
+"""Rows of token tables in a file, where the model has one table for several."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_lora.loading.misfits import Misfits
+from lightning_lora.targets.tokens import tied_tables
+
+
+def rows_problems(values: Mapping[str, Mapping[str, Tensor]], misfits: Misfits) -> Iterator[str]:
+    """Rows that differ in the file, for tables that are one in the model: PEFT may write these twice."""
+    by_node = {found.node.name: values[name] for name, found in misfits.found.items() if found.stored.is_rows}
+    for name, own in by_node.items():
+        first = tied_tables(misfits.tree, misfits.tree[name])[0]
+        of_first = by_node.get(first.name)
+        if of_first is not None and not torch.equal(of_first["rows"], own["rows"]):
+            yield f"{name} and {first.name} have other rows in the file, and one table in the model: untie them"

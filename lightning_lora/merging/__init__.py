@@ -1,0 +1,1 @@
+"""Adapters into the base weights and out again."""

@@ -1,0 +1,1 @@
+"""What a method other than LoRA is, and what it adds to modules."""

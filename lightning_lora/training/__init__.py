@@ -1,0 +1,1 @@
+"""A run of a Trainer: what is done in it when, and what is looked after."""
