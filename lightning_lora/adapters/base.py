@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_lora.adapters.host import Host
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
-from lightning_lora.ops.fused import LowRank
 from lightning_lora.ops.masters import keeping_masters
 from lightning_lora.ops.sharded import copy_whole_
+from lightning_lora.ops.site import LowRank
 
 
 class Adapter(nn.Module):

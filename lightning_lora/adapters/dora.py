@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
 from lightning_lora.adapters.low_rank import LowRankAdapter, variant
-from lightning_lora.ops.fused import LowRank, gain_of
 from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
+from lightning_lora.ops.site import LowRank, gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
 
 

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
 from lightning_lora.adapters.low_rank import LowRankAdapter, variant
-from lightning_lora.ops.fused import LowRank
+from lightning_lora.ops.site import LowRank
 from lightning_lora.ops.stacks import add_product, rows_of
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.analysis.spectra import Spectrum
-from lightning_lora.ops.fused import gain_of
 from lightning_lora.ops.norms import accumulation_dtype, row_squares, weight_product
+from lightning_lora.ops.site import gain_of
 
 
 @dataclass(frozen=True)

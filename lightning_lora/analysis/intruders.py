@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_lora.analysis.spectra import Spectrum
-from lightning_lora.ops.fused import gain_of
 from lightning_lora.ops.norms import accumulation_dtype, merged_row_norms
 from lightning_lora.ops.principal import OVERSAMPLING
+from lightning_lora.ops.site import gain_of
 
 ITERATIONS = 4  # of the subspace iteration: singular values of weights decay slowly
 

@@ -13,11 +13,12 @@ from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.siblings import scope
-from lightning_lora.ops.fused import Site, fused_linears, linear_without_gradients
+from lightning_lora.ops.fused import fused_linears, linear_without_gradients
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.operand import Unpack
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.ops.sharded import PLAIN, is_plain
+from lightning_lora.ops.site import Site
 from lightning_lora.ops.transforms import in_transform
 
 if TYPE_CHECKING:

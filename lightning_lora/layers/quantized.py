@@ -11,8 +11,8 @@ from typing_extensions import override
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.registry import adapts
 from lightning_lora.marks import MERGED
-from lightning_lora.ops.fused import LowRank, Site
 from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.site import LowRank, Site
 from lightning_lora.quantization import Quantizer, dense, moves_only, quantizer_of
 
 if TYPE_CHECKING:

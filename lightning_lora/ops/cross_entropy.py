@@ -13,7 +13,7 @@ from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.ops.row_losses import row_losses, widened
 from lightning_lora.ops.sharded import gathered, is_sharded
-from lightning_lora.ops.transforms import in_transform
+from lightning_lora.ops.transforms import in_transform, without_autocast
 
 ROWS = 256  # tokens at a time, at least: products of fewer rows wait for the head to be read
 LOGITS = 1 << 22  # logits at a time where that is more tokens, on a CPU; an accelerator takes 16 times as many
@@ -211,5 +211,5 @@ def _through_weight(
         dtype = torch.get_autocast_dtype(device)
     rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chunk = chunk or _tokens_at_a_time(len(weight), rows.device)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         return row_losses(rows, weight, bias, targets, smoothing, chunk)

@@ -12,7 +12,7 @@ nothing.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,35 +21,9 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.site import LowRank, Site
+from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
-
-
-class LowRank(NamedTuple):
-    """An adapter: s B A, and for DoRA what scales the rows of the sum."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    magnitude: Tensor | None = None
-    norms: Tensor | None = None
-
-    def gain(self) -> Tensor | None:
-        """What scales the rows; None for LoRA."""
-        return None if self.magnitude is None or self.norms is None else gain_of(self.magnitude, self.norms)
-
-
-def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Magnitude over norm of the merged rows, in the norms' dtype, and 1 where a row is 0: differentiable in m."""
-    zero = norms == 0
-    return torch.where(zero, 1.0, magnitude.to(norms.dtype) / norms.masked_fill(zero, 1.0))
-
-
-class Site(NamedTuple):
-    """A frozen linear layer with one adapter."""
-
-    weight: Tensor | Unpack
-    bias: Tensor | None
-    adapter: LowRank
 
 
 def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor, ...]:
@@ -62,7 +36,7 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
 
     Returns:
         For each layer (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its
-        values, x Aᵀ, the A's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
+        values, x Aᵀ, the A's and B's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
     """
     tensors: list[Tensor | None] = []
     unpacks: list[Unpack | None] = []
@@ -71,7 +45,7 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
         unpacks.append(None if isinstance(weight, Tensor) else weight)
         tensors += [dense, bias, adapter.A, adapter.B, adapter.magnitude, adapter.norms]
     scales = [site.adapter.scale for site in sites]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, *tensors)  # type: ignore[no-untyped-call]
     return outs
 
@@ -107,30 +81,30 @@ class _Fused(torch.autograd.Function):
         flat = x.flatten(0, -2)
         mask, keep_scale = keep_mask(flat, p) if p > 0 else (None, 1.0)
         factors = [s * keep_scale for s in scales]
-        A = torch.cat([site.adapter.A for site in sites])  # a copy, also of one
-        ranks = [len(site.adapter.A) for site in sites]
-        _scale_(torch.split(A, ranks), A, factors)
-        A = A.to(dtype)
+        ranks = [site.adapter.A.shape[0] for site in sites]
+        A = _joined([site.adapter.A for site in sites], ranks, factors).to(dtype)
         h = (flat if mask is None else masked(flat, mask)) @ A.T
-        outs, gains, folds = [], [], []
-        for (weight, bias, adapter), part in zip(sites, torch.split(h, ranks, 1), strict=True):
+        outs, ups, gains, folds = [], [], [], []
+        for (weight, bias, adapter), part in zip(sites, _parted(h, ranks, 1), strict=True):
             gain, fold = adapter.gain(), _folds(weight, flat)
-            B = _up(adapter, gain, dtype)
+            B = (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
             bias = None if bias is None else bias.to(dtype)
-            out = flat.new_empty((*x.shape[:-1], len(B)))  # no view: what is behind the layer may change it in place
-            y, W = out.view(-1, len(B)), operand(weight, dtype, gain if fold else None).T
+            out = flat.new_empty((*x.shape[:-1], B.shape[0]))  # no view: what is behind the layer may change it
+            y, W = out.view(-1, B.shape[0]), operand(weight, dtype, gain if fold else None).T
+            # What is small comes first: it is rounded, and not what it is added to.
             if gain is None or fold:
-                torch.mm(flat, W, out=y) if bias is None else torch.addmm(bias, flat, W, out=y)
-                y.addmm_(part, B.T)
+                torch.mm(part, B.T, out=y) if bias is None else torch.addmm(bias, part, B.T, out=y)
+                y.addmm_(flat, W)
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
                 torch.mm(flat, W, out=y)
-                change = F.linear(part, B, bias)
-                y.add_(change.addcmul_(y, (gain - 1).to(dtype)))
+                change, more = F.linear(part, B, bias), (gain - 1).to(dtype)
+                y.add_(change.addcmul_(y, more))
             outs.append(out)
+            ups.append(B)
             gains.append(gain)
             folds.append(fold)
         ys = [None if gain is None else out.data for out, gain in zip(outs, gains, strict=True)]
-        ctx.save_for_backward(x, mask, h, A, *ys, *gains, *tensors)
+        ctx.save_for_backward(x, mask, h, A, *ups, *ys, *gains, *tensors)
         ctx.marks = [
             None if gain is None or out.is_inference() else _Mark(out) for out, gain in zip(outs, gains, strict=True)
         ]
@@ -142,55 +116,53 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(grads)
+        n, needed = len(grads), ctx.needs_input_grad
         x, mask, h, A, *rest = ctx.saved_tensors
-        ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        ups, ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         sites = _sites(ctx.unpacks, ctx.scales, tensors)
         if torch.is_grad_enabled():
             plain = functools.partial(_plain, x, mask, sites, ctx.factors)
-            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
-            dx, *others = gradients(plain, [x, *tensors], needed, grads)
+            dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[4:]], grads)
             return dx, None, None, None, *others
-        results: list[list[Tensor | None]] = []
+        results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
         dys: list[Tensor | None] = []
         flat, dh = x.flatten(0, -2), torch.empty_like(h)
-        parts, into = torch.split(h, ctx.ranks, 1), torch.split(dh, ctx.ranks, 1)
-        for i, (dy, site) in enumerate(zip(grads, sites, strict=True)):
-            result: list[Tensor | None] = [None] * _PER_SITE
-            results.append(result)
+        parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
+        for i, (dy, site, gain, fold) in enumerate(zip(grads, sites, gains, ctx.folds, strict=True)):
             if dy is None:
                 into[i].zero_()
                 dys.append(None)
                 continue
-            _, needs_bias, _, needs_B, needs_magnitude, _ = ctx.needs_input_grad[4 + _PER_SITE * i :][:_PER_SITE]
-            dy, gain = dy.flatten(0, -2), gains[i]
+            _, needs_bias, _, needs_B, needs_magnitude, _ = needed[4 + _PER_SITE * i :][:_PER_SITE]
+            dy, result, memory = dy.flatten(0, -2), results[i], None
+            torch.mm(dy, ups[i], out=into[i])
             if needs_bias:
                 result[1] = dy.sum(0)
+            if needs_B:
+                B = site.adapter.B
+                dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
+                result[3] = dB if gain is None else dB.mul_(gain[:, None])
             if needs_magnitude:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
                 y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
-                result[4] = _magnitude_grad(dy, y.flatten(0, -2), site)
-            torch.mm(dy, _up(site.adapter, gain, dy.dtype), out=into[i])
-            if needs_B:
-                dB = (parts[i].T @ dy).T.to(site.adapter.B.dtype)
-                result[3] = dB.contiguous() if gain is None else dB * gain[:, None]
+                memory = dy * y.flatten(0, -2)
+                result[4] = _magnitude_grad(memory, dy, site)
+            if gain is not None and not fold and needed[0]:
+                dy = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=memory)
             dys.append(dy)
-        if any(ctx.needs_input_grad[4 + _PER_SITE * i + 2] for i in range(n)):
+        if any(needed[4 + _PER_SITE * i + 2] for i in range(n)):
             dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
-            pieces = _scale_(torch.split(dA, ctx.ranks), dA, ctx.factors)
+            pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
             for result, dy, piece in zip(results, dys, pieces, strict=True):
                 result[2] = None if dy is None else piece
         dx = None
-        if ctx.needs_input_grad[0]:
+        if needed[0]:
             dx = dh @ A
             if mask is not None:
                 masked_(dx, mask)
             for dy, site, gain, fold in zip(dys, sites, gains, ctx.folds, strict=True):
-                if dy is None:
-                    continue
-                if gain is not None and not fold:
-                    dy = dy.addcmul(dy, (gain - 1).to(dy.dtype))
-                dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
+                if dy is not None:
+                    dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
             dx = dx.view(x.shape)
         return dx, None, None, None, *(each for result in results for each in result)
 
@@ -229,26 +201,37 @@ def _folds(weight: Tensor | Unpack, flat: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.float64) and len(flat) >= flat.shape[1]
 
 
-def _up(adapter: LowRank, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """B as it is multiplied with: made twice, since it weighs more than it takes."""
-    return (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
+def _joined(matrices: list[Tensor], ranks: list[int], factors: list[float]) -> Tensor:
+    """A's below one another, each times its factor."""
+    return matrices[0] * factors[0] if len(matrices) == 1 else _scaled_(torch.cat(matrices), ranks, factors)
 
 
-def _scale_(pieces: Sequence[Tensor], whole: Tensor, factors: list[float]) -> Sequence[Tensor]:
-    """Multiplies pieces of a tensor by factors, in place: at once where these are one."""
+def _parted(whole: Tensor, ranks: list[int], dim: int = 0) -> Sequence[Tensor]:
+    """What belongs to each."""
+    return [whole] if len(ranks) == 1 else torch.split(whole, ranks, dim)
+
+
+def _scaled_(whole: Tensor, ranks: list[int], factors: list[float]) -> Tensor:
+    """Multiplies what belongs to each by its factor, in place: at once where these are one."""
     if len(set(factors)) == 1:
-        whole.mul_(factors[0])
-    else:
-        for piece, factor in zip(pieces, factors, strict=True):
-            piece.mul_(factor)
-    return pieces
+        return whole.mul_(factors[0])
+    for piece, factor in zip(_parted(whole, ranks), factors, strict=True):
+        piece.mul_(factor)
+    return whole
 
 
-def _magnitude_grad(dy: Tensor, y: Tensor, site: Site) -> Tensor:
-    r""":math:`\sum_t dy_t (y_t - b) / m`, since the output without its bias is the gain times what the gain is of."""
+def _magnitude_grad(product: Tensor, dy: Tensor, site: Site) -> Tensor:
+    r""":math:`\sum_t dy_t (y_t - b) / m`, since the output without its bias is the gain times what the gain is of.
+
+    Args:
+        product: dy times y.
+        dy: The gradient.
+        site: The layer.
+    """
     m, norms = site.adapter.magnitude, site.adapter.norms
     assert m is not None and norms is not None  # noqa: PT018
-    total = (dy * y).sum(0, dtype=norms.dtype)
-    if site.bias is not None:
-        total -= site.bias.to(norms.dtype) * dy.sum(0, dtype=norms.dtype)
+    if site.bias is None:
+        total = product.sum(0).to(norms.dtype)  # sums are taken in float32, and rounded as those in products are
+    else:
+        total = product.sum(0, dtype=norms.dtype) - site.bias.to(norms.dtype) * dy.sum(0, dtype=norms.dtype)
     return (total / m.to(norms.dtype)).masked_fill_((norms == 0) | (m == 0), 0).to(m.dtype)

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.fused import LowRank, Site
 from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.site import LowRank, Site
+from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
 
 
@@ -34,7 +35,7 @@ def fused_dora_dropout(x: Tensor, site: Site, p: float) -> Tensor:
     """
     (A, B, scale, magnitude, norms), weight = site.adapter, site.weight
     dense, unpack = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         out: Tensor = _FusedDropout.apply(x, p, unpack, scale, dense, site.bias, A, B, magnitude, norms)  # type: ignore[no-untyped-call]
     return out
 

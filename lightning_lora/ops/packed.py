@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.operand import Unpack
-from lightning_lora.ops.transforms import in_transform
+from lightning_lora.ops.transforms import in_transform, without_autocast
 
 
 def packed_linear(x: Tensor, unpack: Unpack, bias: Tensor | None, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def packed_linear(x: Tensor, unpack: Unpack, bias: Tensor | None, compute_dtype:
     if in_transform():
         W = unpack(x.dtype, None).clone()
         return F.linear(x, W, None if bias is None else bias.to(x.dtype)).to(out_dtype)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         out: Tensor = _PackedLinear.apply(x, unpack, None if bias is None else bias.to(x.dtype))  # type: ignore[no-untyped-call]
     return out.to(out_dtype)
 

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from lightning_lora.ops import fused as module
-from lightning_lora.ops.fused import LowRank, Site, fused_linears, gain_of
+from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.norms import merged_row_norms
 from lightning_lora.ops.operand import operand, workspace
+from lightning_lora.ops.site import LowRank, Site, gain_of
 
 IN = 6
 OUTS = (5, 7, 4)
