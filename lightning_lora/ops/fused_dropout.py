@@ -1,9 +1,10 @@
 r"""DoRA with dropout as in the paper and PEFT: it acts on the input of the frozen product too.
 
-.. math:: y = (x - \tilde x) W^T + g \odot (\tilde x W^T + s\,\tilde x A^T B^T) + b
+.. math:: y = x W^T + (g - 1) \odot \tilde x W^T + g \odot s\,\tilde x A^T B^T + b
 
 with what dropout leaves, :math:`\tilde x`. The gain multiplies a part of the product alone, so that two products with W
-each way can't be avoided; W is unpacked once for both, and not kept.
+each way can't be avoided; W is unpacked once for both, and not kept. What is small is summed first, and the factor of
+dropout is taken into what is multiplied by it: no pass over the inputs or outputs is for that alone.
 """
 
 import functools
@@ -60,25 +61,24 @@ class _FusedDropout(torch.autograd.Function):
         gain = LowRank(A, B, scale, magnitude, norms).gain()
         assert gain is not None
         mask, factor = keep_mask(flat, p)
-        a, b = (A * scale).to(dtype), B.to(dtype)
-        dropped = masked(flat, mask).mul_(factor)
+        a, up = (A * (scale * factor)).to(dtype), (B * gain[:, None]).to(dtype)
+        more = ((gain - 1) * factor).to(dtype)
+        dropped = masked(flat, mask)
         W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
         h, product = dropped @ a.T, dropped @ W
-        product.addmm_(h, b.T)
-        out = flat.new_empty((*x.shape[:-1], len(b)))
-        y = out.view(-1, len(b))
-        torch.mm(torch.sub(flat, dropped, out=dropped), W, out=y)
-        y.addcmul_(product, (gain - 1).to(dtype)).add_(product)  # the small part first
-        if bias is not None:
-            y.add_(bias)
-        ctx.save_for_backward(x, mask, h, a, b, product, gain, dense, bias, A, B, magnitude, norms)
+        del dropped
+        out = flat.new_empty((*x.shape[:-1], B.shape[0]))
+        y = out.view(-1, B.shape[0])
+        torch.mm(h, up.T, out=y) if bias is None else torch.addmm(bias.to(dtype), h, up.T, out=y)
+        y.addcmul_(product, more).addmm_(flat, W)
+        ctx.save_for_backward(x, mask, h, a, up, product, more, gain, dense, bias, A, B, magnitude, norms)
         ctx.unpack, ctx.factor, ctx.scale = unpack, factor, scale
         return out
 
     @staticmethod
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, h, a, b, product, gain, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
+        x, mask, h, a, up, product, more, gain, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
         needs_x, *_, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             site = Site(ctx.unpack or dense, bias, LowRank(A, B, ctx.scale, magnitude, norms))
@@ -88,24 +88,23 @@ class _FusedDropout(torch.autograd.Function):
             return dx, None, None, None, None, *others, None
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         db = dy.sum(0) if needs_bias else None
-        dm = None
-        scaled = dy * product
+        dA = dm = memory = None
+        dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)  # but for the gain
         if needs_magnitude:
+            memory = dy * product
+            total = memory.sum(0).to(norms.dtype) * ctx.factor + (dB * B).sum(1)
             zero = norms == 0
-            dm = (scaled.sum(0, dtype=norms.dtype) / norms.masked_fill(zero, 1.0)).masked_fill_(zero, 0)
-            dm = dm.to(magnitude.dtype)
-        torch.mul(dy, gain, out=scaled)
-        dh = scaled @ b
-        dB = (h.T @ scaled).T.to(B.dtype).contiguous() if needs_B else None
-        dA = None
+            dm = (total / norms.masked_fill(zero, 1.0)).masked_fill_(zero, 0).to(magnitude.dtype)
+        dB.mul_(gain[:, None])
+        dh = dy @ up
         if needs_A:
-            dA = (dh.T @ masked(flat, mask)).to(A.dtype) * (ctx.factor * ctx.scale)
+            dA = (dh.T @ masked(flat, mask)).to(A.dtype).mul_(ctx.factor * ctx.scale)
         dx = None
         if needs_x:
             W = operand(ctx.unpack or dense, dy.dtype)
-            dx = (dh @ a).addmm_(scaled.sub_(dy), W)
-            dx = masked_(dx, mask).mul_(ctx.factor).addmm_(dy, W).view(x.shape)
-        return dx, None, None, None, None, db, dA, dB, dm, None
+            dx = (dh @ a).addmm_(torch.mul(dy, more, out=memory), W)
+            dx = masked_(dx, mask).addmm_(dy, W).view(x.shape)
+        return dx, None, None, None, None, db, dA, dB if needs_B else None, dm, None
 
 
 def _plain(x: Tensor, mask: Tensor, factor: float, site: Site) -> list[Tensor]:
