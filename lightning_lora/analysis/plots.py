@@ -132,17 +132,19 @@ def _heatmap(field: Field, cells: list[Cell]) -> "Figure":
         grid[blocks.index(cell.block), modules.index(cell.module)] = cell.value
     figure = _figure(1.6 + 0.75 * len(modules), 1.5 + 0.24 * len(blocks))
     axis = figure.subplots()
-    image = axis.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    low, high = float(numpy.nanmin(grid)), float(numpy.nanmax(grid))
+    if high - low <= 1e-3 * abs(high):  # colours would show how they were rounded
+        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
+    image = axis.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=low, vmax=high)
     axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(blocks)), block_labels(blocks))
     axis.set(title=field.title, ylabel="block" if any(blocks) else "")
     axis.set_facecolor("0.9")
     figure.colorbar(image, ax=axis, shrink=0.9)
     if grid.size <= CELLS:
-        low, high = float(numpy.nanmin(grid)), float(numpy.nanmax(grid))
         for (row, column), value in numpy.ndenumerate(grid):
             if not math.isnan(value):
-                dark = high > low and (value - low) / (high - low) < 0.6
+                dark = (value - low) / (high - low) < 0.6
                 text = format(value, field.form)
                 axis.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
     return figure

@@ -78,9 +78,9 @@ def merged_row_norms(
     with torch.autocast(W.device.type, enabled=False):
         A, B = A.to(dtype), B.to(dtype)
         cross = weight_product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
-        quadratic = ((B @ (A @ A.T)) * B).sum(1)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
-        return (squares + 2 * scale * (cross * B).sum(1) + scale * scale * quadratic).clamp_min(0).sqrt()
+        of_update = torch.addmm(cross, B, A @ A.T, beta=2 * scale, alpha=scale * scale).mul_(B).sum(1)
+        return of_update.add_(squares).clamp_min_(0).sqrt_()
 
 
 @torch.no_grad()

@@ -116,6 +116,16 @@ def test_a_heatmap_shows_the_numbers(both):
     assert block_labels(["encoder.block.0", "decoder.block.0"]) == ["encoder.block.0", "decoder.block.0"]
 
 
+def test_a_heatmap_of_one_value_has_one_colour():
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(2)))
+    ll.inject(model, ll.LoRAConfig(r=1, target_modules=["0", "1"], modules_to_save=None))
+    for layer in model:
+        nn.init.normal_(layer.lora["default"].B)
+    image = drawings(ll.analyze(model))["effective_rank"]().axes[0].images[0]
+    colours = image.to_rgba(image.get_array()).reshape(-1, 4)  # 1, but for how it is rounded
+    assert abs(colours - colours[0]).max() < 0.01
+
+
 def test_an_untouched_adapter_has_figures_too(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5))
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=None))
