@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.operand import Unpack, operand, workspace
 from lightning_lora.ops.site import LowRank, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -97,7 +97,8 @@ class _Fused(torch.autograd.Function):
                 y.addmm_(flat, W)
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
                 torch.mm(flat, W, out=y)
-                change, more = F.linear(part, B, bias), (gain - 1).to(dtype)
+                change, more = workspace(y.shape, dtype, y.device, "outputs"), (gain - 1).to(dtype)
+                torch.mm(part, B.T, out=change) if bias is None else torch.addmm(bias, part, B.T, out=change)
                 y.add_(change.addcmul_(y, more))
             outs.append(out)
             ups.append(B)
@@ -125,45 +126,40 @@ class _Fused(torch.autograd.Function):
             dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[4:]], grads)
             return dx, None, None, None, *others
         results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
-        dys: list[Tensor | None] = []
-        flat, dh = x.flatten(0, -2), torch.empty_like(h)
+        flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
+        dh = torch.empty_like(h)
         parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
-        for i, (dy, site, gain, fold) in enumerate(zip(grads, sites, gains, ctx.folds, strict=True)):
+        for dy, up, piece in zip(dys, ups, into, strict=True):
+            piece.zero_() if dy is None else torch.mm(dy, up, out=piece)
+        dx = dh @ A if needed[0] else None
+        if dx is not None and mask is not None:
+            masked_(dx, mask)
+        for i, (dy, site, gain, fold) in enumerate(zip(dys, sites, gains, ctx.folds, strict=True)):
             if dy is None:
-                into[i].zero_()
-                dys.append(None)
                 continue
             _, needs_bias, _, needs_B, needs_magnitude, _ = needed[4 + _PER_SITE * i :][:_PER_SITE]
-            dy, result, memory = dy.flatten(0, -2), results[i], None
-            torch.mm(dy, ups[i], out=into[i])
+            result = results[i]
             if needs_bias:
                 result[1] = dy.sum(0)
             if needs_B:
                 B = site.adapter.B
                 dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
                 result[3] = dB if gain is None else dB.mul_(gain[:, None])
+            memory = None if gain is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
             if needs_magnitude:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
                 y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
-                memory = dy * y.flatten(0, -2)
-                result[4] = _magnitude_grad(memory, dy, site)
-            if gain is not None and not fold and needed[0]:
-                dy = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=memory)
-            dys.append(dy)
+                result[4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
+            if dx is not None:
+                if gain is not None and not fold:
+                    dy = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=memory)
+                dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
         if any(needed[4 + _PER_SITE * i + 2] for i in range(n)):
             dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
             pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
             for result, dy, piece in zip(results, dys, pieces, strict=True):
                 result[2] = None if dy is None else piece
-        dx = None
-        if needed[0]:
-            dx = dh @ A
-            if mask is not None:
-                masked_(dx, mask)
-            for dy, site, gain, fold in zip(dys, sites, gains, ctx.folds, strict=True):
-                if dy is not None:
-                    dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
-            dx = dx.view(x.shape)
+        dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, *(each for result in results for each in result)
 
 

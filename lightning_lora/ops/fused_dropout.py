@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.operand import Unpack, operand
+from lightning_lora.ops.operand import Unpack, operand, workspace
 from lightning_lora.ops.site import LowRank, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -88,11 +88,10 @@ class _FusedDropout(torch.autograd.Function):
             return dx, None, None, None, None, *others, None
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         db = dy.sum(0) if needs_bias else None
-        dA = dm = memory = None
+        dA, dm, memory = None, None, workspace(dy.shape, dy.dtype, dy.device, "outputs")
         dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)  # but for the gain
         if needs_magnitude:
-            memory = dy * product
-            total = memory.sum(0).to(norms.dtype) * ctx.factor + (dB * B).sum(1)
+            total = torch.mul(dy, product, out=memory).sum(0).to(norms.dtype) * ctx.factor + (dB * B).sum(1)
             zero = norms == 0
             dm = (total / norms.masked_fill(zero, 1.0)).masked_fill_(zero, 0).to(magnitude.dtype)
         dB.mul_(gain[:, None])

@@ -15,8 +15,8 @@ Unpack: TypeAlias = Callable[[torch.dtype, Tensor | None], Tensor]
 _KEPT = threading.local()
 
 
-def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for the operand of one product: its values last until the next call in the same thread.
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, purpose: str = "weight") -> Tensor:
+    """Memory for an operand of one operation: its values last until the next call for this purpose in the same thread.
 
     On a CPU a fresh large piece costs more than what is written to it, so that it is used again there. The allocator of
     an accelerator does that itself.
@@ -24,11 +24,11 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     kept: dict[Any, Tensor] = vars(_KEPT)
-    size = torch.Size(shape).numel()
-    if dtype not in kept or kept[dtype].numel() < size:
+    size, key = torch.Size(shape).numel(), (purpose, dtype)
+    if key not in kept or kept[key].numel() < size:
         with torch.inference_mode(False):
-            kept[dtype] = torch.empty(size, dtype=dtype)
-    return kept[dtype][:size].view(shape)
+            kept[key] = torch.empty(size, dtype=dtype)
+    return kept[key][:size].view(shape)
 
 
 def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
