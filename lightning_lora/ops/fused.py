@@ -86,7 +86,8 @@ class _Fused(torch.autograd.Function):
         h = (flat if mask is None else masked(flat, mask)) @ A.T
         outs, ups, gains, folds = [], [], [], []
         for (weight, bias, adapter), part in zip(sites, _parted(h, ranks, 1), strict=True):
-            gain, fold = adapter.gain(), _folds(weight, flat)
+            gain = adapter.gain()
+            fold = gain is not None and _folds(weight, flat)
             B = (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
             bias = None if bias is None else bias.to(dtype)
             out = flat.new_empty((*x.shape[:-1], B.shape[0]))  # no view: what is behind the layer may change it
@@ -129,27 +130,28 @@ class _Fused(torch.autograd.Function):
         flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
         dh = torch.empty_like(h)
         parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
-        for dy, up, piece in zip(dys, ups, into, strict=True):
-            piece.zero_() if dy is None else torch.mm(dy, up, out=piece)
+        for i, (dy, site, up, gain, piece) in enumerate(zip(dys, sites, ups, gains, into, strict=True)):
+            if dy is None:
+                piece.zero_()
+                continue
+            torch.mm(dy, up, out=piece)
+            if needed[4 + _PER_SITE * i + 3]:  # while a cache has dy
+                B = site.adapter.B
+                dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
+                results[i][3] = dB if gain is None else dB.mul_(gain[:, None])
         dx = dh @ A if needed[0] else None
         if dx is not None and mask is not None:
             masked_(dx, mask)
         for i, (dy, site, gain, fold) in enumerate(zip(dys, sites, gains, ctx.folds, strict=True)):
             if dy is None:
                 continue
-            _, needs_bias, _, needs_B, needs_magnitude, _ = needed[4 + _PER_SITE * i :][:_PER_SITE]
-            result = results[i]
-            if needs_bias:
-                result[1] = dy.sum(0)
-            if needs_B:
-                B = site.adapter.B
-                dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
-                result[3] = dB if gain is None else dB.mul_(gain[:, None])
+            if needed[4 + _PER_SITE * i + 1]:
+                results[i][1] = dy.sum(0)
             memory = None if gain is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
-            if needs_magnitude:
+            if needed[4 + _PER_SITE * i + 4]:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
                 y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
-                result[4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
+                results[i][4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
             if dx is not None:
                 if gain is not None and not fold:
                     dy = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=memory)

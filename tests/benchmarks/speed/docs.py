@@ -21,7 +21,8 @@ The floor is the same frozen model: its forward, and the gradient down to the ou
 adapters compute themselves isn't in it. PEFT is the installed package: by default its adapters, and their products, are
 in float32, with `autocast_adapter_dtype=False` in the dtype of the base. torchtune, LitGPT and unsloth stand for plain
 layers with their order of operations, without Triton; a test compares their outputs and gradients with PEFT's. Their
-adapters are in the dtype of the base; unsloth's and ours are in float32.
+adapters are in the dtype of the base; unsloth's and ours are in float32. The *bound* is the floor and the products with A
+and B, forward and backward, by torch's own kernels: with nothing that autograd, casts, an optimizer or Python do.
 """
 
 

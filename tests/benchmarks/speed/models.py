@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
+from tests.benchmarks.speed.bound import WithProducts
 from tests.benchmarks.speed.cases import DTYPES, TARGETS, Case, Size
 from tests.benchmarks.speed.peers import LitGPT, Peer, Torchtune, TorchtuneDoRA, Unsloth, install
 
@@ -148,6 +149,7 @@ VARIANTS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "LitGPT": partial(of_peer, LitGPT),
     "unsloth": partial(of_peer, Unsloth),
     "full": full,
+    "products": lambda model, case: WithProducts(floor(model, case), case),
 }
 
 

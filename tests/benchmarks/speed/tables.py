@@ -8,7 +8,7 @@ from tests.benchmarks.speed.timing import Quartiles, ratio
 
 Results = dict[str, Any]
 Row = dict[str, Any]
-NAMES = {"PEFT bf16": "PEFT, bf16 adapters", "full": "full fine-tuning", "floor": "base"}
+NAMES = {"PEFT bf16": "PEFT, bf16 adapters", "full": "full fine-tuning", "floor": "base", "products": "bound"}
 
 
 def tables(results: Results) -> Iterator[str]:

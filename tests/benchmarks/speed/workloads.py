@@ -25,7 +25,7 @@ TITLES = {
     "qdora": "QDoRA",
 }
 PEERS = {
-    "lora": ("torchtune", "LitGPT", "unsloth", "full"),
+    "lora": ("torchtune", "LitGPT", "unsloth", "full", "products"),
     "lora-dropout": ("torchtune", "LitGPT"),
     "dora": ("torchtune",),
     "dora-low-rank-dropout": ("torchtune",),
