@@ -95,6 +95,7 @@ def test_once_for_each_step(taken):
 
 CHANGES = {
     "in place": lambda model: [layer.lora["default"].B.detach().mul_(1.5) for layer in (model[0], model[2])],
+    "a magnitude in place": lambda model: model[2].lora["default"].magnitude.detach().mul_(1.5),
     "loaded": lambda model: model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}),
     "cast": lambda model: model.double().float(),
     "adapters loaded": lambda model: [
@@ -152,6 +153,19 @@ def test_parameters_of_another_optimizer_are_not_attended():
         torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match=r"takes a torch.optim.Optimizer, got list"):
         ll.attach_optimizer(model, [first])
+
+
+def test_magnitudes_of_another_optimizer_are_noticed():
+    model, _ = build()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    pairs, magnitudes = ([p for name, p in named if ("magnitude" in name) == which] for which in (False, True))
+    first, second = OPTIMIZERS["fused AdamW"](pairs), OPTIMIZERS["fused AdamW"](magnitudes)
+    ll.attach_optimizer(model, first)
+    for _ in range(2):
+        model(X).square().sum().backward()
+        first.step()
+        second.step()
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_without_direction_or_magnitude_learns():

@@ -11,7 +11,7 @@ from lightning_lora.adapters.host import Host
 from lightning_lora.adapters.low_rank import LowRankAdapter, variant
 from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
-from lightning_lora.ops.site import LowRank, gain_of
+from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
 
 
@@ -41,7 +41,8 @@ class DoRAAdapter(LowRankAdapter):
         self._squares_of = 0  # the version of the weight that they belong to
         self.attended = False  # an optimizer says when A and B have changed
         self._norms: Tensor | None = None
-        self._versions: tuple[int, int] | None = None  # of A and B, to which the norms belong
+        self._rows: RowGain | None = None  # what follows from these and the magnitude
+        self._versions: tuple[int, ...] | None = None  # of A, B and the magnitude, to which they belong
         self._at_zero: bool | None = None  # whether a magnitude is 0, if that is known
 
     @override
@@ -70,7 +71,7 @@ class DoRAAdapter(LowRankAdapter):
 
     @override
     def forget(self) -> None:
-        self._norms = self._versions = self._at_zero = None
+        self._norms = self._rows = self._versions = self._at_zero = None
 
     @override
     def train(self, mode: bool = True) -> "DoRAAdapter":
@@ -80,12 +81,12 @@ class DoRAAdapter(LowRankAdapter):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer yet."""
-        return {**vars(self), "attended": False, "_norms": None, "_versions": None}
+        return {**vars(self), "attended": False, "_norms": None, "_rows": None, "_versions": None}
 
     def norms(self, host: Host) -> Tensor:
         """Norms of the merged rows, (d,), in float32 at least, without gradient."""
         if self._versions is not None and self.training and self._norms is not None:
-            if torch.compiler.is_compiling() or self._versions == (self.A._version, self.B._version):
+            if torch.compiler.is_compiling() or self._versions == self._now():
                 return self._norms
         norms = self._new_norms(host)
         if self.attended and self.training and not torch.compiler.is_compiling():
@@ -93,7 +94,7 @@ class DoRAAdapter(LowRankAdapter):
         return norms
 
     def refresh(self, host: Host) -> None:
-        """A and B have changed. Compiled graphs read the norms from where they are, so that they are taken at once."""
+        """Values have changed. Compiled graphs read the norms from where they are, so that they are taken at once."""
         self._versions = None
         if self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole():
             self._keep(self._new_norms(host))
@@ -110,7 +111,10 @@ class DoRAAdapter(LowRankAdapter):
             self._norms = norms
         else:
             self._norms.copy_(norms)
-        self._versions = self.A._version, self.B._version
+        self._rows, self._versions = row_gain_of(self.magnitude.detach(), self._norms), self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        return self.A._version, self.B._version, self.magnitude._version
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
         r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""
@@ -142,7 +146,9 @@ class DoRAAdapter(LowRankAdapter):
             self._at_zero = bool((self.magnitude == 0).any())
         if self._at_zero:
             return None  # what is multiplied by 0 can't be had back from the product
-        return LowRank(*self.update(), self.scaling, self.magnitude, self.norms(host))
+        norms = self.norms(host)
+        rows = self._rows if self.training and self._versions is not None else None
+        return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import Unpack, operand, workspace
-from lightning_lora.ops.site import LowRank, Site
+from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
 
@@ -44,15 +44,15 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
         dense = weight if isinstance(weight, Tensor) else None
         unpacks.append(None if isinstance(weight, Tensor) else weight)
         tensors += [dense, bias, adapter.A, adapter.B, adapter.magnitude, adapter.norms]
-    scales = [site.adapter.scale for site in sites]
+    scales, rows = [site.adapter.scale for site in sites], [site.adapter.rows for site in sites]
     with without_autocast(x.device.type):
-        outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, *tensors)  # type: ignore[no-untyped-call]
+        outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, rows, *tensors)  # type: ignore[no-untyped-call]
     return outs
 
 
 def linear_without_gradients(x: Tensor, site: Site) -> Tensor:
     """The output of one layer with a LoRA adapter, where no gradients are asked for, by as few operations as can be."""
-    (A, B, scale, _, _), bias, dtype = site.adapter, site.bias, x.dtype
+    (A, B, scale, *_), bias, dtype = site.adapter, site.bias, x.dtype
     if A.dtype != dtype:
         A, B = A.to(dtype), B.to(dtype)
     out = F.linear(x, operand(site.weight, dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype))
@@ -63,54 +63,57 @@ def linear_without_gradients(x: Tensor, site: Site) -> Tensor:
 
 
 _PER_SITE = 6
+_BEFORE = 5  # arguments of the function before those of the sites
 
 
-def _sites(unpacks: list[Unpack | None], scales: list[float], tensors: Any) -> list[Site]:
+def _sites(unpacks: list[Unpack | None], scales: list[float], rows: list[RowGain | None], tensors: Any) -> list[Site]:
     sites = []
-    for i, (unpack, scale) in enumerate(zip(unpacks, scales, strict=True)):
+    for i, (unpack, scale, known) in enumerate(zip(unpacks, scales, rows, strict=True)):
         W, b, A, B, m, norms = tensors[_PER_SITE * i : _PER_SITE * (i + 1)]
-        sites.append(Site(W if unpack is None else unpack, b, LowRank(A, B, scale, m, norms)))
+        sites.append(Site(W if unpack is None else unpack, b, LowRank(A, B, scale, m, norms, known)))
     return sites
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: list[float], *tensors: Tensor | None) -> Any:
-        sites, dtype = _sites(unpacks, scales, tensors), x.dtype
+    def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: Any, rows: Any, *tensors: Tensor | None) -> Any:
+        sites, dtype = _sites(unpacks, scales, rows, tensors), x.dtype
         flat = x.flatten(0, -2)
         mask, keep_scale = keep_mask(flat, p) if p > 0 else (None, 1.0)
         factors = [s * keep_scale for s in scales]
         ranks = [site.adapter.A.shape[0] for site in sites]
         A = _joined([site.adapter.A for site in sites], ranks, factors).to(dtype)
         h = (flat if mask is None else masked(flat, mask)) @ A.T
-        outs, ups, gains, folds = [], [], [], []
+        outs, ups, changes, rows = [], [], [], []
         for (weight, bias, adapter), part in zip(sites, _parted(h, ranks, 1), strict=True):
-            gain = adapter.gain()
-            fold = gain is not None and _folds(weight, flat)
+            row = adapter.row_gain()
+            fold = row is not None and _folds(weight, flat)
+            gain = None if row is None else row.gain
             B = (adapter.B if gain is None else adapter.B * gain[:, None]).to(dtype)
             bias = None if bias is None else bias.to(dtype)
             out = flat.new_empty((*x.shape[:-1], B.shape[0]))  # no view: what is behind the layer may change it
             y, W = out.view(-1, B.shape[0]), operand(weight, dtype, gain if fold else None).T
             # What is small comes first: it is rounded, and not what it is added to.
-            if gain is None or fold:
+            if row is None or fold:
+                change = None
                 torch.mm(part, B.T, out=y) if bias is None else torch.addmm(bias, part, B.T, out=y)
                 y.addmm_(flat, W)
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
                 torch.mm(flat, W, out=y)
-                change, more = workspace(y.shape, dtype, y.device, "outputs"), (gain - 1).to(dtype)
-                torch.mm(part, B.T, out=change) if bias is None else torch.addmm(bias, part, B.T, out=change)
-                y.add_(change.addcmul_(y, more))
+                change, low = row.change.to(dtype), workspace(y.shape, dtype, y.device, "outputs")
+                torch.mm(part, B.T, out=low) if bias is None else torch.addmm(bias, part, B.T, out=low)
+                y.add_(low.addcmul_(y, change))
             outs.append(out)
             ups.append(B)
-            gains.append(gain)
-            folds.append(fold)
-        ys = [None if gain is None else out.data for out, gain in zip(outs, gains, strict=True)]
-        ctx.save_for_backward(x, mask, h, A, *ups, *ys, *gains, *tensors)
+            changes.append(change)
+            rows.append(row)
+        ys = [None if row is None else out.data for out, row in zip(outs, rows, strict=True)]
+        ctx.save_for_backward(x, mask, h, A, *ups, *ys, *changes, *tensors)
         ctx.marks = [
-            None if gain is None or out.is_inference() else _Mark(out) for out, gain in zip(outs, gains, strict=True)
+            None if row is None or out.is_inference() else _Mark(out) for out, row in zip(outs, rows, strict=True)
         ]
-        ctx.unpacks, ctx.factors, ctx.ranks, ctx.folds = unpacks, factors, ranks, folds
+        ctx.unpacks, ctx.factors, ctx.ranks, ctx.rows = unpacks, factors, ranks, rows
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -120,49 +123,49 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n, needed = len(grads), ctx.needs_input_grad
         x, mask, h, A, *rest = ctx.saved_tensors
-        ups, ys, gains, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        sites = _sites(ctx.unpacks, ctx.scales, tensors)
+        ups, ys, changes, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        sites = _sites(ctx.unpacks, ctx.scales, ctx.rows, tensors)
         if torch.is_grad_enabled():
             plain = functools.partial(_plain, x, mask, sites, ctx.factors)
-            dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[4:]], grads)
-            return dx, None, None, None, *others
+            dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[_BEFORE:]], grads)
+            return dx, *[None] * (_BEFORE - 1), *others
         results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
         flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
         dh = torch.empty_like(h)
         parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
-        for i, (dy, site, up, gain, piece) in enumerate(zip(dys, sites, ups, gains, into, strict=True)):
+        for i, (dy, site, up, row, piece) in enumerate(zip(dys, sites, ups, ctx.rows, into, strict=True)):
             if dy is None:
                 piece.zero_()
                 continue
             torch.mm(dy, up, out=piece)
-            if needed[4 + _PER_SITE * i + 3]:  # while a cache has dy
+            if needed[_BEFORE + _PER_SITE * i + 3]:  # while a cache has dy
                 B = site.adapter.B
                 dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
-                results[i][3] = dB if gain is None else dB.mul_(gain[:, None])
+                results[i][3] = dB if row is None else dB.mul_(row.gain[:, None])
         dx = dh @ A if needed[0] else None
         if dx is not None and mask is not None:
             masked_(dx, mask)
-        for i, (dy, site, gain, fold) in enumerate(zip(dys, sites, gains, ctx.folds, strict=True)):
+        for i, (dy, site, row, change) in enumerate(zip(dys, sites, ctx.rows, changes, strict=True)):
             if dy is None:
                 continue
-            if needed[4 + _PER_SITE * i + 1]:
+            if needed[_BEFORE + _PER_SITE * i + 1]:
                 results[i][1] = dy.sum(0)
-            memory = None if gain is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
-            if needed[4 + _PER_SITE * i + 4]:
+            memory = None if row is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
+            if needed[_BEFORE + _PER_SITE * i + 4]:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
                 y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
                 results[i][4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
             if dx is not None:
-                if gain is not None and not fold:
-                    dy = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=memory)
-                dx.addmm_(dy, operand(site.weight, dx.dtype, gain if fold else None))
-        if any(needed[4 + _PER_SITE * i + 2] for i in range(n)):
+                fold = row is not None and change is None
+                dy = dy if change is None else torch.addcmul(dy, dy, change, out=memory)
+                dx.addmm_(dy, operand(site.weight, dx.dtype, row.gain if fold else None))
+        if any(needed[_BEFORE + _PER_SITE * i + 2] for i in range(n)):
             dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
             pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
             for result, dy, piece in zip(results, dys, pieces, strict=True):
                 result[2] = None if dy is None else piece
         dx = None if dx is None else dx.view(x.shape)
-        return dx, None, None, None, *(each for result in results for each in result)
+        return dx, *[None] * (_BEFORE - 1), *(each for result in results for each in result)
 
 
 class _Mark:
@@ -226,10 +229,9 @@ def _magnitude_grad(product: Tensor, dy: Tensor, site: Site) -> Tensor:
         dy: The gradient.
         site: The layer.
     """
-    m, norms = site.adapter.magnitude, site.adapter.norms
-    assert m is not None and norms is not None  # noqa: PT018
-    if site.bias is None:
-        total = product.sum(0).to(norms.dtype)  # sums are taken in float32, and rounded as those in products are
+    slope, bias = site.adapter.slope(), site.bias
+    if bias is None:
+        total = product.sum(0).to(slope.dtype)  # sums are taken in float32, and rounded as those in products are
     else:
-        total = product.sum(0, dtype=norms.dtype) - site.bias.to(norms.dtype) * dy.sum(0, dtype=norms.dtype)
-    return (total / m.to(norms.dtype)).masked_fill_((norms == 0) | (m == 0), 0).to(m.dtype)
+        total = product.sum(0, dtype=slope.dtype) - bias.to(slope.dtype) * dy.sum(0, dtype=slope.dtype)
+    return total * slope

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import Unpack, operand, workspace
-from lightning_lora.ops.site import LowRank, Site
+from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
 
@@ -34,10 +34,10 @@ def fused_dora_dropout(x: Tensor, site: Site, p: float) -> Tensor:
         (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its values, what
         the gain multiplies (tokens, out), and skinny products.
     """
-    (A, B, scale, magnitude, norms), weight = site.adapter, site.weight
+    (A, B, scale, magnitude, norms, rows), weight = site.adapter, site.weight
     dense, unpack = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     with without_autocast(x.device.type):
-        out: Tensor = _FusedDropout.apply(x, p, unpack, scale, dense, site.bias, A, B, magnitude, norms)  # type: ignore[no-untyped-call]
+        out: Tensor = _FusedDropout.apply(x, p, unpack, scale, rows, dense, site.bias, A, B, magnitude, norms)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -50,6 +50,7 @@ class _FusedDropout(torch.autograd.Function):
         p: float,
         unpack: Unpack | None,
         scale: float,
+        rows: RowGain | None,
         dense: Tensor | None,
         bias: Tensor | None,
         A: Tensor,
@@ -58,11 +59,11 @@ class _FusedDropout(torch.autograd.Function):
         norms: Tensor,
     ) -> Tensor:
         flat, dtype = x.flatten(0, -2), x.dtype
-        gain = LowRank(A, B, scale, magnitude, norms).gain()
-        assert gain is not None
+        rows = LowRank(A, B, scale, magnitude, norms, rows).row_gain()
+        assert rows is not None
         mask, factor = keep_mask(flat, p)
-        a, up = (A * (scale * factor)).to(dtype), (B * gain[:, None]).to(dtype)
-        more = ((gain - 1) * factor).to(dtype)
+        a, up = (A * (scale * factor)).to(dtype), (B * rows.gain[:, None]).to(dtype)
+        more = (rows.change * factor).to(dtype)
         dropped = masked(flat, mask)
         W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
         h, product = dropped @ a.T, dropped @ W
@@ -71,30 +72,30 @@ class _FusedDropout(torch.autograd.Function):
         y = out.view(-1, B.shape[0])
         torch.mm(h, up.T, out=y) if bias is None else torch.addmm(bias.to(dtype), h, up.T, out=y)
         y.addcmul_(product, more).addmm_(flat, W)
-        ctx.save_for_backward(x, mask, h, a, up, product, more, gain, dense, bias, A, B, magnitude, norms)
-        ctx.unpack, ctx.factor, ctx.scale = unpack, factor, scale
+        ctx.save_for_backward(x, mask, h, a, up, product, more, dense, bias, A, B, magnitude, norms)
+        ctx.unpack, ctx.factor, ctx.scale, ctx.rows = unpack, factor, scale, rows
         return out
 
     @staticmethod
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, h, a, up, product, more, gain, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
+        x, mask, h, a, up, product, more, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
+        adapter = LowRank(A, B, ctx.scale, magnitude, norms, ctx.rows)
         needs_x, *_, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            site = Site(ctx.unpack or dense, bias, LowRank(A, B, ctx.scale, magnitude, norms))
+            site = Site(ctx.unpack or dense, bias, adapter)
             inputs, needed = [x, bias, A, B, magnitude], [needs_x, needs_bias, needs_A, needs_B, needs_magnitude]
             plain = functools.partial(_plain, x, mask, ctx.factor, site)
             dx, *others = gradients(plain, inputs, needed, [dy])
-            return dx, None, None, None, None, *others, None
+            return dx, *[None] * 5, *others, None
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         db = dy.sum(0) if needs_bias else None
         dA, dm, memory = None, None, workspace(dy.shape, dy.dtype, dy.device, "outputs")
         dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)  # but for the gain
         if needs_magnitude:
             total = torch.mul(dy, product, out=memory).sum(0).to(norms.dtype) * ctx.factor + (dB * B).sum(1)
-            zero = norms == 0
-            dm = (total / norms.masked_fill(zero, 1.0)).masked_fill_(zero, 0).to(magnitude.dtype)
-        dB.mul_(gain[:, None])
+            dm = (total * adapter.slope() * ctx.rows.gain).to(magnitude.dtype)
+        dB.mul_(ctx.rows.gain[:, None])
         dh = dy @ up
         if needs_A:
             dA = (dh.T @ masked(flat, mask)).to(A.dtype).mul_(ctx.factor * ctx.scale)
@@ -103,12 +104,12 @@ class _FusedDropout(torch.autograd.Function):
             W = operand(ctx.unpack or dense, dy.dtype)
             dx = (dh @ a).addmm_(torch.mul(dy, more, out=memory), W)
             dx = masked_(dx, mask).addmm_(dy, W).view(x.shape)
-        return dx, None, None, None, None, db, dA, dB if needs_B else None, dm, None
+        return dx, *[None] * 5, db, dA, dB if needs_B else None, dm, None
 
 
 def _plain(x: Tensor, mask: Tensor, factor: float, site: Site) -> list[Tensor]:
     """The same output by operations that autograd knows."""
-    (A, B, scale, _, _), gain = site.adapter, site.adapter.gain()
+    (A, B, scale, *_), gain = site.adapter, site.adapter.gain()
     assert gain is not None
     dropped = x * (mask != 0).view(x.shape) * factor
     W = operand(site.weight, x.dtype).clone()

@@ -13,6 +13,7 @@ Unpack: TypeAlias = Callable[[torch.dtype, Tensor | None], Tensor]
 """What gives a packed weight (out, in) in a dtype, its rows scaled by a vector (out,) or as they are."""
 
 _KEPT = threading.local()
+_SHAPES = 64  # of one piece of memory: to make a view takes as long as a small product
 
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, purpose: str = "weight") -> Tensor:
@@ -23,12 +24,16 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    kept: dict[Any, Tensor] = vars(_KEPT)
-    size, key = torch.Size(shape).numel(), (purpose, dtype)
-    if key not in kept or kept[key].numel() < size:
-        with torch.inference_mode(False):
-            kept[key] = torch.empty(size, dtype=dtype)
-    return kept[key][:size].view(shape)
+    views: dict[Any, Tensor] = vars(_KEPT).setdefault(f"{purpose} {dtype}", {})
+    if (view := views.get(shape)) is None:
+        size, memory = torch.Size(shape).numel(), views.get("memory")
+        if memory is None or memory.numel() < size or len(views) > _SHAPES:
+            views.clear()
+            with torch.inference_mode(False):
+                memory = torch.empty(max(size, 0 if memory is None else memory.numel()), dtype=dtype)
+            views["memory"] = memory
+        view = views[shape] = memory[:size].view(shape)
+    return view
 
 
 def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ class Attached:
             for adapter in layer.lora_adapters().values():
                 if not isinstance(adapter, DoRAAdapter):
                     continue
-                own = [p for p in (adapter.A, adapter.B) if p.requires_grad]
+                own = [p for p in (adapter.A, adapter.B, adapter.magnitude) if p.requires_grad]
                 if own and all(id(p) in trained for p in own):
                     adapter.attended = True
                     self._adapters.append((layer, adapter))

@@ -68,7 +68,7 @@ def expected(x, sites, p, mask, everywhere=False):
     if p > 0:
         keep, factor = mask(x.flatten(0, -2), p)
         dropped = x * (keep != 0).view(x.shape) * factor
-    for weight, bias, (A, B, scale, m, norms) in sites:
+    for weight, bias, (A, B, scale, m, norms, _) in sites:
         W = weight if isinstance(weight, torch.Tensor) else weight(x.dtype, None).clone()
         product = F.linear(dropped if everywhere else x, W) + scale * dropped @ A.T @ B.T
         y = product if m is None else product * gain_of(m, norms)
