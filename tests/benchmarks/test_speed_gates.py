@@ -19,7 +19,12 @@ HELD = {  # PEFT's bytes over ours, at least
     "dora-dropout": 4.4,
     "dora-low-rank-dropout": 7.0,
 }
-KERNELS = {"lora": 29, "lora-dropout": 36}  # where q, k and v share their input, at most
+KERNELS = {
+    "lora": 29,
+    "lora-dropout": 36,
+    "dora": 59,
+    "dora-dropout": 116,
+}  # where q, k and v share their input, at most
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Implicitly cleaning up"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed"),

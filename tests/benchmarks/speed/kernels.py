@@ -11,10 +11,10 @@ from tests.benchmarks.speed.cases import DTYPES, Case
 from tests.benchmarks.speed.models import VARIANTS, base
 from tests.benchmarks.speed.steps import optimizer_of
 
-_NO_KERNELS = {  # what makes another tensor of the same memory or memory without values, and marks
+_NO_KERNELS = {  # what makes another tensor of the same memory or memory without values, marks, and what asks for dtypes
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("_record_function_enter_new", "_record_function_exit"),
+    *("_record_function_enter_new", "_record_function_exit", "promote_types"),
 }
 
 
