@@ -47,13 +47,14 @@ class Attached:
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:
     r"""Lets an optimizer of a hand-written loop say when it has made a step.
 
-    DoRA's norms :math:`\|W + s B A\|` change with each step only, and cost a product with W. With this they are taken
-    once for each step, and otherwise in every forward. In a Trainer run the callback does it. For optimizers that hold
-    parts of parameters only (ZeRO) nothing is kept.
+    DoRA's norms :math:`\|W + s B A\|` change with each step only, and cost a product with W. With this they, and what
+    scales the rows, are worked out once for each step, and otherwise in every forward. In a Trainer run the callback
+    does it. Nothing is kept for optimizers that hold parts of parameters only (ZeRO), and for adapters of which two
+    optimizers train a part each.
 
     Args:
         model: The model, with its adapters.
-        optimizer: What trains A and B of these, or of some of them.
+        optimizer: What trains all of these, or of some of them.
 
     Returns:
         What was attached, with a method ``remove``.
