@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
+from lightning_lora.ops.fused import sum_over_tokens
 from lightning_lora.ops.operand import Unpack, operand, workspace
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
@@ -93,7 +94,8 @@ class _FusedDropout(torch.autograd.Function):
         dA, dm, memory = None, None, workspace(dy.shape, dy.dtype, dy.device, "outputs")
         dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)  # but for the gain
         if needs_magnitude:
-            total = torch.mul(dy, product, out=memory).sum(0).to(norms.dtype) * ctx.factor + (dB * B).sum(1)
+            total = sum_over_tokens(torch.mul(dy, product, out=memory), norms.dtype)
+            total = total * ctx.factor + (dB * B).sum(1)
             dm = (total * adapter.slope() * ctx.rows.gain).to(magnitude.dtype)
         dB.mul_(ctx.rows.gain[:, None])
         dh = dy @ up

@@ -189,3 +189,25 @@ def test_low_precision_is_as_close_as_one_operation_after_the_other():
         assert error <= 1.1 * (plain.double() * 1.001 - exact[tokens]).norm() / exact[tokens].norm()
         ratio = (out.double() * exact[tokens]).sum() / exact[tokens].square().sum()
         assert abs(ratio - 1) < 3e-4  # the gain is not lost
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
+def test_gradients_of_magnitudes_in_low_precision(dtype, bias, p):
+    """float16 ends at 65,504, which a sum over tokens soon passes."""
+    generator = torch.Generator().manual_seed(3)
+    x, W, A, B = (torch.randn(shape, generator=generator) for shape in ((4096, 24), (16, 24), (2, 24), (16, 2)))
+    b, norms = torch.ones(16) if bias else None, (W + 0.3 * B @ A).norm(dim=1)
+    found = {}
+    for kind in (dtype, torch.float64):
+        m = (1.1 * norms).to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        low_rank = LowRank(A.to(m.dtype), B.to(m.dtype), 0.3, m, norms.to(m.dtype))
+        site = Site(W.to(kind), None if b is None else b.to(kind), low_rank)
+        torch.manual_seed(5)
+        rounded = x.to(dtype).to(kind)
+        y = fused_dora_dropout(rounded, site, p) if p else fused_linears(rounded, [site])[0]
+        y.backward(2 * y.detach())
+        found[kind] = m.grad.double()
+    assert (found[torch.float64] * norms).max() > 65_504  # and not the gradient itself
+    error = (found[dtype] - found[torch.float64]).abs() / found[torch.float64].abs()
+    assert error.max() < 0.02
