@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_lora.ops import operand
+from lightning_lora.ops.operand import kept_memory
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def trace(model: nn.Module, loss: Callable[[], Tensor], autocast: torch.dtype | 
         with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
             value = loss()
         # memory for one product at a time, which is used again, and what layers derive from their weights once
-        kept = storages.of([*vars(operand._KEPT).values(), *model.buffers()])
+        kept = storages.of([*kept_memory(), *model.buffers()])
         held, forward_peak = storages.alive - kept, storages.peak
         storages.peak = storages.alive
         torch.autograd.backward(value)

@@ -36,6 +36,11 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     return view
 
 
+def kept_memory() -> list[Tensor]:
+    """The memory of `workspace` that this thread has."""
+    return [views["memory"] for views in vars(_KEPT).values()]
+
+
 def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
     """The weight in a dtype, its rows scaled: itself where it is that, or in the memory of `workspace`.
 
