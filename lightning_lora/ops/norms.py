@@ -79,8 +79,8 @@ def merged_row_norms(
         A, B = A.to(dtype), B.to(dtype)
         cross = weight_product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
-        of_update = torch.addmm(cross, B, A @ A.T, beta=2 * scale, alpha=scale * scale).mul_(B).sum(1)
-        return of_update.add_(squares).clamp_min_(0).sqrt_()
+        of_update = torch.addmm(cross, B, A @ A.T, beta=2 * scale, alpha=scale * scale)
+        return (squares + (of_update * B).sum(1)).clamp_min(0).sqrt()  # not in place: they may be parts of sums
 
 
 @torch.no_grad()
