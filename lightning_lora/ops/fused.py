@@ -12,7 +12,7 @@ nothing.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import Unpack, operand, workspace
+from lightning_lora.ops.products import gradient_like, low_rank_into
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -62,7 +63,18 @@ def linear_without_gradients(x: Tensor, site: Site) -> Tensor:
     return out
 
 
-_PER_SITE = 6
+class _Needed(NamedTuple):
+    """Which tensors of a site need gradients, in the order in which the function takes them."""
+
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+    magnitude: bool
+    norms: bool
+
+
+_PER_SITE = len(_Needed._fields)
 _BEFORE = 5  # arguments of the function before those of the sites
 
 
@@ -97,13 +109,11 @@ class _Fused(torch.autograd.Function):
             # What is small comes first: it is rounded, and not what it is added to.
             if row is None or fold:
                 change = None
-                torch.mm(part, B.T, out=y) if bias is None else torch.addmm(bias, part, B.T, out=y)
-                y.addmm_(flat, W)
+                low_rank_into(y, part, B, bias).addmm_(flat, W)
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
                 torch.mm(flat, W, out=y)
                 change, low = row.change.to(dtype), workspace(y.shape, dtype, y.device, "outputs")
-                torch.mm(part, B.T, out=low) if bias is None else torch.addmm(bias, part, B.T, out=low)
-                y.add_(low.addcmul_(y, change))
+                y.add_(low_rank_into(low, part, B, bias).addcmul_(y, change))
             outs.append(out)
             ups.append(B)
             changes.append(change)
@@ -129,6 +139,7 @@ class _Fused(torch.autograd.Function):
             plain = functools.partial(_plain, x, mask, sites, ctx.factors)
             dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[_BEFORE:]], grads)
             return dx, *[None] * (_BEFORE - 1), *others
+        of_sites = [_Needed(*needed[_BEFORE + _PER_SITE * i :][:_PER_SITE]) for i in range(n)]
         results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
         flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
         dh = torch.empty_like(h)
@@ -138,9 +149,8 @@ class _Fused(torch.autograd.Function):
                 piece.zero_()
                 continue
             torch.mm(dy, up, out=piece)
-            if needed[_BEFORE + _PER_SITE * i + 3]:  # while a cache has dy
-                B = site.adapter.B
-                dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((parts[i].T @ dy).T)
+            if of_sites[i].B:  # while a cache has dy
+                dB = gradient_like(site.adapter.B, parts[i], dy)
                 results[i][3] = dB if row is None else dB.mul_(row.gain[:, None])
         dx = dh @ A if needed[0] else None
         if dx is not None and mask is not None:
@@ -148,10 +158,10 @@ class _Fused(torch.autograd.Function):
         for i, (dy, site, row, change) in enumerate(zip(dys, sites, ctx.rows, changes, strict=True)):
             if dy is None:
                 continue
-            if needed[_BEFORE + _PER_SITE * i + 1]:
+            if of_sites[i].bias:
                 results[i][1] = dy.sum(0)
             memory = None if row is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
-            if needed[_BEFORE + _PER_SITE * i + 4]:
+            if of_sites[i].magnitude:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
                 y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
                 results[i][4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
@@ -159,7 +169,7 @@ class _Fused(torch.autograd.Function):
                 fold = row is not None and change is None
                 dy = dy if change is None else torch.addcmul(dy, dy, change, out=memory)
                 dx.addmm_(dy, operand(site.weight, dx.dtype, row.gain if fold else None))
-        if any(needed[_BEFORE + _PER_SITE * i + 2] for i in range(n)):
+        if any(each.A for each in of_sites):
             dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
             pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
             for result, dy, piece in zip(results, dys, pieces, strict=True):

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.fused import sum_over_tokens
 from lightning_lora.ops.operand import Unpack, operand, workspace
+from lightning_lora.ops.products import gradient_like, low_rank_into
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -71,8 +72,7 @@ class _FusedDropout(torch.autograd.Function):
         del dropped
         out = flat.new_empty((*x.shape[:-1], B.shape[0]))
         y = out.view(-1, B.shape[0])
-        torch.mm(h, up.T, out=y) if bias is None else torch.addmm(bias.to(dtype), h, up.T, out=y)
-        y.addcmul_(product, more).addmm_(flat, W)
+        low_rank_into(y, h, up, None if bias is None else bias.to(dtype)).addcmul_(product, more).addmm_(flat, W)
         ctx.save_for_backward(x, mask, h, a, up, product, more, dense, bias, A, B, magnitude, norms)
         ctx.unpack, ctx.factor, ctx.scale, ctx.rows = unpack, factor, scale, rows
         return out
@@ -92,7 +92,7 @@ class _FusedDropout(torch.autograd.Function):
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         db = dy.sum(0) if needs_bias else None
         dA, dm, memory = None, None, workspace(dy.shape, dy.dtype, dy.device, "outputs")
-        dB = torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)  # but for the gain
+        dB = gradient_like(B, h, dy)  # but for the gain
         if needs_magnitude:
             total = sum_over_tokens(torch.mul(dy, product, out=memory), norms.dtype)
             total = total * ctx.factor + (dB * B).sum(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.ops.transforms import without_autocast
 
 CHUNK = 1 << 18  # elements of W that are converted at a time: what a CPU's cache holds; an accelerator takes 64 of them
 
@@ -75,7 +76,7 @@ def merged_row_norms(
             [merged_row_norms(w, a, b, scale, s, exact) for w, a, b, s in zip(W, A, B, known, strict=True)]
         )
     dtype = accumulation_dtype(W, A)
-    with torch.autocast(W.device.type, enabled=False):
+    with without_autocast(W.device.type):
         A, B = A.to(dtype), B.to(dtype)
         cross = weight_product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)

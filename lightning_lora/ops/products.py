@@ -16,3 +16,13 @@ def add_low_rank(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> 
     if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
         return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
     return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
+
+
+def low_rank_into(out: Tensor, h: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """Writes h (tokens, r) times B (out, r), plus a bias if there is one, into memory."""
+    return torch.mm(h, B.T, out=out) if bias is None else torch.addmm(bias, h, B.T, out=out)
+
+
+def gradient_like(B: Tensor, h: Tensor, dy: Tensor) -> Tensor:
+    """The gradient dyᵀ h of B (out, r), in its dtype and layout, taken as (hᵀ dy)ᵀ, which is the faster product."""
+    return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)
