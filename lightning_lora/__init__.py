@@ -36,6 +36,7 @@ from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
+from lightning_lora.switching.resting import dora_caching
 from lightning_lora.switching.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
 from lightning_lora.targets import Plan, plan
 from lightning_lora.training.attached import attach_optimizer
@@ -69,6 +70,7 @@ __all__ = [
     "comparators",
     "delete_adapter",
     "disable_adapters",
+    "dora_caching",
     "eject",
     "estimate_memory",
     "initialise_from_data",

@@ -1,7 +1,7 @@
 """DoRA: magnitude and direction of a weight adapted apart."""
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
+
+
+class _Rest(NamedTuple):
+    norms: Tensor
+    rows: RowGain
+    versions: tuple[int, ...]  # of A, B and the magnitude
 
 
 @variant("dora")
@@ -28,7 +34,8 @@ class DoRAAdapter(LowRankAdapter):
     and PEFT, which takes a second base product; ``dora_dropout="lora"`` drops on the low-rank branch only.
 
     The norms are taken in every forward, unless an optimizer says when it steps (`lightning_lora.attach_optimizer`):
-    then once for each step. ``Tensor._version`` alone does not tell: fused optimizers don't change it.
+    then once for each step. ``Tensor._version`` alone does not tell: fused optimizers don't change it. Without
+    gradients they are taken once while `lightning_lora.dora_caching` says that values don't change.
     """
 
     magnitude: nn.Parameter
@@ -43,6 +50,8 @@ class DoRAAdapter(LowRankAdapter):
         self._norms: Tensor | None = None
         self._rows: RowGain | None = None  # what follows from these and the magnitude
         self._versions: tuple[int, ...] | None = None  # of A, B and the magnitude, to which they belong
+        self.resting = False  # values don't change
+        self._rest: _Rest | None = None  # what follows from them while they don't
         self._at_zero: bool | None = None  # whether a magnitude is 0, if that is known
 
     @override
@@ -71,20 +80,27 @@ class DoRAAdapter(LowRankAdapter):
 
     @override
     def forget(self) -> None:
-        self._norms = self._rows = self._versions = self._at_zero = None
+        self._norms = self._rows = self._versions = self._rest = self._at_zero = None
+
+    def rest(self, resting: bool) -> None:
+        """Values don't change from now on, or may change again."""
+        self.resting, self._rest = resting, None
 
     @override
     def train(self, mode: bool = True) -> "DoRAAdapter":
-        self._versions = None  # between train and eval mode, averages may take the place of values
+        self._versions = self._rest = None  # between train and eval mode, averages may take the place of values
         super().train(mode)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer yet."""
-        return {**vars(self), "attended": False, "_norms": None, "_rows": None, "_versions": None}
+        kept = dict.fromkeys(("_norms", "_rows", "_versions", "_rest"))
+        return {**vars(self), **kept, "attended": False, "resting": False}
 
     def norms(self, host: Host) -> Tensor:
         """Norms of the merged rows, (d,), in float32 at least, without gradient."""
+        if (rest := self._at_rest(host)) is not None:
+            return rest.norms
         if self._versions is not None and self.training and self._norms is not None:
             if torch.compiler.is_compiling() or self._versions == self._now():
                 return self._norms
@@ -93,9 +109,20 @@ class DoRAAdapter(LowRankAdapter):
             self._keep(norms)
         return norms
 
+    def _at_rest(self, host: Host) -> "_Rest | None":
+        """What follows from values that don't change, if that is so: where no gradients are asked for."""
+        if not self.resting or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not is_plain(self.A) or self.A.is_inference() or not host.lora_is_whole():
+            return None
+        if self._rest is None or self._rest.versions != self._now():
+            norms = self._new_norms(host)
+            self._rest = _Rest(norms, row_gain_of(self.magnitude, norms), self._now())
+        return self._rest
+
     def refresh(self, host: Host) -> None:
         """Values have changed. Compiled graphs read the norms from where they are, so that they are taken at once."""
-        self._versions = None
+        self._versions = self._rest = None
         if self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole():
             self._keep(self._new_norms(host))
 
@@ -148,6 +175,7 @@ class DoRAAdapter(LowRankAdapter):
             return None  # what is multiplied by 0 can't be had back from the product
         norms = self.norms(host)
         rows = self._rows if self.training and self._versions is not None else None
+        rows = rows if self._rest is None or norms is not self._rest.norms else self._rest.rows
         return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
 
     @override

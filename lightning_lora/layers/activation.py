@@ -13,13 +13,14 @@ from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.siblings import scope
-from lightning_lora.ops.fused import fused_linears, linear_without_gradients
+from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
-from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.operand import Packed
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.ops.sharded import PLAIN, is_plain
 from lightning_lora.ops.site import Site
 from lightning_lora.ops.transforms import in_transform
+from lightning_lora.ops.without_gradients import are_few, linear_of_few, linear_of_many
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Rows
@@ -53,8 +54,11 @@ class LoRALinear(LoRALayer):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if (adapter := self.lora_alone()) is None or (site := self.lora_site(adapter, x, dtype)) is None:
             return None
-        if not adapter.training and not torch.is_grad_enabled() and site.adapter.magnitude is None and not autocast:
-            return linear_without_gradients(x, site)
+        if not torch.is_grad_enabled() and not adapter.training and not autocast:
+            if are_few(x):
+                return linear_of_few(x, site)
+            if site.adapter.magnitude is None:
+                return linear_of_many(x, site)
         config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
@@ -99,7 +103,7 @@ class LoRALinear(LoRALayer):
             return None
         return Site(weight, self.bias, low_rank)  # type: ignore[arg-type]
 
-    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Unpack | None:
+    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Packed | None:
         """The weight, if the layer's forward is the product with it, in this dtype."""
         weight: Any = self.weight
         fits = weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64)

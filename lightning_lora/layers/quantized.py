@@ -1,6 +1,5 @@
 """Linears that hold their weight packed: the base product is the quantiser's, the adapter's part is a linear's."""
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ from typing_extensions import override
 from lightning_lora.layers.activation import LoRALinear
 from lightning_lora.layers.registry import adapts
 from lightning_lora.marks import MERGED
-from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.operand import Packed
 from lightning_lora.ops.site import LowRank, Site
-from lightning_lora.quantization import Quantizer, dense, moves_only, quantizer_of
+from lightning_lora.quantization import PackedWeight, Quantizer, dense, moves_only, quantizer_of
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import LowRankAdapter
@@ -41,11 +40,11 @@ class LoRAQuantizedLinear(LoRALinear):
         )
 
     @override
-    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Unpack | None:
+    def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Packed | None:
         quantizer = _quantizer(self)
         if not quantizer.follows_input(self, dtype) or self.weight.device != x.device:
             return None
-        return functools.partial(quantizer.operand, self)
+        return PackedWeight(quantizer, self)
 
     @override
     def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

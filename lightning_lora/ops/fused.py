@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.operand import Unpack, operand, workspace
+from lightning_lora.ops.operand import Packed, operand, workspace
 from lightning_lora.ops.products import gradient_like, low_rank_into
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
@@ -40,7 +40,7 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
         values, x Aᵀ, the A's and B's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
     """
     tensors: list[Tensor | None] = []
-    unpacks: list[Unpack | None] = []
+    unpacks: list[Packed | None] = []
     for weight, bias, adapter in sites:
         dense = weight if isinstance(weight, Tensor) else None
         unpacks.append(None if isinstance(weight, Tensor) else weight)
@@ -49,18 +49,6 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
     with without_autocast(x.device.type):
         outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, rows, *tensors)  # type: ignore[no-untyped-call]
     return outs
-
-
-def linear_without_gradients(x: Tensor, site: Site) -> Tensor:
-    """The output of one layer with a LoRA adapter, where no gradients are asked for, by as few operations as can be."""
-    (A, B, scale, *_), bias, dtype = site.adapter, site.bias, x.dtype
-    if A.dtype != dtype:
-        A, B = A.to(dtype), B.to(dtype)
-    out = F.linear(x, operand(site.weight, dtype), bias if bias is None or bias.dtype == dtype else bias.to(dtype))
-    if x.dim() == 2:
-        return out.addmm_(x @ A.T, B.T, alpha=scale)
-    out.view(-1, len(B)).addmm_(x.flatten(0, -2) @ A.T, B.T, alpha=scale)
-    return out
 
 
 class _Needed(NamedTuple):
@@ -78,7 +66,7 @@ _PER_SITE = len(_Needed._fields)
 _BEFORE = 5  # arguments of the function before those of the sites
 
 
-def _sites(unpacks: list[Unpack | None], scales: list[float], rows: list[RowGain | None], tensors: Any) -> list[Site]:
+def _sites(unpacks: list[Packed | None], scales: list[float], rows: list[RowGain | None], tensors: Any) -> list[Site]:
     sites = []
     for i, (unpack, scale, known) in enumerate(zip(unpacks, scales, rows, strict=True)):
         W, b, A, B, m, norms = tensors[_PER_SITE * i : _PER_SITE * (i + 1)]
@@ -202,7 +190,7 @@ def _plain(x: Tensor, mask: Tensor | None, sites: list[Site], factors: list[floa
     return outs
 
 
-def _folds(weight: Tensor | Unpack, flat: Tensor) -> bool:
+def _folds(weight: Tensor | Packed, flat: Tensor) -> bool:
     """Whether gains go into the rows of a weight: if these are fewer than the outputs, and nothing is lost.
 
     A weight that is rounded already would be rounded back to where it was by a gain near to 1.

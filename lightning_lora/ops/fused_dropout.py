@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.fused import sum_over_tokens
-from lightning_lora.ops.operand import Unpack, operand, workspace
+from lightning_lora.ops.operand import Packed, operand, workspace
 from lightning_lora.ops.products import gradient_like, low_rank_into
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
@@ -50,7 +50,7 @@ class _FusedDropout(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         p: float,
-        unpack: Unpack | None,
+        unpack: Packed | None,
         scale: float,
         rows: RowGain | None,
         dense: Tensor | None,

@@ -1,16 +1,23 @@
 """A frozen weight as one product needs it: in the dtype of its input, and with its rows scaled."""
 
 import threading
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_lora.ops.norms import row_chunks
 
-Unpack: TypeAlias = Callable[[torch.dtype, Tensor | None], Tensor]
-"""What gives a packed weight (out, in) in a dtype, its rows scaled by a vector (out,) or as they are."""
+
+class Packed(Protocol):
+    """A packed weight (out, in)."""
+
+    def __call__(self, dtype: torch.dtype, gain: Tensor | None, /) -> Tensor:
+        """The weight in a dtype, its rows scaled by a vector (out,) or as they are, until the next call."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's x Wᵀ + b where no gradients are asked for, all in the dtype of x."""
+
 
 _KEPT = threading.local()
 _SHAPES = 64  # of one piece of memory: to make a view takes as long as a small product
@@ -41,7 +48,7 @@ def kept_memory() -> list[Tensor]:
     return [views["memory"] for views in vars(_KEPT).values()]
 
 
-def operand(weight: Tensor | Unpack, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+def operand(weight: Tensor | Packed, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
     """The weight in a dtype, its rows scaled: itself where it is that, or in the memory of `workspace`.
 
     Args:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.operand import Unpack
+from lightning_lora.ops.operand import Packed
 
 
 class RowGain(NamedTuple):
@@ -70,6 +70,6 @@ def row_gain_of(magnitude: Tensor, norms: Tensor) -> RowGain:
 class Site(NamedTuple):
     """A frozen linear layer with one adapter."""
 
-    weight: Tensor | Unpack
+    weight: Tensor | Packed
     bias: Tensor | None
     adapter: LowRank

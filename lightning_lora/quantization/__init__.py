@@ -1,6 +1,7 @@
 """Layers that hold their weight packed: what they stand for, and how a dense layer becomes one."""
 
 from lightning_lora.quantization.base import (
+    PackedWeight,
     Quantizer,
     bits_per_weight,
     dense,
@@ -13,6 +14,7 @@ from lightning_lora.quantization.base import (
 )
 
 __all__ = [
+    "PackedWeight",
     "Quantizer",
     "bits_per_weight",
     "dense",

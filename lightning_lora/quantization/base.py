@@ -3,10 +3,12 @@
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_lora.config import Quantization
 from lightning_lora.errors import UnsupportedError
@@ -45,6 +47,10 @@ class Quantizer(ABC):
     def operand(self, layer: Any, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
         """The weight for one product: in its dtype, with its rows scaled, and only until the next call."""
         return operand(self.dense(layer), dtype, gain)
+
+    def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with an input in its dtype, plus a bias, where no gradients are asked for."""
+        return F.linear(x, self.operand(layer, x.dtype), bias)
 
     @abstractmethod
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
@@ -94,6 +100,22 @@ class Quantizer(ABC):
     @abstractmethod
     def guard(self, layer: Any) -> None:
         """Turns off what would harm training."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The weight of a layer as products take it: `lightning_lora.ops.operand.Packed`."""
+
+    quantizer: Quantizer
+    layer: Any
+
+    def __call__(self, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+        """The weight, unpacked."""
+        return self.quantizer.operand(self.layer, dtype, gain)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with it."""
+        return self.quantizer.product(self.layer, x, bias)
 
 
 def moves_only(fn: Callable[[Tensor], Tensor], *packed: Tensor | None) -> Callable[[Tensor], Tensor]:

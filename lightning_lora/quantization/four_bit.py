@@ -1,6 +1,5 @@
 """4-bit layers of bitsandbytes (QLoRA, arXiv:2305.14314, section 3)."""
 
-import functools
 from typing import Any
 
 import bitsandbytes as bnb
@@ -15,7 +14,7 @@ from lightning_lora.config import Quantization
 from lightning_lora.ops.operand import operand, workspace
 from lightning_lora.ops.packed import packed_linear
 from lightning_lora.ops.sharded import gathered
-from lightning_lora.quantization.base import quantizes
+from lightning_lora.quantization.base import PackedWeight, quantizes
 from lightning_lora.quantization.bitsandbytes_layer import Bitsandbytes, PackedLayer
 from lightning_lora.quantization.packing import four_bits
 
@@ -89,6 +88,10 @@ class FourBit(Bitsandbytes):
         return out
 
     @override
+    def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        return super().product(layer, x, bias) if x.device.type == "cpu" else packed_product(layer, x, bias)
+
+    @override
     def unpack(self, packed: Any) -> Tensor:
         weight: Tensor = F4.dequantize_4bit(packed.data, packed.quant_state)
         return weight
@@ -98,7 +101,7 @@ class FourBit(Bitsandbytes):
         compute = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
         if _state(layer) is None:
             return F.linear(x, layer.weight.to(x.dtype), layer.bias)
-        return packed_linear(x, functools.partial(self.operand, layer), layer.bias, compute)
+        return packed_linear(x, PackedWeight(self, layer), layer.bias, compute)
 
     @override
     def follows_input(self, layer: Any, dtype: torch.dtype) -> bool:
@@ -173,6 +176,16 @@ class FourBit(Bitsandbytes):
             unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
             layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
             layer.quant_state = layer.weight.quant_state
+
+
+def packed_product(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product without gradients by bitsandbytes' own kernels: with few rows these never unpack the weight.
+
+    That for CPUs takes other scales, rounded to bfloat16, and a weight that is packed in another way.
+    """
+    packed = gathered(layer.weight.data)
+    out: Tensor = bnb.matmul_4bit(x, packed.t(), quant_state=_state(layer), bias=bias)
+    return out
 
 
 def _values_per_unit(settings: Quantization) -> int:

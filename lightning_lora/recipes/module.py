@@ -20,6 +20,7 @@ from lightning_lora.recipes.parts import Feed
 from lightning_lora.recipes.sharded import Files, open_files
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.recompute import let_run_again
+from lightning_lora.switching.resting import dora_caching
 from lightning_lora.switching.switch import disable_adapters
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -237,7 +238,7 @@ class Recipe(LightningModule):
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), dora_caching(self.model):
                 yield self.model
         finally:
             for module, mode in modes.items():

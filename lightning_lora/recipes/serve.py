@@ -13,6 +13,7 @@ from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import render_prompt
 from lightning_lora.recipes.generation import generation_options
 from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve
+from lightning_lora.switching.resting import dora_caching
 
 
 def open_adapter(source: str, base: str | None = None, adapter_name: str | None = None) -> tuple[Any, Any]:
@@ -66,7 +67,7 @@ def stream(
             max_new_tokens = min(max_new_tokens, context - ids.shape[1])
     printer = TextStreamer(tokenizer, skip_prompt=not is_separate, skip_special_tokens=True)
     own = generation_options(tokenizer, options)
-    with torch.inference_mode():
+    with torch.inference_mode(), dora_caching(model):
         made = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=printer, **own
         )

@@ -30,6 +30,7 @@ from lightning_lora.strategies import Options, StrategyAdapter, strategy_adapter
 from lightning_lora.strategies.agreement import require_same_settings
 from lightning_lora.training.compatibility import check_compatibility, final_mode, is_accumulating
 from lightning_lora.training.configure import configure_optimizers
+from lightning_lora.training.evaluation import rest_in_evaluation
 from lightning_lora.training.family import options_of, quantization_of, settings_of
 from lightning_lora.training.health import check_before, explain
 from lightning_lora.training.looked_after import Training
@@ -100,6 +101,7 @@ class MethodCallback(CallbackBase):
             self._phases = Phases(pl_module, _requests(trainer), seed, settings, mode, strategy)
             self._phases.begin(self._patches)
         strategy.install(self._patches)
+        rest_in_evaluation(pl_module, self._patches)
         strategy.as_peft = tuple(one.adapter_name for one in family if one.save_peft)
         if stage == "fit":
             count_packed(pl_module, trainer, self._patches)

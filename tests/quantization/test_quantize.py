@@ -252,6 +252,55 @@ def test_inputs_of_any_shape(mode):
         assert model(x.transpose(0, 1)).shape == (3, 2, 40)
 
 
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("size", [128, 96], ids=["whole blocks in rows", "parts of blocks"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4-dq"])
+def test_products_by_kernels_of_bitsandbytes(mode, size, storage):
+    """What accelerators take where no gradients are asked for: the same as with the unpacked weight."""
+    from lightning_lora.quantization.four_bit import packed_product
+
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(size, 64)).to(torch.bfloat16)
+    ll.quantize(layer, ll.Quantization(mode=mode, quant_storage=storage))
+    (layer,) = layer
+    for rows in (1, 3, 40):
+        x = torch.randn(2, rows, size, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            out = packed_product(layer, x, layer.bias)
+            torch.testing.assert_close(out, nn.functional.linear(x, dense(layer), layer.bias), rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(packed_product(layer, x, None), out - layer.bias, rtol=5e-2, atol=5e-2)
+
+
+def test_where_gradients_are_not_asked_for_products_are_the_quantisers(monkeypatch):
+    from lightning_lora.quantization.four_bit import FourBit, packed_product
+
+    taken = []
+
+    def product(self, layer, x, bias):
+        taken.append(x.shape)
+        return packed_product(layer, x, bias)
+
+    monkeypatch.setattr(FourBit, "product", product)
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 32))
+    ll.quantize(model, "nf4-dq")
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, modules_to_save=None))
+    randomise(model)
+    model.eval()
+    for rows in (1, 40):
+        x = torch.randn(rows, 128)
+        wanted = model(x)
+        assert not taken
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+            assert len(taken) == 2
+            with ll.disable_adapters(model):
+                base = model(x)
+        assert len(taken) == 4
+        taken.clear()
+        with ll.disable_adapters(model):
+            torch.testing.assert_close(base, model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_where_the_fused_step_is_not_taken():
     model, x = build().train(), torch.randn(3, 16)
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=None))
