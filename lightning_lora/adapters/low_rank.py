@@ -115,8 +115,9 @@ class LowRankAdapter(Adapter):
 
     def update(self) -> tuple[Tensor, Tensor]:
         r"""Factors of :math:`\Delta W / s`: A and B, or :math:`[A; A_0]` and :math:`[B, -B_0]`."""
-        if self.start_A is None or self.start_B is None:
+        if self._buffers["start_A"] is None:
             return self.A, self.B
+        assert self.start_A is not None and self.start_B is not None  # noqa: PT018
         return torch.cat([self.A, self.start_A], dim=-2), torch.cat([self.B, -self.start_B], dim=-1)
 
     @override

@@ -102,8 +102,9 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    computes = module.training or torch.is_grad_enabled()
-    groups = _groups(module) if computes and _APART not in vars(module) else ()
+    if not module.training and not torch.is_grad_enabled():
+        return  # each layer computes its own, in fewer operations
+    groups = () if _APART in vars(module) else _groups(module)
     vars(_RUNNING).setdefault("stack", []).append(Scope(module, groups))
 
 

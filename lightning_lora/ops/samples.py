@@ -1,6 +1,7 @@
 """A few values of a tensor, to know it again by."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def sample(tensor: Tensor) -> Tensor:
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.full((SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
     flat = tensor.detach().reshape(-1)
-    return flat[_places(tensor).to(flat.device)].float().cpu()
+    return flat[_places(tensor.numel()).to(flat.device)].float().cpu()
 
 
 @torch.no_grad()
@@ -37,8 +38,10 @@ def sample_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [samples[i] if i in samples else sample(tensor) for i, tensor in enumerate(tensors)]
 
 
-def _places(tensor: Tensor) -> Tensor:
-    return torch.linspace(0, tensor.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+@lru_cache(maxsize=256)  # most weights of a model have one of a few sizes
+@torch.inference_mode(False)
+def _places(numel: int) -> Tensor:
+    return torch.linspace(0, numel - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
 
 
 def _mesh(tensor: Any) -> Any:
@@ -54,7 +57,7 @@ def _held(tensor: Any) -> Tensor:
     found = torch.full((SAMPLES,), -torch.inf, dtype=torch.float32, device=part.device)
     if not part.is_floating_point():
         return found
-    for i, place in enumerate(torch.stack(torch.unravel_index(_places(tensor), tensor.shape), 1).tolist()):
+    for i, place in enumerate(torch.stack(torch.unravel_index(_places(tensor.numel()), tensor.shape), 1).tolist()):
         local = [at - start for at, start in zip(place, offset, strict=True)]
         if all(0 <= at < size for at, size in zip(local, part.shape, strict=True)):
             found[i] = part[tuple(local)]

@@ -18,12 +18,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor that this process has as a whole, and of no kind of its own."""
-    return type(tensor) in PLAIN and not hasattr(tensor, "ds_id") and not is_flattened(tensor)
+    return type(tensor) in PLAIN and "ds_id" not in tensor.__dict__ and not is_flattened(tensor)
 
 
 def is_flattened(tensor: Tensor) -> bool:
     """Whether it is what this rank holds of a weight in a flat parameter of FSDP1: of any size, and without shape."""
-    return bool(getattr(tensor, "_fsdp_flattened", False))
+    return bool(tensor.__dict__.get("_fsdp_flattened"))
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -33,8 +33,9 @@ def is_spread(model: nn.Module) -> bool:
         if id(module := waiting.pop()) in seen:
             continue
         seen.add(id(module))
-        if any(p is not None and (is_sharded(p) or is_flattened(p)) for p in module._parameters.values()):
-            return True
+        for parameter in module._parameters.values():
+            if parameter is not None and (is_sharded(parameter) or is_flattened(parameter)):
+                return True
         waiting += [child for child in module._modules.values() if child is not None]
     return False
 

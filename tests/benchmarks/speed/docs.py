@@ -22,7 +22,8 @@ adapters compute themselves isn't in it. PEFT is the installed package: by defau
 in float32, with `autocast_adapter_dtype=False` in the dtype of the base. torchtune, LitGPT and unsloth stand for plain
 layers with their order of operations, without Triton; a test compares their outputs and gradients with PEFT's. Their
 adapters are in the dtype of the base; unsloth's and ours are in float32. The *bound* is the floor and the products with A
-and B, forward and backward, by torch's own kernels: with nothing that autograd, casts, an optimizer or Python do.
+and B, forward and backward, by torch's own kernels: with nothing that autograd, casts, an optimizer or Python do. In no
+variant does bitsandbytes repack 4-bit weights for a forward pass without gradients, which there is no way back from.
 """
 
 

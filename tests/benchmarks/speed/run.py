@@ -1,17 +1,20 @@
 """Carries out the table: timings, held bytes, kernels and graph breaks, as plain values for a file."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from peft.helpers import DoraCaching
 
 import lightning_lora as ll
 from tests.benchmarks.speed.cases import SIZES, Case
 from tests.benchmarks.speed.held import held_bytes
 from tests.benchmarks.speed.kernels import count_kernels, graph_breaks
 from tests.benchmarks.speed.models import build
-from tests.benchmarks.speed.steps import forward, optimizer_of, training
+from tests.benchmarks.speed.steps import forward, generation, optimizer_of, training
 from tests.benchmarks.speed.timing import clock, in_turn, timed
 from tests.benchmarks.speed.trainer import fitting
 from tests.benchmarks.speed.workloads import ADAPTERS, PEFT, TITLES, Workload
@@ -44,14 +47,15 @@ def _take(workload: Workload, variant: str) -> Callable[[], float]:
     case, read = workload.case, clock(workload.case.device)
     if workload.how == "trainer":
         return fitting(variant, case, read)
-    name, _, merged = variant.partition(" merged")
+    name, merged = variant.removesuffix(" merged").removesuffix(" cached"), variant.endswith(" merged")
     model: Any = build(name, case)
-    if variant == "ours merged":
-        ll.merge(model)
-    elif variant == "PEFT merged":
-        model.merge_adapter()
+    if merged:
+        ll.merge(model) if name == "ours" else model.merge_adapter()
     if workload.how == "forward":
         return timed(forward(model, case.ids()), read)
+    if workload.how == "generation":
+        caching = {"ours": partial(ll.dora_caching, model), "PEFT cached": DoraCaching}.get(variant, nullcontext)
+        return timed(generation(model, case.ids(), caching), read)
     backend = None
     if workload.how == "compiled" and variant != "floor":  # a gradient that begins inside can't be compiled
         backend = "eager" if workload.size == "tiny" else "inductor"

@@ -1,6 +1,7 @@
-"""What is timed: a training step, or a forward pass."""
+"""What is timed: a training step, a forward pass, or a text."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 
 Step = Callable[[], Tensor]
+NEW_TOKENS = 16
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -49,5 +51,21 @@ def forward(model: nn.Module, ids: Tensor) -> Step:
     def step() -> Tensor:
         logits: Tensor = model(input_ids=ids).logits
         return logits
+
+    return step
+
+
+def generation(
+    model: nn.Module, ids: Tensor, within: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Step:
+    """Tokens behind a prompt of as many, one after the other, within a context."""
+    model.eval()
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        with within():
+            text: Tensor = model.generate(input_ids=ids[:1, :NEW_TOKENS], use_cache=True, **options)  # type: ignore[operator]
+        return text
 
     return step

@@ -8,7 +8,13 @@ from tests.benchmarks.speed.timing import Quartiles, ratio
 
 Results = dict[str, Any]
 Row = dict[str, Any]
-NAMES = {"PEFT bf16": "PEFT, bf16 adapters", "full": "full fine-tuning", "floor": "base", "products": "bound"}
+NAMES = {
+    "PEFT bf16": "PEFT, bf16 adapters",
+    "full": "full fine-tuning",
+    "floor": "base",
+    "products": "bound",
+    "PEFT cached": "PEFT, `DoraCaching`",
+}
 
 
 def tables(results: Results) -> Iterator[str]:
@@ -26,6 +32,9 @@ def tables(results: Results) -> Iterator[str]:
         yield _over_first(rows, "floor")
     if rows := of("forward"):
         yield "A forward pass without gradients, over the base's:"
+        yield _over_first(rows, "floor")
+    if rows := of("generation"):
+        yield "A text, token by token, over the base's; ours within `ll.dora_caching`:"
         yield _over_first(rows, "floor")
     if rows := of("trainer"):
         yield "Through lightning.Trainer, in tokens per second:"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tests.benchmarks.speed.cases import SIZES, Base, Case
 
-How = Literal["step", "compiled", "forward", "trainer"]
+How = Literal["step", "compiled", "forward", "generation", "trainer"]
 PEFT = ("PEFT", "PEFT bf16")
 ADAPTERS: dict[str, dict[str, Any]] = {  # options of a case, by the name that --only takes
     "lora": {},
@@ -69,6 +69,7 @@ def workloads(sizes: list[str], device: str, quick: bool = False) -> Iterator[Wo
         small, two = ("tiny", "tiny") if quick else ("small", "two")
         yield from _compiled(two, device)
         yield from _forward(small, device)
+        yield from _generation(small, device)
         yield from _trainer(small, device)
         yield from _growth(two, device, quick)
 
@@ -114,6 +115,21 @@ def _forward(size: str, device: str) -> Iterator[Workload]:
             case=case,
             variants=("floor", "ours", "PEFT", "ours merged", "PEFT merged"),
             how="forward",
+        )
+
+
+def _generation(size: str, device: str) -> Iterator[Workload]:
+    bases: dict[str, Base] = {"lora": "bf16", "dora": "bf16", "qlora": "nf4-dq", "qdora": "nf4-dq"}
+    for name, base in bases.items():
+        case = Case(size=SIZES[size], base=base, device=device, dora="dora" in name)
+        cached = ("PEFT cached",) if case.dora else ()
+        yield Workload(
+            name=f"generation-{name}",
+            title=TITLES[name],
+            size=size,
+            case=case,
+            variants=("floor", "ours", *PEFT, *cached),
+            how="generation",
         )
 
 
