@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.adapters import dora
-from lightning_lora.ops.norms import merged_row_norms
-from tests.helpers.layers import randomise
+from tests.helpers.dora import X, adapted, count_norms, wanted
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, data
 
@@ -22,36 +20,16 @@ OPTIMIZERS = {
     "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=True),
     "8-bit AdamW": lambda p: bnb.optim.AdamW8bit(p, lr=0.05),
 }
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often norms are taken."""
-    counts = []
-    monkeypatch.setattr(
-        dora, "merged_row_norms", lambda *args, **kwargs: counts.append(1) or merged_row_norms(*args, **kwargs)
-    )
-    return counts
+    return count_norms(monkeypatch)
 
 
-def build(**options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
-    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, use_dora=True, modules_to_save=None, **options))
-    randomise(model)
-    return model.train(), [p for p in model.parameters() if p.requires_grad]
-
-
-def wanted(model):
-    """The output by the equation."""
-    x = X
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            x = nn.functional.linear(x, layer.lora["default"].merged(layer.weight), layer.bias)
-        else:
-            x = layer(x)
-    return x.detach()
+def build():
+    model = adapted()
+    return model, [p for p in model.parameters() if p.requires_grad]
 
 
 def step(model, optimizer, micro_batches=1):

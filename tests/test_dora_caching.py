@@ -6,46 +6,22 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
-from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from lightning_lora.adapters import dora
-from lightning_lora.ops.norms import merged_row_norms
+from tests.helpers.dora import X, adapted, count_norms, wanted
 from tests.helpers.layers import randomise
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, data
 
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
-
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often norms are taken."""
-    counts = []
-    monkeypatch.setattr(
-        dora, "merged_row_norms", lambda *args, **kwargs: counts.append(1) or merged_row_norms(*args, **kwargs)
-    )
-    return counts
+    return count_norms(monkeypatch)
 
 
-def build(**options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
-    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, use_dora=True, modules_to_save=None, **options))
-    randomise(model)
-    return model.eval()
-
-
-def wanted(model):
-    """The output by the equation."""
-    x = X
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            x = nn.functional.linear(x, layer.lora["default"].merged(layer.weight), layer.bias)
-        else:
-            x = layer(x)
-    return x.detach()
+def build():
+    return adapted().eval()
 
 
 def check(model, **tolerance):

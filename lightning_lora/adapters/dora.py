@@ -173,9 +173,10 @@ class DoRAAdapter(LowRankAdapter):
             self._at_zero = bool((self.magnitude == 0).any())
         if self._at_zero:
             return None  # what is multiplied by 0 can't be had back from the product
+        if (rest := self._at_rest(host)) is not None:
+            return LowRank(*self.update(), self.scaling, self.magnitude, rest.norms, rest.rows)
         norms = self.norms(host)
         rows = self._rows if self.training and self._versions is not None else None
-        rows = rows if self._rest is None or norms is not self._rest.norms else self._rest.rows
         return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
 
     @override

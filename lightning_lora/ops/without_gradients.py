@@ -37,11 +37,8 @@ def linear_of_few(x: Tensor, site: Site) -> Tensor:
     (weight, bias, adapter), row = site, site.adapter.row_gain()
     (A, B, scale, *_), out = adapter, _frozen_linear(x, weight, bias if row is None else None)
     if x.dtype != A.dtype:
-        if (dtype := torch.promote_types(x.dtype, A.dtype)) == A.dtype:
-            x = x.to(dtype)
-        else:
-            A, B = A.to(dtype), B.to(dtype)
-            x = x.to(dtype)
+        dtype = torch.promote_types(x.dtype, A.dtype)
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     h = F.linear(x, A)
     if row is None:
         return out.add_(F.linear(h, B), alpha=scale)
