@@ -56,6 +56,19 @@ def test_never_stale(taken, name, attach):
         torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
 
 
+def test_norms_of_a_float64_model_are_of_that_precision():
+    model = adapted().double()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    ll.attach_optimizer(model, optimizer)
+    x = X.double()
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    layer = model[0]
+    W = layer.lora["default"].merged(layer.weight)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, W, layer.bias), rtol=1e-12, atol=1e-12)
+
+
 def test_once_for_each_step(taken):
     model, parameters = build()
     optimizer = OPTIMIZERS["fused AdamW"](parameters)

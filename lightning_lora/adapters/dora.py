@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
 from lightning_lora.adapters.low_rank import LowRankAdapter, variant
-from lightning_lora.ops.norms import merged_row_norms, row_squares
+from lightning_lora.ops.norms import accumulation_dtype, merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
@@ -152,7 +152,7 @@ class DoRAAdapter(LowRankAdapter):
             return None
         if self.squares is None or self._squares_of != version:
             with torch.inference_mode(False):
-                self.squares = row_squares(W.clone() if W.is_inference() else W)
+                self.squares = row_squares(W.clone() if W.is_inference() else W, accumulation_dtype(W, self.A))
             self._squares_of = version
         return self.squares
 

@@ -85,8 +85,8 @@ def merged_row_norms(
 
 
 @torch.no_grad()
-def row_squares(W: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    r""":math:`\|W\|^2` by row, in float32 at least. A weight of another dtype is cast in pieces."""
+def row_squares(W: Tensor, dtype: torch.dtype) -> Tensor:
+    r""":math:`\|W\|^2` by row, in a dtype. A weight of another one is cast in pieces."""
     if W.dim() == 3:
         return torch.stack([row_squares(w, dtype) for w in W])
     if W.dtype == dtype or is_sharded(W):
