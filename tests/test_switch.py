@@ -318,6 +318,19 @@ def test_ejecting_gives_the_head_back(tmp_path):
     assert torch.equal(model(**batch).logits, outputs["base"])
 
 
+def test_a_head_that_is_trained_in_place_is_trained_with_its_adapter_alone():
+    model = FAMILIES["bert"].make()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=None), "plain")
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "headed")
+    for name, trained in (("plain", False), ("headed", True), ("plain", False)):
+        ll.set_adapter(model, name)
+        assert model.classifier.weight.requires_grad is trained
+    ll.combine_adapters(model, {"plain": 2.0}, "twice")
+    assert not model.classifier.weight.requires_grad
+    ll.set_adapter(model, ["plain", "headed"])
+    assert model.classifier.weight.requires_grad
+
+
 # ---- tied weights that adapters train in full ------------------------------------------------------------------------------
 
 

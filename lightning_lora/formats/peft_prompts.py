@@ -24,6 +24,7 @@ from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import carry_out, withdraw
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import is_whole
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import Found, added_modules
 from lightning_lora.methods.method import MethodConfig, method_of_peft
 from lightning_lora.names import clean
@@ -119,7 +120,7 @@ def load_prompt_folder(
     saved = [name for name in listed if any(f".{name}." in f".{key}" for key in heads)]
     config = replace(method_of_peft(fields, str(folder)), modules_to_save=saved or None)
     name = adapter_name or file.entry.get("adapter_name") or config.method.partition("_")[0]
-    had = adapters(model)
+    had, active = adapters(model), active_adapters(model)
     if name in had and type(had[name]) is not type(config):
         raise CheckpointError(
             f"{folder} holds {config.method}, and adapter {name!r} of the model is {had[name].method}"
@@ -135,7 +136,7 @@ def load_prompt_folder(
     if name not in had and had:
         for found in added_modules(model):
             found.module.active = found.module.active and found.adapter_name != name
-    put_in_place(base_modules(model), [*had] if had else [name])
+    put_in_place(base_modules(model), active if had else [name])
     freeze(model)
     return notes
 

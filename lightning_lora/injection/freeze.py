@@ -15,12 +15,13 @@ from lightning_lora.layers import (
     unlock_statistics,
 )
 from lightning_lora.marks import COPIES, THAWED, TRAINED, WHOLE, is_whole, trained_in_full
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.walk import Node
 
 
 def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> None:
-    """Makes adapters and what is trained in full trainable and nothing else; frozen statistics stop moving.
+    """Makes adapters and what they train in full trainable and nothing else; frozen statistics stop moving.
 
     Args:
         model: The model.
@@ -28,7 +29,8 @@ def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> Non
     """
     modules = base_modules(model)
     freeze_adapters(modules, adapter_names)
-    _freeze_own(modules, trained_in_full(modules, adapter_names))
+    names = active_adapters(model) if adapter_names is None else adapter_names
+    _freeze_own(modules, trained_in_full(modules, names))
 
 
 def freeze_adapters(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> None:
@@ -43,12 +45,12 @@ def freeze_adapters(modules: Iterable[nn.Module], adapter_names: Container[str] 
                         parameter.requires_grad_(trained)
 
 
-def freeze_marked(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> None:
+def freeze_marked(modules: Iterable[nn.Module], adapter_names: Container[str]) -> None:
     """What of `freeze` concerns the modules that adapters train in full, in a model that is frozen already.
 
     Args:
         modules: All such modules.
-        adapter_names: As there.
+        adapter_names: The adapters to train.
     """
     _freeze_own(modules, trained_in_full(modules, adapter_names))
 

@@ -30,6 +30,7 @@ from lightning_lora.layers import (
     lora_layers,
 )
 from lightning_lora.marks import merged_problems
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import added_modules
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean
@@ -168,14 +169,13 @@ def eject(model: nn.Module) -> None:
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Takes one adapter off, and with the last one everything else."""
     layers = [layer for _, layer in lora_layers(model)]
-    active = dict.fromkeys(name for layer in layers for name in layer.lora_active if name != adapter_name)
     for layer in layers:
         if adapter_name in layer.lora:
             detach(layer, adapter_name)
-    put_in_place(base_modules(model), list(active))
+    remove_added(model, adapter_name)
+    put_in_place(base_modules(model), active_adapters(model))
     forget(model, adapter_name)
     unmark_trained(model, adapter_name)
-    remove_added(model, adapter_name)
     if any(True for found in (lora_layers(model), added_modules(model)) for _ in found):
         freeze(model)
         arrange(model)

@@ -25,6 +25,7 @@ from lightning_lora.loading.misfits import Found, Misfits
 from lightning_lora.loading.stored_config import by_owner, config_of
 from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.tied_rows import attach_rows
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.tokens import tied_tables
@@ -68,7 +69,7 @@ def place(
     tables = _tables(in_full, misfits, allow_base_mismatch)
     config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
-    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_active)
+    active = active_adapters(model)
     try:
         if adapter_name not in had:
             _attach(config, prefix, misfits, dtypes)
@@ -80,7 +81,7 @@ def place(
     if adapter_name not in had and had:
         for _, layer in lora_layers(model):
             layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
-    put_in_place(base_modules(model), list(active) if had else [adapter_name])
+    put_in_place(base_modules(model), active if had else [adapter_name])
     freeze(model)
     guard(model)
     arrange(model)

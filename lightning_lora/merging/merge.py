@@ -17,6 +17,7 @@ from lightning_lora.merging.probe import differences
 from lightning_lora.merging.report import Comparison, LayerMerge, MergeReport
 from lightning_lora.merging.tied_rows import tied_alike
 from lightning_lora.merging.values import value_problems
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.ops.sharded import is_spread
@@ -123,7 +124,7 @@ def merge(
                 f"merge: {listing(odd, 3)}: with what was merged the weights are too large for their dtype"
             )
         if wanted is not None:
-            put_in_place(base_modules(model), wanted)
+            put_in_place(base_modules(model), [*wanted, *active_adapters(model)])
         if probe is None:
             return MergeReport(entries)
         merged = {clean(name): layer for name, layer in layers.items() if chosen[name]}
@@ -149,7 +150,7 @@ def unmerge(model: nn.Module) -> None:
         originals = vars(layer).pop(MERGED)
         originals.swap(layer)
         layer.lora_active = originals.active
-    put_in_place(base_modules(model), list(dict.fromkeys(name for layer in merged for name in layer.lora_active)))
+    put_in_place(base_modules(model), active_adapters(model))
 
 
 def _chosen(layer: LoRALayer, wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from lightning_lora.injection.freeze import freeze_marked
 from lightning_lora.injection.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import KEY, added_modules, added_to
 from lightning_lora.switching.chosen import rival_modules, unknown_names, weight_problems, weights_of
 
@@ -61,7 +62,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
     if are_marked:
         marked = [module for module in base_modules(model) if TRAINED in vars(module) or COPIES in vars(module)]
         put_in_place(marked, [*weights])
-        freeze_marked(marked)
+        freeze_marked(marked, weights)
     for host in hosts:
         for name, module in added_to(host).items():
             module.active = name in weights
@@ -150,7 +151,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     active, mixtures = [layer.lora_active for layer in layers], [layer.lora_mixture for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
     added = [(found.module, found.module.active) for found in added_modules(model)]
-    in_place = [*active, *(vars(layer)[MERGED].merged for layer in merged)]
+    names = [*active_adapters(model), *dict.fromkeys(n for layer in merged for n in vars(layer)[MERGED].merged)]
     for layer in merged:
         vars(layer)[MERGED].swap(layer)
     try:
@@ -162,13 +163,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         with _suspended(layers, "disable_adapters"):
             yield
     finally:
-        for layer, names, mixture in zip(layers, active, mixtures, strict=True):
-            layer.lora_active, layer.lora_mixture = names, mixture
-        for module, was in added:
-            module.active = was
+        for layer, was, mixture in zip(layers, active, mixtures, strict=True):
+            layer.lora_active, layer.lora_mixture = was, mixture
+        for module, took_part in added:
+            module.active = took_part
         for layer in merged:
             vars(layer)[MERGED].swap(layer)
-        put_in_place(base_modules(model), list(dict.fromkeys(name for names in in_place for name in names)))
+        put_in_place(base_modules(model), names)
 
 
 @contextmanager

@@ -133,6 +133,33 @@ def test_beside_lora_of_another_folder(tmp_path):
         pass
 
 
+def test_heads_change_place_with_prompts_too(tmp_path):
+    configs = {"a": ll.LoRAConfig(r=2), "b": ll.LoRAConfig(r=3), "prompt": VIRTUAL["prompt"]}
+    outputs, model = {"base": logits(frozen("bert"), "bert")}, frozen("bert")
+    for i, (name, config) in enumerate(configs.items()):
+        alone = frozen("bert")
+        ll.inject(alone, config, name)
+        torch.manual_seed(i)
+        torch.nn.init.normal_(stirred(alone).classifier.weight)
+        outputs[name] = logits(alone, "bert")
+        ll.save_adapter(alone, tmp_path / name, name)
+    for name in ("a", "b"):
+        ll.load_adapter(model, tmp_path / name)
+    ll.set_adapter(model, "b")
+    ll.load_adapter(model, tmp_path / "prompt")
+    assert torch.equal(logits(model, "bert"), outputs["b"])
+    assert not any(p.requires_grad for key, p in model.named_parameters() if "prompt" in key)
+    ll.set_adapter(model, "prompt")
+    assert torch.equal(logits(model, "bert"), outputs["prompt"])
+    with ll.disable_adapters(model):
+        assert torch.equal(logits(model, "bert"), outputs["base"])
+    assert torch.equal(logits(model, "bert"), outputs["prompt"])
+    ll.delete_adapter(model, "a")
+    assert torch.equal(logits(model, "bert"), outputs["prompt"])
+    ll.delete_adapter(model, "prompt")
+    assert torch.equal(logits(model, "bert"), outputs["base"])
+
+
 def test_what_is_wrong_with_a_folder(folder):
     model = frozen("bert")
     ll.inject(model, VIRTUAL["prefix"])
