@@ -35,7 +35,7 @@ class Model(nn.Module):
         x = self.table(ids)
         x = torch.sigmoid(self.gate(x)) * self.first(x)
         x = x + self.down(torch.tanh(self.up(x)))
-        return self.head(torch.tanh(self.line(x.transpose(1, 2)).transpose(1, 2)))
+        return self.head(torch.tanh(self.line(x.transpose(1, 2))).transpose(1, 2).contiguous())
 
 
 def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -50,6 +50,7 @@ class Adapters(RuleBasedStateMachine):
         self.plain = Model().double().requires_grad_(False)
         self.model = copy.deepcopy(self.plain)
         self.changes: dict[str, dict[str, Tensor]] = {}  # of adapters, by layer: what it adds to the matrix
+        self.heads: dict[str, dict[str, Tensor]] = {}  # of those that brought one
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] | None = None
         self.drawn = 0
@@ -77,12 +78,32 @@ class Adapters(RuleBasedStateMachine):
         self.written(name)
         self.active[name] = 1.0
 
+    @precondition(lambda self: self.merged is None and len(self.changes) < len(NAMES))
+    @rule(r=st.integers(1, 3), use_dora=st.booleans())
+    def load_with_a_head(self, r, use_dora):
+        name = next(name for name in NAMES if name not in self.changes)
+        config = ll.LoRAConfig(
+            r=r, lora_alpha=3, use_dora=use_dora, target_modules=["first", "up"], modules_to_save=["head"]
+        )
+        alone, mine = copy.deepcopy(self.plain), self.model
+        ll.inject(alone, config, name)
+        self.model = alone
+        self.written(name)
+        with tempfile.TemporaryDirectory() as folder:
+            ll.save_adapter(alone, Path(folder) / "adapter", name)
+            self.model = mine
+            ll.load_adapter(self.model, Path(folder) / "adapter")
+        self.heads[name] = {key: value.detach().clone() for key, value in alone.head.named_parameters()}
+        if len(self.changes) == 1:
+            self.active = {name: 1.0}
+
     @precondition(lambda self: self.changes)
     @rule(data=st.data())
     def switch(self, data):
         wanted = data.draw(st.dictionaries(st.sampled_from(sorted(self.changes)), weights, min_size=1))
-        if self.merged is not None:
-            with pytest.raises(ll.ConfigError, match="unmerge"):
+        rivals = len(self.heads.keys() & wanted.keys()) > 1
+        if self.merged is not None or rivals:
+            with pytest.raises(ll.ConfigError, match="unmerge" if self.merged is not None else "both train head"):
                 ll.set_adapter(self.model, wanted)
             return
         ll.set_adapter(self.model, wanted)
@@ -102,10 +123,12 @@ class Adapters(RuleBasedStateMachine):
             self.model(X).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        self.right()
-        handle.remove()
         for name in self.active:
             self.noted(name)
+            if name in self.heads:
+                self.heads[name] = {key: value.detach().clone() for key, value in self.model.head.named_parameters()}
+        self.right()
+        handle.remove()
 
     @precondition(lambda self: self.active and self.merged is None)
     @rule()
@@ -117,6 +140,10 @@ class Adapters(RuleBasedStateMachine):
     @rule(data=st.data())
     def merge_by_name(self, data):
         names = data.draw(st.lists(st.sampled_from(sorted(self.changes)), min_size=1, unique=True))
+        if len(self.heads.keys() & names) > 1:
+            with pytest.raises(ll.ConfigError, match="both train head"):
+                ll.merge(self.model, names)
+            return
         ll.merge(self.model, names)
         self.merged = {name: self.active.get(name, 1.0) for name in names}
 
@@ -131,7 +158,13 @@ class Adapters(RuleBasedStateMachine):
     def combine(self, data):
         wanted = data.draw(st.dictionaries(st.sampled_from(sorted(self.changes)), weights, min_size=1))
         name = next(name for name in NAMES if name not in self.changes)
+        if len(headed := [other for other in wanted if other in self.heads]) > 1:
+            with pytest.raises(ll.ConfigError, match="both train head"):
+                ll.combine_adapters(self.model, wanted, name, "svd", 100)
+            return
         ll.combine_adapters(self.model, wanted, name, "svd", 100)
+        if headed:
+            self.heads[name] = self.heads[headed[0]]
         added: dict[str, Tensor] = {}
         for other, weight in wanted.items():
             for layer, change in self.changes[other].items():
@@ -155,14 +188,14 @@ class Adapters(RuleBasedStateMachine):
     def delete(self, data):
         name = data.draw(st.sampled_from(sorted(self.changes)))
         ll.delete_adapter(self.model, name)
-        del self.changes[name]
-        self.active.pop(name, None)
+        for known in (self.changes, self.active, self.heads):
+            known.pop(name, None)
 
     @precondition(lambda self: self.changes and self.merged is None)
     @rule()
     def eject(self):
         ll.eject(self.model)
-        self.changes, self.active = {}, {}
+        self.changes, self.active, self.heads = {}, {}, {}
         assert type(self.model.first) is nn.Linear
         assert [*self.model.state_dict()] == [*self.plain.state_dict()]
 
@@ -182,6 +215,8 @@ class Adapters(RuleBasedStateMachine):
             ll.load_adapter(self.model, Path(folder) / "adapter", new)
         if new != name:
             self.changes[new] = self.changes[name]
+            if name in self.heads:
+                self.heads[new] = self.heads[name]
             if len(self.changes) == 1:
                 self.active = {new: 1.0}
 
@@ -199,11 +234,13 @@ class Adapters(RuleBasedStateMachine):
     def mixed(self, data):
         if not self.changes or self.merged is not None:
             return
-        names = data.draw(st.lists(st.sampled_from([None, *sorted(self.changes)]), min_size=3, max_size=3))
+        plain = sorted(self.changes.keys() - self.heads.keys())
+        names = data.draw(st.lists(st.sampled_from([None, *plain]), min_size=3, max_size=3))
         with torch.no_grad(), ll.mixed_batch(self.model, names):
             out = self.model(X)
         for i, name in enumerate(names):
-            wanted = self.expected({} if name is None else {name: 1.0})[i]
+            head = self.heads.keys() & self.active.keys()
+            wanted = self.expected({} if name is None else {name: 1.0}, *head)[i]
             torch.testing.assert_close(out[i], wanted, rtol=1e-9, atol=1e-9)
 
     # What has to hold
@@ -212,9 +249,6 @@ class Adapters(RuleBasedStateMachine):
     def right(self):
         if not hasattr(self, "model"):
             return
-        with torch.no_grad():
-            for name in self.active:
-                self.noted(name)
         wanted = self.expected(self.active if self.merged is None else self.merged)
         self.model.train()
         torch.testing.assert_close(self.model(X), wanted, rtol=1e-9, atol=1e-9)
@@ -225,7 +259,8 @@ class Adapters(RuleBasedStateMachine):
             with ll.disable_adapters(self.model), torch.no_grad():
                 assert torch.equal(self.model(X), self.plain(X))
         trained = {key.split(".")[2] for key, p in self.model.named_parameters() if p.requires_grad and ".lora." in key}
-        assert trained == set(self.active) or (not self.changes and not trained)
+        assert trained == set(self.active)
+        assert self.model.head.weight.requires_grad == bool(self.heads.keys() & self.active.keys())
 
     # The equations
 
@@ -254,8 +289,11 @@ class Adapters(RuleBasedStateMachine):
                 self.changes[name][key] = total - W
 
     @torch.no_grad()
-    def expected(self, active: dict[str, float]) -> Tensor:
+    def expected(self, active: dict[str, float], head: str | None = None) -> Tensor:
         model = copy.deepcopy(self.plain)
+        for owner in (head, *active):
+            if owner in self.heads:
+                model.head.load_state_dict(self.heads[owner])
         for name, weight in active.items():
             for key, change in self.changes[name].items():
                 as_matrix(layer := model.get_submodule(key), layer.weight).add_(

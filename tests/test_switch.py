@@ -298,6 +298,21 @@ def test_each_is_saved_with_its_own_head(tmp_path):
     assert torch.equal(twin(**batch).logits, outputs["second"])
 
 
+@pytest.mark.parametrize("active", ["first", "plain"])
+def test_what_has_no_head_is_of_the_base_that_has_the_first_one(tmp_path, active):
+    model, outputs, batch = with_heads(tmp_path)
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"], modules_to_save=None), "plain")
+    ll.set_adapter(model, active)
+    ll.save_adapter(model, tmp_path / "plain", "plain")
+    fresh = FAMILIES["bert"].make().eval()
+    ll.load_adapter(fresh, tmp_path / "plain")
+    assert torch.equal(fresh(**batch).logits, outputs["base"])
+    with torch.no_grad():
+        (other := FAMILIES["bert"].make().eval()).classifier.weight.add_(1)
+    with pytest.raises(ll.BaseMismatchError, match=r"1 of \d+ weights have other values: classifier.weight"):
+        ll.load_adapter(other, tmp_path / "plain")
+
+
 def test_deleting_gives_the_head_back(tmp_path):
     model, outputs, batch = with_heads(tmp_path)
     ll.set_adapter(model, "second")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, listing
+from lightning_lora.injection.copies import trained_by_others
 from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import base_parameters, trained_in_full
 from lightning_lora.names import clean
@@ -25,7 +26,9 @@ from lightning_lora.quantize import dense_record
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, quantization: str | None = None, *, local: bool = False) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, quantization: str | None = None, *, local: bool = False, adapter_name: str | None = None
+) -> dict[str, Any]:
     """The fingerprint of the frozen weights, as tensors and a string: ``torch.load(weights_only=True)`` reads it.
 
     Merged layers count with the base's own weights, quantised ones with those that they were quantised from, as far as
@@ -37,6 +40,8 @@ def fingerprint(model: nn.Module, quantization: str | None = None, *, local: boo
         model: The model.
         quantization: The mode in which the base is going to be quantised.
         local: Of sharded weights take the values of this rank's shards, which asks no other rank.
+        adapter_name: The adapter whose base it is. What others train in full belongs to that, with the values from
+            before, where these are known. By default nothing does that any adapter trains.
 
     Returns:
         ``{"quantization": mode or None, "sha256": of everything, "parameters": zlib-compressed JSON as uint8,
@@ -44,7 +49,8 @@ def fingerprint(model: nn.Module, quantization: str | None = None, *, local: boo
     """
     described, modes = [], [quantization] if quantization else list[str]()
     weights, known = list[Tensor](), dict[int, Tensor]()
-    seen = trained_in_full(base_modules(model))
+    others = {} if adapter_name is None else trained_by_others(model, adapter_name)
+    seen = trained_in_full(base_modules(model)) - others.keys()
     for name, module in named_base_modules(model):
         for key, parameter in base_parameters(module):
             if id(parameter) not in seen:
@@ -56,7 +62,8 @@ def fingerprint(model: nn.Module, quantization: str | None = None, *, local: boo
                     known[len(weights)] = values
                 described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
                 seen_here = len(weights) in known  # of a packed weight what it was is known
-                weights.append(torch.empty(0) if seen_here else own_part(parameter) if local else parameter)
+                now = others.get(id(parameter), parameter)
+                weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
     samples = [known.get(i, values) for i, values in enumerate(sample_each(weights))]
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)

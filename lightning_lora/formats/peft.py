@@ -45,10 +45,11 @@ def save_adapter(
     sharded = is_spread(model)
     if not first and not sharded:
         return
+    unseen = sharded and any(map(is_flattened, exported.root.parameters()))
     entry = {
         "adapter_name": adapter_name,
         "config": exported.config.to_dict(),
-        "base": None if sharded and any(map(is_flattened, exported.root.parameters())) else fingerprint(exported.root),
+        "base": None if unseen else fingerprint(exported.root, adapter_name=adapter_name),
         "starts": [name for name, held in exported.layers.items() if held.adapter.start_A is not None],
         "step": step,
         **({"parts": noted} if (noted := exported.parts.noted()) else {}),

@@ -75,7 +75,8 @@ class Exported:
     def write(self, folder: str | os.PathLike[str], step: int | None) -> None:
         """Writes the folder, as a whole or not at all."""
         entry = {"format": FORMAT, "peft": self.fields, "adapter_name": self.adapter_name, "step": step}
-        entry |= {"config": self.config.to_dict(), "base": encode(fingerprint(self.root))}
+        base = fingerprint(self.root, adapter_name=self.adapter_name)
+        entry |= {"config": self.config.to_dict(), "base": encode(base)}
         with whole_folder(folder, frozenset({CONFIG, WEIGHTS, CARD})) as staged:
             write_tensors(staged / WEIGHTS, self.tensors, entry)
             text = json.dumps(self.fields, indent=2, sort_keys=True)

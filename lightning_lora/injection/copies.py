@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers import base_modules
 from lightning_lora.marks import BASE, COPIES, TRAINED, WHOLE
+from lightning_lora.methods.added import Added
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -32,6 +34,19 @@ def kept_values(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for adapter_name, values in vars(module).get(COPIES, {}).items():
         if adapter_name != BASE:
             yield from ((adapter_name, key, value) for key, value in values.items() if key != WHOLE)
+
+
+def trained_by_others(model: nn.Module, adapter_name: str) -> dict[int, Tensor]:
+    """The base's values of what other adapters train in full, by the ids of parameters; empty where not known."""
+    found: dict[int, Tensor] = {}
+    for module in base_modules(model):
+        first = vars(module).get(COPIES, {}).get(BASE, {})
+        for key, owner in vars(module).get(TRAINED, {}).items():
+            if owner == adapter_name or isinstance(module, Added):
+                continue
+            if (parameter := module._parameters.get(key)) is not None:
+                found[id(parameter)] = first.get(key, parameter.new_empty(0))
+    return found
 
 
 @torch.no_grad()
