@@ -61,6 +61,12 @@ class LoRAQuantizedLinear(LoRALinear):
         quantizer.put_in(self)
         self.lora_absorbed = ()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for holder in (self, vars(self).get(MERGED)):
+            if holder is not None:
+                _quantizer(self).revive(holder)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAQuantizedLinear":
         """Moves all that unpacks the weight, and casts nothing that is packed."""
         _quantizer(self).pack_up(self)

@@ -98,6 +98,10 @@ class Quantizer(ABC):
         """Makes the layer use the parameter that it has now."""
 
     @abstractmethod
+    def revive(self, holder: nn.Module) -> None:
+        """Gives the weight its class back, of which unpickling leaves a plain parameter with the attributes."""
+
+    @abstractmethod
     def guard(self, layer: Any) -> None:
         """Turns off what would harm training."""
 

@@ -25,11 +25,17 @@ class PackedLayer(nn.Module):
         super()._apply(moves_only(fn, self._parameters["weight"]), recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _quantizer(self).revive(self)
+
 
 class Bitsandbytes(Quantizer):
     """What 4 and 8 bits have in common."""
 
     attributes: ClassVar[tuple[str, ...]]
+    packed_class: ClassVar[type[nn.Parameter]]
+    packed_attribute: ClassVar[str]  # that none but such a parameter has
 
     @override
     def device_problem(self, device: torch.device) -> str | None:
@@ -42,6 +48,12 @@ class Bitsandbytes(Quantizer):
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             return None
         return f"is {weight.dtype}, which bitsandbytes can't quantise: cast it, or name it in ignore_modules"
+
+    @override
+    def revive(self, holder: nn.Module) -> None:
+        weight = holder._parameters.get("weight")
+        if type(weight) is nn.Parameter and self.packed_attribute in vars(weight):
+            weight.__class__ = self.packed_class
 
     @override
     def strip(self, layer: Any) -> None:

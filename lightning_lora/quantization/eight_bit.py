@@ -24,6 +24,7 @@ class EightBit(Bitsandbytes):
     """Rows of int8 with one scale each. In eval mode the input is quantised too, but for outliers."""
 
     attributes = ("state", "index")
+    packed_class, packed_attribute = bnb.nn.Int8Params, "SCB"
 
     @override
     def mode(self, layer: Any) -> str:

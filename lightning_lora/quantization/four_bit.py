@@ -37,6 +37,7 @@ class FourBit(Bitsandbytes):
         "compute_type_is_set",
         "support_avx512bf16_for_cpu",
     )
+    packed_class, packed_attribute = bnb.nn.Params4bit, "quant_state"
 
     @override
     def mode(self, layer: Any) -> str:
@@ -109,9 +110,8 @@ class FourBit(Bitsandbytes):
 
     @override
     def repack(self, layer: Any, W: Tensor) -> nn.Parameter:
-        old = layer.weight
-        W = W.to(_state(layer).dtype)
-        return four_bits(W, old.quant_type, old.compress_statistics, old.blocksize, old.quant_storage)
+        state = _state(layer)
+        return four_bits(W.to(state.dtype), state.quant_type, state.nested, state.blocksize, layer.weight.dtype)
 
     @override
     def convert(self, weight: Tensor, settings: Quantization, device: torch.device) -> tuple[type, dict[str, Any]]:

@@ -204,6 +204,31 @@ def test_copies_and_pickles(mode):
         ll.merge_and_unload(twin)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_copies_of_what_was_pickled(mode, merged):
+    """A pickle of a packed weight comes back as a plain parameter, whose copies lose what unpacks it."""
+    model, x = build().eval(), torch.randn(3, 16)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.quantize(model, mode)
+    randomise(model)
+    out = model(x)
+    if merged:
+        ll.merge(model)
+    twin = copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(pickle.loads(pickle.dumps(model))))))
+    assert torch.equal(twin(x), model(x))
+    if not merged:
+        ll.merge(twin)
+    ll.unmerge(twin)
+    assert torch.equal(twin(x), out)
+    ll.eject(twin)
+    if merged:
+        ll.unmerge(model)
+    ll.eject(model)
+    again = copy.deepcopy(pickle.loads(pickle.dumps(twin)))
+    assert torch.equal(again(x), model(x))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
