@@ -62,15 +62,17 @@ class Adapters(RuleBasedStateMachine):
         r=st.integers(1, 3),
         use_dora=st.booleans(),
         use_rslora=st.booleans(),
+        init=st.sampled_from(("kaiming", "pissa", "olora", "orthogonal")),
         modules=st.sets(st.sampled_from((*TARGETS, "gate")), min_size=1),
     )
-    def add(self, r, use_dora, use_rslora, modules):
+    def add(self, r, use_dora, use_rslora, init, modules):
         name = next(name for name in NAMES if name not in self.changes)
         config = ll.LoRAConfig(
             r=r,
             lora_alpha=3,
             use_dora=use_dora,
             use_rslora=use_rslora,
+            init_lora_weights=init,
             target_modules=sorted(modules),
             modules_to_save=None,
         )
@@ -283,7 +285,10 @@ class Adapters(RuleBasedStateMachine):
             if name in layer.lora:
                 plain, adapter = self.plain.get_submodule(key), layer.lora[name]
                 W = as_matrix(plain, plain.weight.detach())
-                total = W + adapter.scaling * adapter.B.detach() @ adapter.A.detach()
+                A, B = adapter.A.detach(), adapter.B.detach()
+                total = W + adapter.scaling * (
+                    B @ A - (0 if adapter.start_A is None else adapter.start_B @ adapter.start_A)
+                )
                 if hasattr(adapter, "magnitude"):
                     total = total * (adapter.magnitude.detach() / total.norm(dim=1))[:, None]
                 self.changes[name][key] = total - W
