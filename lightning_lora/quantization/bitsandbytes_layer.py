@@ -53,7 +53,9 @@ class Bitsandbytes(Quantizer):
     def revive(self, holder: nn.Module) -> None:
         weight = holder._parameters.get("weight")
         if type(weight) is nn.Parameter and self.packed_attribute in vars(weight):
-            weight.__class__ = self.packed_class
+            revived = self.packed_class(weight.data, requires_grad=False)
+            vars(revived).update(vars(weight))
+            holder._parameters["weight"] = revived
 
     @override
     def strip(self, layer: Any) -> None:
