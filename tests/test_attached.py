@@ -221,3 +221,69 @@ def test_in_a_trainer_run(taken):
     steps = [(after - before) / len(layers) for before, after in pairwise(seen)]
     assert steps[:3] == [1, 0, 1]
     assert sum(steps) <= 4
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As wrappers are made that know nothing of hooks."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.defaults, self.state = (
+            inner,
+            inner.param_groups,
+            inner.defaults,
+            inner.state,
+        )
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+def test_an_optimizer_that_tells_nobody_when_it_steps():
+    model, parameters = build()
+    optimizer = Wrapper(OPTIMIZERS["fused AdamW"](parameters))
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+        torch.testing.assert_close(model(X), wanted(model))
+
+
+@pytest.mark.parametrize("how", ["set up anew", "replaced", "without a hook"])
+def test_other_optimizers_in_a_trainer_run(how):
+    class Changes(Lit):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1 and how == "set up anew":
+                self.trainer.strategy.setup_optimizers(self.trainer)
+            elif self.current_epoch == 1:
+                made = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05, fused=True)
+                self.trainer.optimizers = [made if how == "replaced" else Wrapper(made)]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.05, fused=True)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            merged = ll.merge_and_unload(copy.deepcopy(self.net))
+            for dropout in (module for net in (self.net, merged) for module in net.modules()):
+                dropout.p = 0.0
+            torch.testing.assert_close(self.net(batch[0]), merged(batch[0]), rtol=1e-4, atol=1e-5)
+
+    def run():
+        trainer(ll.LoRA(r=2, use_dora=True), max_epochs=2).fit(Changes(), data())
+
+    if how == "without a hook":
+        with pytest.warns(UserWarning, match="Wrapper never called Optimizer.__init__"):
+            run()
+    else:
+        run()
+
+
+def test_an_optimizer_without_the_adapters_comes_late():
+    class Loses(Lit):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.optimizers = [torch.optim.SGD(self.net.head.parameters(), lr=0.1)]
+
+    with pytest.raises(ll.DeadAdapterError, match="trainable parameters are in no optimizer"):
+        trainer(ll.LoRA(r=2), max_epochs=2).fit(Loses(), data())

@@ -5,6 +5,8 @@
     {"format": 1,
      "adapters": {name: LoRAConfig as plain types},
      "in_full": {name: keys of what is trained in full with it},
+     "active": {name: its weight in the sum},
+     "optimized": names of what each optimizer holds, by group (not in a weights-only file),
      "peft": {name: what it takes to write its PEFT folder without the model},
      "base": the fingerprint of the frozen weights,
      "versions": {"lightning_lora": ..., "torch": ..., "lightning": ...},
@@ -25,16 +27,18 @@ from torch import nn
 
 from lightning_lora.adapters import RowsAdapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.injection.owned import without_owned
 from lightning_lora.layers import lora_layers
+from lightning_lora.methods.active import active_weights
 from lightning_lora.methods.method import config_from
 from lightning_lora.names import clean
 from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state, low_rank_adapters
+from lightning_lora.switching.switch import set_adapter
 from lightning_lora.targets import draft
 
 META = "lightning_lora"
@@ -57,6 +61,7 @@ def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "adapters": {name: config.to_dict() for name, config in adapters(model).items()},
         "in_full": {name: keys for name in adapters(model) if (keys := keys_in_full(model, name))},
+        "active": active_weights(model),
         "peft": {name: pack(Export(model, name).record()) for name in low_rank_adapters(model)},
         "base": base,
         "versions": {name: version(name) for name in ("lightning-lora", "torch", "lightning")},
@@ -111,13 +116,16 @@ def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str,
     return compare(meta["base"], base, trained=trained)
 
 
-def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
+def load_adapters(
+    model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any], activate: bool = True
+) -> list[str]:
     """Loads an adapter checkpoint into a model that has the same adapters.
 
     Args:
         model: The model.
         checkpoint: What the file holds.
         base: The fingerprint of the model's frozen weights.
+        activate: Whether to make those active that were, with their weights.
 
     Returns:
         What may differ and does.
@@ -133,6 +141,12 @@ def load_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, 
         saved = checkpoint[META]["adapters"]
         current = {name: config.to_dict() for name, config in adapters(model).items()}
         raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
+    active = checkpoint[META].get("active")  # older versions, and models with merged adapters, do not say it
+    if activate and active and active != active_weights(model):
+        try:
+            set_adapter(model, active)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the adapters that were active can't be: {error}") from error
     return notes
 
 
@@ -148,7 +162,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
         **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
 
     Returns:
-        The module on the CPU, adapters active.
+        The module on the CPU, with those adapters active, and their weights, that were when the file was written.
 
     Raises:
         CheckpointError: If the file holds no adapters, or they do not fit what the class builds.

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightning_lora.layers import LoRALayer, base_modules
+from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.methods.added import added_to
 
 
@@ -14,3 +14,11 @@ def active_adapters(model: nn.Module) -> list[str]:
             names |= dict.fromkeys(module.lora_active)
         names |= dict.fromkeys(name for name, added in added_to(module).items() if added.active)
     return [*names]
+
+
+def active_weights(model: nn.Module) -> dict[str, float]:
+    """The same with the weights that they have in the sum."""
+    weights = dict.fromkeys(active_adapters(model), 1.0)
+    for _, layer in lora_layers(model):
+        weights |= {n: float(a.share) for n, a in layer.lora_adapters().items() if n in weights and a.share is not None}
+    return weights

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning_lora.formats.checkpoint import (
     leave_out_base,
     load_adapters,
 )
-from lightning_lora.formats.fingerprint import fingerprint
+from lightning_lora.formats.fingerprint import fingerprint, pack, unpack
 from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
@@ -33,6 +33,7 @@ from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
+from lightning_lora.strategies.states import in_order, names_of, require_same_groups
 
 
 class Options(NamedTuple):
@@ -71,6 +72,7 @@ class StrategyAdapter:
         if self.options.save_sharded and not self.can_save_sharded:
             raise ConfigError(f"save_sharded: adapters are not sharded under {type(strategy).__name__}: leave it out")
         self.base: dict[str, Any] = {}  # the fingerprint of the frozen weights, once they are there
+        self.injects = False  # whether adapters come in this run: who had them all says which are active
         self.restored = False  # whether adapters were loaded from a checkpoint
         self.moved: list[Moved] = []  # parameters that gave place to others since an optimizer may have been built
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
@@ -166,6 +168,8 @@ class StrategyAdapter:
         """Makes a checkpoint what this package writes."""
         self.check_base()
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
+        if checkpoint.get("optimizer_states"):
+            checkpoint[META]["optimized"] = pack(names_of(self.model, self.optimizers()))
         leave_out_base(self.model, checkpoint)
 
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
@@ -213,7 +217,7 @@ class StrategyAdapter:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
             adopt_ranks(self.model, checkpoint["state_dict"])
-            for note in load_adapters(self.model, checkpoint, self.base):
+            for note in load_adapters(self.model, checkpoint, self.base, self.injects):
                 rank_zero_info(note)
             self.restored = True
             return
@@ -228,28 +232,27 @@ class StrategyAdapter:
 
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Loads optimizer states after a check that they are for these parameters."""
-        self._check_states(checkpoint)
-        original({**checkpoint, "optimizer_states": files.own_storage(checkpoint["optimizer_states"])})
+        states = self._checked_states(checkpoint)
+        original({**checkpoint, "optimizer_states": files.own_storage(states)})
 
-    def _check_states(self, checkpoint: dict[str, Any]) -> None:
-        for optimizer, state in zip(self.strategy.optimizers, checkpoint["optimizer_states"], strict=False):
+    def _checked_states(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+        """The states of the optimizers, which are for these parameters, in the order that these have now."""
+        states: list[dict[str, Any]] = checkpoint["optimizer_states"]
+        for optimizer, state in zip(self.strategy.optimizers, states, strict=False):
             saved, current = state["param_groups"], optimizer.param_groups
             require_same_groups(*([group["params"] for group in groups] for groups in (saved, current)))
+        return self._in_order(checkpoint, states)
+
+    def _in_order(self, checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if (packed := checkpoint.get(META, {}).get("optimized")) is None:  # written by an older version
+            return states
+        current = names_of(self.model, self.optimizers())
+        return [in_order(*each) for each in zip(states, unpack(packed), current, strict=False)]
 
 
 def plain_optimizer(optimizer: Any) -> Any:
     """An optimizer without what Lightning puts around it."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> None:
-    """Raises CheckpointError if parameter groups of a saved state and of an optimizer differ in size."""
-    sizes, own = ([len(parameters) for parameters in groups] for groups in (saved, current))
-    if sizes != own:
-        raise CheckpointError(
-            f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
-            "configure_optimizers, loraplus_lr_ratio and modules_to_save"
-        )
 
 
 def _whole(state: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from lightning_lora.optim import SPLIT_FROM
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state, trained_parameters
 from lightning_lora.strategies import zero
-from lightning_lora.strategies.base import StrategyAdapter, require_same_groups
+from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.registry import handles
+from lightning_lora.strategies.states import require_same_groups
 from lightning_lora.strategies.zero_folder import checked, only, parts_in, portable_file
 from lightning_lora.strategies.zero_groups import Groups
 from lightning_lora.strategies.zero_optimizer import ZeroOptimizer
@@ -192,12 +193,12 @@ class DeepSpeedAdapter(StrategyAdapter):
             self.restored = True
             return
         with zero.gathering(self._partitioned(), modified=True):
-            for note in load_adapters(self.model, checkpoint, self.base):
+            for note in load_adapters(self.model, checkpoint, self.base, self.injects):
                 rank_zero_info(note)
         for name, parameter in trained_parameters(self.model):
             zero.set_whole(parameter, checkpoint["state_dict"][name])
         if self._is_fit and checkpoint.get("optimizer_states"):
-            self._load_states(checkpoint["optimizer_states"][0])
+            self._load_states(self._in_order(checkpoint, checkpoint["optimizer_states"])[0])
             self.strategy.deepspeed_engine.global_steps = checkpoint.get("global_step", 0)
         self.restored = True
 

@@ -125,8 +125,7 @@ class ShardedAdapter(StrategyAdapter):
 
     @override
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        self._check_states(checkpoint)
-        for optimizer, state in zip(self.optimizers(), checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers(), self._checked_states(checkpoint), strict=True):
             optimizer.load_state_dict(_placed(files.own_storage(state), optimizer))
             split_apart(optimizer)
 

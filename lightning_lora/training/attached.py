@@ -9,6 +9,12 @@ from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.layers import LoRALayer, lora_layers
 
 
+def tells_steps(optimizer: Any) -> bool:
+    """Whether an optimizer calls hooks behind its steps: wrappers that leave out ``Optimizer.__init__`` don't."""
+    hooked = getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
+    return bool(hooked or not isinstance(optimizer, Optimizer))
+
+
 class Attached:
     """The hook of an optimizer that tells adapters when it has changed them. `remove` takes it off.
 
@@ -18,7 +24,8 @@ class Attached:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = optimizer.param_groups if tells_steps(optimizer) else []
+        trained = {id(p) for group in groups for p in group["params"]}
         self._adapters: list[tuple[LoRALayer, DoRAAdapter]] = []
         for _, layer in lora_layers(model):
             for adapter in layer.lora_adapters().values():
@@ -49,8 +56,8 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:
 
     DoRA's norms :math:`\|W + s B A\|` change with each step only, and cost a product with W. With this they, and what
     scales the rows, are worked out once for each step, and otherwise in every forward. In a Trainer run the callback
-    does it. Nothing is kept for optimizers that hold parts of parameters only (ZeRO), and for adapters of which two
-    optimizers train a part each.
+    does it. Nothing is kept for optimizers that hold parts of parameters only (ZeRO), for those that never called
+    ``Optimizer.__init__`` and so have no hooks, and for adapters of which two optimizers train a part each.
 
     Args:
         model: The model, with its adapters.

@@ -24,7 +24,7 @@ class BaseWeights:
     """
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Iterable[str]) -> None:
-        self._model, self._optimizers = model, optimizers
+        self._model, self.optimizers = model, optimizers
         self._trained = {id(parameter) for _, parameter in trained_parameters(model, adapter_names)}
         self._first: dict[str, Any] = fingerprint(model, local=True)
         self._held = 0
@@ -35,7 +35,7 @@ class BaseWeights:
         Raises:
             DeadAdapterError: If they got weights of the base, as BackboneFinetuning gives them.
         """
-        groups = [group["params"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
         if (held := sum(map(len, groups))) != self._held:
             self._held = held
             foreign = {id(p) for group in groups for p in group} - self._trained

@@ -24,6 +24,7 @@ from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.walk import nodes
+from lightning_lora.training.attached import tells_steps
 from lightning_lora.training.movement import below_compiled, gradient_of, mark_of
 
 PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
@@ -99,6 +100,15 @@ class Watch:
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
         self.training = False  # a batch is being trained; what other loops call says nothing about gradients
         self._names = {id(p): name for name, p in trained_parameters(model, adapter_names)}
+        for optimizer in [optimizer for optimizer in optimizers if not tells_steps(optimizer)]:
+            warnings.warn(
+                f"{type(optimizer).__name__} never called Optimizer.__init__, and tells nobody when it steps: whether "
+                "what it holds is trained is not watched in this run",
+                stacklevel=2,
+            )
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._names.pop(id(parameter), None)
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
@@ -117,7 +127,7 @@ class Watch:
                 for module in (owner, *parents):
                     if id(module) not in compiled:  # there a hook would be traced into the graph: its layers may wait
                         self._handles.append(module.register_forward_pre_hook(self._note_call))
-        for optimizer in optimizers:
+        for optimizer in filter(tells_steps, optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 

@@ -130,7 +130,7 @@ class MethodCallback(CallbackBase):
         check_before(pl_module, optimizers, names)
         strategy.check_folders()
         restore_ratios(trainer)
-        self._training = Training(pl_module, optimizers, names)
+        self._training = Training(pl_module, optimizers, names, trainer.optimizers)
         strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)
 
@@ -142,8 +142,8 @@ class MethodCallback(CallbackBase):
     @override
     def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch begins."""
-        if self._training is not None:
-            self._training.begin_batch()
+        if self._training is not None and self._strategy is not None:
+            self._training.begin_batch(trainer.optimizers, self._strategy.optimizers)
 
     @override
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -1,12 +1,14 @@
 """What is looked after while a run trains."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listing
+from lightning_lora.optim import require_trained
 from lightning_lora.training.attached import Attached
 from lightning_lora.training.base_buffers import BaseBuffers
 from lightning_lora.training.base_weights import BaseWeights
@@ -20,17 +22,40 @@ class Training:
         model: The model, as training begins.
         optimizers: Its optimizers.
         adapter_names: The adapters that the run trains.
+        listed: The Trainer's own list of them.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
-        self._watch: Watch | None = Watch(model, optimizers, adapter_names)
+    def __init__(
+        self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str], listed: list[Any]
+    ) -> None:
+        self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names)
         self._buffers = BaseBuffers(model)
-        self._attached = [Attached(model, optimizer) for optimizer in optimizers if isinstance(optimizer, Optimizer)]
+        self._watch: Watch | None = None
+        self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
+        self._follow(optimizers)
 
-    def begin_batch(self) -> None:
-        """A training batch begins."""
+    def _follow(self, optimizers: list[Optimizer]) -> None:
+        self.close()
+        self._watch = Watch(self._model, optimizers, self._names)
+        self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
+        self._base.optimizers = optimizers
+
+    def begin_batch(self, listed: list[Any], optimizers: Callable[[], list[Optimizer]]) -> None:
+        """A training batch begins. Turns to other optimizers if the Trainer has got new ones.
+
+        Args:
+            listed: The Trainer's list of optimizers.
+            optimizers: What gives these as they hold parameters of the model.
+
+        Raises:
+            DeadAdapterError: If something that is to be trained is in none of the new ones.
+        """
+        if listed is not self._listed:
+            self._listed = listed
+            require_trained(self._model, optimizers())
+            self._follow(optimizers())
         self._base.check_optimizers()
         if self._watch is not None:
             self._watch.training = True
@@ -56,6 +81,7 @@ class Training:
         self._stop_watching()
         for attached in self._attached:
             attached.remove()
+        self._attached = []
 
     def _stop_watching(self) -> None:
         if self._watch is not None:

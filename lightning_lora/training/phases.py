@@ -17,6 +17,7 @@ from lightning_lora.from_data.initialise import fill_from_data, waits_for_data
 from lightning_lora.from_data.settle import adopt_stored
 from lightning_lora.inits import Stage
 from lightning_lora.injection.asked import settled
+from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import carry_out, initialise, withdraw
 from lightning_lora.injection.owned import without_owned
 from lightning_lora.loading.load import read_stored
@@ -69,6 +70,7 @@ class Phases:
         self._model, self._requests, self._seed = model, requests, seed
         self._quantization, self._mode, self._strategy = quantization, mode, strategy
         self._had = adapters(model).keys()
+        strategy.injects = any(request.adapter_name not in self._had for request in requests)
         self._to_start = [r for r in requests if r.init_from is not None and r.adapter_name not in self._had]
         self._packed = False  # by us, in this run, so that it can't be done again
         self.plans: dict[str, Plan] = {}
@@ -176,6 +178,8 @@ class Phases:
 
     def _complete(self, device: torch.device, patches: Patches) -> None:
         self._convert(device)
+        if self._strategy.strategy.lightning_module.trainer.state.fn == "fit":
+            freeze(self._model, {request.adapter_name for request in self._requests})
         self.counts = summary(self._model)
         self._strategy.prepare(self._model, patches)
 

@@ -555,3 +555,64 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
     assert not (tmp_path / "evil").exists()
     with pytest.raises(FileNotFoundError):
         ll.load_from_checkpoint(Lit, tmp_path / "nowhere.ckpt")
+
+
+# ---- several adapters ---------------------------------------------------------------------------------------------------
+
+
+def two(*names, lr=None, **options):
+    pl.seed_everything(1, verbose=False)
+    module = Lit()
+    callbacks = [ll.LoRA(r=4, adapter_name=name, modules_to_save=None) for name in names]
+    return module, trainer(*callbacks, **options)
+
+
+def test_states_follow_their_parameters_when_callbacks_change_places(tmp_path):
+    module, run = two("a", "b", max_epochs=1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    states = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            names = {id(p): name for name, p in pl_module.named_parameters()}
+            held = trainer.optimizers[0].state.items()
+            states.update({names[id(p)]: state["exp_avg"].clone() for p, state in held})
+
+    again, other = two("b", "a", max_epochs=2)
+    other.callbacks.append(Look())
+    other.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
+    named = {id(p): name for name, p in module.named_parameters()}
+    assert len(states) == 16
+    for parameter, state in run.optimizers[0].state.items():
+        assert torch.equal(states[named[id(parameter)]], state["exp_avg"])
+
+
+def test_those_are_active_that_were(tmp_path):
+    module = Lit()
+    for name in ("korean", "coding"):
+        ll.inject(module, ll.LoRAConfig(r=2, modules_to_save=None), name)
+        for parameter in (p for n, p in module.named_parameters() if f"lora.{name}.B" in n):
+            torch.nn.init.normal_(parameter)
+    ll.set_adapter(module, {"korean": 0.5, "coding": 2.0})
+    callback = ll.LoRA(r=2, adapter_name="coding", modules_to_save=None)
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    x = next(iter(data()))[0]
+    module.eval()
+    loaded = ll.load_from_checkpoint(Lit, tmp_path / "a.ckpt").eval()
+    assert torch.equal(loaded.net(x), module.net(x))
+    fresh = Lit().eval()
+    ll.inject(fresh, ll.LoRAConfig(r=2, modules_to_save=None), "korean")
+    trainer(callback).validate(fresh, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert torch.equal(fresh.net(x), module.net(x))
+    ll.set_adapter(fresh, "korean")  # who has them all says which are active
+    alone = fresh.net(x)
+    trainer(callback).validate(fresh, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert torch.equal(fresh.net(x), alone)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    saved["lightning_lora"]["active"] = {"other": 1.0}
+    torch.save(saved, tmp_path / "b.ckpt")
+    with pytest.raises(ll.CheckpointError, match="the adapters that were active can't be.*there is no adapter 'other'"):
+        ll.load_from_checkpoint(Lit, tmp_path / "b.ckpt")

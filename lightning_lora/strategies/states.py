@@ -1,0 +1,59 @@
+"""Optimizer states, which torch knows by the position of their parameters, by the names of these."""
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.names import clean
+
+Names = list[list[str | None]]  # of one optimizer, by group; None for what is no parameter of the model
+
+
+def names_of(model: nn.Module, optimizers: Iterable[Any]) -> list[Names]:
+    """The names of what optimizers hold, in their order."""
+    known = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    return [[[known.get(id(p)) for p in group["params"]] for group in each.param_groups] for each in optimizers]
+
+
+def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> None:
+    """Raises CheckpointError if parameter groups of a saved state and of an optimizer differ in size."""
+    sizes, own = ([len(parameters) for parameters in groups] for groups in (saved, current))
+    if sizes != own:
+        raise CheckpointError(
+            f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
+            "configure_optimizers, loraplus_lr_ratio and modules_to_save"
+        )
+
+
+def in_order(state: dict[str, Any], saved: Sequence[Sequence[str | None]], current: Names) -> dict[str, Any]:
+    """The state of an optimizer whose parameters come in another order than when it was saved.
+
+    Args:
+        state: Its ``state_dict``.
+        saved: The names of its parameters when that was taken, by group.
+        current: Those of the optimizer that is to have it.
+
+    Raises:
+        CheckpointError: If a group has other parameters.
+    """
+    were, are = ([list(group) for group in groups if group] for groups in (saved, current))
+    if were == are or any(None in group for group in (*were, *are)):
+        return state
+    order: list[int] = []
+    groups: list[dict[str, Any]] = []
+    names = iter(zip(were, are, strict=True))
+    for group in state["param_groups"]:
+        old, new = next(names) if group["params"] else ([], [])
+        if other := {*old} ^ {*new}:
+            raise CheckpointError(
+                "a parameter group of the optimizer holds other parameters than when it was saved: "
+                f"{listing(sorted(map(str, other)), 4)}. Resume with the same configure_optimizers"
+            )
+        index = dict(zip(old, group["params"], strict=True))
+        groups.append({**group, "params": [*range(len(order), len(order) + len(new))]})
+        groups[-1] |= {"param_names": [*new]} if "param_names" in group else {}
+        order += [index[name] for name in new]
+    states = {i: state["state"][before] for i, before in enumerate(order) if before in state["state"]}
+    return {**state, "state": states, "param_groups": groups}
