@@ -40,9 +40,10 @@ def trained_by_others(model: nn.Module, adapter_name: str) -> dict[int, Tensor]:
     """The base's values of what other adapters train in full, by the ids of parameters; empty where not known."""
     found: dict[int, Tensor] = {}
     for module in base_modules(model):
-        first = vars(module).get(COPIES, {}).get(BASE, {})
+        kept = vars(module).get(COPIES, {})
+        own, first = kept.get(adapter_name, {}), kept.get(BASE, {})
         for key, owner in vars(module).get(TRAINED, {}).items():
-            if owner == adapter_name or isinstance(module, Added):
+            if owner == adapter_name or key in own or isinstance(module, Added):
                 continue
             if (parameter := module._parameters.get(key)) is not None:
                 found[id(parameter)] = first.get(key, parameter.new_empty(0))
