@@ -11,8 +11,9 @@ from lightning_lora.layers import LoRALayer, lora_layers
 
 def tells_steps(optimizer: Any) -> bool:
     """Whether an optimizer calls hooks behind its steps: wrappers that leave out ``Optimizer.__init__`` don't."""
-    hooked = getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
-    return bool(hooked or not isinstance(optimizer, Optimizer))
+    if not isinstance(optimizer, Optimizer):
+        return True  # DeepSpeed's, as it is seen here
+    return getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
 
 
 class Attached:
