@@ -123,7 +123,8 @@ def _follow_moved(optimizer: Optimizer, moved: Sequence[Moved]) -> None:
 
 def restore_ratios(trainer: Any) -> None:
     """Sets the learning rates of B's groups anew, if a Trainer's learning-rate finder set all groups alike."""
-    finders = [each for each in trainer.callbacks if type(each).__name__ in ("_LRCallback", "LearningRateFinder")]
+    kinds = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    finders = kinds & {"_LRCallback", "LearningRateFinder"}  # of either package
     for optimizer in trainer.optimizers if finders else ():
         for group in optimizer.param_groups:
             if RATIO in group and group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]:

@@ -8,7 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import distributed, nn
@@ -348,6 +353,17 @@ def test_table_and_lines(capsys, caplog, tmp_path):
     assert "lora/default/trainable: 580" in hparams
 
 
+def test_what_another_adapter_trained_is_not_counted(caplog):
+    module = Lit()
+    trainer(ll.LoRA(r=4)).fit(module, data())
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="net.head is trained in full with adapter 'default'"):
+        trainer(ll.LoRA(r=4, adapter_name="second")).fit(module, data())
+    *_, line = [r.getMessage() for r in caplog.records if "LoRA adapter" in r.getMessage()]
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained == 512  # 4 layers x 4 x (16 + 16), and not the first one's head
+    assert f"'second' on 4 layers: trainable {trained} of" in line
+
+
 averaging = pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback with a model")
 
 
@@ -538,6 +554,29 @@ def test_the_learning_rate_finder_leaves_adapters_where_they_were():
     assert not WRAPPED & vars(module).keys()
     run.fit(module, data())
     assert_trained(module)
+
+
+class UsersFinder(LearningRateFinder):
+    """Lightning's own documentation has one like this."""
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, UsersFinder])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_learning_rate_finder_among_the_callbacks_leaves_lora_plus_its_ratio(finder, first):
+    module, rates = Lit(), []
+    module.lr = 1e-3
+    module.optimizers_ = lambda m: torch.optim.AdamW(m.parameters(), lr=m.lr)
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    callbacks = [ll.LoRA(r=4, loraplus_lr_ratio=8.0), finder(num_training_steps=40, early_stop_threshold=None)]
+    run = trainer(*callbacks[:: -1 if first else 1], Look(), max_epochs=2, enable_progress_bar=False)
+    run.fit(module, data(batch_size=2))
+    assert module.lr != 1e-3  # the finder found one
+    assert rates
+    assert all(b == pytest.approx(8 * a) for a, b in rates)
 
 
 def test_the_batch_size_finder():
