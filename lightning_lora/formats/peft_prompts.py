@@ -121,7 +121,7 @@ def load_prompt_folder(
     saved = [name for name in listed if any(f".{name}." in f".{key}" for key in heads)]
     config = replace(method_of_peft(fields, str(folder)), modules_to_save=saved or None)
     name = adapter_name or file.entry.get("adapter_name") or config.method.partition("_")[0]
-    had, active = adapters(model), active_adapters(model)
+    had = adapters(model)
     if name in had and type(had[name]) is not type(config):
         raise CheckpointError(
             f"{folder} holds {config.method}, and adapter {name!r} of the model is {had[name].method}"
@@ -137,7 +137,7 @@ def load_prompt_folder(
     if name not in had and had:
         for found in added_modules(model):
             found.module.active = found.module.active and found.adapter_name != name
-    put_in_place(base_modules(model), active if had else [name])
+    put_in_place(base_modules(model), active_adapters(model))
     freeze(model)
     return notes
 

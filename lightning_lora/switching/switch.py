@@ -151,7 +151,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     active, mixtures = [layer.lora_active for layer in layers], [layer.lora_mixture for layer in layers]
     merged = [layer for layer in layers if MERGED in vars(layer)]
     added = [(found.module, found.module.active) for found in added_modules(model)]
-    names = [*active_adapters(model), *dict.fromkeys(n for layer in merged for n in vars(layer)[MERGED].merged)]
+    in_place = [*active_adapters(model), *dict.fromkeys(n for layer in merged for n in vars(layer)[MERGED].merged)]
     for layer in merged:
         vars(layer)[MERGED].swap(layer)
     try:
@@ -163,13 +163,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         with _suspended(layers, "disable_adapters"):
             yield
     finally:
-        for layer, was, mixture in zip(layers, active, mixtures, strict=True):
-            layer.lora_active, layer.lora_mixture = was, mixture
-        for module, took_part in added:
-            module.active = took_part
+        for layer, names, mixture in zip(layers, active, mixtures, strict=True):
+            layer.lora_active, layer.lora_mixture = names, mixture
+        for module, was in added:
+            module.active = was
         for layer in merged:
             vars(layer)[MERGED].swap(layer)
-        put_in_place(base_modules(model), names)
+        put_in_place(base_modules(model), in_place)
 
 
 @contextmanager

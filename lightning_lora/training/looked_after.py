@@ -53,9 +53,9 @@ class Training:
             DeadAdapterError: If something that is to be trained is in none of the new ones.
         """
         if listed is not self._listed:
-            self._listed = listed
-            require_trained(self._model, optimizers())
-            self._follow(optimizers())
+            self._listed, new = listed, optimizers()
+            require_trained(self._model, new)
+            self._follow(new)
         self._base.check_optimizers()
         if self._watch is not None:
             self._watch.training = True

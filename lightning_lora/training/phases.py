@@ -178,7 +178,8 @@ class Phases:
 
     def _complete(self, device: torch.device, patches: Patches) -> None:
         self._convert(device)
-        if self._strategy.strategy.lightning_module.trainer.state.fn == "fit":
+        trainer: Any = self._model.trainer
+        if trainer.state.fn == "fit":
             freeze(self._model, {request.adapter_name for request in self._requests})
         self.counts = summary(self._model)
         self._strategy.prepare(self._model, patches)

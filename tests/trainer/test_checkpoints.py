@@ -560,7 +560,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 # ---- several adapters ---------------------------------------------------------------------------------------------------
 
 
-def two(*names, lr=None, **options):
+def two(*names, **options):
     pl.seed_everything(1, verbose=False)
     module = Lit()
     callbacks = [ll.LoRA(r=4, adapter_name=name, modules_to_save=None) for name in names]
