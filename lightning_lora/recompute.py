@@ -122,6 +122,9 @@ def _in_eval_mode_too(block: Any, patches: Patches) -> None:
 
     Its own flag says train mode until it asks to be checkpointed, and again eval mode where it computes.
     """
+    if type(block).__call__ is not nn.Module.__call__:  # of older transformers, which ask for the mode there
+        patches.wrap(block, "forward", functools.partial(_run_again_in_eval_mode, block))
+        return
     function, pretending = block._gradient_checkpointing_func, False
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +149,17 @@ def _in_eval_mode_too(block: Any, patches: Patches) -> None:
 
     patches.replace(block, "_gradient_checkpointing_func", run)
     patches.wrap(block, "forward", forward)
+
+
+def _run_again_in_eval_mode(block: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As such a block does in train mode: its cache would take in everything twice."""
+    if block.training or not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    cached = () if getattr(block, "_can_checkpoint_with_cache", False) else ("past_key_values", "layer_past")
+    without = {name: None for name in cached if name in kwargs} | (
+        {"use_cache": False} if "use_cache" in kwargs else {}
+    )
+    return block._gradient_checkpointing_func(functools.partial(original, **{**kwargs, **without}), *args)
 
 
 def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:

@@ -74,8 +74,8 @@ class DoRAAdapter(LowRankAdapter):
             self._take_norms(host.lora_matrix())
 
     def _take_norms(self, W: Tensor) -> None:
-        """The magnitude with which the merged weight is what it is without one."""
-        A, B = map(gathered, self.update())
+        """The magnitude with which the merged weight is what it is without one; a weight may be packed elsewhere."""
+        A, B = (gathered(factor).to(W.device) for factor in self.update())
         copy_whole_(self.magnitude, merged_row_norms(gathered(W), A, B, self.scaling))
 
     @override

@@ -109,9 +109,10 @@ class LowRankAdapter(Adapter):
             self.start_A, self.start_B = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
 
     def start(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The first factors A₀ and B₀, which are there, in the dtype of a tensor."""
+        """The first factors A₀ and B₀, which are there, in the dtype of a tensor, and where it is."""
         assert self.start_A is not None and self.start_B is not None  # noqa: PT018
-        return self.start_A.to(like.dtype), self.start_B.to(like.dtype)
+        A, B = (factor.to(device=like.device, dtype=like.dtype) for factor in (self.start_A, self.start_B))
+        return A, B
 
     def update(self) -> tuple[Tensor, Tensor]:
         r"""Factors of :math:`\Delta W / s`: A and B, or :math:`[A; A_0]` and :math:`[B, -B_0]`."""

@@ -73,6 +73,7 @@ class LoRAQuantizedLinear(LoRALinear):
         kept = vars(self).get(MERGED)
         packed = [holder._parameters.get("weight") for holder in (self, kept) if holder is not None]
         super()._apply(moves_only(fn, *packed), recurse)
+        _quantizer(self).settle(self)
         return self
 
 

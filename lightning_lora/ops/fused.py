@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.operand import Packed, operand, workspace
-from lightning_lora.ops.products import gradient_like, low_rank_into
+from lightning_lora.ops.operand import Packed, operand
+from lightning_lora.ops.passes import OfOutputs
+from lightning_lora.ops.products import low_rank_into
+from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -79,12 +80,12 @@ class _Fused(torch.autograd.Function):
     @override
     def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: Any, rows: Any, *tensors: Tensor | None) -> Any:
         sites, dtype = _sites(unpacks, scales, rows, tensors), x.dtype
-        flat = x.flatten(0, -2)
-        mask, keep_scale = keep_mask(flat, p) if p > 0 else (None, 1.0)
+        flat, ranks = x.flatten(0, -2), [site.adapter.A.shape[0] for site in sites]
+        passes = passes_for(flat, sum(ranks))
+        mask, keep_scale = passes.keep_mask(flat, p) if p > 0 else (None, 1.0)
         factors = [s * keep_scale for s in scales]
-        ranks = [site.adapter.A.shape[0] for site in sites]
         A = _joined([site.adapter.A for site in sites], ranks, factors).to(dtype)
-        h = (flat if mask is None else masked(flat, mask)) @ A.T
+        h = passes.down(flat, mask, A)
         outs, ups, changes, rows = [], [], [], []
         for (weight, bias, adapter), part in zip(sites, _parted(h, ranks, 1), strict=True):
             row = adapter.row_gain()
@@ -94,14 +95,13 @@ class _Fused(torch.autograd.Function):
             bias = None if bias is None else bias.to(dtype)
             out = flat.new_empty((*x.shape[:-1], B.shape[0]))  # no view: what is behind the layer may change it
             y, W = out.view(-1, B.shape[0]), operand(weight, dtype, gain if fold else None).T
-            # What is small comes first: it is rounded, and not what it is added to.
             if row is None or fold:
                 change = None
-                low_rank_into(y, part, B, bias).addmm_(flat, W)
+                low_rank_into(y, part, B, bias).addmm_(flat, W)  # what is small first: it is rounded, and not the sum
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
+                change = passes.factor(row.change, dtype)
                 torch.mm(flat, W, out=y)
-                change, low = row.change.to(dtype), workspace(y.shape, dtype, y.device, "outputs")
-                y.add_(low_rank_into(low, part, B, bias).addcmul_(y, change))
+                passes.up(y, change, part, B, bias, out=y)
             outs.append(out)
             ups.append(B)
             changes.append(change)
@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
             None if row is None or out.is_inference() else _Mark(out) for out, row in zip(outs, rows, strict=True)
         ]
         ctx.unpacks, ctx.factors, ctx.ranks, ctx.rows = unpacks, factors, ranks, rows
-        ctx.scales = scales
+        ctx.scales, ctx.passes = scales, passes
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
@@ -130,35 +130,43 @@ class _Fused(torch.autograd.Function):
         of_sites = [_Needed(*needed[_BEFORE + _PER_SITE * i :][:_PER_SITE]) for i in range(n)]
         results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
         flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
-        dh = torch.empty_like(h)
+        dh, of_outputs = torch.empty_like(h), list[OfOutputs | None]()
         parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
-        for i, (dy, site, up, row, piece) in enumerate(zip(dys, sites, ups, ctx.rows, into, strict=True)):
+        for i, (dy, site, up, row, change) in enumerate(zip(dys, sites, ups, ctx.rows, changes, strict=True)):
             if dy is None:
-                piece.zero_()
+                into[i].zero_()
+                of_outputs.append(None)
                 continue
-            torch.mm(dy, up, out=piece)
-            if of_sites[i].B:  # while a cache has dy
-                dB = gradient_like(site.adapter.B, parts[i], dy)
-                results[i][3] = dB if row is None else dB.mul_(row.gain[:, None])
-        dx = dh @ A if needed[0] else None
-        if dx is not None and mask is not None:
-            masked_(dx, mask)
-        for i, (dy, site, row, change) in enumerate(zip(dys, sites, ctx.rows, changes, strict=True)):
-            if dy is None:
-                continue
-            if of_sites[i].bias:
-                results[i][1] = dy.sum(0)
-            memory = None if row is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
-            if of_sites[i].magnitude:
+            need, y, beside = of_sites[i], None, site.bias is not None
+            if need.magnitude:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
-                y = _plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]
-                results[i][4] = _magnitude_grad(torch.mul(dy, y.flatten(0, -2), out=memory), dy, site)
-            if dx is not None:
+                y = (_plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]).flatten(0, -2)
+            made = ctx.passes.over_outputs(
+                dy,
+                parts[i],
+                up,
+                into[i],
+                like=site.adapter.B if need.B else None,
+                y=y,
+                factor=change,
+                sums=need.bias or (need.magnitude and beside),
+                exact=need.magnitude and beside,
+            )
+            of_outputs.append(made)
+            if made.dB is not None:
+                results[i][3] = made.dB if row is None else made.dB.mul_(row.gain[:, None])
+            if need.magnitude:
+                results[i][4] = _magnitude_grad(made, site)
+            if need.bias:
+                results[i][1] = made.sums
+        needs_A = any(each.A for each in of_sites)
+        dx, dA = ctx.passes.over_inputs(dh, A, flat, mask, needed[0], needs_A)
+        for made, site, row, change in zip(of_outputs, sites, ctx.rows, changes, strict=True):
+            if dx is not None and made is not None:
                 fold = row is not None and change is None
-                dy = dy if change is None else torch.addcmul(dy, dy, change, out=memory)
-                dx.addmm_(dy, operand(site.weight, dx.dtype, row.gain if fold else None))
-        if any(each.A for each in of_sites):
-            dA = (dh.T @ (flat if mask is None else masked(flat, mask))).to(sites[0].adapter.A.dtype)
+                dx.addmm_(made.scaled(), operand(site.weight, dx.dtype, row.gain if fold else None))
+        if dA is not None:
+            dA = dA.to(sites[0].adapter.A.dtype)
             pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
             for result, dy, piece in zip(results, dys, pieces, strict=True):
                 result[2] = None if dy is None else piece
@@ -219,20 +227,10 @@ def _scaled_(whole: Tensor, ranks: list[int], factors: list[float]) -> Tensor:
     return whole
 
 
-def _magnitude_grad(product: Tensor, dy: Tensor, site: Site) -> Tensor:
-    r""":math:`\sum_t dy_t (y_t - b) / m`, since the output without its bias is the gain times what the gain is of.
-
-    Args:
-        product: dy times y.
-        dy: The gradient.
-        site: The layer.
-    """
-    slope, bias = site.adapter.slope(), site.bias
-    if bias is None:
-        return sum_over_tokens(product, slope.dtype) * slope
-    return (product.sum(0, dtype=slope.dtype) - bias.to(slope.dtype) * dy.sum(0, dtype=slope.dtype)) * slope
-
-
-def sum_over_tokens(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of columns, in a dtype; of bfloat16 they are rounded to it, as those in products are: in half the time."""
-    return (values.sum(0) if values.dtype == torch.bfloat16 else values.sum(0, dtype=dtype)).to(dtype)
+def _magnitude_grad(made: OfOutputs, site: Site) -> Tensor:
+    r""":math:`\sum_t dy_t (y_t - b) / m`, since the output without its bias is the gain times what the gain is of."""
+    slope, bias, total = site.adapter.slope(), site.bias, made.products
+    assert total is not None
+    if bias is not None and made.sums is not None:
+        total = total - bias.to(slope.dtype) * made.sums
+    return total.to(slope.dtype) * slope

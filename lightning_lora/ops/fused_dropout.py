@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.ops.dropout import keep_mask, masked, masked_
-from lightning_lora.ops.fused import sum_over_tokens
-from lightning_lora.ops.operand import Packed, operand, workspace
-from lightning_lora.ops.products import gradient_like, low_rank_into
+from lightning_lora.ops.dropout import masked, masked_
+from lightning_lora.ops.operand import Packed, operand
+from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
@@ -63,18 +62,20 @@ class _FusedDropout(torch.autograd.Function):
         flat, dtype = x.flatten(0, -2), x.dtype
         rows = LowRank(A, B, scale, magnitude, norms, rows).row_gain()
         assert rows is not None
-        mask, factor = keep_mask(flat, p)
+        passes = passes_for(flat, len(A))
+        mask, factor = passes.keep_mask(flat, p)
         a, up = (A * (scale * factor)).to(dtype), (B * rows.gain[:, None]).to(dtype)
-        more = (rows.change * factor).to(dtype)
+        more = passes.factor(rows.change * factor, dtype)
         dropped = masked(flat, mask)
         W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
         h, product = dropped @ a.T, dropped @ W
         del dropped
         out = flat.new_empty((*x.shape[:-1], B.shape[0]))
         y = out.view(-1, B.shape[0])
-        low_rank_into(y, h, up, None if bias is None else bias.to(dtype)).addcmul_(product, more).addmm_(flat, W)
+        passes.up(product, more, h, up, None if bias is None else bias.to(dtype), out=y)
+        y.addmm_(flat, W)
         ctx.save_for_backward(x, mask, h, a, up, product, more, dense, bias, A, B, magnitude, norms)
-        ctx.unpack, ctx.factor, ctx.scale, ctx.rows = unpack, factor, scale, rows
+        ctx.unpack, ctx.factor, ctx.scale, ctx.rows, ctx.passes = unpack, factor, scale, rows, passes
         return out
 
     @staticmethod
@@ -90,23 +91,22 @@ class _FusedDropout(torch.autograd.Function):
             dx, *others = gradients(plain, inputs, needed, [dy])
             return dx, *[None] * 5, *others, None
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
-        db = dy.sum(0) if needs_bias else None
-        dA, dm, memory = None, None, workspace(dy.shape, dy.dtype, dy.device, "outputs")
-        dB = gradient_like(B, h, dy)  # but for the gain
-        if needs_magnitude:
-            total = sum_over_tokens(torch.mul(dy, product, out=memory), norms.dtype)
-            total = total * ctx.factor + (dB * B).sum(1)
-            dm = (total * adapter.slope() * ctx.rows.gain).to(magnitude.dtype)
-        dB.mul_(ctx.rows.gain[:, None])
-        dh = dy @ up
-        if needs_A:
-            dA = (dh.T @ masked(flat, mask)).to(A.dtype).mul_(ctx.factor * ctx.scale)
-        dx = None
+        dh, gain = torch.empty_like(h), ctx.rows.gain
+        made = ctx.passes.over_outputs(
+            dy, h, up, dh, like=B, y=product if needs_magnitude else None, factor=more, added=False, sums=needs_bias
+        )
+        dm = dx = None
+        assert made.dB is not None
+        if made.products is not None:
+            total = made.products.to(norms.dtype) * ctx.factor + (made.dB * B).sum(1)
+            dm = (total * adapter.slope() * gain).to(magnitude.dtype)
+        made.dB.mul_(gain[:, None])
+        dA = ctx.passes.over_inputs(dh, a, flat, mask, needs_x=False, needs_A=needs_A)[1]
         if needs_x:
             W = operand(ctx.unpack or dense, dy.dtype)
-            dx = (dh @ a).addmm_(torch.mul(dy, more, out=memory), W)
-            dx = masked_(dx, mask).addmm_(dy, W).view(x.shape)
-        return dx, *[None] * 5, db, dA, dB if needs_B else None, dm, None
+            dx = masked_((dh @ a).addmm_(made.scaled(), W), mask).addmm_(dy, W).view(x.shape)
+        dA = None if dA is None else dA.to(A.dtype).mul_(ctx.factor * ctx.scale)
+        return dx, *[None] * 5, made.sums, dA, made.dB if needs_B else None, dm, None
 
 
 def _plain(x: Tensor, mask: Tensor, factor: float, site: Site) -> list[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.kernels import usable
 from lightning_lora.ops.sharded import is_sharded
 from lightning_lora.ops.transforms import without_autocast
 
@@ -78,6 +79,10 @@ def merged_row_norms(
     dtype = accumulation_dtype(W, A)
     with without_autocast(W.device.type):
         A, B = A.to(dtype), B.to(dtype)
+        if dtype == torch.float32 and not is_sharded(W) and not _is_transposed(W) and usable(W, len(A)):
+            from lightning_lora.ops.triton_norms import triton_row_norms
+
+            return triton_row_norms(W, A, B, scale, squares)
         cross = weight_product(W, A) if exact or W.dtype != torch.bfloat16 else (W @ A.to(W.dtype).T).to(dtype)
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
         of_update = torch.addmm(cross, B, A @ A.T, beta=2 * scale, alpha=scale * scale)

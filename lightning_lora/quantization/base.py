@@ -93,6 +93,9 @@ class Quantizer(ABC):
     def pack_up(self, layer: Any) -> None:
         """Puts all that unpacks the weight onto the parameter itself, before that is moved or exchanged."""
 
+    def settle(self, layer: Any) -> None:  # noqa: B027
+        """Brings all that unpacks the weight to where that was moved, if it doesn't follow by itself."""
+
     @abstractmethod
     def put_in(self, layer: Any) -> None:
         """Makes the layer use the parameter that it has now."""

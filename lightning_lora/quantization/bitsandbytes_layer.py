@@ -23,6 +23,7 @@ class PackedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         _quantizer(self).pack_up(self)
         super()._apply(moves_only(fn, self._parameters["weight"]), recurse)  # type: ignore[no-untyped-call]
+        _quantizer(self).settle(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class EightBit(Bitsandbytes):
         layer.state.is_training = layer.training
         if layer.weight.CB is not None:
             layer.init_8bit_state()
+        if torch.is_autocast_enabled(x.device.type):  # which does not know of bitsandbytes' operations
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes two or three dimensions
         out: Tensor = bnb.matmul(rows, layer.weight, bias=None, state=layer.state).view(*x.shape[:-1], -1)
         return out if layer.bias is None else out + layer.bias.to(out.dtype)
@@ -83,6 +85,13 @@ class EightBit(Bitsandbytes):
         if layer.state.CB is not None:
             layer.weight.CB, layer.weight.SCB = layer.weight.data, layer.state.SCB
             layer.state.CB = layer.state.SCB = None
+
+    @override
+    def settle(self, layer: Any) -> None:
+        """A parameter whose data alone were moved has its rows and scales where it was."""
+        weight = layer.weight
+        if weight.SCB is not None:
+            weight.CB, weight.SCB = weight.data, weight.SCB.to(weight.device)
 
     @override
     def put_in(self, layer: Any) -> None:

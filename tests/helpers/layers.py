@@ -123,5 +123,4 @@ def torch_dropout(monkeypatch) -> None:
         return (torch.dropout(torch.ones_like(x), p, True) != 0).to(torch.int8).neg(), 1 / (1 - p)
 
     monkeypatch.setattr("lightning_lora.layers.base.dropout", torch.dropout)
-    monkeypatch.setattr("lightning_lora.ops.fused.keep_mask", keep_mask)
-    monkeypatch.setattr("lightning_lora.ops.fused_dropout.keep_mask", keep_mask)
+    monkeypatch.setattr("lightning_lora.ops.passes.keep_mask", keep_mask)

@@ -23,8 +23,7 @@ def fixed_mask(monkeypatch):
         generator = torch.Generator().manual_seed(4)
         return (torch.rand(x.shape, generator=generator) >= p).to(torch.int8).neg(), 1 / (1 - p)
 
-    monkeypatch.setattr("lightning_lora.ops.fused.keep_mask", keep_mask)
-    monkeypatch.setattr("lightning_lora.ops.fused_dropout.keep_mask", keep_mask)
+    monkeypatch.setattr("lightning_lora.ops.passes.keep_mask", keep_mask)
     return keep_mask
 
 

@@ -34,7 +34,7 @@ class WithProducts(nn.Module):
 class _Group:
     def __init__(self, layers: list[nn.Linear], case: Case) -> None:
         def values(*shape: int) -> torch.Tensor:
-            return torch.randn(shape).to(case.device, DTYPES[case.base])
+            return torch.randn(shape, device=case.device).to(DTYPES[case.base])
 
         tokens, r, n = case.tokens, case.r, len(layers)
         self.x, self.A = values(tokens, layers[0].in_features), values(n * r, layers[0].in_features)

@@ -37,6 +37,10 @@ SIZES = {
     "small": Size(hidden=512, layers=8, inter=1408),
     "wide": Size(hidden=2048, layers=1, inter=5632),
     "two": Size(hidden=512, layers=2, inter=1408),  # of "small", two layers: for what takes long
+    "7b": Size(hidden=4096, layers=2, inter=11008, heads=32, tokens=2048),  # two blocks of a Llama-2-7B
+    "7b-one": Size(hidden=4096, layers=1, inter=11008, heads=32, tokens=2048),
+    "1b": Size(hidden=2048, layers=4, inter=5632, heads=16, tokens=1024),
+    "1b-two": Size(hidden=2048, layers=2, inter=5632, heads=16, tokens=1024),
     "tiny": Size(hidden=64, layers=2, inter=128, vocab=97, heads=4, batch=2, tokens=16),
 }
 

@@ -2,13 +2,13 @@
 
 import datetime
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "triton")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -19,9 +19,17 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock": "process time" if device == "cpu" and torch.get_num_threads() == 1 else "wall clock",
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
+        "float32 products": torch.get_float32_matmul_precision(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -1,5 +1,6 @@
 """The figure: step times and held bytes as bars, growth as lines."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = [row for row in results["timings"] if row["how"] == "step" and not row["point"]]
-    figure = Figure(figsize=(10, 4 + 0.34 * max(len(steps), len(results["held"]))), layout="constrained")
+    held = results.get("held", [])
+    figure = Figure(figsize=(10, 4 + 0.34 * max(len(steps), len(held))), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.5 + 0.34 * len(steps), 2.5])
     left, right = upper.subplots(1, 2)
     over = {name: [_over_floor(row, name) for row in steps] for name in COLORS}
     _bars(left, [label(row) for row in steps], over, "time of a training step over the floor")
     left.axvline(1, color="black", linewidth=0.8)
-    bytes_ = {name: [row["bytes"][name] / 2**20 for row in results["held"]] for name in COLORS}
-    _bars(right, [label(row) for row in results["held"]], bytes_, "MiB held for the backward pass, beyond the floor's")
+    bytes_ = {name: [row["bytes"].get(name, 0) / 2**20 for row in held] for name in COLORS}
+    _bars(right, [label(row) for row in held], bytes_, "MiB held for the backward pass, beyond the floor's")
     grown = [row for row in results["timings"] if row["point"]]
     sweeps = [*dict.fromkeys(row["point"][0] for row in grown)]
     if sweeps:
@@ -56,7 +58,7 @@ def _lines(axes: Any, rows: list[Row], what: str) -> None:
         own = [row for row in rows if row["title"] == title]
         at = [row["point"][1] for row in own]
         for name in ("ours", "PEFT"):
-            values = [_over_floor(row, name) for row in own]
+            values = [_over_floor(row, name) or math.nan for row in own]  # a row may lack one
             axes.plot(
                 at,
                 values,

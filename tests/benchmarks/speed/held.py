@@ -1,8 +1,10 @@
-"""Bytes that are held for the backward pass."""
+"""Bytes that are held for the backward pass, and at the peak of a step."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +46,17 @@ def held_bytes(loss: Callable[[], Tensor]) -> int:
     held = storages.alive()
     value.backward()
     return held
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """Bytes of the current GPU at the peak of what is done, beyond those that were allocated before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    act()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _tensors(tree: Any) -> list[Tensor]:

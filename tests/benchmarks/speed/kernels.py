@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks.speed.cases import DTYPES, Case
+from tests.benchmarks.speed.launches import Launches
 from tests.benchmarks.speed.models import VARIANTS, base
-from tests.benchmarks.speed.steps import optimizer_of
+from tests.benchmarks.speed.steps import around, optimizer_of
 
 _NO_KERNELS = {  # what makes another tensor of the same memory or memory without values, marks, and what asks for dtypes
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_record_function_enter_new", "_record_function_exit", "promote_types"),
 }
+
+_STEP = ("_fused", "_foreach", "multi_tensor_apply")  # what an optimizer's step itself runs
 
 
 class Operations(TorchDispatchMode):
@@ -55,23 +58,26 @@ class Counted(NamedTuple):
 
 
 def count_kernels(variant: str, case: Case) -> Counted:
-    """Operations of a variant at one site, in the last of three steps."""
+    """What a variant runs at one site, in the last of three steps: operations, or on a GPU kernels that are launched."""
     model: Any = base(case)
-    x = torch.randn(4, 32, case.size.hidden).to(case.device, DTYPES[case.base]).requires_grad_()
+    watch, shape = (Operations, (4, 32)) if case.device == "cpu" else (Launches, (case.size.batch, case.size.tokens))
+    x = torch.randn(*shape, case.size.hidden).to(case.device, DTYPES[case.base]).requires_grad_()
     site = VARIANTS[variant](Site(model.model.layers[0].self_attn).train(), case)
     optimizer = optimizer_of(site)
     for _ in range(3):
         x.grad = None
-        with Operations() as passes:
+        with around(variant), watch() as passes:
             outs = site(x)
         grads = [torch.ones_like(out) for out in outs]
-        with passes:
+        with around(variant), passes:
             torch.autograd.backward(outs, grads)
-        with Operations() as step:
+        with watch() as step:
             if optimizer is not None:
                 optimizer.step()
         site.zero_grad()
-    return Counted(passes.names, [name for name in step.names if not name.startswith(("_fused", "_foreach"))])
+    if not passes.names:
+        raise RuntimeError("the profiler sees no kernels on this GPU")
+    return Counted(passes.names, [name for name in step.names if not any(part in name for part in _STEP)])
 
 
 def graph_breaks(model: nn.Module, act: Callable[[nn.Module], object]) -> int:

@@ -20,8 +20,8 @@ from tests.benchmarks.speed.cases import DTYPES, TARGETS, Case, Size
 from tests.benchmarks.speed.peers import LitGPT, Peer, Torchtune, TorchtuneDoRA, Unsloth, install
 
 
-def llama(size: Size, dtype: torch.dtype) -> nn.Module:
-    """A Llama with random weights."""
+def llama(size: Size, dtype: torch.dtype, device: str) -> nn.Module:
+    """A Llama with random weights, which are drawn where it is."""
     torch.manual_seed(0)
     config = tf.LlamaConfig(
         hidden_size=size.hidden,
@@ -34,7 +34,8 @@ def llama(size: Size, dtype: torch.dtype) -> nn.Module:
         use_cache=False,
         tie_word_embeddings=False,
     )
-    return tf.LlamaForCausalLM(config).to(dtype)
+    with torch.device(device):
+        return tf.LlamaForCausalLM(config).to(dtype)
 
 
 def packed(size: Size, device: str) -> nn.Module:
@@ -46,9 +47,12 @@ def packed(size: Size, device: str) -> nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     with tempfile.TemporaryDirectory() as folder:
-        llama(size, torch.bfloat16).save_pretrained(folder)
+        llama(size, torch.bfloat16, device).cpu().save_pretrained(folder)
         model: nn.Module = tf.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings, device_map={"": device}, dtype=torch.bfloat16
+            folder,
+            quantization_config=settings,
+            device_map={"": 0 if device == "cuda" else device},
+            dtype=torch.bfloat16,
         )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -60,7 +64,7 @@ def packed(size: Size, device: str) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _base(size: Size, base: str, device: str) -> nn.Module:
-    model = packed(size, device) if base == "nf4-dq" else llama(size, DTYPES[base]).to(device)
+    model = packed(size, device) if base == "nf4-dq" else llama(size, DTYPES[base], device)
     return model.requires_grad_(False)
 
 
@@ -143,6 +147,7 @@ def of_peer(peer: type[Peer], model: nn.Module, case: Case) -> nn.Module:
 VARIANTS: dict[str, Callable[[nn.Module, Case], nn.Module]] = {
     "floor": floor,
     "ours": ours,
+    "ours eager": ours,  # and its steps without our kernels: see steps.around
     "PEFT": peft,
     "PEFT bf16": partial(peft, autocast_adapter_dtype=False),
     "torchtune": lambda model, case: of_peer(TorchtuneDoRA if case.dora else Torchtune, model, case),

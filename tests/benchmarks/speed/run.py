@@ -1,34 +1,60 @@
 """Carries out the table: timings, held bytes, kernels and graph breaks, as plain values for a file."""
 
+import gc
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft.helpers import DoraCaching
 
 import lightning_lora as ll
 from tests.benchmarks.speed.cases import SIZES, Case
-from tests.benchmarks.speed.held import held_bytes
+from tests.benchmarks.speed.held import held_bytes, peak_bytes
 from tests.benchmarks.speed.kernels import count_kernels, graph_breaks
 from tests.benchmarks.speed.models import build
-from tests.benchmarks.speed.steps import forward, generation, optimizer_of, training
-from tests.benchmarks.speed.timing import clock, in_turn, timed
+from tests.benchmarks.speed.steps import around, forward, generation, optimizer_of, training
+from tests.benchmarks.speed.timing import WARM, clock, in_turn, timed
 from tests.benchmarks.speed.trainer import fitting
 from tests.benchmarks.speed.workloads import ADAPTERS, PEFT, TITLES, Workload
 
 Row = dict[str, Any]
+LEAST = 0.1  # seconds that a take lasts on a GPU
 
 
 def time_workload(workload: Workload, rounds: range, seconds: float) -> Row:
-    """Seconds of each variant in each round."""
-    takes = {variant: _take(workload, variant) for variant in workload.variants}
-    warm = 3 if workload.how == "compiled" else 1  # a graph may be compiled again for what the first step leaves
-    if workload.how == "trainer":
+    """Seconds of each variant in each round; on a GPU the peak of a step's memory too.
+
+    A variant that fails before the rounds is left out, unless it is what the others are compared with, and the row says
+    why.
+    """
+    gpu, how = workload.case.device == "cuda", workload.how
+    release()
+    acts: dict[str, Callable[[], object]] = {}
+    takes: dict[str, Callable[[], float]] = {}
+    failed: dict[str, str] = {}
+    for variant in workload.variants:
+        try:
+            if how == "trainer":
+                take = fitting(variant, workload.case, clock(workload.case.device))
+            else:
+                acts[variant] = _act(workload, variant)
+                take = timed(acts[variant], clock(workload.case.device), LEAST if gpu else 0.0)
+            take()
+            takes[variant] = take
+        except Exception as error:
+            if variant == workload.variants[0]:
+                raise
+            acts.pop(variant, None)
+            failed[variant] = said(error)
+    if how == "trainer":
         rounds = range(min(3, rounds.start), rounds.stop)  # each is several steps
+    # A graph may be compiled again for what the first step leaves.
+    warm = WARM - 1 if how == "compiled" or (gpu and how != "trainer") else 0
     taken = in_turn(takes, rounds=rounds, seconds=seconds, warm=warm)
+    peaks = {name: peak_bytes(act) for name, act in acts.items()} if gpu and how == "step" else {}
     torch.compiler.reset()
     return {
         "name": workload.name,
@@ -37,29 +63,57 @@ def time_workload(workload: Workload, rounds: range, seconds: float) -> Row:
         "base": workload.case.base,
         "r": workload.case.r,
         "tokens": workload.case.tokens,
-        "how": workload.how,
+        "how": how,
         "point": workload.point,
         "seconds": {name: [float(f"{value:.4g}") for value in values] for name, values in taken.items()},
+        **({"peak": peaks} if peaks else {}),
+        **({"failed": failed} if failed else {}),
     }
 
 
-def _take(workload: Workload, variant: str) -> Callable[[], float]:
-    case, read = workload.case, clock(workload.case.device)
-    if workload.how == "trainer":
-        return fitting(variant, case, read)
+def said(error: Exception) -> str:
+    """An error in a line; all of it is printed."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def release() -> None:
+    """What the workload before left in cycles; a GPU's memory would be full of it soon."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _act(workload: Workload, variant: str) -> Callable[[], object]:
+    """What is timed of a variant, with a model of its own."""
+    case = workload.case
     name, merged = variant.removesuffix(" merged").removesuffix(" cached"), variant.endswith(" merged")
     model: Any = build(name, case)
     if merged:
         ll.merge(model) if name == "ours" else model.merge_adapter()
     if workload.how == "forward":
-        return timed(forward(model, case.ids()), read)
+        return forward(model, case.ids())
     if workload.how == "generation":
-        caching = {"ours": partial(ll.dora_caching, model), "PEFT cached": DoraCaching}.get(variant, nullcontext)
-        return timed(generation(model, case.ids(), caching), read)
+        caching = {"ours": partial(ll.dora_caching, model), "PEFT cached": _peft_caching}.get(variant, nullcontext)
+        return generation(model, case.ids(), caching)
     backend = None
     if workload.how == "compiled" and variant != "floor":  # a gradient that begins inside can't be compiled
         backend = "eager" if workload.size == "tiny" else "inductor"
-    return timed(training(model, case.ids(), backend), read)
+    step = training(model, case.ids(), backend)
+    if variant != "ours eager":
+        return step
+
+    def act() -> None:
+        with around(variant):
+            step()
+
+    return act
+
+
+def _peft_caching() -> AbstractContextManager[object]:
+    from peft.helpers import DoraCaching  # PEFT has it since 0.18
+
+    return DoraCaching()
 
 
 def held(size: str, device: str) -> Iterator[Row]:
@@ -74,15 +128,16 @@ def held(size: str, device: str) -> Iterator[Row]:
 
 def held_of(variant: str, case: Case) -> int:
     """Bytes that a variant has after a forward pass and had not before."""
+    release()
     model, ids = build(variant, case), case.ids()
     _optimizer = optimizer_of(model)  # without one DoRA's norms would not be kept between steps
     return held_bytes(lambda: model(input_ids=ids, labels=ids).loss)
 
 
-def kernels(device: str) -> Iterator[Row]:
+def kernels(size: str, device: str, variants: Iterable[str] = ("floor", "ours", *PEFT)) -> Iterator[Row]:
     """Kernels where q, k and v share their input: of a forward and a backward pass, and of what a step entails."""
-    for name, case in _cases("tiny", device):
-        counted = {variant: count_kernels(variant, case) for variant in ("floor", "ours", *PEFT)}
+    for name, case in _cases(size, device):
+        counted = {variant: count_kernels(variant, case) for variant in variants}
         of = {variant: {"passes": len(c.passes), "step": len(c.step)} for variant, c in counted.items()}
         yield {"name": name, "title": TITLES[name], "base": case.base, "kernels": of}
 

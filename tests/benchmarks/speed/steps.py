@@ -27,6 +27,15 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
     return optimizer
 
 
+def around(variant: str) -> AbstractContextManager[object]:
+    """What a variant's steps run in: "ours eager" has torch's operations only, where ours may have kernels."""
+    if variant != "ours eager":
+        return nullcontext()
+    from lightning_lora.ops.kernels import disabled
+
+    return disabled()
+
+
 def training(model: nn.Module, ids: Tensor, backend: str | None = None) -> Step:
     """Forward, loss, backward, optimizer, zero_grad; compiled, if there is a backend for it."""
     optimizer = optimizer_of(model)

@@ -9,6 +9,7 @@ from tests.benchmarks.speed.timing import Quartiles, ratio
 Results = dict[str, Any]
 Row = dict[str, Any]
 NAMES = {
+    "ours eager": "ours, without kernels",
     "PEFT bf16": "PEFT, bf16 adapters",
     "full": "full fine-tuning",
     "floor": "base",
@@ -42,13 +43,16 @@ def tables(results: Results) -> Iterator[str]:
     for what in dict.fromkeys(row["point"][0] for row in timings if row["point"]):
         yield f"A training step over the floor, as {'the ' if what != 'tokens' else ''}{what} {'grow' if what[-1] == 's' else 'grows'}:"
         yield _growth([row for row in timings if row["point"] and row["point"][0] == what], what)
-    if rows := results["held"]:
+    if rows := results.get("held"):
         yield "Held for the backward pass beyond what the floor holds, in MiB:"
         yield _held(rows)
-    if rows := results["kernels"]:
+    if rows := [row for row in of("step") if "peak" in row]:
+        yield "Peak memory of a step, beyond the weights and the optimizer's state, in MiB:"
+        yield _peaks(rows)
+    if rows := results.get("kernels"):
         yield "Kernels where q, k and v share their input, forward and backward (and once for each step of the optimizer):"
         yield _kernels(rows)
-    if rows := results["breaks"]:
+    if rows := results.get("breaks"):
         yield "Graph breaks in two blocks under `torch.compile`:"
         columns = [*rows[0]["breaks"]]
         yield _table(["", *columns], ([row["title"], *map(str, row["breaks"].values())] for row in rows))
@@ -65,21 +69,27 @@ def label(row: Row) -> str:
 
 
 def _over_first(rows: list[Row], first: str) -> str:
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row["seconds"]) if name != first]
+    columns = [name for name in _columns(rows, "seconds") if name != first]
     lines = []
     for row in rows:
         seconds = row["seconds"]
         over = [f"{ratio(seconds, name, first).median:.2f}" if name in seconds else "" for name in columns]
-        lines.append([label(row), *over, _range(gain(row))])
+        lines.append([label(row), *over, _gain(row)])
     return _table(["", *(NAMES.get(name, name) for name in columns), "PEFT / ours"], lines)
 
 
+def _columns(rows: list[Row], what: str) -> list[str]:
+    """The variants that any row has, where the first ones have them."""
+    return [*dict.fromkeys(name for row in rows for name in row[what])]
+
+
 def _tokens(rows: list[Row]) -> str:
-    columns = [*rows[0]["seconds"]]
+    columns = _columns(rows, "seconds")
     lines = []
     for row in rows:
-        speeds = [f"{row['tokens'] / statistics.median(row['seconds'][name]):.0f}" for name in columns]
-        lines.append([label(row), *speeds, _range(gain(row))])
+        medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
+        speeds = [f"{row['tokens'] / medians[name]:.0f}" if name in medians else "" for name in columns]
+        lines.append([label(row), *speeds, _gain(row)])
     return _table(["", *(NAMES.get(name, name) for name in columns), "ours / PEFT"], lines)
 
 
@@ -89,8 +99,10 @@ def _growth(rows: list[Row], what: str) -> str:
     for value in dict.fromkeys(row["point"][1] for row in rows):
         line = [str(value)]
         for title in titles:
-            (row,) = (row for row in rows if row["point"][1] == value and row["title"] == title)
-            line += [f"{ratio(row['seconds'], name, 'floor').median:.2f}" for name in ("ours", "PEFT")]
+            seconds = next((r["seconds"] for r in rows if r["point"][1] == value and r["title"] == title), {})
+            line += [
+                f"{ratio(seconds, name, 'floor').median:.2f}" if name in seconds else "" for name in ("ours", "PEFT")
+            ]
         lines.append(line)
     return _table([what, *(f"{title}, {name}" for title in titles for name in ("ours", "PEFT"))], lines)
 
@@ -105,6 +117,15 @@ def _held(rows: list[Row]) -> str:
     return _table(["", *(NAMES.get(name, name) for name in columns), "PEFT / ours"], lines)
 
 
+def _peaks(rows: list[Row]) -> str:
+    columns = [name for name in _columns(rows, "peak") if name != "products"]  # its memory is there before
+    lines = []
+    for row in rows:
+        cells = [f"{row['peak'][name] / 2**20:.0f}" if name in row["peak"] else "" for name in columns]
+        lines.append([label(row), *cells])
+    return _table(["", *(NAMES.get(name, name) for name in columns)], lines)
+
+
 def _kernels(rows: list[Row]) -> str:
     def cell(counted: dict[str, int]) -> str:
         return f"{counted['passes']}" + (f" (+ {counted['step']})" if counted["step"] else "")
@@ -114,7 +135,10 @@ def _kernels(rows: list[Row]) -> str:
     return _table(["", *(NAMES.get(name, name) for name in columns)], lines)
 
 
-def _range(quartiles: Quartiles) -> str:
+def _gain(row: Row) -> str:
+    if not {"PEFT", "ours"} <= row["seconds"].keys():
+        return ""
+    quartiles = gain(row)
     return f"**{quartiles.median:.2f}** ({quartiles.first:.2f} to {quartiles.third:.2f})"
 
 

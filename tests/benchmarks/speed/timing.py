@@ -1,6 +1,7 @@
 """Paired timing: variants take turns in random order, and ratios are taken within a round."""
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+WARM = 3  # rounds that don't count where the first ones allocate, compile, or decide how often to act
 Seconds = dict[str, list[float]]  # by variant, one for each round
 
 
@@ -76,13 +78,28 @@ def in_turn(
     return taken
 
 
-def timed(act: Callable[[], object], read: Callable[[], float]) -> Callable[[], float]:
-    """A function that acts, and returns how long it took."""
+def timed(act: Callable[[], object], read: Callable[[], float], least: float = 0.0) -> Callable[[], float]:
+    """A function that acts, and returns how long it took.
+
+    Args:
+        act: What is timed.
+        read: The clock.
+        least: Seconds. An act that is shorter is taken several times in a row, and its mean counts: so a GPU has
+            always something to do, and what waiting for it takes isn't much. How many times, is decided by the first
+            `WARM` calls.
+    """
+    calls, times = 0, 1
 
     def take() -> float:
+        nonlocal calls, times
         start = read()
-        act()
-        return read() - start
+        for _ in range(times):
+            act()
+        taken = (read() - start) / times
+        calls += 1
+        if calls <= WARM:
+            times = max(1, math.ceil(least / taken)) if taken else 1
+        return taken
 
     return take
 

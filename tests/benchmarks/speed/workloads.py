@@ -1,6 +1,6 @@
-"""The table of what is measured."""
+"""The table of what is measured on a CPU, and what it is made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -62,37 +62,47 @@ class Workload:
 
 
 def workloads(sizes: list[str], device: str, quick: bool = False) -> Iterator[Workload]:
-    """All of them, in the order of the tables."""
+    """All that is measured on a CPU, in the order of the tables."""
     for size in sizes:
-        yield from _training(size, device)
+        yield from training(size, device)
+        if size == "small":
+            yield from training(size, device, "fp32")
+        yield from training_packed(size, device)
     if "small" in sizes or quick:
         small, two = ("tiny", "tiny") if quick else ("small", "two")
-        yield from _compiled(two, device)
-        yield from _forward(small, device)
-        yield from _generation(small, device)
-        yield from _trainer(small, device)
-        yield from _growth(two, device, quick)
+        yield from compiled(two, device)
+        yield from forward(small, device)
+        yield from generation(small, device)
+        yield from trainer(small, device, ADAPTERS)
+        yield from growth(two, device, {what: values[:1] if quick else values for what, values in SWEEPS.items()})
 
 
-def _training(size: str, device: str) -> Iterator[Workload]:
-    bases: tuple[Base, ...] = ("bf16", "fp32") if size == "small" else ("bf16",)
-    for base in bases:
-        for name, options in ADAPTERS.items():
-            low_rank = "low_rank" in options
-            if low_rank and base == "fp32":
-                continue
-            theirs = PEFT[:1] if low_rank or base == "fp32" else PEFT  # in float32 its two are one
-            peers = PEERS.get(name, ()) if base == "bf16" or name == "lora" else ()
-            case = Case(size=SIZES[size], base=base, device=device, **options)
-            yield Workload(
-                name=name, title=TITLES[name], size=size, case=case, variants=("floor", "ours", *theirs, *peers)
-            )
+def training(size: str, device: str, base: Base = "bf16", more: tuple[str, ...] = ()) -> Iterator[Workload]:
+    """Steps with each kind of adapter, of ours, of ``more``, of PEFT and of its peers."""
+    for name, options in ADAPTERS.items():
+        low_rank = "low_rank" in options
+        if low_rank and base == "fp32":
+            continue
+        theirs = PEFT[:1] if low_rank or base == "fp32" else PEFT  # in float32 its two are one
+        peers = PEERS.get(name, ()) if base == "bf16" or name == "lora" else ()
+        yield Workload(
+            name=name,
+            title=TITLES[name],
+            size=size,
+            case=Case(size=SIZES[size], base=base, device=device, **options),
+            variants=("floor", "ours", *more, *theirs, *peers),
+        )
+
+
+def training_packed(size: str, device: str, more: tuple[str, ...] = ()) -> Iterator[Workload]:
+    """Steps on a base of four bits."""
     for name in ("qlora", "qdora"):
         case = Case(size=SIZES[size], base="nf4-dq", device=device, dora=name == "qdora")
-        yield Workload(name=name, title=TITLES[name], size=size, case=case, variants=("floor", "ours", *PEFT))
+        yield Workload(name=name, title=TITLES[name], size=size, case=case, variants=("floor", "ours", *more, *PEFT))
 
 
-def _compiled(size: str, device: str) -> Iterator[Workload]:
+def compiled(size: str, device: str) -> Iterator[Workload]:
+    """Steps of compiled models."""
     for name in ("lora", "dora"):
         case = Case(size=SIZES[size], device=device, **ADAPTERS[name])
         yield Workload(
@@ -105,7 +115,8 @@ def _compiled(size: str, device: str) -> Iterator[Workload]:
         )
 
 
-def _forward(size: str, device: str) -> Iterator[Workload]:
+def forward(size: str, device: str) -> Iterator[Workload]:
+    """Forward passes without gradients."""
     for name in ("lora", "dora"):
         case = Case(size=SIZES[size], device=device, **ADAPTERS[name])
         yield Workload(
@@ -118,7 +129,8 @@ def _forward(size: str, device: str) -> Iterator[Workload]:
         )
 
 
-def _generation(size: str, device: str) -> Iterator[Workload]:
+def generation(size: str, device: str) -> Iterator[Workload]:
+    """Texts, token by token."""
     bases: dict[str, Base] = {"lora": "bf16", "dora": "bf16", "qlora": "nf4-dq", "qdora": "nf4-dq"}
     for name, base in bases.items():
         case = Case(size=SIZES[size], base=base, device=device, dora="dora" in name)
@@ -133,9 +145,10 @@ def _generation(size: str, device: str) -> Iterator[Workload]:
         )
 
 
-def _trainer(size: str, device: str) -> Iterator[Workload]:
-    for name, options in ADAPTERS.items():
-        case = Case(size=SIZES[size], device=device, **options)
+def trainer(size: str, device: str, names: Iterable[str]) -> Iterator[Workload]:
+    """Fits of the Trainer."""
+    for name in names:
+        case = Case(size=SIZES[size], device=device, **ADAPTERS[name])
         yield Workload(
             name=f"trainer-{name}",
             title=TITLES[name],
@@ -146,9 +159,10 @@ def _trainer(size: str, device: str) -> Iterator[Workload]:
         )
 
 
-def _growth(size: str, device: str, quick: bool) -> Iterator[Workload]:
-    for what, values in SWEEPS.items():
-        for value in values[:1] if quick else values:
+def growth(size: str, device: str, sweeps: dict[str, tuple[int, ...]]) -> Iterator[Workload]:
+    """Steps as something grows."""
+    for what, values in sweeps.items():
+        for value in values:
             for name in ("lora", "dora"):
                 yield Workload(
                     name=f"growth-{what}-{name}",

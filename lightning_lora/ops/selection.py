@@ -1,0 +1,22 @@
+"""Which passes a step takes."""
+
+from torch import Tensor
+
+from lightning_lora.ops.kernels import usable
+from lightning_lora.ops.passes import Passes
+
+_PLAIN = Passes()
+
+
+def passes_for(x: Tensor, ranks: int) -> Passes:
+    """The passes of one step.
+
+    Args:
+        x: Its input, (tokens, in).
+        ranks: The ranks of its adapters together.
+    """
+    if not usable(x, ranks):
+        return _PLAIN
+    from lightning_lora.ops.triton_passes import TritonPasses
+
+    return TritonPasses()

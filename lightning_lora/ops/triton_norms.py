@@ -1,0 +1,32 @@
+"""Row norms with Triton: the weight is read once, in its own dtype, and nothing of its size is written."""
+
+import torch
+from torch import Tensor
+
+from lightning_lora.ops.triton_kernels import norms_kernel
+
+_ROWS, _COLUMNS, _WARPS, _STAGES = 32, 128, 2, 4
+
+
+def triton_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+    """As `lightning_lora.ops.norms.merged_row_norms`, to what float32 can tell.
+
+    A meets a weight of 16 bits in two parts of as many, which together have what float32 has of it.
+
+    Args:
+        W: (d, k), with the values of a row beside one another.
+        A: (r, k), float32.
+        B: (d, r), float32.
+        scale: s.
+        squares: ‖W‖² by row, (d,), float32, where it is known.
+    """
+    (rows, columns), r = W.shape, len(A)
+    first = A.to(W.dtype).contiguous()
+    rest = None if W.dtype == torch.float32 else (A - first).to(W.dtype)
+    norms = torch.empty(rows, dtype=torch.float32, device=W.device)
+    norms_kernel[(-(-rows // _ROWS),)](
+        W, first, rest, B.contiguous(), A @ A.T, squares, norms, rows, columns, W.stride(0), float(scale),
+        HAS_REST=rest is not None, HAS_SQUARES=squares is not None, R=r, RANKS=max(16, 1 << (r - 1).bit_length()),
+        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+    return norms
