@@ -1,5 +1,6 @@
 """DoRA: magnitude and direction of a weight adapted apart."""
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -120,25 +121,26 @@ class DoRAAdapter(LowRankAdapter):
             self._rest = _Rest(norms, row_gain_of(self.magnitude, norms), self._now())
         return self._rest
 
-    def refresh(self, host: Host) -> None:
-        """Values have changed. Compiled graphs read the norms from where they are, so that they are taken at once."""
+    def refreshed(self, host: Host) -> Tensor | None:
+        """Values have changed: the norms that they have now, where norms are kept."""
         self._versions = self._rest = None
-        if self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole():
-            self._keep(self._new_norms(host))
+        kept = self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole()
+        return self._new_norms(host) if kept else None
 
     @torch.no_grad()
     def _new_norms(self, host: Host) -> Tensor:
         W = host.lora_matrix()
         return merged_row_norms(W, *self.update(), self.scaling, self._squares(host, W), exact=False)
 
-    def _keep(self, norms: Tensor) -> None:
+    def _keep(self, norms: Tensor, rows: RowGain | None = None) -> None:
         if not is_plain(norms) or not is_plain(self.A) or norms.is_inference() or self.A.is_inference():
             return
         if self._norms is None:
             self._norms = norms
         else:
             self._norms.copy_(norms)
-        self._rows, self._versions = row_gain_of(self.magnitude.detach(), self._norms), self._now()
+        self._rows = row_gain_of(self.magnitude.detach(), self._norms) if rows is None else rows
+        self._versions = self._now()
 
     def _now(self) -> tuple[int, ...]:
         return self.A._version, self.B._version, self.magnitude._version
@@ -196,3 +198,21 @@ class DoRAAdapter(LowRankAdapter):
         update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
         update = update * host.lora_per_row(of_update.to(out.dtype))
         return out + (update + product * host.lora_per_row(of_base.to(out.dtype)))  # the small parts first
+
+
+def refresh(adapters: Iterable[tuple[Host, DoRAAdapter]]) -> None:
+    """Values of adapters have changed. Compiled graphs read norms from where they are, so that they are taken at once.
+
+    What follows from the norms is worked out for all adapters of a dtype and device together: each operation by itself
+    takes longer to start than to run.
+    """
+    fresh: dict[Any, list[tuple[DoRAAdapter, Tensor]]] = {}
+    for host, adapter in adapters:
+        if (norms := adapter.refreshed(host)) is not None:
+            fresh.setdefault((norms.device, norms.dtype, adapter.magnitude.dtype), []).append((adapter, norms))
+    for together in fresh.values():
+        magnitudes = torch.cat([adapter.magnitude.detach().flatten() for adapter, _ in together])
+        rows: Any = row_gain_of(magnitudes, torch.cat([norms.flatten() for _, norms in together]))
+        sizes = [norms.numel() for _, norms in together]
+        for (adapter, norms), *own in zip(together, *(torch.split(whole, sizes) for whole in rows), strict=True):
+            adapter._keep(norms, RowGain(*(part.view(norms.shape) for part in own)))

@@ -15,6 +15,7 @@ from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.siblings import scope
 from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
+from lightning_lora.ops.launches import linear_by_operations, starts_count
 from lightning_lora.ops.operand import Packed
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.ops.sharded import PLAIN, is_plain
@@ -62,6 +63,8 @@ class LoRALinear(LoRALayer):
         config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
+        if torch.is_grad_enabled() and x.dtype == dtype and starts_count(x, site.weight):
+            return linear_by_operations(x, site, p)
         layers, sites = [self], [site]
         if running is not None and not (p > 0 and config.dropout_mask == "module"):
             for other in running.together(self):

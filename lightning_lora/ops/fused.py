@@ -81,7 +81,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: Any, rows: Any, *tensors: Tensor | None) -> Any:
         sites, dtype = _sites(unpacks, scales, rows, tensors), x.dtype
         flat, ranks = x.flatten(0, -2), [site.adapter.A.shape[0] for site in sites]
-        passes = passes_for(flat, sum(ranks))
+        passes = passes_for(flat, sum(ranks) if p > 0 else max(ranks))
         mask, keep_scale = passes.keep_mask(flat, p) if p > 0 else (None, 1.0)
         factors = [s * keep_scale for s in scales]
         A = _joined([site.adapter.A for site in sites], ranks, factors).to(dtype)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 SWITCH = "LIGHTNING_LORA_KERNELS"  # 0 in the environment: none
 ENOUGH = 1 << 21  # values of what is read; with fewer, what counts is how many kernels are started
-MOST = 128  # ranks together; products with more are torch's
+MOST = 64  # ranks that meet in a kernel; with 128 registers run out, and it takes three times what torch takes
 _DTYPES = (torch.bfloat16, torch.float16)
 _off = False
 
 
 def usable(large: Tensor, ranks: int) -> bool:
     """Whether kernels read a matrix of 16 bits that meets adapters of so many ranks together."""
-    if large.device.type != "cuda" or large.dtype not in _DTYPES or large.numel() < ENOUGH or ranks > MOST or _off:
+    size = large.numel()
+    if large.device.type != "cuda" or large.dtype not in _DTYPES or size < max(ENOUGH, 1) or ranks > MOST or _off:
         return False
     return not torch.compiler.is_compiling() and _work(large.device)
 

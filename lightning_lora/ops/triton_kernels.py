@@ -162,7 +162,7 @@ def sum_kernel(parts, out, size, width, number, out_stride, BLOCK: tl.constexpr)
     there = index < size
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(number):
-        total += tl.load(parts + i * size + index, mask=there, other=0.0)
+        total += tl.load(parts + tl.cast(i, tl.int64) * size + index, mask=there, other=0.0)
     place = index // width * out_stride + index % width
     tl.store(out + place, total.to(out.dtype.element_ty), mask=there)
 

@@ -52,7 +52,7 @@ class FourBit(Bitsandbytes):
     @override
     def dense(self, layer: Any) -> Tensor:
         packed, state = gathered(layer.weight.data), _state(layer)
-        return packed if state is None else F4.dequantize_4bit(packed, state)
+        return packed if state is None else _unpacked(packed, state)
 
     @override
     def operand(self, layer: Any, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
@@ -60,11 +60,8 @@ class FourBit(Bitsandbytes):
         packed, state = gathered(layer.weight.data), _state(layer)
         rows, columns = state.shape
         if columns % state.blocksize:
-            return operand(F4.dequantize_4bit(packed, state), dtype, gain)
-        scales = state.absmax
-        if state.nested:
-            scales = F4.dequantize_blockwise(scales, state.state2).add_(state.offset).float()
-        scales = scales.view(rows, -1)
+            return operand(_unpacked(packed, state), dtype, gain)
+        scales = _scales(state).view(rows, -1)
         if gain is not None:
             scales = scales * gain[:, None]  # a block lies in one row
         codes = packed.view(torch.uint8).view(rows, -1)
@@ -94,8 +91,7 @@ class FourBit(Bitsandbytes):
 
     @override
     def unpack(self, packed: Any) -> Tensor:
-        weight: Tensor = F4.dequantize_4bit(packed.data, packed.quant_state)
-        return weight
+        return _unpacked(packed.data, packed.quant_state)
 
     @override
     def forward(self, layer: Any, x: Tensor) -> Tensor:
@@ -186,6 +182,22 @@ def packed_product(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     packed = gathered(layer.weight.data)
     out: Tensor = bnb.matmul_4bit(x, packed.t(), quant_state=_state(layer), bias=bias)
     return out
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    """The whole weight, as one row: of rows that end within a block bitsandbytes makes other values on some CPUs."""
+    codes, scales = packed.view(torch.uint8).reshape(-1, 1), _scales(state).reshape(-1)
+    shape = (1, state.shape.numel())
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales, state.blocksize, state.quant_type, shape, state.dtype
+    )
+    return weight.view(state.shape)
+
+
+def _scales(state: Any) -> Tensor:
+    """Those of the blocks, unpacked themselves if they were quantised."""
+    scales: Tensor = state.absmax
+    return F4.dequantize_blockwise(scales, state.state2).add_(state.offset).float() if state.nested else scales
 
 
 def _values_per_unit(settings: Quantization) -> int:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapters import DoRAAdapter
+from lightning_lora.adapters.dora import refresh
 from lightning_lora.layers import LoRALayer, lora_layers
 
 
@@ -48,8 +49,7 @@ class Attached:
         self._adapters = []
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for layer, adapter in self._adapters:
-            adapter.refresh(layer)
+        refresh(self._adapters)
 
 
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:

@@ -33,13 +33,13 @@ variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
 
 @pytest.fixture(autouse=True)
-def anew(monkeypatch):
+def anew():
     """One process compiles: a pool of them takes longer to start than so small a model."""
-    import torch._inductor.config as inductor
+    from torch._inductor import config
 
-    monkeypatch.setattr(inductor, "compile_threads", 1)
     torch.compiler.reset()
-    yield
+    with config.patch(compile_threads=1):
+        yield
     torch.compiler.reset()
 
 

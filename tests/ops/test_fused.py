@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lightning_lora.ops import fused as module
 from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
+from lightning_lora.ops.launches import linear_by_operations
 from lightning_lora.ops.norms import merged_row_norms
 from lightning_lora.ops.operand import operand, workspace
 from lightning_lora.ops.site import LowRank, Site, gain_of
@@ -97,6 +98,30 @@ def test_the_equation_and_all_gradients(fixed_mask, variant, bias, packed, token
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_by_operations(fixed_mask, variant, bias):
+    """What a GPU takes for small steps."""
+    x = torch.randn(2, 4, IN, dtype=torch.float64, requires_grad=True)
+    for site in layers(variant, bias):
+        inputs, (wanted,) = [x, *flat([site])], expected(x, [site], 0.0, fixed_mask)
+        out = linear_by_operations(x, site, 0.0)
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+        cotangent = torch.randn_like(out)
+        for one, other in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (out, wanted)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_by_operations():
+    """Nothing is dropped but what A gets; on the average nothing changes."""
+    site, x = layers("dora")[1], torch.randn(3, IN, dtype=torch.float64)
+    outs = torch.stack([linear_by_operations(x, site, 0.5) for _ in range(4000)])
+    assert outs.std(0).min() > 0
+    torch.testing.assert_close(outs.mean(0), linear_by_operations(x, site, 0.0), rtol=0.2, atol=0.2)
+    still = site._replace(adapter=site.adapter._replace(B=torch.zeros_like(site.adapter.B)))
+    assert torch.equal(linear_by_operations(x, still, 0.5), linear_by_operations(x, still, 0.0))
 
 
 @pytest.mark.parametrize("packed", [False, True])

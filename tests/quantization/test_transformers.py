@@ -25,8 +25,15 @@ pytestmark = pytest.mark.filterwarnings(
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    FAMILIES["llama"].make().save_pretrained(path)
+    dense_model().save_pretrained(path)
     return path
+
+
+def dense_model():
+    """Rows of whole blocks: in others bitsandbytes, and so PEFT, takes other scales on some CPUs."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 61}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
 def load(folder, bits, dtype=torch.float32):
@@ -48,7 +55,7 @@ def test_they_train(folder, bits, precision):
         assert is_quantized(layer)
         assert layer.lora["default"].B.count_nonzero()
         assert layer.lora["default"].B.dtype == torch.float32
-    assert ll.summary(module).base.parameters == sum(p.numel() for p in FAMILIES["llama"].make().parameters())
+    assert ll.summary(module).base.parameters == sum(p.numel() for p in dense_model().parameters())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
