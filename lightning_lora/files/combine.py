@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_lora.composing.compose import combine_adapters
 from lightning_lora.composing.report import CombineReport
-from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, raise_all
+from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError, raise_all
 from lightning_lora.files.stand_in import stand_in
 from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
@@ -53,11 +53,12 @@ def combine_files(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ConfigError: With every problem that `combine_adapters` finds.
+        ConfigError: If ``out`` is one of the sources; and with every problem that `combine_adapters` finds.
         CheckpointError: If a file is damaged, or the adapters do not fit together.
         BaseMismatchError: If they were trained on different bases.
         UnsupportedError: If that takes the base: for DoRA, and for what PEFT started with a part of each weight.
     """
+    raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources]), "combine")
     with ExitStack() as stack:
         read = [_read(Path(path), stack) for path, _ in sources]
         raise_all(CheckpointError, _incomplete(read), "combine")
@@ -94,6 +95,13 @@ def _read(path: Path, stack: ExitStack) -> _Source:
         folder = path.parent
     require_peft_folder(folder, "give PEFT folders or checkpoints", path)
     return _Source(path, read_folder(folder))
+
+
+def _overwritten(out: Path, sources: Iterable[Path]) -> Iterator[str]:
+    for path in sources:
+        folder = path.parent if path.suffix == ".safetensors" else path
+        if folder.resolve() == out.resolve():
+            yield f"{path} would be written over: give another folder than {out}"
 
 
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
