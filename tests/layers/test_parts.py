@@ -256,6 +256,14 @@ def test_folders(name, options, tmp_path):
         assert (config.target_modules, config.rank_pattern) == (["q", "v"], {"v": 6})
 
 
+def test_folders_keep_what_float64_adapters_are(tmp_path):
+    model, _ = adapted("phi3", use_dora=True)
+    ll.save_adapter(model, tmp_path / "adapter")
+    again = make("phi3")
+    ll.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(ll.adapter_state_dict(again), ll.adapter_state_dict(model), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt-neox", "gpt2"])
 def test_merging_into_files(name, tmp_path):
     model, _ = adapted(name, torch.float32)
