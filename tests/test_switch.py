@@ -223,9 +223,11 @@ def test_no_batch_is_mixed_where_no_dimension_counts_samples(family, table):
     for name, target in (("positions", table), ("tokens", tokens)):
         ll.inject(model, ll.LoRAConfig(r=2, target_modules=[target], modules_to_save=None), name)
     randomise(model)
-    with pytest.raises(ll.ConfigError, match=f"{table}: looked up by something else than tokens"):
-        with ll.mixed_batch(model, ["positions", *[None] * 6]):
-            pass
+    with (
+        pytest.raises(ll.ConfigError, match=f"{table}: looked up by something else than tokens"),
+        ll.mixed_batch(model, ["positions", *[None] * 6]),
+    ):
+        pass
     with torch.no_grad(), ll.mixed_batch(model, ["tokens", *[None] * 6]):
         mixed = model(**batch).logits
     ll.set_adapter(model, "tokens")

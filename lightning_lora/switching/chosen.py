@@ -66,5 +66,5 @@ def other_tables(model: nn.Module, names: Collection[str]) -> list[str]:
     of_tokens = {ask(module, "get_input_embeddings", name_of) for module in pretrained.values()} - {None}
     tables = [n for n in tables if any(is_inside(n, outer) for outer in pretrained)]
     tables = [n for n in tables if not any(n == known or is_inside(n, str(known)) for known in of_tokens)]
-    what = f"{listing([clean(n) for n in tables], 3)}: looked up by something else than tokens, which may be of no sample"
+    what = f"{listing([clean(n) for n in tables], 3)}: looked up by something else than tokens, maybe of no sample"
     return [f"{what}: leave out such layers, or run one batch for each adapter"] if tables else []
