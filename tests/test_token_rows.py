@@ -402,7 +402,9 @@ def test_what_peft_computes_otherwise_is_refused(make, tokens, why, tmp_path):
         ll.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
     ll.inject(model, ll.LoRAConfig(**options, modules_to_save=None))
     torch.testing.assert_close(model(ids).logits, base(ids).logits)
-    with pytest.raises(ll.UnsupportedError, match=f"{why[0]}: {why[1]}.*: merge the adapter, or keep it in a checkpoint"):
+    with pytest.raises(
+        ll.UnsupportedError, match=f"{why[0]}: {why[1]}.*: merge the adapter, or keep it in a checkpoint"
+    ):
         ll.save_adapter(model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
