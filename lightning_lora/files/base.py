@@ -14,6 +14,7 @@ from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.layers import Part
 from lightning_lora.loading.misfits import Misfits
+from lightning_lora.merging.ties import FLAG, apart, is_a_scale
 from lightning_lora.ops.samples import sample
 from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -57,10 +58,10 @@ class BaseFiles:
             raise UnsupportedError(f"{stored.source}: {listing(parts, 3)}: parts of layers: {way_out}")
         self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
         self.layers = {n: self._layer_change(n) for n in self.misfits.found if not self._is_other_end(n)}
+        self.config = self._config()
         self.added = dict(self._added())
         raise_all(CheckpointError, self._missing(), source)
         raise_all(UnsupportedError, self._unsupported(), stored.source)
-        self.config = self._config()
 
     def compare(self, allow_base_mismatch: bool) -> list[str]:
         """Checks that the files are what the adapter was trained on, as far as the adapter knows.
@@ -111,10 +112,23 @@ class BaseFiles:
         node, stored = self.misfits.found[layer_name]
         return stored.is_rows and tied_tables(self.misfits.tree, node)[0] is not node
 
+    def _config(self) -> dict[str, Any]:
+        """The configuration of what is merged: with weights untied that were tied, if that says no more."""
+        config = self.folder.config
+        if not any(change.tied for change in self.layers.values()) or is_a_scale(type(self.model)):
+            return config
+        parts = {key: part for key, part in config.items() if isinstance(part, dict) and part.get(FLAG)}
+        untied = {**config, FLAG: False, **{key: {**part, FLAG: False} for key, part in parts.items()}}
+        insists = getattr(self._made(untied).config, FLAG, False)
+        return config if insists else untied
+
+    def _made(self, config: dict[str, Any]) -> Any:
+        return skeleton(config, str(self.folder.path))
+
     def _added(self) -> Iterator[tuple[str, tuple[Shard, str]]]:
-        """Tensors that no file has, since they were tied to one that is in a file: from now on they differ."""
-        for change in self.layers.values():
-            names = [change.name, *change.tied] if change.tied else []
+        """Tensors that no file has, since they were tied to one that is in a file, and are by themselves now."""
+        changed = [change.name for change in self.layers.values() if change.tied]
+        for names in apart(self.model, self._made(self.config), changed) if changed else ():
             sources = [self.keys[name] for name in names if name in self.keys]
             for name in names if sources else ():
                 if name not in self.keys:
@@ -145,23 +159,6 @@ class BaseFiles:
                 f"init_lora_weights={self.stored.init!r} took a part out of each weight, and all of the weight tells "
                 "which: load the adapter with ll.load_adapter, and save it with ll.save_adapter against the clean base"
             )
-
-    def _config(self) -> dict[str, Any]:
-        """The configuration of what is merged: with weights untied that were tied."""
-        untied = [change.name for change in self.layers.values() if change.tied]
-        if not untied:
-            return self.folder.config
-        config = {**self.folder.config, "tie_word_embeddings": False}
-        for name, part in config.items():
-            if isinstance(part, dict) and part.get("tie_word_embeddings"):
-                config[name] = {**part, "tie_word_embeddings": False}
-        again = parameter_owners(nodes(skeleton(config, str(self.folder.path)))).values()
-        if still := [name for names in again if len(names) > 1 for name in names if name in untied]:
-            raise UnsupportedError(
-                f"{self.stored.source} changes one end of a weight that {type(self.model).__name__} always ties "
-                f"({listing(still, 3)}): no folder of files can hold the result"
-            )
-        return config
 
     def _fingerprint(self) -> dict[str, Any]:
         """That of the model, with values of the files."""
