@@ -10,9 +10,10 @@ from lightning_lora.errors import BaseMismatchError, CheckpointError, Unsupporte
 from lightning_lora.files.skeleton import names_in_files, skeleton
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpack
 from lightning_lora.formats.model_folder import ModelFolder
+from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
-from lightning_lora.layers import Part
+from lightning_lora.layers import Part, kind_of, original_type
 from lightning_lora.loading.misfits import Misfits
 from lightning_lora.merging.ties import FLAG, apart, is_a_scale
 from lightning_lora.ops.samples import sample
@@ -49,14 +50,15 @@ class BaseFiles:
         self.folder, source = folder, str(folder.path)
         self.model = skeleton(folder.config, source)
         self.keys = names_in_files(self.model, folder)
-        names = {name for node in nodes(self.model).values() for name in node.names}
-        self.stored = stored if stored.layout == "peft" else stored.relative_to(names)
+        tree = nodes(self.model)
+        self._groups = {n: names for names in parameter_owners(tree).values() for n in names}
+        names = {name for node in tree.values() for name in node.names} | self._groups.keys()
+        self.stored = with_parameters(stored, tree) if stored.layout == "peft" else stored.relative_to(names)
         self.misfits = Misfits(self.model, self.stored, adapter_name)
         raise_all(CheckpointError, self.misfits.problems(), stored.source)
         if parts := [name for name, (node, _) in self.misfits.found.items() if isinstance(node.module, Part)]:
             way_out = "make a PEFT folder of it first (lightning-lora export)"
             raise UnsupportedError(f"{stored.source}: {listing(parts, 3)}: parts of layers: {way_out}")
-        self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
         self.layers = {n: self._layer_change(n) for n in self.misfits.found if not self._is_other_end(n)}
         self.config = self._config()
         self.added = dict(self._added())
@@ -100,8 +102,9 @@ class BaseFiles:
 
     def _layer_change(self, layer_name: str) -> Change:
         node, stored = self.misfits.found[layer_name]
-        own = [f"{name}.weight" for name in node.names]
-        ends = self._groups.get(f"{node.name}.weight", ())
+        kind: Any = kind_of(original_type(node.module))
+        own = [kind.lora_weight_name(name) for name in node.names]
+        ends = self._groups.get(own[0], ())
         tied = [] if stored.is_rows else [name for name in ends if name not in own]  # rows are those of every end
         own += ends if stored.is_rows else []
         key = next((self.keys[name] for name in own if name in self.keys), own[0])
@@ -141,7 +144,8 @@ class BaseFiles:
         if lost:
             yield (
                 f"{listing(lost, 3)}: there is no such tensor in the files. Where transformers makes it of several "
-                "when it loads them, merge in Python: ll.load_adapter, ll.merge_and_unload, save_pretrained"
+                "when it loads them, go by Python: ll.load_adapter, then ll.analyze, or ll.merge_and_unload and "
+                "save_pretrained"
             )
         written = {change.key for change in self.layers.values()}
         written |= {key for name in self.stored.in_full for key in self.places_of(name)}

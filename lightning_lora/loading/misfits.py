@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import RowsAdapter, TiedRows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import did_you_mean, listing
+from lightning_lora.formats.peft_parameters import from_peft
 from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
@@ -26,6 +27,15 @@ class Found(NamedTuple):
 
     node: Node
     stored: StoredLayer
+
+    def values(self, layout: str) -> dict[str, Tensor]:
+        """The tensors, in the shapes of an adapter's."""
+        kind: Any = kind_of(original_type(self.node.module))
+        shape = kind.lora_matrix_shape(self.node.module)
+        if layout == "peft" and len(shape) == 3:
+            tensors = self.stored.tensors.items()
+            return from_peft(self.node, self.stored.r, {part: tensor.read() for part, tensor in tensors})
+        return self.stored.read(*shape)
 
 
 class Misfits:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.files.combine import combine_files
 from lightning_lora.files.merge import merge_files
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from tests.helpers.modules import Wrapped, one_batch, trainer
@@ -271,6 +272,15 @@ def test_merging_into_files(name, tmp_path):
     ll.save_adapter(model, tmp_path / "adapter")
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_combining_files(tmp_path):
+    model, _ = adapted("phi3", torch.float32)
+    ll.save_adapter(model, tmp_path / "adapter")
+    combine_files(tmp_path / "twice", [(tmp_path / "adapter", 0.3), (tmp_path / "adapter", 0.7)])
+    again = make("phi3", torch.float32)
+    ll.load_adapter(again, tmp_path / "twice")
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
 
 
