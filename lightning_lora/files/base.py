@@ -15,7 +15,7 @@ from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.layers import Part, kind_of, original_type
 from lightning_lora.loading.misfits import Misfits
-from lightning_lora.merging.ties import FLAG, apart, is_a_scale
+from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.ops.samples import sample
 from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -118,12 +118,12 @@ class BaseFiles:
     def _config(self) -> dict[str, Any]:
         """The configuration of what is merged: with weights untied that were tied, if that says no more."""
         config = self.folder.config
-        if not any(change.tied for change in self.layers.values()) or is_a_scale(type(self.model)):
+        if not any(change.tied for change in self.layers.values()):
             return config
         parts = {key: part for key, part in config.items() if isinstance(part, dict) and part.get(FLAG)}
         untied = {**config, FLAG: False, **{key: {**part, FLAG: False} for key, part in parts.items()}}
-        insists = getattr(self._made(untied).config, FLAG, False)
-        return config if insists else untied
+        model: Any = self.model
+        return untied if is_only_a_tie(type(model), model.config, self._made(untied).config) else config
 
     def _made(self, config: dict[str, Any]) -> Any:
         return skeleton(config, str(self.folder.path))

@@ -16,9 +16,24 @@ from lightning_lora.targets.walk import nodes, parameter_owners
 FLAG = "tie_word_embeddings"
 
 
-def is_a_scale(cls: Any) -> bool:
-    """Whether a model computes otherwise where nothing is tied: Switch Transformers scale by the flag."""
-    return FLAG in getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())
+def is_only_a_tie(cls: Any, tied: Any, untied: Any) -> bool:
+    """Whether a model of a class does no more by the flag than tie weights, so that it can be turned off.
+
+    T5's insist on it, or take a scale from it; Switch Transformers scale by it.
+
+    Args:
+        cls: The class.
+        tied: The configuration as it is loaded.
+        untied: The same, with the flag off in what is loaded.
+    """
+    is_read = FLAG in getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())
+    return not is_read and not getattr(untied, FLAG, False) and _rest(tied.to_dict()) == _rest(untied.to_dict())
+
+
+def _rest(fields: dict[str, Any]) -> dict[str, Any]:
+    """What else a configuration says of its model; where it was found is no part of that."""
+    known = {key: field for key, field in fields.items() if key not in (FLAG, "_name_or_path")}
+    return {key: _rest(field) if isinstance(field, dict) else field for key, field in known.items()}
 
 
 def apart(model: nn.Module, again: nn.Module, changed: Collection[str] = ()) -> Iterator[list[str]]:

@@ -12,7 +12,7 @@ from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, context_problems
 from lightning_lora.merging.merge import merge, merge_problems, merged_piece, unmerge
 from lightning_lora.merging.tied_rows import tied_alike
-from lightning_lora.merging.ties import FLAG, apart, is_a_scale
+from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.methods.added import added_modules
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantize import dequantize_
@@ -84,13 +84,17 @@ def _untie(module: Any) -> None:
     """Turns ``tie_word_embeddings`` off where that can be, and gives copies to what a file would have one of."""
     config: Any = module.config
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    tying = [] if is_a_scale(type(module)) else [part for part in parts if getattr(part, FLAG, False)]
+    tying = [part for part in parts if getattr(part, FLAG, False)]
+    loaded = type(config).from_dict(config.to_dict())
     for part in tying:
         setattr(part, FLAG, False)
+    untied = type(config).from_dict(config.to_dict())
+    if not is_only_a_tie(type(module), loaded, untied):
+        untied = loaded
+        for part in tying:
+            setattr(part, FLAG, True)
     with torch.device("meta"):
-        again = type(module)(type(config).from_dict(config.to_dict()))  # as from a file
-    for part in tying:
-        setattr(part, FLAG, getattr(again.config, FLAG, False))  # some classes insist on it
+        again = type(module)(untied)
     for names in list(apart(module, again)):
         for name in names[1:]:
             owner, _, key = name.rpartition(".")

@@ -128,8 +128,11 @@ def test_a_tied_weight_is_untied(tmp_path, target, shards):
 
 @pytest.mark.parametrize(("name", "end"), [(name, end) for name, (_, ends) in TIED.items() for end in ends])
 def test_what_shares_a_weight_with_a_merged_layer_is_written_too(tmp_path, name, end):
-    model = tied(name)
+    model, told = tied(name), tmp_path / "base" / "config.json"
     model.save_pretrained(tmp_path / "base")
+    config = json.loads(told.read_text())
+    config.pop("scale_decoder_outputs", None)  # T5's older files don't say what follows from what is tied
+    told.write_text(json.dumps(config))
     model = adapted(model, target_modules=[end])
     ll.save_adapter(model, tmp_path / "adapter")
     ll.merge_and_unload(model).save_pretrained(tmp_path / "expected")
