@@ -10,7 +10,7 @@ from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.injection.inject import eject, initialise
 from lightning_lora.injection.starts import abandon, start_plainly, too_late, without_starts
-from lightning_lora.layers import base_modules, has_own_forward, original_type, rebase
+from lightning_lora.layers import arrange, base_modules, has_own_forward, original_type, rebase
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import sample
@@ -78,6 +78,7 @@ def quantize(
             ) from error
     start_plainly(model)
     initialise(model)
+    arrange(model)
 
 
 def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
@@ -172,6 +173,7 @@ def dequantize_(model: nn.Module) -> None:
             weight = weight.T.contiguous()
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         rebase(layer, nn.Linear if dense is None else dense.cls)
+    arrange(model)
     for module in model.modules():
         if is_pretrained(module):
             _forget_quantization(module)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import FAMILIES, TIED, logits_of, tied
 from tests.helpers.layers import randomise
 from tests.helpers.toy import build
 from tests.test_switch import with_heads
@@ -305,6 +305,23 @@ def test_merged_models_are_reloaded_by_transformers_alone(name, several, tmp_pat
         assert not torch.equal(again.get_input_embeddings().weight, again.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize(("name", "end"), [(name, end) for name, (_, ends) in TIED.items() for end in ends])
+def test_what_shares_a_weight_with_a_merged_layer_is_saved_too(name, end, tmp_path):
+    """Transformers writes tied weights once, and ties them by its configuration when it loads them."""
+    model = tied(name)
+    ll.inject(model, ll.LoRAConfig(r=3, lora_alpha=5, target_modules=[end], modules_to_save=None))
+    for parameter in model.get_submodule(end).lora.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    expected = logits_of(model)
+    assert torch.equal(expected, logits_of(tied(name))) == end.endswith("shared")  # which nothing calls
+    merged = ll.merge_and_unload(model)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again), logits_of(merged))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in merged.state_dict().items())
+
+
 # ---- for good ----------------------------------------------------------------------------------------------------------
 
 
@@ -350,13 +367,3 @@ def test_unloading_into_float16_changes_nothing_if_it_does_not_fit():
 def test_merging_takes_each_once(names, message):
     with pytest.raises(ll.ConfigError, match=message):
         ll.merge(adapted(torch.float32), names)
-
-
-def test_what_always_ties_can_not_be_reloaded():
-    model = FAMILIES["t5"].make()
-    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None, target_modules=["q", "shared"]))
-    randomise(model)
-    with pytest.warns(
-        UserWarning, match="shared: merged into one end of a weight that T5ForConditionalGeneration always"
-    ):
-        ll.merge_and_unload(model)

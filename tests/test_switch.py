@@ -213,6 +213,27 @@ def test_mixed_batches_in_a_language_model():
         pass
 
 
+@pytest.mark.parametrize(("family", "table"), [("t5", "relative_attention_bias"), ("gpt2", "wpe")])
+def test_no_batch_is_mixed_where_no_dimension_counts_samples(family, table):
+    """As many samples as tokens, so that sizes alone would not tell."""
+    model, ids = FAMILIES[family].make().eval(), torch.randint(3, 61, (7, 7))
+    batch = {"input_ids": ids} if family == "gpt2" else {"input_ids": ids, "decoder_input_ids": ids}
+    tokens = model.get_input_embeddings()
+    tokens = next(name for name, module in model.named_modules() if module is tokens)
+    for name, target in (("positions", table), ("tokens", tokens)):
+        ll.inject(model, ll.LoRAConfig(r=2, target_modules=[target], modules_to_save=None), name)
+    randomise(model)
+    with (
+        pytest.raises(ll.ConfigError, match=f"{table}: looked up by something else than tokens"),
+        ll.mixed_batch(model, ["positions", *[None] * 6]),
+    ):
+        pass
+    with torch.no_grad(), ll.mixed_batch(model, ["tokens", *[None] * 6]):
+        mixed = model(**batch).logits
+    ll.set_adapter(model, "tokens")
+    torch.testing.assert_close(mixed[0], model(**batch).logits[0], rtol=1e-4, atol=1e-5)
+
+
 # ---- compiled -------------------------------------------------------------------------------------------------------------
 
 

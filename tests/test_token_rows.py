@@ -354,6 +354,61 @@ def test_what_peft_writes_of_a_resized_model(tmp_path):
         ll.load_adapter(FAMILIES["qwen2-tied"].make(), tmp_path / "theirs")
 
 
+class Doubled(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+def doubled(model):
+    model.model.embed_tokens.__class__ = Doubled
+    return model
+
+
+ELSEWHERE = {
+    "bert": (
+        lambda: tf.BertForMaskedLM(tf.BertConfig(**DECODER)),
+        TOKENS,
+        ("cls.predictions.decoder", "PEFT leaves the bias out"),
+    ),
+    "phi": (
+        lambda: tf.PhiForCausalLM(tf.PhiConfig(**DECODER)),
+        {"embed_tokens": TOKENS, "lm_head": TOKENS},
+        ("lm_head", "PEFT leaves the bias out"),
+    ),
+    "own-forward": (
+        lambda: doubled(FAMILIES["llama"].make()),
+        TOKENS,
+        ("model.embed_tokens", "PEFT leaves out what Doubled.forward does"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "tokens", "why"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_what_peft_computes_otherwise_is_refused(make, tokens, why, tmp_path):
+    """Both ways: and PEFT does compute something else."""
+    base = make().eval()
+    with torch.no_grad():
+        for key, parameter in base.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_()
+    options = {"r": 2, "target_modules": r".*\.(q_proj|query)", "trainable_token_indices": tokens}
+    model, ids = copy.deepcopy(base), torch.tensor([[5, 60, 7, 3]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = get_peft_model(copy.deepcopy(base), LoraConfig(**options)).eval()
+        twin.save_pretrained(str(tmp_path / "theirs"))
+    assert (twin(ids).logits - base(ids).logits).abs().max() > 1e-3
+    with pytest.raises(ll.CheckpointError, match=rf"{why[1]} .*\({why[0]}\): merge it there"):
+        ll.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    ll.inject(model, ll.LoRAConfig(**options, modules_to_save=None))
+    torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    with pytest.raises(
+        ll.UnsupportedError, match=f"{why[0]}: {why[1]}.*: merge the adapter, or keep it in a checkpoint"
+    ):
+        ll.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -131,14 +131,11 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: BaseFiles | None) -> Iterator[Source]:
     """One source; of a stack of matrices one for each. PEFT keeps their pairs side by side, in one A and one B."""
-    n = _stack(layer, layout)
-    if n is not None and files is not None:
-        raise UnsupportedError(
-            f"analyze: {name} is a stack of matrices (experts), whose weights are not read from files: leave --base "
-            "out, or load the adapter with ll.load_adapter, and call ll.analyze(model)"
-        )
+    n = _stack(layer, layout) if files is None else _stack_of_base(name, files)
 
     def values() -> dict[str, Tensor]:
+        if files is not None:
+            return files.misfits.found[name].values(layout)
         read = {part: tensor.read() for part, tensor in layer.tensors.items()}
         if n is None:
             return {part: value.flatten() if part == "magnitude" else value.flatten(1) for part, value in read.items()}
@@ -164,15 +161,22 @@ def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: 
             scaling=scaling,
             factors=factors,
             magnitude=lambda part=part: part("magnitude"),  # type: ignore[misc]
-            weight=None if files is None else lambda: _weight(name, files),
+            weight=None if files is None else lambda i=i: _weight(name, files, i),  # type: ignore[misc]
         )
 
 
-def _weight(name: str, files: BaseFiles) -> Tensor:
+def _weight(name: str, files: BaseFiles, i: int | None) -> Tensor:
     module = files.misfits.found[name].node.module
     kind: Any = kind_of(original_type(module))
     W: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
-    return W
+    return W if i is None else W[i]
+
+
+def _stack_of_base(name: str, files: BaseFiles) -> int | None:
+    module = files.misfits.found[name].node.module
+    kind: Any = kind_of(original_type(module))
+    shape = kind.lora_matrix_shape(module)
+    return shape[0] if len(shape) == 3 else None
 
 
 def _stack(layer: StoredLayer, layout: str) -> int | None:

@@ -10,10 +10,12 @@ from lightning_lora.errors import BaseMismatchError, CheckpointError, Unsupporte
 from lightning_lora.files.skeleton import names_in_files, skeleton
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpack
 from lightning_lora.formats.model_folder import ModelFolder
+from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
-from lightning_lora.layers import Part
+from lightning_lora.layers import Part, kind_of, original_type
 from lightning_lora.loading.misfits import Misfits
+from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.ops.samples import sample
 from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -48,19 +50,20 @@ class BaseFiles:
         self.folder, source = folder, str(folder.path)
         self.model = skeleton(folder.config, source)
         self.keys = names_in_files(self.model, folder)
-        names = {name for node in nodes(self.model).values() for name in node.names}
-        self.stored = stored if stored.layout == "peft" else stored.relative_to(names)
+        tree = nodes(self.model)
+        self._groups = {n: names for names in parameter_owners(tree).values() for n in names}
+        names = {name for node in tree.values() for name in node.names} | self._groups.keys()
+        self.stored = with_parameters(stored, tree) if stored.layout == "peft" else stored.relative_to(names)
         self.misfits = Misfits(self.model, self.stored, adapter_name)
         raise_all(CheckpointError, self.misfits.problems(), stored.source)
         if parts := [name for name, (node, _) in self.misfits.found.items() if isinstance(node.module, Part)]:
             way_out = "make a PEFT folder of it first (lightning-lora export)"
             raise UnsupportedError(f"{stored.source}: {listing(parts, 3)}: parts of layers: {way_out}")
-        self._groups = {n: names for names in parameter_owners(nodes(self.model)).values() for n in names}
         self.layers = {n: self._layer_change(n) for n in self.misfits.found if not self._is_other_end(n)}
+        self.config = self._config()
         self.added = dict(self._added())
         raise_all(CheckpointError, self._missing(), source)
         raise_all(UnsupportedError, self._unsupported(), stored.source)
-        self.config = self._config()
 
     def compare(self, allow_base_mismatch: bool) -> list[str]:
         """Checks that the files are what the adapter was trained on, as far as the adapter knows.
@@ -99,8 +102,9 @@ class BaseFiles:
 
     def _layer_change(self, layer_name: str) -> Change:
         node, stored = self.misfits.found[layer_name]
-        own = [f"{name}.weight" for name in node.names]
-        ends = self._groups.get(f"{node.name}.weight", ())
+        kind: Any = kind_of(original_type(node.module))
+        own = [kind.lora_weight_name(name) for name in node.names]
+        ends = self._groups.get(own[0], ())
         tied = [] if stored.is_rows else [name for name in ends if name not in own]  # rows are those of every end
         own += ends if stored.is_rows else []
         key = next((self.keys[name] for name in own if name in self.keys), own[0])
@@ -111,10 +115,23 @@ class BaseFiles:
         node, stored = self.misfits.found[layer_name]
         return stored.is_rows and tied_tables(self.misfits.tree, node)[0] is not node
 
+    def _config(self) -> dict[str, Any]:
+        """The configuration of what is merged: with weights untied that were tied, if that says no more."""
+        config = self.folder.config
+        if not any(change.tied for change in self.layers.values()):
+            return config
+        parts = {key: part for key, part in config.items() if isinstance(part, dict) and part.get(FLAG)}
+        untied = {**config, FLAG: False, **{key: {**part, FLAG: False} for key, part in parts.items()}}
+        model: Any = self.model
+        return untied if is_only_a_tie(type(model), model.config, self._made(untied).config) else config
+
+    def _made(self, config: dict[str, Any]) -> Any:
+        return skeleton(config, str(self.folder.path))
+
     def _added(self) -> Iterator[tuple[str, tuple[Shard, str]]]:
-        """Tensors that no file has, since they were tied to one that is in a file: from now on they differ."""
-        for change in self.layers.values():
-            names = [change.name, *change.tied] if change.tied else []
+        """Tensors that no file has, since they were tied to one that is in a file, and are by themselves now."""
+        changed = [change.name for change in self.layers.values() if change.tied]
+        for names in apart(self.model, self._made(self.config), changed) if changed else ():
             sources = [self.keys[name] for name in names if name in self.keys]
             for name in names if sources else ():
                 if name not in self.keys:
@@ -127,7 +144,8 @@ class BaseFiles:
         if lost:
             yield (
                 f"{listing(lost, 3)}: there is no such tensor in the files. Where transformers makes it of several "
-                "when it loads them, merge in Python: ll.load_adapter, ll.merge_and_unload, save_pretrained"
+                "when it loads them, go by Python: ll.load_adapter, then ll.analyze, or ll.merge_and_unload and "
+                "save_pretrained"
             )
         written = {change.key for change in self.layers.values()}
         written |= {key for name in self.stored.in_full for key in self.places_of(name)}
@@ -145,23 +163,6 @@ class BaseFiles:
                 f"init_lora_weights={self.stored.init!r} took a part out of each weight, and all of the weight tells "
                 "which: load the adapter with ll.load_adapter, and save it with ll.save_adapter against the clean base"
             )
-
-    def _config(self) -> dict[str, Any]:
-        """The configuration of what is merged: with weights untied that were tied."""
-        untied = [change.name for change in self.layers.values() if change.tied]
-        if not untied:
-            return self.folder.config
-        config = {**self.folder.config, "tie_word_embeddings": False}
-        for name, part in config.items():
-            if isinstance(part, dict) and part.get("tie_word_embeddings"):
-                config[name] = {**part, "tie_word_embeddings": False}
-        again = parameter_owners(nodes(skeleton(config, str(self.folder.path)))).values()
-        if still := [name for names in again if len(names) > 1 for name in names if name in untied]:
-            raise UnsupportedError(
-                f"{self.stored.source} changes one end of a weight that {type(self.model).__name__} always ties "
-                f"({listing(still, 3)}): no folder of files can hold the result"
-            )
-        return config
 
     def _fingerprint(self) -> dict[str, Any]:
         """That of the model, with values of the files."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_lora.composing.compose import combine_adapters
 from lightning_lora.composing.report import CombineReport
-from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, raise_all
+from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.stand_in import stand_in
 from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
@@ -53,11 +53,12 @@ def combine_files(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ConfigError: With every problem that `combine_adapters` finds.
+        ConfigError: If ``out`` is one of the sources; and with every problem that `combine_adapters` finds.
         CheckpointError: If a file is damaged, or the adapters do not fit together.
         BaseMismatchError: If they were trained on different bases.
         UnsupportedError: If that takes the base: for DoRA, and for what PEFT started with a part of each weight.
     """
+    raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources]), "combine")
     with ExitStack() as stack:
         read = [_read(Path(path), stack) for path, _ in sources]
         raise_all(CheckpointError, _incomplete(read), "combine")
@@ -65,7 +66,7 @@ def combine_files(
         if not allow_base_mismatch:
             raise_all(BaseMismatchError, _differences(read), "combine")
         names = _names(read)
-        adapters = [_without_tables(source.stored) for source in read]
+        adapters = [_as_peft_has_it(source.stored) for source in read]
         model = stand_in(adapters)
         for name, adapter in zip(names, adapters, strict=True):
             place(model, adapter, name, allow_base_mismatch=True)  # there are no values to compare
@@ -96,6 +97,13 @@ def _read(path: Path, stack: ExitStack) -> _Source:
     return _Source(path, read_folder(folder))
 
 
+def _overwritten(out: Path, sources: Iterable[Path]) -> Iterator[str]:
+    for path in sources:
+        folder = path.parent if path.suffix == ".safetensors" else path
+        if folder.resolve() == out.resolve():
+            yield f"{path} would be written over: give another folder than {out}"
+
+
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
     for source in sources:
         for name, layer in source.stored.layers.items():
@@ -106,7 +114,8 @@ def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
                 yield f"{source.path}: {name} has no matrices A and B"
 
 
-def _needs_base(sources: Iterable[_Source]) -> Iterator[str]:
+def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
+    known = any(source.stored.base is not None for source in sources)
     for source in sources:
         if source.stored.options["use_dora"]:
             yield (
@@ -118,6 +127,11 @@ def _needs_base(sources: Iterable[_Source]) -> Iterator[str]:
             yield (
                 f"{source.path} has rows of tokens ({rows[0]}), whose combination depends on those of the base: "
                 "combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
+            )
+        elif (read := source.stored.fields.get("target_parameters")) and not known:
+            yield (
+                f"{source.path} has adapters on parameters ({listing(read, 3)}), and only the base tells which module "
+                "has them in which order: combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
         elif source.stored.init is not None:
             yield (
@@ -146,10 +160,11 @@ def _names(sources: Sequence[_Source]) -> list[str]:
     return named if len(set(named)) == len(named) else [f"{name}_{i}" for i, name in enumerate(named, 1)]
 
 
-def _without_tables(stored: StoredAdapter) -> StoredAdapter:
-    """Without the frozen tables of the base that PEFT writes beside adapters on embeddings."""
-    tables = stored.tables
-    return replace(stored, in_full={k: v for k, v in stored.in_full.items() if k not in tables}, is_target=None)
+def _as_peft_has_it(stored: StoredAdapter) -> StoredAdapter:
+    """Whole layers, and without the frozen tables of the base that PEFT writes beside adapters on embeddings."""
+    in_full = {key: tensor for key, tensor in stored.in_full.items() if key not in stored.tables}
+    entry = {key: value for key, value in stored.entry.items() if key != "parts"}
+    return replace(stored, in_full=in_full, is_target=None, entry=entry)
 
 
 def _fields(exported: Export, sources: Sequence[_Source]) -> dict[str, Any]:

@@ -67,8 +67,10 @@ class _Folder(NamedTuple):
         return found
 
     def ranks(self) -> dict[str, int]:
-        """Those of the layers, by their tensors."""
-        keys = self.layers((_FACTORS[0], _TABLES[0]))
+        """Those of the layers, by their tensors: not of parameters, which may be stacks of pairs."""
+        keys, names = self.layers((_FACTORS[0], _TABLES[0])), PeftNames(self.config)
+        if self.config.get("target_parameters"):
+            keys = {layer: key for layer, key in keys.items() if names.is_target(layer)}
         return {layer: max(1, self.shapes[key][0]) for layer, key in keys.items() if self.shapes[key]}
 
 

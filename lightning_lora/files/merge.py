@@ -110,9 +110,9 @@ def _place_problems(base: Path, out: Path) -> Iterator[str]:
 
 def _adapter(name: str, files: BaseFiles) -> Adapter:
     """A layer's adapter, by itself."""
-    node, layer = files.misfits.found[name]
+    found = files.misfits.found[name]
+    node, layer = found
     kind: Any = kind_of(original_type(node.module))
-    shape = kind.lora_matrix_shape(node.module)
     config = LoRAConfig(**files.stored.options)
     key = files.source_of(files.layers[name].key)
     dtype = torch.float64 if files.folder.shard_of[key].places[key].dtype == "F64" else torch.float32
@@ -129,7 +129,7 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
         rows.take(layer.read())
         return rows
     adapter = variant_class(config.variant)(
-        shape,
+        kind.lora_matrix_shape(node.module),
         r=layer.r,
         lora_alpha=layer.lora_alpha,
         config=config,
@@ -137,7 +137,7 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
         dtype=dtype,
         device=torch.device("cpu"),
     )
-    adapter.take(layer.read(*shape))
+    adapter.take(found.values(files.stored.layout))
     return adapter
 
 

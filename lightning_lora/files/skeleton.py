@@ -41,6 +41,7 @@ def skeleton(config: dict[str, Any], source: str) -> nn.Module:
             read = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
             with torch.device("meta"):
                 model: nn.Module = cls(read)
+            model.tie_weights()  # type: ignore[operator]  # on the meta device transformers 5.0 does not
         except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
             raise UnsupportedError(f"{source}: transformers can't build {cls.__name__} from it ({error})") from error
     return model

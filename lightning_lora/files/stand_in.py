@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.targets.walk import nodes
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -24,15 +26,17 @@ def stand_in(adapters: Iterable[StoredAdapter]) -> nn.Module:
     """
     adapters, model = list(adapters), nn.Module()
     described = dict(_described(adapters))
-    for adapter in adapters:
-        for name, layer in adapter.layers.items():
-            if not isinstance(_find(model, name), nn.Module):
-                _put(model, name, _layer(layer, f"{name}.bias" in described))
     for name, shape in described.items():
         owner, _, key = name.rpartition(".")
-        module = _make(model, owner)
-        if module._parameters.get(key) is None:
-            module.register_parameter(key, nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False))
+        frozen = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
+        _make(model, owner).register_parameter(key, frozen)
+    tree = nodes(model)
+    for adapter in adapters:
+        for name, layer in with_parameters(adapter, tree).layers.items():
+            if name in described:
+                _turn(_make(model, name.rpartition(".")[0]), described[name], layer)
+            elif (found := _find(model, name)) is None or type(found) is nn.Module:
+                _put(model, name, _layer(layer, f"{name}.bias" in described))
     for adapter in adapters:
         for name, tensor in adapter.in_full.items():  # has values of its own, so it needs the room for them
             owner, _, key = name.rpartition(".")
@@ -52,6 +56,13 @@ def _described(adapters: Iterable[StoredAdapter]) -> Iterator[tuple[str, list[in
     for adapter in adapters:
         if adapter.base is not None:
             yield from ((name, shape) for name, shape, _ in unpack(adapter.base["parameters"]))
+
+
+def _turn(owner: nn.Module, shape: list[int], layer: StoredLayer) -> None:
+    """Has a module say how the matrices of a stack lie in it, as PEFT would see them."""
+    pair = [layer.tensors["B"].shape[0], layer.tensors["A"].shape[1]]
+    if shape[1:] == pair[::-1] != pair:
+        owner.is_transposed = True  # type: ignore[assignment]
 
 
 def _layer(layer: StoredLayer, bias: bool) -> Any:
@@ -92,5 +103,9 @@ def _make(model: nn.Module, name: str) -> nn.Module:
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in its place, with what else is known to be in it."""
     owner, _, part = name.rpartition(".")
+    if (known := _find(model, name)) is not None:
+        module._modules |= known._modules
+        module._parameters |= {key: value for key, value in known._parameters.items() if key not in module._parameters}
     _make(model, owner).add_module(part, module)

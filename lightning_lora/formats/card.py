@@ -1,15 +1,30 @@
 """The README.md of a PEFT folder: a model card, as hubs show it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from lightning_lora.formats.folder import sync
+
 CARD = "README.md"
+
+_OURS = re.compile(r"\A---\n(?:(?!---$).*\n)*?- lightning-lora$", re.MULTILINE)  # the tag
+
+
+def put_card(folder: Path, lines: list[str]) -> None:
+    """Writes a card, in place of one of ours at most: what somebody else wrote stays."""
+    card = folder / CARD
+    if card.exists() and not (card.is_file() and _OURS.match(card.read_text(encoding="utf-8", errors="replace"))):
+        return
+    card.unlink(missing_ok=True)  # it may be a link to the file that is to stay until all is written
+    card.write_text(str(ModelCard("\n".join([*lines, ""]), ignore_metadata_errors=True)), encoding="utf-8")
+    sync(card)
 
 
 def write_card(folder: Path, fields: dict[str, Any], layers: int, parameters: int, notes: list[str]) -> None:
-    """Writes the card for an adapter.
+    """Writes the card for an adapter, as `put_card` does.
 
     Args:
         folder: The folder.
@@ -45,7 +60,7 @@ def write_card(folder: Path, fields: dict[str, Any], layers: int, parameters: in
     ]
     lines += ["```", "", "```python", "import lightning_lora as ll", "", "ll.load_adapter(base_model, folder)", "```"]
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
-    (folder / CARD).write_text(str(ModelCard("\n".join(lines) + "\n", ignore_metadata_errors=True)), encoding="utf-8")
+    put_card(folder, lines)
 
 
 def _listed(names: str | list[str]) -> str:

@@ -20,6 +20,7 @@ from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
 from lightning_lora.layers import Part, kind_of
 from lightning_lora.layers.layouts import Layout
+from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.quantization import dense
 from lightning_lora.targets.walk import Node
@@ -132,7 +133,9 @@ def _magnitude(held: Sequence[tuple[Any, Any]]) -> Tensor:
     """DoRA's magnitudes of a whole layer: the norms of the frozen rows, where no part is adapted."""
     owner = held[0][0].lora_place[0]
     kind: Any = kind_of(type(owner))
-    norms: Tensor = torch.linalg.vector_norm(kind.lora_as_matrix(owner, gathered(dense(owner))).float(), dim=1)
+    W = kind.lora_as_matrix(owner, gathered(dense(owner)))
+    dtype = accumulation_dtype(W, *(adapter.magnitude for _, adapter in held))
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
     for part, adapter in held:
         values = gathered(adapter.magnitude).detach().to(norms)
         part.lora_layout.of_rows(norms).copy_(values.view(part.lora_layout.blocks, part.lora_layout.size))

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.card import CARD
+from lightning_lora.formats.card import put_card
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, parse_config, shown
@@ -77,19 +77,18 @@ class Exported:
         entry = {"format": FORMAT, "peft": self.fields, "adapter_name": self.adapter_name, "step": step}
         base = fingerprint(self.root, adapter_name=self.adapter_name)
         entry |= {"config": self.config.to_dict(), "base": encode(base)}
-        with whole_folder(folder, frozenset({CONFIG, WEIGHTS, CARD})) as staged:
+        with whole_folder(folder, frozenset({CONFIG, WEIGHTS})) as staged:
             write_tensors(staged / WEIGHTS, self.tensors, entry)
             text = json.dumps(self.fields, indent=2, sort_keys=True)
             (staged / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-            (staged / CARD).write_text(self._card(), encoding="utf-8")
+            put_card(staged, self._card())
 
-    def _card(self) -> str:
+    def _card(self) -> list[str]:
         kind, base = self.config.method, self.fields["base_model_name_or_path"]
         data = ModelCardData(base_model=base, library_name="peft", tags=[kind.replace("_", "-"), "lightning-lora"])
         rows = {key: value for key, value in self.fields.items() if value is not None}
         lines = ["---", data.to_yaml(), "---", "", f"# {kind.replace('_', ' ')}, made with lightning-lora", ""]
-        lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in sorted(rows.items()))]
-        return str(ModelCard("\n".join([*lines, ""]), ignore_metadata_errors=True))
+        return [*lines, "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in sorted(rows.items()))]
 
 
 def load_prompt_folder(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import RowsAdapter, TiedRows, TokenRows
 from lightning_lora.errors import listing
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, has_own_forward, original_type
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import Node
@@ -39,6 +39,9 @@ class ExportedRows:
             return
         if not has_pairs:
             yield f"{listing([*self.tables], 3)}: rows of tokens alone, and PEFT's LoRA needs a layer in target_modules"
+        for name in (*self.tables, *self.tied):
+            if (why := peft_rows_problem(self._tree[name].module)) is not None:
+                yield f"{name}: {why}: merge the adapter, or keep it in a checkpoint"
         if shared := [name for name in self.tables if self._tree[name].aliases]:
             yield f"{listing(shared, 3)}: has several names in the model, and PEFT would have rows under one of them"
         config: Any = getattr(self._root, "config", None)
@@ -65,6 +68,16 @@ class ExportedRows:
         """By the layer's name and PEFT's end of the key."""
         for name, adapter in self.tables.items():
             yield f"{name}.{ROWS}", gathered(adapter.rows).detach()
+
+
+def peft_rows_problem(layer: Any) -> str | None:
+    """Why rows of a layer's table compute something else in PEFT, which takes a plain product or look-up with them."""
+    cls = original_type(layer)
+    if issubclass(cls, nn.Linear) and layer.bias is not None:
+        return "PEFT leaves the bias out where rows of an output embedding are trained"
+    if has_own_forward(cls) and not (issubclass(cls, nn.Embedding) and hasattr(layer, "embed_scale")):
+        return f"PEFT leaves out what {cls.__name__}.forward does where rows are trained"
+    return None
 
 
 def _ask(root: Any, method: str) -> nn.Module | None:

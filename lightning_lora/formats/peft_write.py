@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.formats.card import CARD, write_card
+from lightning_lora.formats.card import write_card
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, write_config
 from lightning_lora.formats.tensor_write import write_tensors
@@ -28,7 +28,7 @@ def write_peft_folder(
     """Writes a folder, as a whole or not at all.
 
     Args:
-        folder: The folder; other files in it stay.
+        folder: The folder; other files in it stay, and a card that somebody else wrote.
         tensors: By PEFT's keys.
         fields: Those of PEFT's ``LoraConfig``.
         entry: What else there is to say: the adapter's name, its own configuration, base, starts and step.
@@ -37,7 +37,7 @@ def write_peft_folder(
     """
     base = entry.get("base")
     described = {k: v for k, v in entry.items() if k != "base"} | ({} if base is None else {"base": encode(base)})
-    with whole_folder(folder, frozenset({CONFIG, WEIGHTS, CARD})) as staged:
+    with whole_folder(folder, frozenset({CONFIG, WEIGHTS})) as staged:
         write_tensors(staged / WEIGHTS, tensors, {"format": FORMAT, "peft": fields, **described})
         write_config(staged, fields)
         write_card(staged, fields, layers, sum(tensor.numel() for tensor in tensors.values()), notes)

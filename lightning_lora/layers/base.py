@@ -65,13 +65,13 @@ class LoRALayer(Base):
 
     def lora_mixed(self, mixture: "Mixture", input: Tensor, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output for a batch in which samples have adapters of their own: each as in a batch by itself."""
+        if not mixture.rows:
+            return base
         if len(input) != mixture.samples:
             raise ConfigError(
                 f"mixed_batch: {mixture.samples} samples were assigned, and a {type(self).lora_plain_class.__name__} "
                 f"is given {len(input)}: name an adapter for each row of its first dimension"
             )
-        if not mixture.rows:
-            return base
         parts = []
         for name, index in mixture.rows.items():
             part = base[index]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.encoders import keep_to_layers
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _APART = "_lora_apart"  # on a module whose layers were not called as its source says
@@ -78,8 +79,12 @@ def scope() -> Scope | None:
 
 
 def arrange(model: nn.Module) -> None:
-    """Hooks the modules of a model that call several layers with adapters with the same input, and no others."""
+    """Hooks the modules of a model that call several layers with adapters with the same input, and no others.
+
+    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`).
+    """
     for module in model.modules():
+        keep_to_layers(module)
         wanted = not isinstance(module, LoRALayer) and bool(_groups(module))
         if wanted and _KEY not in module._forward_pre_hooks:
             module._forward_pre_hooks[_KEY] = _enter

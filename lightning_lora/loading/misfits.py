@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_lora.adapters import RowsAdapter, TiedRows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import did_you_mean, listing
+from lightning_lora.formats.peft_parameters import from_peft
+from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of
@@ -25,6 +27,15 @@ class Found(NamedTuple):
 
     node: Node
     stored: StoredLayer
+
+    def values(self, layout: str) -> dict[str, Tensor]:
+        """The tensors, in the shapes of an adapter's."""
+        kind: Any = kind_of(original_type(self.node.module))
+        shape = kind.lora_matrix_shape(self.node.module)
+        if layout == "peft" and len(shape) == 3:
+            tensors = self.stored.tensors.items()
+            return from_peft(self.node, self.stored.r, {part: tensor.read() for part, tensor in tensors})
+        return self.stored.read(*shape)
 
 
 class Misfits:
@@ -118,6 +129,9 @@ class Misfits:
                 "model.resize_token_embeddings(len(tokenizer)) before it is loaded"
             )
         ends = tied_tables(self.tree, node)
+        for end in ends if self.stored.layout == "peft" and self.stored.base is None else ():
+            if (why := peft_rows_problem(end.module)) is not None:
+                yield f"{why} ({end.name}): merge it there"
         if odd := [end.name for end in ends if end.kind is None or not end.kind.lora_has_rows]:
             yield f"{listing(odd)} has the same table, and can't have rows of its own"
         if ends[0] is not node and ends[0].name not in {found.node.name for found in self.found.values()}:

@@ -1,7 +1,7 @@
 """Putting an adapter from a file into a model: all of it, or nothing."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from lightning_lora.adapters import TiedRows, TokenRows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
 from lightning_lora.formats.fingerprint import compare, fingerprint
-from lightning_lora.formats.peft_parameters import from_peft, with_parameters
+from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.peft_parts import with_parts
 from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
@@ -129,12 +129,9 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
 
 def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """A layer's tensors in the shapes of an adapter's."""
-    node, layer = found
-    kind: Any = kind_of(original_type(node.module))
-    if misfits.stored.layout == "peft" and len(kind.lora_matrix_shape(node.module)) == 3:
-        return from_peft(node, layer.r, {part: tensor.read() for part, tensor in layer.tensors.items()})
-    values = layer.read(*kind.lora_matrix_shape(node.module))
-    if misfits.stored.init is not None and kind.lora_starts_as_told:
+    values, kind = found.values(misfits.stored.layout), cast(Any, kind_of(original_type(found.node.module)))
+    is_matrix = "A" in values and values["A"].dim() == 2
+    if misfits.stored.init is not None and kind.lora_starts_as_told and is_matrix:
         values |= _start_again(found, misfits)
     return values
 

@@ -1,17 +1,18 @@
 """Adapters into the base weights for good."""
 
-import warnings
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_lora.errors import ConfigError, listing, raise_all
+from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.injection.inject import eject
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, context_problems
 from lightning_lora.merging.merge import merge, merge_problems, merged_piece, unmerge
 from lightning_lora.merging.tied_rows import tied_alike
+from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.methods.added import added_modules
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantize import dequantize_
@@ -33,8 +34,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
 
     Returns:
         The same model, with ``requires_grad`` as it was before adapters came. Where a tied weight had to be untied,
-        ``tie_word_embeddings`` of the transformers model is turned off, so that it reloads as it is; where its class
-        ties such weights all the same (T5) a warning says so.
+        ``tie_word_embeddings`` of the transformers model is turned off where it says no more than that, and what it
+        tied gets copies, so that it reloads as it is.
 
     Raises:
         ConfigError: If the model has no adapters, or they are not finite, or some layers are merged and others not.
@@ -74,26 +75,31 @@ def merge_and_unload(model: nn.Module, dequantize: bool = True) -> nn.Module:
         vars(module).pop(COPIES, None)  # what is in place stays
     eject(model)
     for prefix, module in model.named_modules() if untied else ():
-        if is_pretrained(module):
-            _untie(
-                module, [name.removeprefix(f"{prefix}.") for name in untied if is_inside(name, prefix) or not prefix]
-            )
+        if is_pretrained(module) and any(is_inside(name, prefix) for name in untied):
+            _untie(module)
     return model
 
 
-def _untie(module: Any, untied: list[str]) -> None:
-    """Turns ``tie_word_embeddings`` off, and warns where the model's class ties such weights all the same."""
-    if getattr(module.config, "tie_word_embeddings", False):
-        module.config.tie_word_embeddings = False
+def _untie(module: Any) -> None:
+    """Turns ``tie_word_embeddings`` off where that can be, and gives copies to what a file would have one of."""
+    config: Any = module.config
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    tying = [part for part in parts if getattr(part, FLAG, False)]
+    loaded = type(config).from_dict(config.to_dict())
+    for part in tying:
+        setattr(part, FLAG, False)
+    untied = type(config).from_dict(config.to_dict())
+    if not is_only_a_tie(type(module), loaded, untied):
+        untied = loaded
+        for part in tying:
+            setattr(part, FLAG, True)
     with torch.device("meta"):
-        again = type(module)(type(module.config).from_dict(module.config.to_dict()))  # as from a file
-    tied = [names for names in parameter_owners(nodes(again)).values() if len(names) > 1]
-    if always := [name for name in untied if any({name, f"{name}.weight"} & {*names} for names in tied)]:
-        warnings.warn(
-            f"{listing(always)}: merged into one end of a weight that {type(module).__name__} always ties. This model "
-            "computes with it; what save_pretrained writes of it can't be reloaded as it is",
-            stacklevel=3,
-        )
+        again = type(module)(untied)
+    for names in list(apart(module, again)):
+        for name in names[1:]:
+            owner, _, key = name.rpartition(".")
+            parameters = module.get_submodule(owner)._parameters
+            parameters[key] = copy.deepcopy(parameters[key])
 
 
 @torch.no_grad()

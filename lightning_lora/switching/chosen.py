@@ -5,8 +5,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from lightning_lora.checks import is_alpha
-from lightning_lora.errors import ConfigError, did_you_mean
+from lightning_lora.errors import ConfigError, did_you_mean, listing
 from lightning_lora.injection.copies import kept_values, values_of
+from lightning_lora.layers import lora_layers
+from lightning_lora.names import clean
+from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.roles import ask
 
 
 def weights_of(adapters: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -48,3 +52,19 @@ def rival_modules(model: nn.Module, names: Collection[str]) -> list[str]:
         if len(rivals := [n for n in names if n in owners]) > 1:
             return [f"{' and '.join(map(repr, rivals))} both train {name} in full: name one of them"]
     return []
+
+
+def other_tables(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Embeddings of transformers models, but those of tokens, that have one of these adapters.
+
+    What they look up need not be of samples: positions, or distances between them, are the same for a whole batch.
+    """
+    tables = [n for n, layer in lora_layers(model) if isinstance(layer, nn.Embedding) and {*names} & {*layer.lora}]
+    modules = dict(model.named_modules()) if tables else {}
+    pretrained = {name: module for name, module in modules.items() if is_pretrained(module)}
+    name_of = {id(module): name for name, module in modules.items()}
+    of_tokens = {ask(module, "get_input_embeddings", name_of) for module in pretrained.values()} - {None}
+    tables = [n for n in tables if any(is_inside(n, outer) for outer in pretrained)]
+    tables = [n for n in tables if not any(n == known or is_inside(n, str(known)) for known in of_tokens)]
+    what = f"{listing([clean(n) for n in tables], 3)}: looked up by something else than tokens, maybe of no sample"
+    return [f"{what}: leave out such layers, or run one batch for each adapter"] if tables else []

@@ -15,7 +15,7 @@ from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import KEY, added_modules, added_to
-from lightning_lora.switching.chosen import rival_modules, unknown_names, weight_problems, weights_of
+from lightning_lora.switching.chosen import other_tables, rival_modules, unknown_names, weight_problems, weights_of
 
 _LEFT_OUT = (False, None)
 
@@ -177,7 +177,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """Within this context each sample of a batch has an adapter of its own, or none.
 
     Every layer gives for a sample what it would give if its adapter were the only active one, with a weight of 1.
-    Samples are what the first dimension of a layer's input counts. Adapters can't be added, switched, merged or deleted
+    Samples are what the first dimension of a layer's input counts; adapters on embeddings of positions, in which no
+    dimension does, are refused in transformers models. Adapters can't be added, switched, merged or deleted
     before the context ends.
 
     Args:
@@ -214,6 +215,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         for found in added_modules(model)
         if found.module.active and found.module._parameters
     ][:1]
+    problems += other_tables(model, names)
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
     before = [layer.lora_mixture for layer in layers]

@@ -158,6 +158,17 @@ def test_what_is_refused(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_what_is_combined_is_not_written_over(tmp_path, capsys):
+    saved(tmp_path, "llama", [{}, {}])
+    one, two = tmp_path / "one", tmp_path / "two"
+    before = {path.name: path.read_bytes() for path in two.iterdir()}
+    (tmp_path / "link").symlink_to(two)
+    for out, source in ((two, two), (tmp_path / "link", two), (one / ".." / "two", two / "adapter_model.safetensors")):
+        said = fails(2, capsys, "combine", out, one, f"{source}:0.5")
+        assert f"{source} would be written over: give another folder than {out}" in said
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == before
+
+
 def test_damaged_adapters(tmp_path, capsys):
     base = FAMILIES["llama"].make()
     ll.save_adapter(adapted(base), tmp_path / "a")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import lightning_lora as ll
 from lightning_lora.files.merge import merge_files
 from tests.commands.files import adapted, assert_same_tensors, fails, fitted, run, tensors
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import FAMILIES, TIED, logits_of, tied
 
 KINDS = {
     "llama": ("llama", {}),
@@ -126,13 +126,22 @@ def test_a_tied_weight_is_untied(tmp_path, target, shards):
         assert index["metadata"]["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_is_always_tied_is_refused(tmp_path, capsys):
-    base = FAMILIES["t5"].make()
-    base.save_pretrained(tmp_path / "base")
-    ll.save_adapter(adapted(base, target_modules=["q", "lm_head"]), tmp_path / "adapter")
-    said = fails(1, capsys, "merge", "--base", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert "T5ForConditionalGeneration always ties (lm_head.weight)" in said
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("name", "end"), [(name, end) for name, (_, ends) in TIED.items() for end in ends])
+def test_what_shares_a_weight_with_a_merged_layer_is_written_too(tmp_path, name, end):
+    model, told = tied(name), tmp_path / "base" / "config.json"
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads(told.read_text())
+    config.pop("scale_decoder_outputs", None)  # T5's older files don't say what follows from what is tied
+    told.write_text(json.dumps(config))
+    model = adapted(model, target_modules=[end])
+    ll.save_adapter(model, tmp_path / "adapter")
+    ll.merge_and_unload(model).save_pretrained(tmp_path / "expected")
+    run("merge", "--base", tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert_same_tensors(tmp_path / "expected", tmp_path / "out")
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("expected", "out")]
+    assert configs[0].get("tie_word_embeddings") == configs[1].get("tie_word_embeddings")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert torch.equal(logits_of(again), logits_of(model))
 
 
 def test_another_base_is_refused_unless_allowed(tmp_path, capsys):

@@ -142,3 +142,56 @@ FAMILIES = {
     ),
     "convnet": Family(ConvNet, pixels, 2, ("head",), target_modules=["features.*"]),
 }
+
+
+_STACK = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+_BART = {
+    **{key: value for key, value in DECODER.items() if key not in SMALL},
+    **{f"{stack}_{key}": size for stack in ("encoder", "decoder") for key, size in _STACK.items()},
+    "d_model": 32,
+}
+_T5 = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+_BART_ENDS = ["model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"]
+_T5_ENDS = ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+_BERT_ENDS = ["bert.embeddings.word_embeddings", "cls.predictions.decoder"]
+
+TIED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "bart": (lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)), _BART_ENDS),
+    "mbart": (lambda: tf.MBartForConditionalGeneration(tf.MBartConfig(**_BART)), _BART_ENDS),
+    "pegasus": (lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_BART)), _BART_ENDS),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**DECODER)), _BERT_ENDS),
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), _T5_ENDS),
+    "umt5": (lambda: tf.UMT5ForConditionalGeneration(tf.UMT5Config(**_T5)), _T5_ENDS),
+    "switch": (
+        lambda: tf.SwitchTransformersForConditionalGeneration(
+            tf.SwitchTransformersConfig(
+                **_T5, num_decoder_layers=1, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0
+            )
+        ),
+        _T5_ENDS,
+    ),
+    "gpt2": (FAMILIES["gpt2"].build, ["transformer.wte", "lm_head"]),
+    "llama": (
+        lambda: _causal(tf.LlamaConfig(**DECODER, **KV, tie_word_embeddings=True)),
+        ["model.embed_tokens", "lm_head"],
+    ),
+}
+"""Models with the names of layers that share one weight."""
+
+
+def tied(name: str) -> nn.Module:
+    """One of these, whose tables are no noise, and whose biases are not 0."""
+    torch.manual_seed(0)
+    model = TIED[name][0]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1 or len(parameter) == 61:
+            nn.init.normal_(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    """Of a batch that suits these."""
+    ids = torch.tensor([[5, 60, 7, 3]])
+    whole = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, **whole).logits

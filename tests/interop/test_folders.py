@@ -293,6 +293,20 @@ def test_other_files_in_the_folder_stay(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p != folder]
 
 
+def test_a_card_that_somebody_else_wrote_stays(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for text in ("# Notes\n\n- lightning-lora\n", "---\ntags:\n- lora\n---\n- lightning-lora\n"):
+        (folder / "README.md").write_text(text)
+        for r in (2, 3):
+            ll.save_adapter(trained(FAMILIES["llama"].make(), r=r), folder)
+        assert (folder / "README.md").read_text() == text
+    (folder / "README.md").unlink()
+    for r in (2, 3):
+        ll.save_adapter(trained(FAMILIES["llama"].make(), r=r), folder)
+        assert f"| rank | {r} |" in (folder / "README.md").read_text()
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     model = trained(FAMILIES["llama"].make())
     ll.save_adapter(model, tmp_path / "a")

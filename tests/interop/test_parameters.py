@@ -10,6 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.analysis import analyze_files
+from lightning_lora.files.combine import combine_files
+from lightning_lora.files.merge import merge_files
+from tests.commands.files import assert_same_tensors
 from tests.layers.test_experts import FAMILIES, IDS, LORA, noise
 
 pytestmark = [
@@ -169,3 +173,98 @@ def test_inspect_tells_the_norms_of_experts(tmp_path):
     expected = (1.5 * adapter.B @ adapter.A).norm().item()
     norms = [layer["norm_update"] for layer in inspect(tmp_path / "a")["adapters"][0]["layers"]]
     assert any(norm == pytest.approx(expected, rel=1e-4) for norm in norms)
+
+
+# ---- files alone --------------------------------------------------------------------------------------------------------
+
+FILES = {
+    "gpt_oss": {},  # stored as (in, out)
+    "llama4": {"target_modules": ["q_proj"]},  # ... and not said to be
+    "granitemoe": {"rank_pattern": {"down_proj": 4}, "alpha_pattern": {"down_proj": 5.0}},
+    "mixtral": {"target_parameters": ["re:.*mlp.gate.weight"]},  # routers are matrices
+}
+
+
+def saved(folder, family, seed=0, **options):
+    """A base and an adapter of it in files, and the model with it in memory."""
+    model = build(family)
+    model.save_pretrained(folder / "base")
+    ll.inject(model, ll.LoRAConfig(**{**LORA, "target_modules": [], **options}))
+    torch.manual_seed(seed)
+    noise(model)
+    ll.save_adapter(model, folder / f"a{seed}")
+    return model
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_merged_into_files(family, tmp_path):
+    model = saved(tmp_path, family, **{"target_modules": ["q_proj"], **FILES[family]})
+    peft.PeftModel.from_pretrained(build(family), tmp_path / "a0").save_pretrained(tmp_path / "theirs")
+    merge_files(tmp_path / "base", tmp_path / "a0", tmp_path / "out")
+    merge_files(tmp_path / "base", tmp_path / "theirs", tmp_path / "of-theirs")
+    assert_same_tensors(tmp_path / "out", tmp_path / "of-theirs")
+    merged = type(model).from_pretrained(tmp_path / "out").eval()
+    ll.merge_and_unload(model)
+    assert any(
+        not torch.equal(p, build(family).get_parameter(n)) for n, p in merged.named_parameters() if "q_" not in n
+    )
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_analysed_with_a_base_in_files(family, tmp_path):
+    model = saved(tmp_path, family, **{"target_modules": ["q_proj"], **FILES[family]})
+    found, expected = analyze_files(tmp_path / "a0", tmp_path / "base"), ll.analyze(model)
+    assert found.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
+        assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-5)
+        assert found.layers[name].weight.drift == pytest.approx(layer.weight.drift, rel=1e-5)
+
+
+def test_files_that_hold_experts_one_by_one(tmp_path):
+    saved(tmp_path, "mixtral")
+    missed = pytest.raises(ll.CheckpointError, match=r"experts.gate_up_proj.*no such tensor .* makes it of several")
+    with missed:
+        merge_files(tmp_path / "base", tmp_path / "a0", tmp_path / "out")
+    with missed:
+        analyze_files(tmp_path / "a0", tmp_path / "base")
+
+
+METHODS = [(family, method) for family in FILES for method in ("cat", "svd", "linear", "ties")]
+METHODS = [each for each in METHODS if each not in [("llama4", "linear"), ("llama4", "ties")]]
+"""PEFT takes A for B in Llama 4, and these two give the sign of a weight to B."""
+
+
+@pytest.mark.parametrize(("family", "method"), METHODS)
+def test_combined_without_their_base(family, method, tmp_path):
+    for seed in (0, 1):
+        saved(tmp_path, family, seed, **{"target_modules": ["q_proj"], **FILES[family]})
+    given = [(tmp_path / "a0", 0.7), (tmp_path / "a1", -0.4)]
+    rank = 3 if method == "svd" else None
+    combine_files(tmp_path / "out", given, method, rank)
+    model = build(family)
+    for i, (folder, _) in enumerate(given):
+        ll.load_adapter(model, folder, f"a{i}")
+    ll.combine_adapters(model, {"a0": 0.7, "a1": -0.4}, "combined", method, rank)
+    ll.set_adapter(model, "combined")
+    again = build(family)
+    ll.load_adapter(again, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_wrote_of_experts_is_not_combined_without_their_base(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    peft.get_peft_model(build("granitemoe"), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ll.UnsupportedError, match=r"experts.down_proj.*only the base tells which module has them"):
+        combine_files(tmp_path / "out", [(tmp_path / "theirs", 1.0)])
+    saved(tmp_path, "granitemoe")
+    combine_files(tmp_path / "out", [(tmp_path / "theirs", 1.0), (tmp_path / "a0", 0.5)])
+
+
+def test_ranks_of_experts_are_no_scales(tmp_path):
+    """Their A is as many ranks high as there are experts."""
+    saved(tmp_path, "granitemoe", target_modules=["q_proj"])
+    findings = [str(finding) for finding in ll.lint(tmp_path / "a0", "vllm")]
+    assert findings == ["vllm: target_parameters (experts) have a layout of their own there: merge the adapter"]

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.files.combine import combine_files
 from lightning_lora.files.merge import merge_files
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from tests.helpers.modules import Wrapped, one_batch, trainer
@@ -256,6 +257,14 @@ def test_folders(name, options, tmp_path):
         assert (config.target_modules, config.rank_pattern) == (["q", "v"], {"v": 6})
 
 
+def test_folders_keep_what_float64_adapters_are(tmp_path):
+    model, _ = adapted("phi3", use_dora=True)
+    ll.save_adapter(model, tmp_path / "adapter")
+    again = make("phi3")
+    ll.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(ll.adapter_state_dict(again), ll.adapter_state_dict(model), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt-neox", "gpt2"])
 def test_merging_into_files(name, tmp_path):
     model, _ = adapted(name, torch.float32)
@@ -263,6 +272,15 @@ def test_merging_into_files(name, tmp_path):
     ll.save_adapter(model, tmp_path / "adapter")
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_combining_files(tmp_path):
+    model, _ = adapted("phi3", torch.float32)
+    ll.save_adapter(model, tmp_path / "adapter")
+    combine_files(tmp_path / "twice", [(tmp_path / "adapter", 0.3), (tmp_path / "adapter", 0.7)])
+    again = make("phi3", torch.float32)
+    ll.load_adapter(again, tmp_path / "twice")
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -519,6 +519,32 @@ def test_int8_in_any_number_of_dimensions():
     assert (model(x[0, 0, 0]) - model(x)[0, 0, 0]).norm() < 0.05 * model(x)[0, 0, 0].norm()
 
 
+@pytest.mark.parametrize("options", [None, {}, {"use_dora": True}, {"target_modules": ["1.linear1"]}])
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_encoders_of_torch_call_packed_layers(mode, options):
+    """In eval mode they would multiply with packed weights themselves, and make nested tensors of padded batches."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0, batch_first=True), 2)
+    encoder.requires_grad_(False)
+    x, mask = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    if options is not None:
+        ll.inject(encoder, ll.LoRAConfig(r=4, **options))
+        randomise(encoder)
+    ll.quantize(encoder, mode)
+    with torch.no_grad():
+        found = encoder.eval()(x, src_key_padding_mask=mask)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        plain = encoder(x, src_key_padding_mask=mask)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(found[~mask], plain[~mask], rtol=1e-4, atol=1e-5)
+    dequantize_(encoder)
+    assert encoder.use_nested_tensor == (options is None)
+    assert not encoder.layers[0]._forward_pre_hooks
+
+
 def test_ties_outside_of_what_is_quantised():
     one, other = nn.Linear(64, 64), nn.Linear(64, 64)
     other.weight = one.weight

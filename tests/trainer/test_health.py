@@ -96,15 +96,19 @@ def test_multihead_attention_is_handled():
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_dora": True, "target_modules": ["1.linear1"]}])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_the_encoders_fused_path_does_not_bypass_adapters(masked):
-    """In eval mode without gradients torch reads the linears' weights, unless one of its modules has a hook."""
+def test_the_encoders_fused_path_does_not_bypass_adapters(options, masked):
+    """In eval mode without gradients torch reads the linears' weights, unless one of its modules has a hook.
+
+    Of a padded batch it makes a nested tensor, of which DoRA could not take its products.
+    """
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
     x, mask = torch.randn(2, 5, 16), None
     if masked:
         mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    ll.inject(encoder, ll.LoRAConfig(r=4))
+    ll.inject(encoder, ll.LoRAConfig(r=4, **options))
     for _, layer in lora_layers(encoder):
         nn.init.normal_(layer.lora["default"].B)
     trained = encoder.train()(x, src_key_padding_mask=mask)
@@ -112,6 +116,16 @@ def test_the_encoders_fused_path_does_not_bypass_adapters(masked):
         evaluated = encoder.eval()(x, src_key_padding_mask=mask)
     keep = slice(None) if mask is None else ~mask
     torch.testing.assert_close(evaluated[keep], trained[keep], rtol=1e-4, atol=1e-5)
+    assert not encoder.use_nested_tensor
+    ll.eject(encoder)
+    assert encoder.use_nested_tensor
+
+
+def test_an_encoder_that_makes_no_nested_tensors_makes_none_later():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, None, False)
+    ll.inject(encoder, ll.LoRAConfig(r=4))
+    ll.merge_and_unload(encoder)
+    assert not encoder.use_nested_tensor
 
 
 class Reentrant(nn.Module):
