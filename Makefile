@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv demo test test-deepspeed bench check docs clean
+.PHONY: venv demo test test-deepspeed test-kernels bench check docs clean
 
 venv: $(READY)
 
@@ -29,6 +29,14 @@ test: venv
 test-deepspeed: venv .deepspeed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
 
+# Triton comes with torch for CUDA, which says which version, and not with torch for CPUs. It interprets its kernels here.
+.triton: Makefile
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .triton --upgrade triton==3.9.0
+	@touch $@
+
+test-kernels: venv .triton
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n logical tests/ops/test_kernels.py
+
 bench: venv
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
@@ -41,4 +49,4 @@ docs: venv
 	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs docs/_build/html
 
 clean:
-	rm -rf .venv .deepspeed docs/_build
+	rm -rf .venv .deepspeed .triton docs/_build
