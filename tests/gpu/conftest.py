@@ -1,4 +1,4 @@
-"""Small inputs take the kernels too."""
+"""Small inputs take the kernels too, and no operations one by one."""
 
 import pytest
 
@@ -6,3 +6,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def kernels_at_any_size(monkeypatch):
     monkeypatch.setattr("lightning_lora.ops.kernels.ENOUGH", 0)
+    monkeypatch.setattr("lightning_lora.ops.launches.FEW", -1)
