@@ -13,6 +13,7 @@ from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of, values_of
 from lightning_lora.layers import LoRALayer, kind_of, original_type
+from lightning_lora.loading.missing import missing
 from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
@@ -60,7 +61,9 @@ class Misfits:
         yield from self._shared()
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
-        yield from self._missing_layers()
+        held = {node.name: stored for node, stored in self.found.values()}
+        in_full = [self.own_tensors[key] for key in self.stored.in_full if key in self.own_tensors]
+        yield from missing(self.stored, self.tree, held, in_full)
         yield from self._in_full()
         yield from self._other_adapter()
 
@@ -131,14 +134,6 @@ class Misfits:
             *stack, rows, columns = kind.lora_matrix_shape(node.module)
             A, B, magnitude = (*stack, layer.r, columns), (*stack, rows, layer.r), (*stack, rows)
         return {"A": A, "B": B, "magnitude": magnitude, "start_A": A, "start_B": B}
-
-    def _missing_layers(self) -> Iterator[str]:
-        if (is_target := self.stored.is_target) is None:
-            return
-        held = {found.node.name for found in self.found.values()}
-        adaptable = [n.name for n in self.tree.values() if n.name and kind_of(original_type(n.module)) is not None]
-        if missing := [name for name in adaptable if name not in held and is_target(name)]:
-            yield f"tensors are missing: target_modules names {listing(missing, 3)}, and there are none"
 
     def _in_full(self) -> Iterator[str]:
         own = self.own_tensors
