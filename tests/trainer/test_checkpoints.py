@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.modules import trainer
-from tests.helpers.toy import Lit, data
+from tests.helpers.toy import Lit, build, data
 
 HEAD = {"net.head.weight", "net.head.bias"}
 LORA = {f"net.blocks.{i}.{n}.lora.default.{t}" for i in range(2) for n in "qo" for t in "AB"}
@@ -313,6 +313,49 @@ def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
         ll.CheckpointError, match=r"don't fit what __init__ and configure_model of Lit build \(setup is"
     ):
         ll.load_from_checkpoint(Lit, path, built="setup")
+
+
+class Hooked(Lit):
+    """What was called ``old`` in its files is ``net``; it doubles the Bs, and brings a weight of its base."""
+
+    calls = 0
+
+    def on_load_checkpoint(self, checkpoint):
+        self.calls += 1
+        renamed = {key.replace("old.", "net."): value for key, value in checkpoint["state_dict"].items()}
+        doubled = {key: 2 * value if key.endswith(".B") else value for key, value in renamed.items()}
+        brought = {"net.blocks.0.norm.weight": build(self.seed).blocks[0].norm.weight}
+        checkpoint["state_dict"] = {**doubled, **brought}
+        self.head_in_file = checkpoint["state_dict"]["net.head.weight"]
+
+
+def test_what_the_modules_own_hook_makes_of_a_checkpoint_is_loaded(tmp_path):
+    module, _ = fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {key.replace("net.", "old."): value for key, value in saved["state_dict"].items()}
+    torch.save(saved, path)
+    loaded = ll.load_from_checkpoint(Hooked, path)
+    expected = {k: 2 * v if k.endswith(".B") else v for k, v in ll.adapter_state_dict(module).items()}
+    assert same(ll.adapter_state_dict(loaded), expected)
+    assert torch.equal(loaded.net.head.weight, loaded.head_in_file)
+    assert loaded.calls == 1
+    with pytest.raises(ll.CheckpointError, match=r"missing in the file: net.*\n.*not in the model: old"):
+        ll.load_from_checkpoint(Lit, path)
+    assert "on_load_checkpoint" not in vars(Lit), "the class is what it was"
+    assert vars(Hooked)["on_load_checkpoint"].__qualname__ == "Hooked.on_load_checkpoint"
+
+
+def test_a_hook_that_can_not_be_followed_is_said(tmp_path):
+    """Files of LightningCLI may name a class below the one that is given."""
+    fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    saved = torch.load(path, weights_only=True)
+    names = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": f"{__name__}.Hooked"}
+    torch.save({**saved, "hyper_parameters": {**saved["hyper_parameters"], **names}}, path)
+    with pytest.raises(ll.CheckpointError, match="Hooked, which has an on_load_checkpoint of its own: give Hooked as"):
+        ll.load_from_checkpoint(pl.LightningModule, path)
+    assert isinstance(ll.load_from_checkpoint(Hooked, path), Hooked)
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------------
