@@ -484,6 +484,23 @@ def test_changed_optimizer_is_named(tmp_path):
         fit(tmp_path / "x", lora={"loraplus_lr_ratio": 2.0}, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
 
 
+@pytest.mark.parametrize("ratio", [None, 2.0, 16.0])
+def test_another_ratio_of_loraplus(tmp_path, ratio):
+    """The learning rates of the groups come back with the optimizer's state. A new run may have another."""
+    fit(tmp_path, epochs=1, lora={"loraplus_lr_ratio": 4.0})
+    path, other = tmp_path / "epoch=0-step=4.ckpt", {"loraplus_lr_ratio": ratio}
+    with pytest.raises(
+        ll.CheckpointError, match="loraplus_lr_ratio" if ratio is None else f"ratio: 4.0 -> {ratio}. .*init"
+    ):
+        fit(tmp_path / "x", lora=other, ckpt_path=path)
+    _, run = fit(tmp_path / "y", lora={**other, "init_from": path})
+    groups = run.optimizers[0].param_groups
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1.0, *([ratio] if ratio else [])])
+    for options in (other, {"loraplus_lr_ratio": 4}):
+        run = trainer(ll.LoRA(r=4, **options))
+        run.validate(Lit(), data(), ckpt_path=path, verbose=False)
+
+
 def test_without_the_callback_lightning_refuses_the_file(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
