@@ -14,6 +14,7 @@ from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of, values_of
 from lightning_lora.layers import LoRALayer, kind_of, original_type
 from lightning_lora.loading.missing import missing
+from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
@@ -124,7 +125,8 @@ class Misfits:
         if odd := [end.name for end in ends if end.kind is None or not end.kind.lora_has_rows]:
             yield f"{listing(odd)} has the same table, and can't have rows of its own"
         if ends[0] is not node and ends[0].name not in {found.node.name for found in self.found.values()}:
-            yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: untie them"
+            how = untying(self.tree, [f"{node.name}.weight"])
+            yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: {how}"
 
     def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
         kind: Any = kind_of(original_type(node.module))
@@ -174,10 +176,8 @@ class Misfits:
         for group in self.tied():
             first, *others = [name for name, held in group.items() if held]
             if odd := [name for name in others if not torch.equal(in_full[first], in_full[name])]:
-                yield (
-                    f"{listing(odd)} and {first} differ in the file, and are tied in the model: untie them there "
-                    "before it is loaded (tie_word_embeddings=False)"
-                )
+                how = untying(self.tree, odd)
+                yield f"{listing(odd)} and {first} differ in the file, and are tied in the model: {how}"
 
     def _half_tied(self) -> Iterator[str]:
         for group in self.tied():
@@ -185,7 +185,7 @@ class Misfits:
                 there, lacking = ([name for name, held in group.items() if held is wanted] for wanted in (True, False))
                 yield (
                     f"{listing(there)} is tied to {listing(lacking)} in the model, and the file has one without the "
-                    "other: untie them in the model before it is loaded (tie_word_embeddings=False)"
+                    f"other: {untying(self.tree, lacking)}"
                 )
 
     def saved_modules(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -326,18 +327,37 @@ def test_what_diverged_is_not_saved(tmp_path):
 # ---- what others found ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
-def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, saved):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": {"lm_head": [5, 7]}},
+        {"trainable_token_indices": {"lm_head": [5, 7], "embed_tokens": [7, 9]}},
+    ],
+    ids=["head", "embedding", "both", "rows-of-the-head", "rows-of-both"],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, options, wrapped):
+    """What the error says to do helps: the model is the same one, untied, and stays so in files."""
     base = FAMILIES["qwen2-tied"].make().eval()
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], **options)).eval()
     with torch.no_grad():
         for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
             parameter.add_(0.1 * (i + 1))
     theirs.save_pretrained(tmp_path)
-    model = copy.deepcopy(base)
-    with pytest.raises(ll.CheckpointError, match=r"tied .*: untie them .*tie_word_embeddings=False"):
+    net = copy.deepcopy(base)
+    model = nn.ModuleList([net]) if wrapped else net
+    with pytest.raises(ll.CheckpointError, match=r"untie them before .*tie_word_embeddings = False`") as caught:
         ll.load_adapter(model, tmp_path)
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in net.state_dict().items())
+    exec(re.search("`(.*?)`", str(caught.value))[1], {"model": net, "torch": torch})
+    ll.load_adapter(model, tmp_path)
+    batch = FAMILIES["qwen2-tied"].batch(base)
+    assert_equal(logits(net, batch), logits(theirs, batch))
+    ll.merge_and_unload(net).save_pretrained(tmp_path / "merged")
+    assert_equal(logits(type(net).from_pretrained(tmp_path / "merged"), batch), logits(theirs, batch))
 
 
 ROWS = {"embed_tokens": [5, 7], "lm_head": [5, 7]}
