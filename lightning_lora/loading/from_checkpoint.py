@@ -35,7 +35,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
 
     Args:
         module_class: The LightningModule's class. Its ``__init__`` (or ``configure_model``) builds the base.
-        path: An adapter checkpoint.
+        path: An adapter checkpoint, wherever fsspec reads it (``s3://...``).
         **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
 
     Returns:

@@ -1,9 +1,13 @@
 """Checkpoints hold adapters only, resume bit for bit, and refuse what does not fit."""
 
+import copy
+import functools
 import os
+import pickle
 import random
 import threading
 
+import fsspec
 import lightning.pytorch as pl
 import numpy
 import pytest
@@ -356,6 +360,51 @@ def test_a_hook_that_can_not_be_followed_is_said(tmp_path):
     with pytest.raises(ll.CheckpointError, match="Hooked, which has an on_load_checkpoint of its own: give Hooked as"):
         ll.load_from_checkpoint(pl.LightningModule, path)
     assert isinstance(ll.load_from_checkpoint(Hooked, path), Hooked)
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
+def test_files_that_fsspec_has(tmp_path):
+    """Lightning writes to wherever its ``default_root_dir`` is; what it wrote there is read as from here."""
+    folder = f"memory://{tmp_path.name}"
+    module, _ = fit(folder, epochs=2)
+    path = f"{folder}/epoch=0-step=4.ckpt"
+    assert not list(tmp_path.iterdir())
+    resumed, _ = fit(f"{folder}-rest", epochs=2, ckpt_path=path, seed=9)
+    last = f"{folder}/epoch=1-step=8.ckpt"
+    net, begun = build(), []
+    ll.load_adapter(net, last)
+    start = pl.callbacks.LambdaCallback(on_train_start=lambda _, m: begun.append(copy.deepcopy(m.net.state_dict())))
+    trainer(ll.LoRA(r=4, init_from=last), start, max_epochs=1).fit(Lit(), data())
+    for model in (resumed.net, ll.load_from_checkpoint(Lit, last).net, net):
+        assert same(ll.adapter_state_dict(module.net), ll.adapter_state_dict(model))
+    assert same(ll.adapter_state_dict(module.net), {k: begun[0][k] for k in ll.adapter_state_dict(module.net)})
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("memory://{}/none.ckpt", FileNotFoundError, "none.ckpt"),
+        ("memory://{}/folder", ll.CheckpointError, "no folders: copy it here first"),
+        ("memory://{}/folder/adapter_model.safetensors", ll.CheckpointError, "no folders: copy it here first"),
+        ("memory://{}/code.ckpt", ll.CheckpointError, "objects that only code could rebuild|damaged, or no checkpoint"),
+        ("nowhere://{}/a.ckpt", ll.CheckpointError, r"copy it to this machine first \(Protocol not known: nowhere"),
+    ],
+)
+def test_what_is_no_checkpoint_elsewhere(tmp_path, source, error, message):
+    files = fsspec.filesystem("memory")
+    files.pipe(f"/{tmp_path.name}/folder/adapter_model.safetensors", b"0")
+    files.pipe(f"/{tmp_path.name}/code.ckpt", pickle.dumps(Code()))
+    for load in (functools.partial(ll.load_from_checkpoint, Lit), functools.partial(ll.load_adapter, build())):
+        with pytest.raises(error, match=message):
+            load(source.format(tmp_path.name))
+
+
+class Code:
+    def __reduce__(self):
+        return pytest.fail, ("code was run",)
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------------
