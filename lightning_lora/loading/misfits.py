@@ -224,7 +224,7 @@ class Misfits:
         brought = [key for key in self.stored.in_full if key in self.own_tensors and key not in self.stored.tables]
         if odd := [key for key in brought if id(self.own_tensors[key]) not in trained]:
             own: Any = next(iter(self.held.values())).lora_adapters()[name].config
-            said = {**self.stored.fields, **self.stored.entry.get("config", {})}
+            said = {**self.stored.fields, **(self.stored.entry.get("config") or {})}
             asked = {key: said.get(key) for key in ("modules_to_save", "bias", "train_norms")}
             others = [f"{k}={v!r}" for k, v in asked.items() if v not in (None, "none", False, getattr(own, k))]
             yield (
