@@ -24,10 +24,10 @@ from lightning_lora.errors import (
     UnsupportedError,
 )
 from lightning_lora.files.lint import Finding, lint
-from lightning_lora.formats.checkpoint import load_from_checkpoint
 from lightning_lora.formats.peft import save_adapter
 from lightning_lora.from_data.initialise import initialise_from_data
 from lightning_lora.injection.inject import eject, inject
+from lightning_lora.loading.from_checkpoint import load_from_checkpoint
 from lightning_lora.loading.load import load_adapter
 from lightning_lora.merging.merge import merge, unmerge
 from lightning_lora.merging.report import MergeReport

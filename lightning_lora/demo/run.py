@@ -24,7 +24,7 @@ from lightning_lora.analysis.summary import format_bytes
 from lightning_lora.callback import LoRA
 from lightning_lora.demo.data import Windows, manual_prose
 from lightning_lora.demo.module import BASE, ByteLM
-from lightning_lora.formats.checkpoint import load_from_checkpoint
+from lightning_lora.loading.from_checkpoint import load_from_checkpoint
 from lightning_lora.switching.switch import disable_adapters
 
 BATCH = 16

@@ -15,24 +15,17 @@
 Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-import io
-import os
-import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_lora.adapters import RowsAdapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
-from lightning_lora.formats.fingerprint import compare, fingerprint, pack
+from lightning_lora.formats.fingerprint import compare, pack
 from lightning_lora.formats.peft_export import Export
-from lightning_lora.formats.shards_of_ranks import read_either
-from lightning_lora.injection.inject import carry_out
-from lightning_lora.injection.owned import without_owned
 from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_weights
 from lightning_lora.methods.method import config_from
@@ -51,8 +44,6 @@ _PLACES = (
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "modules_to_save", "bias",
     "train_norms",
 )  # fmt: skip
-
-_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 def describe(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
@@ -148,55 +139,6 @@ def load_adapters(
         except (ConfigError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapters that were active can't be: {error}") from error
     return notes
-
-
-def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[str], **init_kwargs: Any) -> _ModuleT:
-    """A LightningModule with its adapters: the base from the class, the adapters from the file.
-
-    ``ModuleClass.load_from_checkpoint`` runs no callbacks, so that an adapter checkpoint would give the bare base (or
-    an error about missing keys).
-
-    Args:
-        module_class: The LightningModule's class. Its ``__init__`` (or ``configure_model``) builds the base.
-        path: An adapter checkpoint.
-        **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
-
-    Returns:
-        The module on the CPU, with those adapters active, and their weights, that were when the file was written.
-
-    Raises:
-        CheckpointError: If the file holds no adapters, or they do not fit what the class builds.
-        BaseMismatchError: If the class builds another base than the adapters were trained on.
-    """
-    checkpoint = read_either(path)
-    if not is_adapter_checkpoint(checkpoint):
-        raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
-    stripped = io.BytesIO()
-    own = tuple(f".lora.{name}." for name in checkpoint[META]["adapters"])
-    rest = {key: value for key, value in checkpoint["state_dict"].items() if not any(part in key for part in own)}
-    torch.save({**checkpoint, "state_dict": rest}, stripped)
-    stripped.seek(0)
-    with warnings.catch_warnings():  # that the base is not in the file is the point of it
-        warnings.filterwarnings("ignore", message=".*(contains no parameters|not in the checkpoint|not in the model)")
-        loader: Any = module_class.load_from_checkpoint  # type: ignore[attr-defined]
-        model: _ModuleT = loader(stripped, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
-    for name, values in checkpoint[META]["adapters"].items():
-        config = config_from(values)
-        drafted, problems = draft(model, config)
-        if problems:
-            raise CheckpointError(
-                f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
-                f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
-            )
-        dtypes = [
-            t.dtype
-            for key, t in checkpoint["state_dict"].items()
-            if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))
-        ]
-        carry_out(model, config, without_owned(model, config, drafted, name), name, *dtypes[:1])
-    for note in load_adapters(model, checkpoint, fingerprint(model)):
-        warnings.warn(note, stacklevel=2)
-    return model
 
 
 def is_base_checkpoint(model: nn.Module, checkpoint: dict[str, Any]) -> bool:

@@ -1,9 +1,9 @@
 """One adapter out of a checkpoint of this package."""
 
+import os
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
-from lightning_lora.formats.files import read
+from lightning_lora.formats.files import opened, read
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
 
 
-def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> StoredAdapter:
+def read_checkpoint_adapter(path: str | os.PathLike[str], adapter_name: str | None = None) -> StoredAdapter:
     """The adapter of a checkpoint; of several that with the name.
 
     Raises:
@@ -27,7 +27,7 @@ def read_checkpoint_adapter(path: Path, adapter_name: str | None = None) -> Stor
     return checkpoint_adapter(path, read_checkpoint(path), adapter_name)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint with adapters, whole.
 
     Raises:
@@ -46,7 +46,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str | None = None) -> StoredAdapter:
+def checkpoint_adapter(
+    path: str | os.PathLike[str], checkpoint: dict[str, Any], adapter_name: str | None = None
+) -> StoredAdapter:
     """One adapter of a checkpoint that was read.
 
     Raises:
@@ -98,12 +100,14 @@ def checkpoint_adapter(path: Path, checkpoint: dict[str, Any], adapter_name: str
     return stored
 
 
-def _check_records(path: Path) -> None:
+def _check_records(path: str | os.PathLike[str]) -> None:
     """Torch reads records that are packed to any size, and does not notice flipped bits in them."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with opened(path) as stream, zipfile.ZipFile(stream) as file:
             packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
             damaged = packed[0] if packed else file.testzip()
+    except FileNotFoundError:
+        raise
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error})") from error
     if damaged is not None:
@@ -123,7 +127,7 @@ def _is_list_of_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _config(path: Path, name: str, values: Any) -> LoRAConfig:
+def _config(path: str | os.PathLike[str], name: str, values: Any) -> LoRAConfig:
     try:
         return LoRAConfig.from_dict(values)
     except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -8,11 +8,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import fsspec
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.folder import sync
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether it is on a file system of fsspec (``s3://``, ``memory://``), as Lightning has them."""
+    return "://" in os.fspath(path)
+
+
+def opened(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file to read from, on this machine or not.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If there is nothing to read it with, or it is a folder elsewhere.
+    """
+    if not is_remote(path):
+        return Path(path).open("rb")
+    try:
+        place = fsspec.open(os.fspath(path), "rb")  # type: ignore[no-untyped-call]
+    except (ImportError, ValueError) as error:  # its file system is not installed, or not known
+        raise CheckpointError(f"{path} can't be read from here: copy it to this machine first ({error})") from error
+    if place.fs.isdir(place.path) or place.path.endswith(".safetensors"):
+        raise CheckpointError(f"{path}: elsewhere single checkpoints are read, and no folders: copy it here first")
+    file: IO[bytes] = place.open()
+    return file
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -22,7 +47,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no checkpoint, damaged, or would need code to run.
     """
-    with Path(path).open("rb") as file:
+    with opened(path) as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever torch makes of a pickle that is none

@@ -74,7 +74,7 @@ class PeftNames:
     def _is_named(self, patterns: str | Collection[str], name: str) -> bool:
         if isinstance(patterns, str):
             return self._matches(patterns, name, "fullmatch") is not None
-        return any(suffix in patterns for suffix in _suffixes(name))
+        return any(suffix in patterns for suffix in suffixes(name))
 
     def _is_end(self, key: str, name: str) -> bool:
         """Whether a key of a pattern matches, as PEFT has it: a regex of the end of the name."""
@@ -137,10 +137,10 @@ def shortest_targets(targets: Collection[str], names: Iterable[str]) -> list[str
     ['q']
     """
     wanted = set(targets)
-    blocked = {suffix for name in names if name not in wanted for suffix in _suffixes(name)}
+    blocked = {suffix for name in names if name not in wanted for suffix in suffixes(name)}
     found = set()
     for name in wanted:
-        suffix = next((s for s in _suffixes(name) if s not in blocked), None)
+        suffix = next((s for s in suffixes(name) if s not in blocked), None)
         if suffix is None:
             return "|".join(f"({re.escape(name)})" for name in sorted(wanted))
         found.add(suffix)
@@ -160,16 +160,16 @@ def shortest_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     odd = {name: value for name, value in values.items() if value != default}
     held: dict[str, set[Any]] = {}
     for name, value in values.items() if odd else ():
-        for suffix in _suffixes(name):
+        for suffix in suffixes(name):
             held.setdefault(suffix, set()).add(value)
-    patterns = {next((s for s in _suffixes(name) if len(held[s]) == 1), name): value for name, value in odd.items()}
+    patterns = {next((s for s in suffixes(name) if len(held[s]) == 1), name): value for name, value in odd.items()}
     patterns, names = dict(sorted(patterns.items())), PeftNames({}, seconds=math.inf)
     if any(names.value(patterns, name, default) != value for name, value in values.items()):
         patterns = {f"^{re.escape(name)}": value for name, value in sorted(odd.items())}
     return default, patterns
 
 
-def _suffixes(name: str) -> list[str]:
-    """``q``, ``0.q``, ``layers.0.q``: the shortest first."""
+def suffixes(name: str) -> list[str]:
+    """The ends of a name: ``q``, ``0.q``, ``layers.0.q``, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]

@@ -77,6 +77,7 @@ class StoredAdapter:
         base: The fingerprint of the base that it was trained on.
         init: An initialisation that took a part out of each weight, and has to be run again to know which.
         is_target: Whether a layer of some name was meant to have an adapter.
+        outer: The module of what it was trained on that names are relative to.
         layout: Whether tensors have PEFT's shapes ("peft") or those of `Adapter` ("own").
         fields: The configuration in the file, as it stands there.
         entry: What else we wrote beside the tensors of a PEFT folder.
@@ -92,6 +93,7 @@ class StoredAdapter:
     base: dict[str, Any] | None = None
     init: str | None = None
     is_target: Callable[[str], bool] | None = None
+    outer: str = ""
     layout: str = "own"
     fields: dict[str, Any] = field(default_factory=dict)
     entry: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +126,7 @@ class StoredAdapter:
 
     def within(self, outer: str) -> "StoredAdapter":
         """The same with names relative to a module, of those that lie in it."""
-        start, is_target = f"{outer}.", self.is_target
+        start = f"{outer}."
         return replace(
             self,
             layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
@@ -132,8 +134,12 @@ class StoredAdapter:
             modules_to_save=[name.removeprefix(start) for name in self.modules_to_save],
             beside=[key.removeprefix(start) for key in self.beside],
             base=None if self.base is None else within(self.base, outer),
-            is_target=None if is_target is None else lambda name: is_target(start + name),
+            outer=self.whole_name(outer),
         )
+
+    def whole_name(self, name: str) -> str:
+        """What a module is called in all of what it was trained on, as patterns in the file have it."""
+        return f"{self.outer}.{name}".lstrip(".")
 
 
 def tokens_of(name: str, wanted: Any) -> tuple[int, ...]:

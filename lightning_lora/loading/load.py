@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.arguments import name_problems
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
+from lightning_lora.formats.files import is_remote
 from lightning_lora.formats.peft_prompts import is_prompt_folder, load_prompt_folder
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
@@ -33,7 +34,8 @@ def load_adapter(
 
     Args:
         model: The model, or a part of it.
-        source: A folder with ``adapter_config.json``, a ``.ckpt``, or a hub id (``"someone/something"``).
+        source: A folder with ``adapter_config.json``, a ``.ckpt`` (wherever fsspec reads it: ``s3://...``), or a hub id
+            (``"someone/something"``).
         adapter_name: What to call it; of a checkpoint with several adapters also which. By default what it was called.
         allow_base_mismatch: Load it even if it was trained on another base, whose shapes fit.
 
@@ -47,7 +49,7 @@ def load_adapter(
     problems = merged_problems(model, "call ll.unmerge before others are loaded")
     problems += [] if adapter_name is None else name_problems(adapter_name)
     raise_all(ConfigError, problems, "load_adapter")
-    if is_prompt_folder(path := _located(source)):
+    if isinstance(path := _located(source), Path) and is_prompt_folder(path):
         for note in load_prompt_folder(model, path, adapter_name, allow_base_mismatch):
             warnings.warn(note, stacklevel=2)
         return
@@ -62,15 +64,17 @@ def read_stored(source: str | os.PathLike[str], adapter_name: str | None = None)
     return _read(_located(source), source, adapter_name)
 
 
-def _read(path: Path, source: str | os.PathLike[str], adapter_name: str | None) -> StoredAdapter:
-    if path.is_file():
+def _read(path: Path | str, source: str | os.PathLike[str], adapter_name: str | None) -> StoredAdapter:
+    if isinstance(path, str) or path.is_file():
         return read_checkpoint_adapter(path, adapter_name)
     require_peft_folder(path, "give a PEFT folder, a checkpoint, or a hub id", os.fspath(source))
     return read_folder(path)
 
 
-def _located(source: str | os.PathLike[str]) -> Path:
-    """The file or the folder that a source stands for, on this machine."""
+def _located(source: str | os.PathLike[str]) -> Path | str:
+    """The file or the folder that a source stands for, on this machine; or where a file is elsewhere."""
+    if is_remote(source):
+        return os.fspath(source)
     path = Path(source)
     is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/")) and path.suffix not in _FILES
     path = path.parent if path.suffix == ".safetensors" else path

@@ -13,8 +13,10 @@ from lightning_lora.formats.peft_parameters import from_peft
 from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
-from lightning_lora.injection.copies import tensors_of
+from lightning_lora.injection.copies import tensors_of, values_of
 from lightning_lora.layers import LoRALayer, kind_of, original_type
+from lightning_lora.loading.missing import missing
+from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
@@ -71,7 +73,9 @@ class Misfits:
         yield from self._shared()
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
-        yield from self._missing_layers()
+        held = {node.name: stored for node, stored in self.found.values()}
+        in_full = [self.own_tensors[key] for key in self.stored.in_full if key in self.own_tensors]
+        yield from missing(self.stored, self.tree, held, in_full)
         yield from self._in_full()
         yield from self._other_adapter()
 
@@ -135,7 +139,8 @@ class Misfits:
         if odd := [end.name for end in ends if end.kind is None or not end.kind.lora_has_rows]:
             yield f"{listing(odd)} has the same table, and can't have rows of its own"
         if ends[0] is not node and ends[0].name not in {found.node.name for found in self.found.values()}:
-            yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: untie them"
+            how = untying(self.tree, [f"{node.name}.weight"])
+            yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: {how}"
 
     def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
         kind: Any = kind_of(original_type(node.module))
@@ -145,14 +150,6 @@ class Misfits:
             *stack, rows, columns = kind.lora_matrix_shape(node.module)
             A, B, magnitude = (*stack, layer.r, columns), (*stack, rows, layer.r), (*stack, rows)
         return {"A": A, "B": B, "magnitude": magnitude, "start_A": A, "start_B": B}
-
-    def _missing_layers(self) -> Iterator[str]:
-        if (is_target := self.stored.is_target) is None:
-            return
-        held = {found.node.name for found in self.found.values()}
-        adaptable = [n.name for n in self.tree.values() if n.name and kind_of(original_type(n.module)) is not None]
-        if missing := [name for name in adaptable if name not in held and is_target(name)]:
-            yield f"tensors are missing: target_modules names {listing(missing, 3)}, and there are none"
 
     def _in_full(self) -> Iterator[str]:
         own = self.own_tensors
@@ -193,10 +190,8 @@ class Misfits:
         for group in self.tied():
             first, *others = [name for name, held in group.items() if held]
             if odd := [name for name in others if not torch.equal(in_full[first], in_full[name])]:
-                yield (
-                    f"{listing(odd)} and {first} differ in the file, and are tied in the model: untie them there "
-                    "before it is loaded (tie_word_embeddings=False)"
-                )
+                how = untying(self.tree, odd)
+                yield f"{listing(odd)} and {first} differ in the file, and are tied in the model: {how}"
 
     def _half_tied(self) -> Iterator[str]:
         for group in self.tied():
@@ -204,7 +199,7 @@ class Misfits:
                 there, lacking = ([name for name, held in group.items() if held is wanted] for wanted in (True, False))
                 yield (
                     f"{listing(there)} is tied to {listing(lacking)} in the model, and the file has one without the "
-                    "other: untie them in the model before it is loaded (tie_word_embeddings=False)"
+                    f"other: {untying(self.tree, lacking)}"
                 )
 
     def saved_modules(self) -> set[str]:
@@ -221,6 +216,7 @@ class Misfits:
         names |= tied
         if odd := sorted(names ^ self.held.keys()):
             yield f"the model's adapter {self.adapter_name!r} is on other layers: {listing(odd, 3)} differ"
+        yield from self._not_trained()
         variant = "dora" if self.stored.options["use_dora"] else "lora"
         for name, found in self.found.items():
             if (layer := self.held.get(found.node.name)) is None or not found.stored.r:
@@ -234,3 +230,18 @@ class Misfits:
             new = f"{adapter.variant}, r={adapter.r}, scale {adapter.scaling:g}"
             if old != new:
                 yield f"{name}: {old} in the file -> {new} in the model"
+
+    def _not_trained(self) -> Iterator[str]:
+        """What the file has in full and the model's own adapter does not train: its checkpoints would not fit it."""
+        tree, name = self.tree.values(), self.adapter_name
+        trained = {id(tensors_of(node.module)[key]) for node in tree for key, _ in values_of(node.module, name)}
+        brought = [key for key in self.stored.in_full if key in self.own_tensors and key not in self.stored.tables]
+        if odd := [key for key in brought if id(self.own_tensors[key]) not in trained]:
+            own: Any = next(iter(self.held.values())).lora_adapters()[name].config
+            said = {**self.stored.fields, **(self.stored.entry.get("config") or {})}
+            asked = {key: said.get(key) for key in ("modules_to_save", "bias", "train_norms")}
+            others = [f"{k}={v!r}" for k, v in asked.items() if v not in (None, "none", False, getattr(own, k))]
+            yield (
+                f"the file has {listing(odd, 3)} in full, which the model's adapter {name!r} does not train: ask for "
+                f"the same ({', '.join(others) or 'name it in modules_to_save'})"
+            )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.loading.misfits import Misfits
+from lightning_lora.loading.untying import untying
 from lightning_lora.targets.tokens import tied_tables
 
 
@@ -16,4 +17,5 @@ def rows_problems(values: Mapping[str, Mapping[str, Tensor]], misfits: Misfits) 
         first = tied_tables(misfits.tree, misfits.tree[name])[0]
         of_first = by_node.get(first.name)
         if of_first is not None and not torch.equal(of_first["rows"], own["rows"]):
-            yield f"{name} and {first.name} have other rows in the file, and one table in the model: untie them"
+            how = untying(misfits.tree, [f"{misfits.tree[name].name}.weight"])
+            yield f"{name} and {first.name} have other rows in the file, and one table in the model: {how}"

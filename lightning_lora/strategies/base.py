@@ -33,7 +33,7 @@ from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
-from lightning_lora.strategies.states import in_order, names_of, require_same_groups
+from lightning_lora.strategies.states import in_order, names_of, require_same_groups, require_same_ratios
 
 
 class Options(NamedTuple):
@@ -241,7 +241,10 @@ class StrategyAdapter:
         for optimizer, state in zip(self.strategy.optimizers, states, strict=False):
             saved, current = state["param_groups"], optimizer.param_groups
             require_same_groups(*([group["params"] for group in groups] for groups in (saved, current)))
-        return self._in_order(checkpoint, states)
+        states = self._in_order(checkpoint, states)
+        for optimizer, state in zip(self.strategy.optimizers, states, strict=False):
+            require_same_ratios(state["param_groups"], optimizer.param_groups)
+        return states
 
     def _in_order(self, checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if (packed := checkpoint.get(META, {}).get("optimized")) is None:  # written by an older version

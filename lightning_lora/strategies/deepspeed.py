@@ -26,7 +26,7 @@ from lightning_lora.state import adapter_state_dict, extra_state, trained_parame
 from lightning_lora.strategies import zero
 from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.registry import handles
-from lightning_lora.strategies.states import require_same_groups
+from lightning_lora.strategies.states import require_same_groups, require_same_ratios
 from lightning_lora.strategies.zero_folder import checked, only, parts_in, portable_file
 from lightning_lora.strategies.zero_groups import Groups
 from lightning_lora.strategies.zero_optimizer import ZeroOptimizer
@@ -168,8 +168,11 @@ class DeepSpeedAdapter(StrategyAdapter):
             portable = portable_file(checkpoint_path)
             checkpoint_path = portable if portable.is_file() else checkpoint_path
         if os.path.isdir(checkpoint_path):
+            before = self._settings()
             with checked(self.strategy.deepspeed_engine, self._check):
-                return original(checkpoint_path, *args, **kwargs)
+                checkpoint = original(checkpoint_path, *args, **kwargs)
+            require_same_ratios(self._settings(), before)
+            return checkpoint
         if self.strategy.load_full_weights and self.strategy.zero_stage_3:
             checkpoint = original(checkpoint_path, *args, **kwargs)
         else:
@@ -207,6 +210,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         optimizer = self.strategy.optimizers[0]
         saved = [group for group in state["param_groups"] if group["params"]]
         require_same_groups([group["params"] for group in saved], self._held().parameters)
+        require_same_ratios(saved, self._settings())
         for group, values in zip(optimizer.optimizer.param_groups, saved, strict=True):
             left_out = ("params", "param_names", SPLIT_FROM)
             group.update({key: value for key, value in values.items() if key not in left_out})
@@ -215,6 +219,10 @@ class DeepSpeedAdapter(StrategyAdapter):
         order = [position for group in saved for position in group["params"]]
         states = {i: state["state"][position] for i, position in enumerate(order) if position in state["state"]}
         zero.set_states(optimizer, self._held().parameters, files.own_storage(states))
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Those of the groups that DeepSpeed has."""
+        return [dict(group) for each in self.strategy.optimizers for group in each.optimizer.param_groups]
 
     def _held(self) -> Groups:
         """What the optimizer holds: one from DeepSpeed's config all that is trained, in the model's order."""

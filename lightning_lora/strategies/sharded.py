@@ -111,7 +111,7 @@ class ShardedAdapter(StrategyAdapter):
                 f"{path} is a folder of a whole model's shards: load it as the base in configure_model, or resume from "
                 "a checkpoint of adapters"
             )
-        return files.read(path)
+        return files.read(checkpoint_path)
 
     @override
     def load_model_state_dict(

@@ -1,12 +1,13 @@
 """Optimizer states, which torch knows by the position of their parameters, by the names of these."""
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.names import clean
+from lightning_lora.optim import RATIO
 
 Names = list[list[str | None]]  # of one optimizer, by group; None for what is no parameter of the model
 
@@ -24,6 +25,16 @@ def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> Non
         raise CheckpointError(
             f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
             "configure_optimizers, loraplus_lr_ratio and modules_to_save"
+        )
+
+
+def require_same_ratios(saved: Iterable[Mapping[str, Any]], current: Iterable[Mapping[str, Any]]) -> None:
+    """Raises CheckpointError if groups have other ratios of LoRA+: a state brings its learning rates along."""
+    pairs = [(group[RATIO], own.get(RATIO)) for group, own in zip(saved, current, strict=True) if RATIO in group]
+    if different := dict.fromkeys(f"{old} -> {new}" for old, new in pairs if old != new):
+        raise CheckpointError(
+            f"the checkpoint holds another loraplus_lr_ratio: {', '.join(different)}. Learning rates come from its "
+            "optimizer's state: resume with the same ratio, or start a new run from its adapters (init_from)"
         )
 
 

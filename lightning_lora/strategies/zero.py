@@ -76,6 +76,7 @@ def states_of(zero: Any, groups: Sequence[Sequence[Any]]) -> dict[int, dict[str,
     first: dict[int, Tensor] = {}
     for group, flat in _flat_parts(zero):
         first.setdefault(group, flat)
+    _link(zero)
     position = 0
     for group, parameters in enumerate(groups):
         own = zero.optimizer.state.get(first.get(group), {})
@@ -121,9 +122,7 @@ def set_states(zero: Any, groups: Sequence[Sequence[Any]], states: dict[int, dic
             else:
                 made[key] = _plain(value) if compiled else value
         zero.optimizer.state[flat] = made
-    if hasattr(zero, "_hp_optimizer_states_linked") and zero.optimizer.state:
-        zero._hp_optimizer_states_linked = False  # by name: stages 1 and 2 find the states through the parameters
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero)
     for position, parameter in enumerate(parameter for parameters in groups for parameter in parameters):
         for key, value in states.get(position, {}).items():
             if not (isinstance(value, Tensor) and value.dim()):
@@ -132,6 +131,13 @@ def set_states(zero: Any, groups: Sequence[Sequence[Any]], states: dict[int, dic
                 utils.safe_set_local_optimizer_state(parameter, _own_part(parameter, value), key)
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _link(zero: Any) -> None:
+    """Stages 1 and 2 find states through the parameters, and link these when the first group alone has made a step."""
+    if hasattr(zero, "_hp_optimizer_states_linked") and zero.optimizer.state:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _is_optimized(parameter: Any) -> bool:

@@ -129,11 +129,12 @@ def test_stage_3_on_another_number_of_ranks_and_without_training(tmp_path):
     assert_same(torch.load(tmp_path / "two" / "epoch=0.adapters.ckpt", weights_only=True), end(tmp_path / "one"))
 
 
-def test_dora_and_lora_plus_on_a_model_that_is_built_late(tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dora_and_lora_plus_on_a_model_that_is_built_late(tmp_path, stage):
     options = {"built": "configure_model", "lora": {"use_dora": True, "loraplus_lr_ratio": 4, "save_peft": True}}
-    run(3, tmp_path / "zero", **options, **WHOLE)
+    run(stage, tmp_path / "zero", **options, **WHOLE)
     run("ddp", tmp_path / "ddp", **options)
-    assert_same(end(tmp_path / "ddp"), end(tmp_path / "zero"), rounding(3))
+    assert_same(end(tmp_path / "ddp"), end(tmp_path / "zero"), rounding(stage))
     assert (tmp_path / "zero" / "end.peft" / "adapter_model.safetensors").is_file()
 
 
@@ -224,6 +225,16 @@ def test_another_adapter_is_refused_before_anything_is_loaded(tmp_path):
     assert "lora_alpha: 16.0 -> 4" in error
     error = run(2, tmp_path / "two", tmp_path / "one" / "epoch=0.ckpt", fails=True, ckpt_of_rank_0=True)
     assert error.count("ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1") == 2  # both ranks say so
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_another_ratio_of_loraplus_is_refused(tmp_path, stage):
+    """Learning rates come back from DeepSpeed's folder, and from the file beside it."""
+    run(stage, tmp_path / "one", max_epochs=1, lora={"loraplus_lr_ratio": 4})
+    for file in ("epoch=0.ckpt", "epoch=0.adapters.ckpt"):
+        error = run(stage, tmp_path / "two", tmp_path / "one" / file, fails=True, lora={"loraplus_lr_ratio": 8})
+        assert "another loraplus_lr_ratio: 4 -> 8" in error
+    run(stage, tmp_path / "same", tmp_path / "one" / "epoch=0.ckpt", lora={"loraplus_lr_ratio": 4})
 
 
 @pytest.mark.gpu

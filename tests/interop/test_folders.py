@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
@@ -340,18 +341,91 @@ def test_what_diverged_is_not_saved(tmp_path):
 # ---- what others found ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
-def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, saved):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": {"lm_head": [5, 7]}},
+        {"trainable_token_indices": {"lm_head": [5, 7], "embed_tokens": [7, 9]}},
+    ],
+    ids=["head", "embedding", "both", "rows-of-the-head", "rows-of-both"],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, options, wrapped):
+    """What the error says to do helps: the model is the same one, untied, and stays so in files."""
     base = FAMILIES["qwen2-tied"].make().eval()
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], **options)).eval()
     with torch.no_grad():
         for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
             parameter.add_(0.1 * (i + 1))
     theirs.save_pretrained(tmp_path)
-    model = copy.deepcopy(base)
-    with pytest.raises(ll.CheckpointError, match=r"tied .*: untie them .*tie_word_embeddings=False"):
+    net = copy.deepcopy(base)
+    model = nn.ModuleList([net]) if wrapped else net
+    with pytest.raises(ll.CheckpointError, match=r"untie them before .*tie_word_embeddings = False`") as caught:
         ll.load_adapter(model, tmp_path)
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in net.state_dict().items())
+    exec(re.search("`(.*?)`", str(caught.value))[1], {"model": net, "torch": torch})
+    ll.load_adapter(model, tmp_path)
+    batch = FAMILIES["qwen2-tied"].batch(base)
+    assert_equal(logits(net, batch), logits(theirs, batch))
+    ll.merge_and_unload(net).save_pretrained(tmp_path / "merged")
+    assert_equal(logits(type(net).from_pretrained(tmp_path / "merged"), batch), logits(theirs, batch))
+
+
+ROWS = {"embed_tokens": [5, 7], "lm_head": [5, 7]}
+PROMISES = {
+    "experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "1.mlp.experts",
+        r"target_parameters names model.layers.1.mlp.experts.gate_up_proj, model.layers.1.mlp.experts.down_proj, and"),
+    "all-experts": ("mixtral", {"target_parameters": ["gate_up_proj"]}, ".experts",
+        r"target_parameters names model.layers.0.mlp.experts.gate_up_proj, model.layers.1.mlp.experts.gate_up_proj,"),
+    "rows": ("llama", {"trainable_token_indices": [5, 7]}, "token_adapter", "names the token embedding, and there"),
+    "rows-of-one": ("llama", {"trainable_token_indices": ROWS}, "lm_head.token", "token_indices names lm_head, and"),
+    "biases": ("opt", {"bias": "all"}, "0.fc1.bias", r"bias='all' trains model.decoder.layers.0.fc1.bias, and there"),
+    "all-biases": ("opt", {"bias": "all"}, "bias", r"bias='all' trains .* more, and there"),
+    "biases-lora_only": ("opt", {"bias": "lora_only"}, "0.self_attn.q_proj.base_layer.bias",
+        r"'lora_only' trains model.decoder.layers.0.self_attn.q_proj.bias, .*set bias to 'none'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "lost", "message"), PROMISES.values(), ids=PROMISES)
+def test_tensors_that_the_configuration_promises(tmp_path, name, options, lost, message):
+    make = FAMILIES[name].make
+    get_peft_model(make(), LoraConfig(r=2, target_modules=["q_proj"], **options)).save_pretrained(tmp_path)
+    ll.load_adapter(make(), tmp_path)
+    without(tmp_path, lost)
+    model = make()
+    with pytest.raises(ll.CheckpointError, match=f"tensors are missing: .*{message}"):
+        ll.load_adapter(model, tmp_path)
+    assert not ll.adapters(model)
+
+
+def without(folder: Path, part: str) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    left = {key: tensor for key, tensor in tensors.items() if part not in key}
+    assert len(left) < len(tensors)
+    save_file(left, folder / "adapter_model.safetensors")
+
+
+def test_biases_that_older_versions_of_peft_lost(tmp_path):
+    """Those of bias="lora_only": they can be done without, if one says so."""
+    make, config = FAMILIES["opt"].make, LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only")
+    get_peft_model(make(), config).save_pretrained(tmp_path)
+    without(tmp_path, "bias")
+    with pytest.raises(ll.CheckpointError, match="set bias to 'none' in adapter_config.json"):
+        ll.load_adapter(make(), tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "bias": "none"}))
+    ll.load_adapter(make(), tmp_path)
+
+
+def test_rows_of_a_tied_table_are_there_once(tmp_path):
+    make, config = FAMILIES["qwen2-tied"].make, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    get_peft_model(make(), config).save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("token_adapter" in key for key in keys) == 1
+    ll.load_adapter(make(), tmp_path)
 
 
 @pytest.mark.parametrize("saved", [None, ["pooler"]])

@@ -178,6 +178,30 @@ def test_what_does_not_fit_is_known_before_the_first_step_and_changes_nothing(fi
         fit(ll.LoRA(r=3, lora_alpha=5, init_from=folder), module=Lit(seed=2))
 
 
+@pytest.mark.parametrize("source", ["x.ckpt", "x.peft"])
+@pytest.mark.parametrize(
+    ("more", "less", "message"),
+    [
+        ({"train_norms": True}, {}, r"net.blocks.0.norm.*train_norms=True"),
+        ({"bias": "lora_only"}, {}, r"net.blocks.0.q.bias, net.blocks.1.q.bias in full.*bias='lora_only'"),
+        ({"modules_to_save": ["norm", "head"]}, {}, r"norm.weight.*modules_to_save=\['norm', 'head'\]"),
+        ({}, {"modules_to_save": None}, r"net.head.* in full, which .* not train: .*modules_to_save='auto'"),
+    ],
+)
+def test_what_a_file_has_in_full_a_run_has_to_train(tmp_path, more, less, message, source):
+    """Its own checkpoints would hold it, and could not be loaded; what the error says helps."""
+    options = {"r": 2, "target_modules": ["q"]}
+    first, _ = fit(ll.LoRA(**options, **more, save_peft=True), ModelCheckpoint(tmp_path, filename="x"), epochs=1)
+    fresh = Lit()
+    with pytest.raises(ll.CheckpointError, match=message):
+        fit(ll.LoRA(**options, **less, init_from=tmp_path / source), module=fresh)
+    assert fresh.state_dict().keys() == Lit().state_dict().keys(), "the adapters of this run are off again"
+    seen, saver = AtStart(), ModelCheckpoint(tmp_path / "second", filename="x")
+    second, _ = fit(ll.LoRA(**options, **more, init_from=tmp_path / source), seen, saver, epochs=1)
+    assert same(seen.values, values(first))
+    assert same(values(ll.load_from_checkpoint(Lit, tmp_path / "second" / "x.ckpt")), values(second))
+
+
 def test_starting_with_a_derived_adapter(tmp_path):
     """PiSSA: the file has its first factors, and the run decomposes nothing."""
     options = {"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa"}

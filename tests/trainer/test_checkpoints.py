@@ -1,9 +1,13 @@
 """Checkpoints hold adapters only, resume bit for bit, and refuse what does not fit."""
 
+import copy
+import functools
 import os
+import pickle
 import random
 import threading
 
+import fsspec
 import lightning.pytorch as pl
 import numpy
 import pytest
@@ -16,7 +20,7 @@ from torchmetrics import MeanMetric
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.modules import trainer
-from tests.helpers.toy import Lit, data
+from tests.helpers.toy import Lit, build, data
 
 HEAD = {"net.head.weight", "net.head.bias"}
 LORA = {f"net.blocks.{i}.{n}.lora.default.{t}" for i in range(2) for n in "qo" for t in "AB"}
@@ -315,6 +319,94 @@ def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
         ll.load_from_checkpoint(Lit, path, built="setup")
 
 
+class Hooked(Lit):
+    """What was called ``old`` in its files is ``net``; it doubles the Bs, and brings a weight of its base."""
+
+    calls = 0
+
+    def on_load_checkpoint(self, checkpoint):
+        self.calls += 1
+        renamed = {key.replace("old.", "net."): value for key, value in checkpoint["state_dict"].items()}
+        doubled = {key: 2 * value if key.endswith(".B") else value for key, value in renamed.items()}
+        brought = {"net.blocks.0.norm.weight": build(self.seed).blocks[0].norm.weight}
+        checkpoint["state_dict"] = {**doubled, **brought}
+        self.head_in_file = checkpoint["state_dict"]["net.head.weight"]
+
+
+def test_what_the_modules_own_hook_makes_of_a_checkpoint_is_loaded(tmp_path):
+    module, _ = fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {key.replace("net.", "old."): value for key, value in saved["state_dict"].items()}
+    torch.save(saved, path)
+    loaded = ll.load_from_checkpoint(Hooked, path)
+    expected = {k: 2 * v if k.endswith(".B") else v for k, v in ll.adapter_state_dict(module).items()}
+    assert same(ll.adapter_state_dict(loaded), expected)
+    assert torch.equal(loaded.net.head.weight, loaded.head_in_file)
+    assert loaded.calls == 1
+    with pytest.raises(ll.CheckpointError, match=r"missing in the file: net.*\n.*not in the model: old"):
+        ll.load_from_checkpoint(Lit, path)
+    assert "on_load_checkpoint" not in vars(Lit), "the class is what it was"
+    assert vars(Hooked)["on_load_checkpoint"].__qualname__ == "Hooked.on_load_checkpoint"
+
+
+def test_a_hook_that_can_not_be_followed_is_said(tmp_path):
+    """Files of LightningCLI may name a class below the one that is given."""
+    fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    saved = torch.load(path, weights_only=True)
+    names = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": f"{__name__}.Hooked"}
+    torch.save({**saved, "hyper_parameters": {**saved["hyper_parameters"], **names}}, path)
+    with pytest.raises(ll.CheckpointError, match="Hooked, which has an on_load_checkpoint of its own: give Hooked as"):
+        ll.load_from_checkpoint(pl.LightningModule, path)
+    assert isinstance(ll.load_from_checkpoint(Hooked, path), Hooked)
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
+def test_files_that_fsspec_has(tmp_path):
+    """Lightning writes to wherever its ``default_root_dir`` is; what it wrote there is read as from here."""
+    folder = f"memory://{tmp_path.name}"
+    module, _ = fit(folder, epochs=2)
+    path = f"{folder}/epoch=0-step=4.ckpt"
+    assert not list(tmp_path.iterdir())
+    resumed, _ = fit(f"{folder}-rest", epochs=2, ckpt_path=path, seed=9)
+    last = f"{folder}/epoch=1-step=8.ckpt"
+    net, begun = build(), []
+    ll.load_adapter(net, last)
+    start = pl.callbacks.LambdaCallback(on_train_start=lambda _, m: begun.append(copy.deepcopy(m.net.state_dict())))
+    trainer(ll.LoRA(r=4, init_from=last), start, max_epochs=1).fit(Lit(), data())
+    for model in (resumed.net, ll.load_from_checkpoint(Lit, last).net, net):
+        assert same(ll.adapter_state_dict(module.net), ll.adapter_state_dict(model))
+    assert same(ll.adapter_state_dict(module.net), {k: begun[0][k] for k in ll.adapter_state_dict(module.net)})
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("memory://{}/none.ckpt", FileNotFoundError, "none.ckpt"),
+        ("memory://{}/folder", ll.CheckpointError, "no folders: copy it here first"),
+        ("memory://{}/folder/adapter_model.safetensors", ll.CheckpointError, "no folders: copy it here first"),
+        ("memory://{}/code.ckpt", ll.CheckpointError, "objects that only code could rebuild|damaged, or no checkpoint"),
+        ("nowhere://{}/a.ckpt", ll.CheckpointError, r"copy it to this machine first \(Protocol not known: nowhere"),
+    ],
+)
+def test_what_is_no_checkpoint_elsewhere(tmp_path, source, error, message):
+    files = fsspec.filesystem("memory")
+    files.pipe(f"/{tmp_path.name}/folder/adapter_model.safetensors", b"0")
+    files.pipe(f"/{tmp_path.name}/code.ckpt", pickle.dumps(Code()))
+    for load in (functools.partial(ll.load_from_checkpoint, Lit), functools.partial(ll.load_adapter, build())):
+        with pytest.raises(error, match=message):
+            load(source.format(tmp_path.name))
+
+
+class Code:
+    def __reduce__(self):
+        return pytest.fail, ("code was run",)
+
+
 # ---- what does not fit ---------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +531,23 @@ def test_changed_optimizer_is_named(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(ll.CheckpointError, match=r"groups differ, \[10\] -> \[6, 4\].*loraplus_lr_ratio"):
         fit(tmp_path / "x", lora={"loraplus_lr_ratio": 2.0}, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+
+
+@pytest.mark.parametrize("ratio", [None, 2.0, 16.0])
+def test_another_ratio_of_loraplus(tmp_path, ratio):
+    """The learning rates of the groups come back with the optimizer's state. A new run may have another."""
+    fit(tmp_path, epochs=1, lora={"loraplus_lr_ratio": 4.0})
+    path, other = tmp_path / "epoch=0-step=4.ckpt", {"loraplus_lr_ratio": ratio}
+    with pytest.raises(
+        ll.CheckpointError, match="loraplus_lr_ratio" if ratio is None else f"ratio: 4.0 -> {ratio}. .*init"
+    ):
+        fit(tmp_path / "x", lora=other, ckpt_path=path)
+    _, run = fit(tmp_path / "y", lora={**other, "init_from": path})
+    groups = run.optimizers[0].param_groups
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1.0, *([ratio] if ratio else [])])
+    for options in (other, {"loraplus_lr_ratio": 4}):
+        run = trainer(ll.LoRA(r=4, **options))
+        run.validate(Lit(), data(), ckpt_path=path, verbose=False)
 
 
 def test_without_the_callback_lightning_refuses_the_file(tmp_path):

@@ -648,10 +648,12 @@ def test_strategies_that_are_not_built_yet():
         strategy_adapter(Another())
 
 
-def test_model_parallel_on_one_device():
+def test_model_parallel_on_one_device(tmp_path):
     run = trainer(ll.LoRA(), strategy=ModelParallelStrategy(1, 1), devices=1)
     module = Lit("configure_model")
     run.fit(module, data())
+    run.save_checkpoint(elsewhere := f"memory://{tmp_path.name}/a.ckpt")
+    run.predict(module, data(), ckpt_path=elsewhere)
     distributed.destroy_process_group()
     assert all(a.B.any() for a in (module.net.blocks[0].q.lora["default"], module.net.blocks[1].o.lora["default"]))
 

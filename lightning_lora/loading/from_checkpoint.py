@@ -1,0 +1,108 @@
+"""A LightningModule with its adapters, from a checkpoint and the module's class."""
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_lora.errors import CheckpointError
+from lightning_lora.formats.checkpoint import META, is_adapter_checkpoint, load_adapters
+from lightning_lora.formats.fingerprint import fingerprint
+from lightning_lora.formats.shards_of_ranks import read_either
+from lightning_lora.injection.inject import carry_out
+from lightning_lora.injection.owned import without_owned
+from lightning_lora.methods.method import config_from
+from lightning_lora.state import adapter_state_dict, extra_state
+from lightning_lora.targets import draft
+
+_HOOK = "on_load_checkpoint"
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_one_by_one = threading.RLock()
+
+
+def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[str], **init_kwargs: Any) -> _ModuleT:
+    """A LightningModule with its adapters: the base from the class, the adapters from the file.
+
+    ``ModuleClass.load_from_checkpoint`` runs no callbacks, so that an adapter checkpoint would give the bare base (or
+    an error about missing keys). The module's own ``on_load_checkpoint`` is called, before it has adapters; what that
+    makes of the checkpoint is loaded.
+
+    Args:
+        module_class: The LightningModule's class. Its ``__init__`` (or ``configure_model``) builds the base.
+        path: An adapter checkpoint, wherever fsspec reads it (``s3://...``).
+        **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
+
+    Returns:
+        The module on the CPU, with those adapters active, and their weights, that were when the file was written.
+
+    Raises:
+        CheckpointError: If the file holds no adapters, or they do not fit what the class builds.
+        BaseMismatchError: If the class builds another base than the adapters were trained on.
+    """
+    checkpoint = read_either(path)
+    if not is_adapter_checkpoint(checkpoint):
+        raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
+    in_file = checkpoint["state_dict"].keys()
+    model, checkpoint = _loaded(module_class, checkpoint, os.fspath(path), init_kwargs)
+    state, of_base = checkpoint["state_dict"], model.state_dict().keys()
+    for name, values in checkpoint[META]["adapters"].items():
+        config = config_from(values)
+        drafted, problems = draft(model, config)
+        if problems:
+            raise CheckpointError(
+                f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
+                f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
+            )
+        dtypes = [t.dtype for key, t in state.items() if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))]
+        carry_out(model, config, without_owned(model, config, drafted, name), name, *dtypes[:1])
+    ours = adapter_state_dict(model).keys() | extra_state(model).keys()
+    loaded = (of_base - ours) - in_file  # Lightning did, where the hook brought weights of the base
+    rest = {key: value for key, value in state.items() if key not in loaded}
+    for note in load_adapters(model, {**checkpoint, "state_dict": rest}, fingerprint(model)):
+        warnings.warn(note, stacklevel=2)
+    return model
+
+
+def _loaded(
+    module_class: type[_ModuleT], checkpoint: dict[str, Any], path: str, init_kwargs: dict[str, Any]
+) -> tuple[_ModuleT, dict[str, Any]]:
+    """The module as Lightning loads it, without adapters, and what its hook made of the checkpoint."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    with _noted(module_class) as made, warnings.catch_warnings():  # that the base is not in the file is the point of it
+        warnings.filterwarnings("ignore", message=".*(contains no parameters|not in the checkpoint|not in the model)")
+        loader: Any = module_class.load_from_checkpoint  # type: ignore[attr-defined]
+        model: _ModuleT = loader(file, map_location="cpu", weights_only=True, strict=False, **init_kwargs)
+    if id(model) not in made:
+        cls = type(model).__name__
+        raise CheckpointError(f"{path} is of a {cls}, which has an {_HOOK} of its own: give {cls} as the class")
+    return model, made[id(model)]
+
+
+@contextmanager
+def _noted(module_class: type[nn.Module]) -> Iterator[dict[int, dict[str, Any]]]:
+    """Within this context it is noted, by the id of the module, which checkpoint a class's own hook has seen."""
+    made = dict[int, dict[str, Any]]()
+    original: Any = getattr(module_class, _HOOK)
+
+    def hook(self: nn.Module, checkpoint: dict[str, Any]) -> None:
+        original(self, checkpoint)
+        made[id(self)] = checkpoint
+
+    with _one_by_one:
+        own = vars(module_class).get(_HOOK)
+        setattr(module_class, _HOOK, hook)
+        try:
+            yield made
+        finally:
+            if own is None:
+                delattr(module_class, _HOOK)
+            else:
+                setattr(module_class, _HOOK, own)
