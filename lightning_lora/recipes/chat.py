@@ -1,13 +1,27 @@
 """Prompts as a model wants to see them: by its tokenizer's chat template, or by a template of the user's own."""
 
 import re
+import string
 from collections.abc import Mapping
 from typing import Any
+
+from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, listing
 
 IGNORED = -100
 Messages = list[dict[str, Any]]
+
+
+class _Filler(string.Formatter):
+    """Fills braces with values, of which none may be missing: None is no word of a prompt."""
+
+    @override
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        value, key = super().get_field(field_name, args, kwargs)
+        if value is None or value != value:
+            raise ConfigError(f"no {key!r}, which prompt_template has: fill it in, or leave the record out")
+        return value, key
 
 
 def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: Any) -> tuple[str, bool]:
@@ -19,12 +33,14 @@ def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: An
         tokenizer: The model's.
 
     Raises:
-        ConfigError: If the template names a column that isn't there.
+        ConfigError: If the template names a column that isn't there, or has no value.
     """
     if template is not None:
         try:
-            return template.format_map(fields), False
-        except (KeyError, IndexError, ValueError) as error:
+            return _Filler().vformat(template, (), fields), False
+        except ConfigError:
+            raise
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"prompt_template {template!r}: {error} is no column; there are {listing(fields, 12)}. Braces that "
                 "are meant as such are written twice"

@@ -13,12 +13,13 @@ from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.fields import KINDS
+from lightning_lora.recipes.labels import agreed, class_names
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
 from lightning_lora.recipes.sources import Reading, told
 from lightning_lora.recipes.store import Store, cache_folder
-from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer
+from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer, set_padding
 
 
 class TextDataModule(LightningDataModule):
@@ -84,7 +85,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.val_split, self.columns, self.prompt_template = val_split, columns, prompt_template
-        self.labels = None if labels is None else [str(label) for label in labels]
+        self.labels = class_names(labels)
         self.max_length, self.overlong, self.packing = max_length, overlong, packing
         self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed, self.pad_token, self.cache_dir = num_workers, seed, pad_token, cache_dir
@@ -107,8 +108,6 @@ class TextDataModule(LightningDataModule):
             problems.append(f"val_split must be in [0, 1), got {self.val_split!r}")
         if not any(self.sources.values()):
             problems.append("no file: give train, val, test or predict")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            problems.append(f"labels must differ from each other, got {self.labels}")
         return problems
 
     @override
@@ -129,17 +128,23 @@ class TextDataModule(LightningDataModule):
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
         reading = self._reading = self._reading or self._new_reading()
-        if "classification" in reading.kinds and not reading.regression and stage != "predict" and self.labels is None:
-            if self.sources["train"] is None:
-                raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
-            self.labels = reading.classes(self.sources["train"])
+        if "classification" in reading.kinds and not reading.regression:
+            self.labels = agreed(self.labels, class_names(getattr(self._recipe, "labels", None)))
+            if self.labels is None and stage != "predict":
+                if self.sources["train"] is None:
+                    raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
+                self.labels = reading.classes(self.sources["train"])
         for name in needed:
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
 
+    @property
+    def _recipe(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
     def _new_reading(self) -> Reading:
-        recipe = None if self.trainer is None else self.trainer.lightning_module
+        recipe = self._recipe
         base, kinds = self.base or getattr(recipe, "base", None), getattr(recipe, "kinds", ())
         if base is None or not (kinds or self.kind):
             raise ConfigError("TextDataModule: the module is no recipe: say base (a model's folder or name) and kind")
@@ -147,19 +152,10 @@ class TextDataModule(LightningDataModule):
             if kinds and self.kind not in kinds:
                 raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {self.kind}")
             kinds = (self.kind,)
-        self.labels = self.labels or getattr(recipe, "labels", None)
         config = load_config(base)
         self.tokenizer = load_tokenizer(base) if self.base or recipe is None else recipe.tokenizer
         check_pair(base, self.tokenizer, config)
-        if self.pad_token is not None:
-            if self.pad_token not in self.tokenizer.get_vocab():
-                raise ConfigError(f"pad_token {self.pad_token!r} is none of the tokens of {base}")
-            self.tokenizer.pad_token = self.pad_token
-        if self.tokenizer.pad_token_id is None and "classification" in kinds:
-            raise ConfigError(
-                f"the tokenizer of {base} has no pad_token, which {type(recipe).__name__} needs to find where a text "
-                "ends: name one of its tokens (data.pad_token)"
-            )
+        set_padding(self.tokenizer, base, self.pad_token, type(recipe).__name__ if "classification" in kinds else None)
         return Reading(
             kinds=tuple(kinds),
             who=type(recipe).__name__,

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+import lightning_lora as ll
 from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
@@ -127,6 +128,8 @@ def test_everything_wrong_with_the_arguments_is_told_at_once():
     assert [p.split()[0] for p in caught.value.problems] == ["overlong", "batch_size", "max_length", "val_split", "no"]
     with pytest.raises(ConfigError, match=r"labels must differ from each other"):
         TextDataModule("a.jsonl", labels=["a", "a"])
+    with pytest.raises(ConfigError, match=r"labels must differ from each other"):
+        SequenceClassifier("demo", labels=["1", "1.0"])
 
 
 def test_files_are_refused_before_the_model_is_loaded(llama, bert, tmp_path):
@@ -180,9 +183,42 @@ def test_packing_is_for_causal_models(bert, tmp_path):
         data.train_dataloader()
 
 
-def test_numbers_as_classes_keep_their_order(bert, tmp_path):
-    path = files.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": i} for i in (10, 2, 1)])
+@pytest.mark.parametrize(
+    ("labels", "expected", "numbers"),
+    [
+        ([10, 2, 1], ["1", "2", "10"], [2, 1, 0]),
+        ([1, "-1", 0], ["-1", "0", "1"], [2, 0, 1]),
+        ([1, 1.0, "1.0", "0.0", 0], ["0", "1"], [1, 1, 1, 0, 0]),
+        (["²", "1", "01"], ["01", "1", "²"], [2, 1, 0]),
+        ([0.5, "1.5", 10], ["0.5", "1.5", "10"], [0, 1, 2]),
+    ],
+)
+def test_numbers_as_classes_keep_their_order(labels, expected, numbers, bert, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
     data = TextDataModule(path, base=bert, kind="classification", val_split=0)
     data.setup("fit")
-    assert data.labels == ["1", "2", "10"]
-    assert [int(example["label"]) for example in data.stores["train"]] == [2, 1, 0]
+    assert data.labels == expected
+    assert [int(example["label"]) for example in data.stores["train"]] == numbers
+    again = TextDataModule(path, base=bert, kind="classification", val_split=0, labels=[*reversed(expected)])
+    again.setup("fit")
+    last = len(expected) - 1
+    assert [int(example["label"]) for example in again.stores["train"]] == [last - number for number in numbers]
+
+
+def test_classes_in_another_order_are_refused(bert, tmp_path):
+    """Of the data, or of a checkpoint: a classifier's outputs would stand for other ones."""
+    path, names = files.jsonl(tmp_path / "a.jsonl", files.classes()), ["alpha", "beta", "gamma"]
+    said = refusal(UnloadedClassifier(bert, labels=names), TextDataModule(path, labels=names[::-1]))
+    assert "data.labels are gamma, beta, alpha and model.labels alpha, beta, gamma: the order numbers" in said
+    data = TextDataModule(path, val=path, batch_size=12)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=1, callbacks=[ll.LoRA(r=2)], **options)
+    trainer.fit(SequenceClassifier(bert), datamodule=data)
+    trainer.save_checkpoint("a.ckpt")
+    with pytest.raises(ConfigError, match="model.labels gamma, beta, alpha"):
+        trainer.validate(SequenceClassifier(bert, labels=names[::-1]), datamodule=data)
+    other = pl.Trainer(callbacks=[ll.LoRA(r=2)], **options)
+    with pytest.raises(ll.CheckpointError, match="the checkpoint's classes are alpha, beta, gamma, and here gamma"):
+        other.validate(
+            SequenceClassifier(bert, labels=names[::-1]), datamodule=TextDataModule(val=path), ckpt_path="a.ckpt"
+        )

@@ -52,6 +52,12 @@ def test_a_prompt_template_of_the_users():
         ConfigError, match=r"a.jsonl:1: prompt_template .*'topic' is no column; there are prompt, response"
     ):
         encode(own, {"prompt": "Why?", "response": "So."})
+    for missing in (None, float("nan")):
+        with pytest.raises(ConfigError, match=r"a.jsonl:1: no 'topic', which prompt_template has: fill it in"):
+            encode(own, {"prompt": "Why?", "response": "So.", "topic": missing})
+    own = encoder("prompt", prompt_template="{prompt.topic}")
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: prompt_template .*Braces that are meant as such"):
+        encode(own, {"prompt": "Why?", "response": "So."})
 
 
 @pytest.mark.parametrize("template", [files.CHAT, GENERATION])
@@ -118,8 +124,9 @@ def test_classes_and_numbers():
     assert long["input_ids"][-1] == own.tokenizer.eos_token_id  # the end stays where it is
     own = encoder("classification", style="bert")
     assert encode(own, {"text": "short", "label": "1.5"})[0]["label"] == [1.5]
-    with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is 'much': regression needs numbers"):
-        encode(own, {"text": "short", "label": "much"})
+    for label in ("much", "nan", "-inf", "1e39", 10**400):
+        with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is .*: regression needs numbers"):
+            encode(own, {"text": "short", "label": label})
 
 
 def test_a_tokenizer_without_an_end():

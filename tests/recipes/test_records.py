@@ -170,6 +170,8 @@ def test_columns(tmp_path):
             r"a.jsonl:2: 'label' is 'z', which is none of the 2 classes a, b",
         ),
         ("classification", {"text": "t", "label": [1]}, r"a.jsonl:2: 'label' must be a class"),
+        ("classification", {"text": "t", "label": float("nan")}, r"a.jsonl:2: 'label' must be a class .*, got nan"),
+        ("classification", {"text": "t", "label": float("inf")}, r"a.jsonl:2: 'label' must be a class .*, got inf"),
     ],
 )
 def test_broken_records(tmp_path, kind, record, message):
