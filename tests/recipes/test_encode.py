@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from tokenizers import processors
 
 from lightning_lora import ConfigError
 from lightning_lora.recipes.chat import IGNORED, encode_messages
@@ -20,6 +21,7 @@ GENERATION = (
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ROBERTA = processors.RobertaProcessing(("</s>", 2), ("<s>", 1), trim_offsets=True)
 FORGETFUL = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 
 
@@ -69,6 +71,22 @@ def test_what_the_assistant_says_is_learnt(template):
         "<|user|>Hello</s><|assistant|>Good day</s><|user|>alpha 0</s><|assistant|>alpha 0</s>"
     )
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
+
+
+@pytest.mark.parametrize("processor", [None, processors.ByteLevel(trim_offsets=True), ROBERTA])
+@pytest.mark.parametrize("template", [files.CHAT, GENERATION])
+def test_spaces_are_learnt_too(template, processor):
+    """Also where a post-processor says that tokens of spaces stand for nothing; the tokenizer stays as it is."""
+    tokenizer, said = files.make_tokenizer("none"), "  Good   day\n\n x \n"
+    tokenizer.backend_tokenizer.post_processor = processor
+    turns = [("user", "Hi  there "), ("assistant", said), ("user", "So?"), ("assistant", " ")]
+    for own in (template, template.replace("{{ m.role }}|>", "{{ m.role }}|> ").replace("assistant|>", "assistant|> ")):
+        tokenizer.chat_template = own
+        ids, labels = encode_messages([{"role": role, "content": text} for role, text in turns], tokenizer)
+        found = tokenizer.decode([label for label in labels if label != IGNORED])
+        assert found in (f"{said}</s> </s>", f" {said}</s>  </s>")  # a token of two spaces may be half the template's
+        assert ids == tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
+    assert str(tokenizer.backend_tokenizer.post_processor) == str(processor)
 
 
 def test_a_chat_template_that_renders_turns_otherwise_later_is_refused():
