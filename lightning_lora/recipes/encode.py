@@ -132,7 +132,9 @@ def _messages(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
 
 def _preference(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
     both = [own.fit(*own.pair(fields, fields[role])) for role in ("chosen", "rejected")]
-    if both[0] and both[1]:
+    if both[0] and both[0] == both[1]:  # what they differ in was cut away, or is no token
+        own.notes["dropped"] += 1
+    elif both[0] and both[1]:
         yield {
             "input_ids": both[0][0],
             "labels": both[0][1],

@@ -132,6 +132,9 @@ def _problems(own: dict[str, Any], schema: Schema, labels: list[str] | None) -> 
             yield f"{name!r} must be text, got {type(value).__name__} ({value!r:.40})"
         elif not value.strip():
             yield f"{name!r} is empty: fill it in, or leave the record out"
+    if schema.kind == "preference" and not schema.is_open and own["chosen"] and own["chosen"] == own["rejected"]:
+        chosen, rejected = schema.columns["chosen"], schema.columns["rejected"]
+        yield f"{chosen!r} and {rejected!r} are the same, so there is nothing to prefer: leave the record out"
 
 
 def _label_problems(value: Any, name: str, labels: list[str] | None) -> Iterator[str]:

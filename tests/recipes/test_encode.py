@@ -134,6 +134,14 @@ def test_what_is_too_long():
     assert own.notes["dropped"] == 1
 
 
+def test_responses_that_differ_behind_the_cut_are_left_out():
+    own = encoder("preference", max_length=12)
+    same = {"prompt": "a", "chosen": " one two three four five six", "rejected": " one two three four five seven"}
+    (example,) = encode(own, same, {"prompt": "a", "chosen": " one", "rejected": " two"})
+    assert learnt(own, example) == " one</s>"
+    assert own.notes == {"records": 2, "cut": 2, "dropped": 1}
+
+
 def test_classes_and_numbers():
     own = encoder("classification", style="bert", labels=["no", "yes"], max_length=8)
     short, long = encode(own, {"text": "short", "label": "yes"}, {"text": "a long text with words", "label": "no"})

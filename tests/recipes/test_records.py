@@ -188,6 +188,11 @@ def test_columns(tmp_path):
         ("prompt", {"prompt": "p", "response": None}, r"a.jsonl:2: no 'response': fill it in"),
         ("prompt", {"prompt": " ", "response": "r"}, r"a.jsonl:2: 'prompt' is empty"),
         ("prompt", {"prompt": 3, "response": "r"}, r"a.jsonl:2: 'prompt' must be text, got int \(3\)"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "a"},
+            r"a.jsonl:2: 'chosen' and 'rejected' are the same",
+        ),
         ("messages", {"messages": "hello"}, r"a.jsonl:2: 'messages' must be a list of messages"),
         ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"a.jsonl:2: 'messages'\[0\] has the role 'bot'"),
         ("messages", {"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: .* no message of the assistant"),
@@ -210,6 +215,7 @@ def test_broken_records(tmp_path, kind, record, message):
     good = {
         "prompt": {"prompt": "p", "response": "r"},
         "messages": files.conversations(1)[0],
+        "preference": files.preferences(1)[0],
         "classification": {"text": "t", "label": "a"},
     }[kind]
     path = files.jsonl(tmp_path / "a.jsonl", [good, record])
