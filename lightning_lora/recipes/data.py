@@ -1,6 +1,5 @@
 """The data of a fine-tuning run: files in, batches out."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.fields import KINDS
 from lightning_lora.recipes.labels import agreed, class_names
+from lightning_lora.recipes.needs import check_measured, files_for
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
@@ -122,9 +122,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             ConfigError: With what is wrong with the files, the tokenizer, or how they fit together.
         """
-        needed = ("train", *_NEEDED[stage]) if self.sources["val"] is None and stage != "predict" else _NEEDED[stage]
-        if stage == "fit" and self.sources["train"] is None:
-            raise ConfigError("fit needs a file: give data.train")
+        needed = files_for(stage, self.sources)
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
         reading = self._reading = self._reading or self._new_reading()
@@ -138,6 +136,7 @@ class TextDataModule(LightningDataModule):
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
+        check_measured(stage, self.examples("test" if stage == "test" else "val") is not None, self.trainer)
 
     @property
     def _recipe(self) -> Any:
@@ -180,20 +179,24 @@ class TextDataModule(LightningDataModule):
         if name == "test" and self.sources["test"] is None:
             return self._part("val")
         if name not in self._parts:
-            if name in self.stores and (name != "train" or self.sources["val"] is not None):
-                self._parts[name] = whole(self.stores[name])
-            elif name in ("train", "val") and "train" in self.stores:
-                train, val = split(whole(self.stores["train"]), self.val_split, self.seed)
-                self._parts |= {"train": train, "val": val}
-            else:
+            if (part := self._single(name)) is None:
                 return None
             if self.packing and name == "train":
                 fields, reading = self.stores["train"].fields, self._reading
                 if "labels" not in fields or "rejected_labels" in fields:
                     raise ConfigError("packing is for causal language models: leave data.packing out")
                 assert reading is not None
-                self._parts["train"] = self._parts["train"].packed(reading.max_length)
+                part = part.packed(reading.max_length)
+            self._parts[name] = part
         return self._parts[name]
+
+    def _single(self, name: str) -> Part | None:
+        """A part with its examples one by one."""
+        if name in self.stores and (name != "train" or self.sources["val"] is not None):
+            return whole(self.stores[name])
+        if name in ("train", "val") and "train" in self.stores:
+            return split(whole(self.stores["train"]), self.val_split, self.seed)[name == "val"]
+        return None
 
     @property
     def longest(self) -> int:
@@ -251,11 +254,3 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Batches of prompts; filled on the left if they are to be continued."""
         return self._evaluation("predict")
-
-
-_NEEDED: Mapping[str, Sequence[str]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("val", "test"),
-    "predict": ("predict",),
-}

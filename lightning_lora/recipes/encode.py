@@ -177,11 +177,17 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
             if "text" in own.schema.columns
             else render_prompt(fields, own.prompt_template, own.tokenizer)[0]
         )
-        ids = _cut(own, text) or []
+        if (cut := _cut(own, text)) is None:
+            return
+        ids = cut
     elif own.schema.kind == "text":
         ids = own.prompt_tokens({**fields, "prompt": fields["text"]})
     else:
         ids = own.prompt_tokens(fields)
+    if len(ids) > own.max_length:
+        own.refuse_or_count(len(ids))
+        if own.overlong == "drop":
+            return
     yield {"input_ids": ids[-own.max_length :]}
 
 

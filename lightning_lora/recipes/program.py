@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.callback import LoRA
@@ -71,6 +72,16 @@ class RecipeCLI(LightningCLI):
         if path and Path(path).is_file() and "labels" in options and options["labels"] is None:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             options["labels"] = saved.get("hyper_parameters", {}).get("labels")
+
+    def _warn_without_adapter(self) -> None:
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") is None and config.lora.get("init_from") is None:
+            rank_zero_warn(
+                f"{self.config.subcommand} without a checkpoint: no adapter was loaded, so this is the base (and a new "
+                "head of it is random): give --ckpt_path"
+            )
+
+    before_validate = before_test = before_predict = _warn_without_adapter
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -115,8 +115,11 @@ def told(source: str, store: Store, max_length: int) -> str:
     """What became of a file, in one line."""
     notes, tokens = store.notes, int(store.lengths().sum())
     changes = [
-        f"{notes[key]:,} {what} {max_length} tokens"
-        for key, what in (("cut", "were cut to"), ("dropped", "left out: nothing to learn within"))
+        f"{notes[key]:,} {what}"
+        for key, what in (
+            ("cut", f"were cut to {max_length} tokens"),
+            ("dropped", f"left out: longer than {max_length} tokens, or nothing to learn within"),
+        )
         if notes.get(key)
     ]
     return "; ".join([f"{source}: {len(store):,} examples, {tokens:,} tokens", *changes])

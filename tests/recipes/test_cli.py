@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,18 @@ def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     assert {row["prediction"] for row in rows} <= {"alpha", "beta", "gamma"}
     said = refused(capsys, "generate", saved("best.ckpt"), "--prompt", "x", code=1)
     assert "is an adapter for SEQ_CLS, which makes no texts: use lightning-lora predict" in said
+
+
+def test_without_a_checkpoint_it_is_said_that_there_is_no_adapter(llama, data, capsys):
+    common = ["--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", *SHORT, f"--data.train={data}"]
+    with pytest.warns(UserWarning, match="validate without a checkpoint: no adapter was loaded, so this is the base"):
+        main(["validate", *common])
+    main(["fit", *common])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*no adapter was loaded")
+        main(["validate", *common, f"--lora.init_from={saved('best.ckpt')}"])
+        said = refused(capsys, "predict", *common, f"--ckpt_path={saved('best.ckpt')}")
+    assert "lightning-lora: predict needs a file: give data.predict" in said
 
 
 @pytest.mark.parametrize(

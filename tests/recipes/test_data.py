@@ -7,11 +7,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_lora as ll
 from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
+from lightning_lora.recipes.packing import Packed
 from tests.helpers.toy import Lit
 from tests.recipes import files
 
@@ -181,6 +183,41 @@ def test_packing_is_for_causal_models(bert, tmp_path):
     data.setup("fit")
     with pytest.raises(ConfigError, match="packing is for causal language models"):
         data.train_dataloader()
+
+
+def test_rows_are_packed_whatever_was_asked_for_before(llama, path):
+    data = ready(llama, path, packing=True, max_length=64)
+    assert len(data.examples("val")) == 2
+    assert isinstance(data.examples("train"), Packed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sources", "message"),
+    [
+        ("predict", {"train": "a.jsonl"}, "predict needs a file: give data.predict"),
+        ("fit", {"val": "a.jsonl"}, "fit needs a file: give data.train"),
+        ("validate", {"predict": "a.jsonl"}, "validate has nothing to measure: give data.val, or data.train with"),
+        ("validate", {"train": "a.jsonl", "val_split": 0}, "validate has nothing to measure: give data.val, or"),
+        ("test", {"train": "a.jsonl", "val_split": 0}, "test has nothing to measure: give data.test, give data.val"),
+    ],
+)
+def test_a_stage_that_would_do_nothing_is_refused(stage, sources, message, llama, path):
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False)
+    with pytest.raises(ConfigError, match=message):
+        getattr(trainer, stage)(Unloaded(llama), datamodule=TextDataModule(**sources))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")
+@pytest.mark.parametrize(("split", "limit"), [(0, 1.0), (0.2, 0)])
+def test_callbacks_that_would_wait_for_a_validation_are_refused(split, limit, llama, path):
+    callbacks = [EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss"), ModelCheckpoint(filename="last")]
+    options = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(callbacks=callbacks, limit_val_batches=limit, **options)
+    said = "nothing is measured while this run trains, and EarlyStopping .val/loss., ModelCheckpoint .val/loss. would"
+    with pytest.raises(ConfigError, match=said):
+        trainer.fit(Unloaded(llama), datamodule=TextDataModule(path, val_split=split))
+    trainer = pl.Trainer(callbacks=[ll.LoRA(r=2), callbacks[-1]], limit_val_batches=limit, **options)
+    trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, val_split=split))
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,29 @@ def test_what_is_too_long():
     assert own.notes["dropped"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "style", "record"),
+    [
+        ("prompt", "causal", {"prompt": "a b c d e f g"}),
+        ("text", "causal", {"text": "a b c d e f g"}),
+        ("messages", "causal", {"messages": [{"role": "user", "content": "a b c d e f g"}]}),
+        ("classification", "bert", {"text": "a b c d e f g"}),
+    ],
+)
+def test_what_is_too_long_to_predict_from(kind, style, record):
+    """Of a prompt the end is kept, and of what is classified the beginning."""
+    options = {"chat": kind == "messages", "style": style, "is_open": True, "max_length": 8}
+    own = encoder(kind, **options)
+    (example,) = encode(own, record)
+    assert len(example["input_ids"]) == 8
+    assert own.notes == {"records": 1, "cut": 1}
+    own = encoder(kind, **options, overlong="drop")
+    assert encode(own, record) == []
+    assert own.notes == {"records": 1, "dropped": 1}
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: \d+ tokens, at most 8 fit"):
+        encode(encoder(kind, **options, overlong="error"), record)
+
+
 def test_responses_that_differ_behind_the_cut_are_left_out():
     own = encoder("preference", max_length=12)
     same = {"prompt": "a", "chosen": " one two three four five six", "rejected": " one two three four five seven"}
