@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from lightning_lora.cli import main
+from lightning_lora.recipes import Recipe
 from tests.helpers import forks, nodes
 from tests.recipes import files
 
@@ -258,8 +259,14 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
         (["--lora.r=0"], "lightning-lora: LoRA: r must be a positive integer, got 0"),
         (["--lora.rr=3"], "unrecognized arguments: --lora.rr=3"),
         (["--model.base=nowhere"], "no model 'nowhere': neither a folder here nor one of the hub that can be read"),
-        (["--model.lr=fast"], "lr"),
+        (["--model.lr=fast"], "Expected a <class 'float'>. Got value: fast"),
+        (["--model.lr=-1"], "lightning-lora: CausalLM: lr must be a positive number, got -1.0"),
+        (["--model.lrr=1"], "Option 'lrr' is not accepted"),
         (["--model=CasualLM"], "CasualLM"),
+        (
+            ["--trainer.callbacks={class_path: lightning_lora.AdapterAveraging, init_args: {decay: 7}}"],
+            "AdapterAveraging: decay must be in [0, 1)",
+        ),
         (["--data.max_length=999"], "max_length=999, but LLAMA sees 256 tokens: give at most 256"),
         (["--samples.every_n_steps=0"], "samples: every_n_steps must be a positive integer, got 0"),
     ],
@@ -270,6 +277,24 @@ def test_bad_usage_is_one_message(arguments, message, llama, data, capsys):
     assert message.replace("LLAMA", llama) in said
     assert "Traceback" not in said
     assert "usage:" not in said
+    assert "Union" not in said
+    assert len(said.splitlines()) <= 12
+
+
+@pytest.mark.parametrize("name", ["lora", "classification"])
+@pytest.mark.parametrize("content", ["", "no checkpoint", None])
+def test_a_damaged_checkpoint_is_known_before_the_model_is_built(
+    name, content, llama, data, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(100)}}, path)
+    path.write_bytes(path.read_bytes()[:300] if content is None else content.encode())
+    monkeypatch.setattr(Recipe, "configure_model", None)
+    config = ["--config", str(CONFIGS / f"{name}.yaml"), f"--model.base={llama}", f"--data.train={data}", *SHORT]
+    for stage in ("fit", "validate"):
+        said = refused(capsys, stage, *config, f"--ckpt_path={path}", code=1)
+        assert f"lightning-lora: {path} can't be read: it is damaged, no checkpoint, or holds objects" in said
+        assert "Traceback" not in said
 
 
 def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys):
