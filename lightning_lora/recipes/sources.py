@@ -13,7 +13,7 @@ from lightning_lora.recipes.fields import Schema, checked, find_schema
 from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
-from lightning_lora.recipes.store import Store, write_store
+from lightning_lora.recipes.store import Store, open_store, write_store
 
 FORMAT = 3  # of what is cached: a change of what tokens mean raises it
 
@@ -73,8 +73,8 @@ class Reading:
         """
         schema = self.schema(source, is_open)
         path = self.cache / self._key(source, schema, labels)
-        if path.exists():
-            return Store(path)
+        if (kept := open_store(path)) is not None:
+            return kept
         encoder = Encoder(
             schema, self.tokenizer, self.max_length, self.overlong, self.prompt_template, labels, self.separate
         )

@@ -1,5 +1,6 @@
 """The command line as a new user would try it, in a folder of their own."""
 
+import io
 import json
 import re
 import shutil
@@ -297,7 +298,7 @@ def test_a_damaged_checkpoint_is_known_before_the_model_is_built(
         assert "Traceback" not in said
 
 
-def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys):
+def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys, monkeypatch):
     assert "absent.jsonl does not exist" in refused(capsys, "init", "absent.jsonl", "--model", llama)
     assert "is no model: it has no config.json" in refused(capsys, "init", data, "--model", str(tmp_path))
     assert "makes no texts: give a causal model" in refused(capsys, "init", data, "--model", bert)
@@ -307,6 +308,10 @@ def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys):
     files.jsonl(tmp_path / "odd.jsonl", [{"colour": "red"}])
     assert "has the columns colour: rename them" in refused(capsys, "init", "odd.jsonl", "--model", llama, "-o", "x")
     assert "nothing does not exist" in refused(capsys, "generate", "nothing", "--prompt", "x", code=1)
+    for given in ("", " \n", None):
+        monkeypatch.setattr("sys.stdin", None if given is None else io.StringIO(given))
+        assert "the prompt is empty: give --prompt TEXT" in refused(capsys, "generate", "nothing")
+    assert "the prompt is empty" in refused(capsys, "generate", "nothing", "--prompt", "a", "--prompt", "")
     assert "--temperature must be positive" in refused(capsys, "generate", "x", "--prompt", "x", "--temperature=0")
 
 

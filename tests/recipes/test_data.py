@@ -83,6 +83,22 @@ def test_tokens_are_made_once_for_what_they_depend_on(llama, path, tmp_path, mon
     assert len(cached()) == 4
 
 
+@pytest.mark.parametrize("name", ["labels.values", "input_ids.ends", "store.json"])
+@pytest.mark.parametrize("change", ["cut", "emptied", "gone"])
+def test_damaged_tokens_are_made_again(name, change, llama, path, tmp_path):
+    before = [example["labels"].tolist() for example in ready(llama, path).stores["train"]]
+    (file,) = (tmp_path / "cache").rglob(name)
+    content = file.read_bytes()
+    if change == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-4] if change == "cut" else b"")
+    again = ready(llama, path).stores["train"]
+    assert [example["labels"].tolist() for example in again] == before
+    assert file.read_bytes() == content
+    assert [*file.parent.parent.iterdir()] == [file.parent]
+
+
 def test_each_epoch_has_an_order_of_its_own_and_each_device_its_part(llama, path):
     loader = ready(llama, path, val_split=0).train_dataloader()
     orders = []
