@@ -44,9 +44,14 @@ def run(
 
     if temperature is not None and temperature <= 0:
         raise ConfigError(f"--temperature must be positive, got {temperature}: leave it out for the most likely token")
+    texts = prompt
+    if texts is None:
+        texts = ["" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()]
+    if not all(text.strip() for text in texts):
+        raise ConfigError("the prompt is empty: give --prompt TEXT, or a text on standard input")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     drawn = {} if temperature is None else {"do_sample": True, "temperature": temperature}
     model, tokenizer = open_adapter(source, base, adapter_name)
-    for text in prompt if prompt is not None else [sys.stdin.read()]:
+    for text in texts:
         stream(model, tokenizer, text, prompt_template, max_new_tokens, **drawn)

@@ -1,13 +1,29 @@
 """Prompts as a model wants to see them: by its tokenizer's chat template, or by a template of the user's own."""
 
+import copy
 import re
+import string
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
+
+from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, listing
 
 IGNORED = -100
 Messages = list[dict[str, Any]]
+
+
+class _Filler(string.Formatter):
+    """Fills braces with values, of which none may be missing: None is no word of a prompt."""
+
+    @override
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        value, key = super().get_field(field_name, args, kwargs)
+        if value is None or value != value:
+            raise ConfigError(f"no {key!r}, which prompt_template has: fill it in, or leave the record out")
+        return value, key
 
 
 def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: Any) -> tuple[str, bool]:
@@ -19,12 +35,14 @@ def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: An
         tokenizer: The model's.
 
     Raises:
-        ConfigError: If the template names a column that isn't there.
+        ConfigError: If the template names a column that isn't there, or has no value.
     """
     if template is not None:
         try:
-            return template.format_map(fields), False
-        except (KeyError, IndexError, ValueError) as error:
+            return _Filler().vformat(template, (), fields), False
+        except ConfigError:
+            raise
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"prompt_template {template!r}: {error} is no column; there are {listing(fields, 12)}. Braces that "
                 "are meant as such are written twice"
@@ -56,14 +74,16 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
     """Tokens of a conversation, and labels that are set where the assistant speaks, the end of its turn included.
 
     Where that is, ``{% generation %}`` in the chat template says, if it has that; otherwise what the template adds to
-    the messages before. A template that renders these in another way later can't be used so.
+    the messages before, a token that begins before it included: the space that " word" begins with may be the
+    template's. A template that renders messages in another way later can't be used so.
 
     Raises:
         ConfigError: If it can't be told where the assistant speaks.
     """
-    if re.search(r"{%-?\s*generation\b", getattr(tokenizer, "chat_template", None) or ""):
-        made = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    template, exact = getattr(tokenizer, "chat_template", None) or "", _with_whole_offsets(tokenizer, len(tokenizer))
+    if re.search(r"{%-?\s*generation\b", template):
+        made = exact.apply_chat_template(
+            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, mask = list(made["input_ids"]), made["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, mask, strict=True)]
@@ -78,9 +98,22 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
                     "template, or give conversations of one turn"
                 )
             spans.append((len(before), len(after)))
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    made = exact(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
-        token if any(low <= start and end <= high for low, high in spans) and end > start else IGNORED
+        token if any(low < end <= high for low, high in spans) and end > start else IGNORED
         for token, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
     ]
     return list(made["input_ids"]), labels
+
+
+@lru_cache(maxsize=1)
+def _with_whole_offsets(tokenizer: Any, size: int) -> Any:
+    """A copy without post-processor: RoBERTa's, for one, says that tokens of spaces stand for no characters.
+
+    Args:
+        tokenizer: The model's.
+        size: How many tokens it has, for which a copy was made.
+    """
+    exact = copy.deepcopy(tokenizer)
+    exact.backend_tokenizer.post_processor = None
+    return exact

@@ -9,8 +9,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_lora.checks import choice_problems
-from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.recipes.batches import Batch
+from lightning_lora.recipes.labels import class_names
 from lightning_lora.recipes.module import Recipe
 
 
@@ -46,7 +47,7 @@ class SequenceClassifier(Recipe):
         raise_all(ConfigError, choice_problems("pooling", pooling, ("model", "mean")), "SequenceClassifier")
         if regression and labels:
             raise ConfigError(f"SequenceClassifier: regression has no classes, got labels={labels}")
-        self.labels, self.regression = labels, regression
+        self.labels, self.regression = class_names(labels), regression
         self.pooling = pooling
         self.head: nn.Linear | None = None
         self.measures: Any = nn.ModuleDict()
@@ -70,6 +71,16 @@ class SequenceClassifier(Recipe):
             self.head = nn.Linear(width, count, dtype=base.dtype)
             if getattr(base, "pooler", None) is not None:
                 base.pooler = None  # what it makes of the first token would go nowhere
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called before weights are loaded. Their outputs are numbered by the classes that they were trained with."""
+        saved = class_names(checkpoint.get("hyper_parameters", {}).get("labels"))
+        if saved and self.labels and saved != self.labels:
+            raise CheckpointError(
+                f"the checkpoint's classes are {listing(saved, 12)}, and here {listing(self.labels, 12)}: give labels "
+                "as they were, in that order"
+            )
 
     @property
     @override

@@ -1,6 +1,5 @@
 """The data of a fine-tuning run: files in, batches out."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,12 +12,14 @@ from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.fields import KINDS
+from lightning_lora.recipes.labels import agreed, class_names
+from lightning_lora.recipes.needs import check_measured, files_for
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
 from lightning_lora.recipes.sources import Reading, told
 from lightning_lora.recipes.store import Store, cache_folder
-from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer
+from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer, set_padding
 
 
 class TextDataModule(LightningDataModule):
@@ -84,7 +85,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.val_split, self.columns, self.prompt_template = val_split, columns, prompt_template
-        self.labels = None if labels is None else [str(label) for label in labels]
+        self.labels = class_names(labels)
         self.max_length, self.overlong, self.packing = max_length, overlong, packing
         self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed, self.pad_token, self.cache_dir = num_workers, seed, pad_token, cache_dir
@@ -107,8 +108,6 @@ class TextDataModule(LightningDataModule):
             problems.append(f"val_split must be in [0, 1), got {self.val_split!r}")
         if not any(self.sources.values()):
             problems.append("no file: give train, val, test or predict")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            problems.append(f"labels must differ from each other, got {self.labels}")
         return problems
 
     @override
@@ -123,23 +122,28 @@ class TextDataModule(LightningDataModule):
         Raises:
             ConfigError: With what is wrong with the files, the tokenizer, or how they fit together.
         """
-        needed = ("train", *_NEEDED[stage]) if self.sources["val"] is None and stage != "predict" else _NEEDED[stage]
-        if stage == "fit" and self.sources["train"] is None:
-            raise ConfigError("fit needs a file: give data.train")
+        needed = files_for(stage, self.sources)
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
         reading = self._reading = self._reading or self._new_reading()
-        if "classification" in reading.kinds and not reading.regression and stage != "predict" and self.labels is None:
-            if self.sources["train"] is None:
-                raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
-            self.labels = reading.classes(self.sources["train"])
+        if "classification" in reading.kinds and not reading.regression:
+            self.labels = agreed(self.labels, class_names(getattr(self._recipe, "labels", None)))
+            if self.labels is None and stage != "predict":
+                if self.sources["train"] is None:
+                    raise ConfigError("labels: give data.train, or say what the classes are (data.labels)")
+                self.labels = reading.classes(self.sources["train"])
         for name in needed:
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
+        check_measured(stage, self.examples("test" if stage == "test" else "val") is not None, self.trainer)
+
+    @property
+    def _recipe(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
 
     def _new_reading(self) -> Reading:
-        recipe = None if self.trainer is None else self.trainer.lightning_module
+        recipe = self._recipe
         base, kinds = self.base or getattr(recipe, "base", None), getattr(recipe, "kinds", ())
         if base is None or not (kinds or self.kind):
             raise ConfigError("TextDataModule: the module is no recipe: say base (a model's folder or name) and kind")
@@ -147,19 +151,10 @@ class TextDataModule(LightningDataModule):
             if kinds and self.kind not in kinds:
                 raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {self.kind}")
             kinds = (self.kind,)
-        self.labels = self.labels or getattr(recipe, "labels", None)
         config = load_config(base)
         self.tokenizer = load_tokenizer(base) if self.base or recipe is None else recipe.tokenizer
         check_pair(base, self.tokenizer, config)
-        if self.pad_token is not None:
-            if self.pad_token not in self.tokenizer.get_vocab():
-                raise ConfigError(f"pad_token {self.pad_token!r} is none of the tokens of {base}")
-            self.tokenizer.pad_token = self.pad_token
-        if self.tokenizer.pad_token_id is None and "classification" in kinds:
-            raise ConfigError(
-                f"the tokenizer of {base} has no pad_token, which {type(recipe).__name__} needs to find where a text "
-                "ends: name one of its tokens (data.pad_token)"
-            )
+        set_padding(self.tokenizer, base, self.pad_token, type(recipe).__name__ if "classification" in kinds else None)
         return Reading(
             kinds=tuple(kinds),
             who=type(recipe).__name__,
@@ -184,20 +179,24 @@ class TextDataModule(LightningDataModule):
         if name == "test" and self.sources["test"] is None:
             return self._part("val")
         if name not in self._parts:
-            if name in self.stores and (name != "train" or self.sources["val"] is not None):
-                self._parts[name] = whole(self.stores[name])
-            elif name in ("train", "val") and "train" in self.stores:
-                train, val = split(whole(self.stores["train"]), self.val_split, self.seed)
-                self._parts |= {"train": train, "val": val}
-            else:
+            if (part := self._single(name)) is None:
                 return None
             if self.packing and name == "train":
                 fields, reading = self.stores["train"].fields, self._reading
                 if "labels" not in fields or "rejected_labels" in fields:
                     raise ConfigError("packing is for causal language models: leave data.packing out")
                 assert reading is not None
-                self._parts["train"] = self._parts["train"].packed(reading.max_length)
+                part = part.packed(reading.max_length)
+            self._parts[name] = part
         return self._parts[name]
+
+    def _single(self, name: str) -> Part | None:
+        """A part with its examples one by one."""
+        if name in self.stores and (name != "train" or self.sources["val"] is not None):
+            return whole(self.stores[name])
+        if name in ("train", "val") and "train" in self.stores:
+            return split(whole(self.stores["train"]), self.val_split, self.seed)[name == "val"]
+        return None
 
     @property
     def longest(self) -> int:
@@ -255,11 +254,3 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Batches of prompts; filled on the left if they are to be continued."""
         return self._evaluation("predict")
-
-
-_NEEDED: Mapping[str, Sequence[str]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("val", "test"),
-    "predict": ("predict",),
-}

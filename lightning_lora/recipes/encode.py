@@ -1,5 +1,6 @@
 """From records to tokens and labels: one function for each kind of example."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -8,10 +9,12 @@ from typing import Any, Literal
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.chat import IGNORED, encode_messages, render, render_prompt
 from lightning_lora.recipes.fields import Schema
+from lightning_lora.recipes.labels import class_name
 from lightning_lora.recipes.records import Record
 from lightning_lora.recipes.store import LEARNT, Example
 
 Overlong = Literal["truncate", "drop", "error"]
+GREATEST = 3e38  # of the numbers of a regression, about what float32 holds
 Pair = tuple[list[int], list[int]]
 
 
@@ -129,7 +132,9 @@ def _messages(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
 
 def _preference(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
     both = [own.fit(*own.pair(fields, fields[role])) for role in ("chosen", "rejected")]
-    if both[0] and both[1]:
+    if both[0] and both[0] == both[1]:  # what they differ in was cut away, or is no token
+        own.notes["dropped"] += 1
+    elif both[0] and both[1]:
         yield {
             "input_ids": both[0][0],
             "labels": both[0][1],
@@ -144,12 +149,15 @@ def _classification(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
         return
     value = fields["label"]
     if own.labels is not None:
-        yield {"input_ids": ids, "label": [own.labels.index(str(value))]}
+        yield {"input_ids": ids, "label": [own.labels.index(class_name(value))]}
         return
     try:
-        yield {"input_ids": ids, "label": [float(value)]}
-    except ValueError:
-        raise ConfigError(f"the label is {value!r}: regression needs numbers") from None
+        number = float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) < GREATEST:
+        raise ConfigError(f"the label is {value!r:.40}: regression needs numbers")
+    yield {"input_ids": ids, "label": [number]}
 
 
 def _separate(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
@@ -169,11 +177,17 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
             if "text" in own.schema.columns
             else render_prompt(fields, own.prompt_template, own.tokenizer)[0]
         )
-        ids = _cut(own, text) or []
+        if (cut := _cut(own, text)) is None:
+            return
+        ids = cut
     elif own.schema.kind == "text":
         ids = own.prompt_tokens({**fields, "prompt": fields["text"]})
     else:
         ids = own.prompt_tokens(fields)
+    if len(ids) > own.max_length:
+        own.refuse_or_count(len(ids))
+        if own.overlong == "drop":
+            return
     yield {"input_ids": ids[-own.max_length :]}
 
 

@@ -1,10 +1,12 @@
 """What a record says: a text, a prompt with its response, messages, a text with its label, or a preference."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.errors import ConfigError, listing, raise_all
+from lightning_lora.recipes.labels import class_name
 from lightning_lora.recipes.records import MOST, Record, read_records
 
 # The roles of columns, by kind of example; the first ones are looked for first.
@@ -130,12 +132,16 @@ def _problems(own: dict[str, Any], schema: Schema, labels: list[str] | None) -> 
             yield f"{name!r} must be text, got {type(value).__name__} ({value!r:.40})"
         elif not value.strip():
             yield f"{name!r} is empty: fill it in, or leave the record out"
+    if schema.kind == "preference" and not schema.is_open and own["chosen"] and own["chosen"] == own["rejected"]:
+        chosen, rejected = schema.columns["chosen"], schema.columns["rejected"]
+        yield f"{chosen!r} and {rejected!r} are the same, so there is nothing to prefer: leave the record out"
 
 
 def _label_problems(value: Any, name: str, labels: list[str] | None) -> Iterator[str]:
-    if isinstance(value, (bool, list, dict)) or not str(value).strip():
+    is_endless = isinstance(value, float) and not math.isfinite(value)
+    if isinstance(value, (bool, list, dict)) or is_endless or not str(value).strip():
         yield f"{name!r} must be a class (text or a number), got {value!r:.40}"
-    elif labels is not None and str(value) not in labels:
+    elif labels is not None and class_name(value) not in labels:
         yield f"{name!r} is {value!r}, which is none of the {len(labels)} classes {listing(labels, 12)}"
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_lora.errors import CheckpointError
+
 
 class EpochSampler(DistributedSampler[Any]):
     """A DistributedSampler whose order takes 8 bytes an example, and that knows where in which epoch it is.
@@ -20,6 +22,7 @@ class EpochSampler(DistributedSampler[Any]):
     def __init__(self, dataset: Any, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
         self._begin, self._yielded = 0, 0
+        self._size: int = len(dataset)
         self._order: tuple[int, Tensor] | None = None
 
     def order(self) -> Tensor:
@@ -28,10 +31,9 @@ class EpochSampler(DistributedSampler[Any]):
         As many as make the parts of all devices equal are there twice.
         """
         if self._order is None or self._order[0] != self.epoch:
-            size: int = len(self.dataset)  # type: ignore[arg-type]
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-            if extra := self.total_size - size:
-                order = torch.cat([order, order.repeat(-(-extra // size))[:extra]])
+            order = torch.randperm(self._size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            if extra := self.total_size - self._size:
+                order = torch.cat([order, order.repeat(-(-extra // self._size))[:extra]])
             self._order = self.epoch, order
         return self._order[1]
 
@@ -45,12 +47,27 @@ class EpochSampler(DistributedSampler[Any]):
                 yield index
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, and in which epoch."""
-        return {"yielded": self._yielded, "epoch": self.epoch}
+        """Where it is, in which epoch, and what the order of that epoch follows from."""
+        own = {"examples": self._size, "seed": self.seed, "devices": self.num_replicas}
+        return {"yielded": self._yielded, "epoch": self.epoch, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes there."""
-        self._begin, self.epoch = state_dict["yielded"], state_dict["epoch"]
+        """Goes there; behind the last example to the next epoch.
+
+        Raises:
+            CheckpointError: If the order was one of other examples: some would be there twice, and others never.
+        """
+        found = {"examples": self._size, "seed": self.seed, "devices": self.num_replicas, **state_dict}
+        at, examples, seed = found["yielded"] * found["devices"], found["examples"], found["seed"]
+        if at and (examples, seed) != (self._size, self.seed):
+            raise CheckpointError(
+                f"the run was broken off in an epoch of {examples:,} examples (seed {seed}), and here one has "
+                f"{self._size:,} (seed {self.seed}): go on with that run's data, val_split, max_length, packing and "
+                "seed, or begin a new run with its adapter (lora.init_from)"
+            )
+        is_over = at >= examples
+        self.epoch = found["epoch"] + is_over
+        self._begin = self._yielded = 0 if is_over else at // self.num_replicas
 
 
 def resumable() -> Callable[..., DataLoader[Any]]:
@@ -63,5 +80,15 @@ def resumable() -> Callable[..., DataLoader[Any]]:
             "'lightning-lora[data]' for torchdata"
         )
         return DataLoader
-    loader: Callable[..., DataLoader[Any]] = StatefulDataLoader
-    return loader
+
+    class Loader(StatefulDataLoader[Any]):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            try:
+                self.state_dict()  # makes the iterator: what that refuses later, Lightning covers with its own error
+            except AssertionError as error:
+                raise CheckpointError(
+                    f"the run can't go on where it was broken off: give the data.num_workers it had ({error})"
+                ) from error
+
+    return Loader

@@ -4,13 +4,15 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.callback import LoRA
+from lightning_lora.errors import ConfigError
+from lightning_lora.formats.files import read
 from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.predictions import Predictions
@@ -24,6 +26,20 @@ EXAMPLES = {
     "test": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.test test.jsonl",
     "predict": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.predict prompts.jsonl",
 }
+# Lines of jsonargparse that say of a value only that it may also be left out, or how it is held.
+_IDLE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes: ",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value type: ",
+    "Given value: NestedArg",
+    "Given value: Namespace",
+)
+
+
+def _short(message: str) -> str:
+    return "\n".join(line for line in message.splitlines() if not line.strip(" -").startswith(_IDLE)).strip(" -")
 
 
 class Parser(LightningArgumentParser):
@@ -33,7 +49,7 @@ class Parser(LightningArgumentParser):
         """Ends the process with 2."""
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
-        self.exit(2, f"lightning-lora: {message}\nall options: lightning-lora fit --help\n")
+        self.exit(2, f"lightning-lora: {_short(message)}\nall options: lightning-lora fit --help\n")
         raise AssertionError("exit returned")
 
 
@@ -65,12 +81,40 @@ class RecipeCLI(LightningCLI):
         """LightningCLI would let a checkpoint's own arguments go before those that are given now.
 
         Only the classes of a classifier are taken from there: ``predict`` has no labels to find them in.
+
+        Raises:
+            CheckpointError: If the file is damaged, which is known before the model is built.
         """
         config = self.config[self.config.subcommand]
         path, options = config.get("ckpt_path"), config.model.get("init_args", {})
-        if path and Path(path).is_file() and "labels" in options and options["labels"] is None:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            options["labels"] = saved.get("hyper_parameters", {}).get("labels")
+        if path and Path(path).is_file() and config.get("weights_only") is not False:
+            saved = read(path)
+            if "labels" in options and options["labels"] is None:
+                options["labels"] = saved.get("hyper_parameters", {}).get("labels")
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Builds model, data and Trainer.
+
+        Raises:
+            ConfigError: With what a class refuses, without what jsonargparse puts around it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if str(error).startswith(_IDLE):
+                raise ConfigError(_short(str(error))) from error
+            raise
+
+    def _warn_without_adapter(self) -> None:
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") is None and config.lora.get("init_from") is None:
+            rank_zero_warn(
+                f"{self.config.subcommand} without a checkpoint: no adapter was loaded, so this is the base (and a new "
+                "head of it is random): give --ckpt_path"
+            )
+
+    before_validate = before_test = before_predict = _warn_without_adapter
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

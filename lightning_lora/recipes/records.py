@@ -7,16 +7,21 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.recipes.hub import HUB, dataset, identity
 
 PART = 1 << 20  # bytes of a text that are one document
 WHOLE = 1 << 30  # bytes of a file that is read to tell whether it has changed
+LONGEST_FIELD = 1 << 28  # characters of a value in a CSV file, where csv itself stops at 2^17
 MOST = 5  # problems of one file that are told one by one
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+T = TypeVar("T")
 
 
 class Record(NamedTuple):
@@ -64,14 +69,14 @@ def check_source(source: str) -> None:
 
 
 def files_of(source: str) -> list[Path]:
-    """The files that a path stands for: itself, or those of known kinds in a folder, sorted.
+    """The files that a path stands for: itself, or those of known kinds in a folder, without READMEs, sorted.
 
     Raises:
         ConfigError: If there are none.
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and _is_data(p))
         if not files:
             raise ConfigError(f"{source} is a folder without data: give one with {', '.join(_READERS)} files")
         return files
@@ -82,6 +87,10 @@ def files_of(source: str) -> list[Path]:
     if path.suffix.lower() not in _READERS:
         raise ConfigError(f"{source}: can't read {path.suffix or 'files without a suffix'}: give {', '.join(_READERS)}")
     return [path]
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".") and path.stem.lower() != "readme"
 
 
 def digest_of(source: str, streaming: bool = False) -> str:
@@ -111,18 +120,26 @@ def _jsonl(path: Path) -> Iterator[Record]:
     problems = list[str]()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             where = f"{path}:{number}"
             try:
-                fields = json.loads(line)
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                fields = json.loads(text)
+                if _SURROGATE.search(text):
+                    json.dumps(fields, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                problems.append(f"{where}: {half!a} is half a character: write both, or the character itself in UTF-8")
             except UnicodeDecodeError as error:
                 problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8")
             except json.JSONDecodeError as error:
                 hint = ""
-                if number == 1 and line.lstrip().startswith(b"["):
+                if number == 1 and text.lstrip().startswith("["):
                     hint = ". A JSON array is no JSONL: write one object per line"
                 problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}{hint}")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{where}: JSON that can't be read: {error}")
             else:
                 if isinstance(fields, dict):
                     yield Record(fields, where)
@@ -138,10 +155,13 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
             try:
-                for fields in rows:
+                names = _any_length(lambda: rows.fieldnames) or []
+                if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                    raise ConfigError(f"{path}: more than one column is called {listing(twice)}: rename them")
+                while fields := _any_length(lambda: next(rows, None)):
                     where = f"{path}:{rows.line_num}"
                     if None in fields or None in fields.values():
-                        columns = listing(rows.fieldnames or [])
+                        columns = listing(names)
                         raise ConfigError(
                             f"{where}: not as many values as columns ({columns}): quote values with {delimiter!r}"
                         )
@@ -154,6 +174,15 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
     return read
 
 
+def _any_length(read: Callable[[], T]) -> T:
+    """What csv reads, with values that are longer than it allows for the rest of the process."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        return read()
+    finally:
+        csv.field_size_limit(before)
+
+
 def _text(path: Path) -> Iterator[Record]:
     begin = 0
     with path.open("rb") as file:
@@ -164,7 +193,7 @@ def _text(path: Path) -> Iterator[Record]:
                     following = file.peek(1)[:1]
                     data += file.read(1) if following and following[0] & 0xC0 == 0x80 else b""
             try:
-                text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
+                text = data.decode("utf-8" if begin else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
             except UnicodeDecodeError as error:
                 at = begin + error.start
                 raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {at}): convert the file") from None

@@ -10,11 +10,12 @@ from typing import Any
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.encode import Encoder, Overlong
 from lightning_lora.recipes.fields import Schema, checked, find_schema
+from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
-from lightning_lora.recipes.store import Store, write_store
+from lightning_lora.recipes.store import Store, open_store, write_store
 
-FORMAT = 2  # of what is cached: a change of what tokens mean raises it
+FORMAT = 3  # of what is cached: a change of what tokens mean raises it
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ class Reading:
         return find_schema(source, self.kinds, self.columns, self.who, is_open, self.streaming)
 
     def classes(self, source: str) -> list[str]:
-        """The classes of a file: in numerical order if all are numbers, else by alphabet.
+        """The classes of a file, see `in_order`.
 
         Raises:
             ConfigError: If there are less than two.
         """
-        found = {str(record.fields["label"]) for record in checked(self._records(source), self.schema(source))}
+        found = {class_name(record.fields["label"]) for record in checked(self._records(source), self.schema(source))}
         if len(found) < 2:
             raise ConfigError(f"{source} has one class only ({found.pop()!r}): there is nothing to tell apart")
-        return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+        return in_order(found)
 
     def store(self, source: str, labels: list[str] | None, is_open: bool = False) -> Store:
         """Tokens of a file: from the cache, or made and put there as the file is read.
@@ -72,8 +73,8 @@ class Reading:
         """
         schema = self.schema(source, is_open)
         path = self.cache / self._key(source, schema, labels)
-        if path.exists():
-            return Store(path)
+        if (kept := open_store(path)) is not None:
+            return kept
         encoder = Encoder(
             schema, self.tokenizer, self.max_length, self.overlong, self.prompt_template, labels, self.separate
         )
@@ -114,8 +115,11 @@ def told(source: str, store: Store, max_length: int) -> str:
     """What became of a file, in one line."""
     notes, tokens = store.notes, int(store.lengths().sum())
     changes = [
-        f"{notes[key]:,} {what} {max_length} tokens"
-        for key, what in (("cut", "were cut to"), ("dropped", "left out: nothing to learn within"))
+        f"{notes[key]:,} {what}"
+        for key, what in (
+            ("cut", f"were cut to {max_length} tokens"),
+            ("dropped", f"left out: longer than {max_length} tokens, or nothing to learn within"),
+        )
         if notes.get(key)
     ]
     return "; ".join([f"{source}: {len(store):,} examples, {tokens:,} tokens", *changes])

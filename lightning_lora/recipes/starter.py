@@ -14,6 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, LightningLoRAError, listing
 from lightning_lora.recipes.encode import Encoder
 from lightning_lora.recipes.fields import KINDS, Schema, checked, guess_columns
+from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.records import read_records
 from lightning_lora.recipes.tokens import LONGEST, check_pair, context_of, load_config, load_tokenizer, resolve
 
@@ -70,9 +71,9 @@ def look(data: str, base: str) -> Look:
     for record in checked(read_records(data), schema):
         count += 1
         if schema.kind == "classification":
-            labels.add(str(record.fields["label"]))
+            labels.add(class_name(record.fields["label"]))
     numbers = bool(labels) and all(_is_fraction(label) for label in labels) and any("." in label for label in labels)
-    names = None if numbers or not labels else sorted(labels)
+    names = None if numbers or not labels else in_order(labels)
     encoder = Encoder(schema, tokenizer, 1 << 20, labels=names, separate=recipe == "Seq2SeqLM")
     first = islice(checked(read_records(data), schema), SEEN)
     lengths = sorted(len(example["input_ids"]) for example in encoder.encode(first))

@@ -75,7 +75,7 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
         yield "    regression: true                    # labels are numbers"
     yield "data:"
     yield f"  train: {json.dumps(str(Path(data).resolve()) if Path(data).exists() else data)}"
-    yield "  val_split: 0.05                       # or val: another file"
+    yield "  val_split: 0.05                       # or val: another file; the callbacks above watch it"
     if seen.renamed:
         yield f"  columns: {{{', '.join(f'{role}: {json.dumps(name)}' for role, name in seen.renamed.items())}}}"
     if seen.schema.kind == "prompt" and not seen.chat and seen.recipe != "Seq2SeqLM":

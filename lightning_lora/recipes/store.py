@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.formats.folder import sync
 
 Example = dict[str, list[int] | list[float]]
 LEARNT = "learnt"  # the field with how many tokens of an example are learnt, which is no part of what a model is fed
@@ -71,8 +72,20 @@ class Store(Dataset[dict[str, Tensor]]):
         return self.tensors.get(f"{LEARNT}.values")
 
 
+def open_store(path: Path) -> Store | None:
+    """The store in a folder; None if it is not there, or its files are not as long as they were written."""
+    try:
+        sizes = json.loads((path / _DESCRIPTION).read_text())["sizes"]
+        is_whole = all((path / name).stat().st_size == size for name, size in sizes.items())
+        return Store(path) if is_whole else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whatever is wrong with a damaged file
+        return None
+
+
 def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int]) -> Store | None:
     """Writes examples as they come, whole or not at all; no more than a few of them are in memory.
+
+    A damaged store gives place.
 
     Args:
         examples: With the same fields each.
@@ -103,10 +116,15 @@ def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int
             with _writing(path.parent):
                 files.close()
         with _writing(path.parent):
-            described = {"fields": {name: field.code for name, field in fields.items()}, "notes": dict(notes)}
-            (part / _DESCRIPTION).write_text(json.dumps(described))
-            if not path.exists():  # another run may have been faster
+            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+            codes = {name: field.code for name, field in fields.items()}
+            with _opened(part / _DESCRIPTION) as file:
+                file.write(json.dumps({"fields": codes, "notes": dict(notes), "sizes": sizes}).encode())
+            sync(part)
+            if open_store(path) is None:  # another run may have been faster
+                shutil.rmtree(path, ignore_errors=True)
                 part.rename(path)
+                sync(path.parent)
     return Store(path)
 
 
@@ -135,7 +153,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # what could not be written can't be flushed either
             file.close()
         raise
-    file.close()
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

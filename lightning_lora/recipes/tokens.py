@@ -69,6 +69,29 @@ def check_pair(base: str, tokenizer: Any, config: Any) -> None:
     raise_all(ConfigError, problems)
 
 
+def set_padding(tokenizer: Any, base: str, pad_token: str | None, who: str | None) -> None:
+    """Has a tokenizer pad with the token that was asked for.
+
+    Args:
+        tokenizer: That of the base.
+        base: The model.
+        pad_token: One of its tokens; None for the tokenizer's own.
+        who: What can't do without one.
+
+    Raises:
+        ConfigError: If there is no such token, or none where one is needed.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ConfigError(f"pad_token {pad_token!r} is none of the tokens of {base}")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None and who is not None:
+        raise ConfigError(
+            f"the tokenizer of {base} has no pad_token, which {who} needs to find where a text ends: name one of its "
+            "tokens (data.pad_token)"
+        )
+
+
 def context_of(config: Any, tokenizer: Any) -> int | None:
     """How many tokens a model can see, if it says so."""
     text = config.get_text_config()

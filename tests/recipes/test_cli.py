@@ -1,8 +1,10 @@
 """The command line as a new user would try it, in a folder of their own."""
 
+import io
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from safetensors import safe_open
 
 from lightning_lora.cli import main
+from lightning_lora.recipes import Recipe
 from tests.helpers import forks, nodes
 from tests.recipes import files
 
@@ -192,6 +195,18 @@ def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     assert "is an adapter for SEQ_CLS, which makes no texts: use lightning-lora predict" in said
 
 
+def test_without_a_checkpoint_it_is_said_that_there_is_no_adapter(llama, data, capsys):
+    common = ["--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", *SHORT, f"--data.train={data}"]
+    with pytest.warns(UserWarning, match="validate without a checkpoint: no adapter was loaded, so this is the base"):
+        main(["validate", *common])
+    main(["fit", *common])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*no adapter was loaded")
+        main(["validate", *common, f"--lora.init_from={saved('best.ckpt')}"])
+        said = refused(capsys, "predict", *common, f"--ckpt_path={saved('best.ckpt')}")
+    assert "lightning-lora: predict needs a file: give data.predict" in said
+
+
 @pytest.mark.parametrize(
     ("records", "recipe", "model", "expected"),
     [
@@ -245,8 +260,14 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
         (["--lora.r=0"], "lightning-lora: LoRA: r must be a positive integer, got 0"),
         (["--lora.rr=3"], "unrecognized arguments: --lora.rr=3"),
         (["--model.base=nowhere"], "no model 'nowhere': neither a folder here nor one of the hub that can be read"),
-        (["--model.lr=fast"], "lr"),
+        (["--model.lr=fast"], "Expected a <class 'float'>. Got value: fast"),
+        (["--model.lr=-1"], "lightning-lora: CausalLM: lr must be a positive number, got -1.0"),
+        (["--model.lrr=1"], "Option 'lrr' is not accepted"),
         (["--model=CasualLM"], "CasualLM"),
+        (
+            ["--trainer.callbacks={class_path: lightning_lora.AdapterAveraging, init_args: {decay: 7}}"],
+            "AdapterAveraging: decay must be in [0, 1)",
+        ),
         (["--data.max_length=999"], "max_length=999, but LLAMA sees 256 tokens: give at most 256"),
         (["--samples.every_n_steps=0"], "samples: every_n_steps must be a positive integer, got 0"),
     ],
@@ -257,9 +278,27 @@ def test_bad_usage_is_one_message(arguments, message, llama, data, capsys):
     assert message.replace("LLAMA", llama) in said
     assert "Traceback" not in said
     assert "usage:" not in said
+    assert "Union" not in said
+    assert len(said.splitlines()) <= 12
 
 
-def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["lora", "classification"])
+@pytest.mark.parametrize("content", ["", "no checkpoint", None])
+def test_a_damaged_checkpoint_is_known_before_the_model_is_built(
+    name, content, llama, data, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(100)}}, path)
+    path.write_bytes(path.read_bytes()[:300] if content is None else content.encode())
+    monkeypatch.setattr(Recipe, "configure_model", None)
+    config = ["--config", str(CONFIGS / f"{name}.yaml"), f"--model.base={llama}", f"--data.train={data}", *SHORT]
+    for stage in ("fit", "validate"):
+        said = refused(capsys, stage, *config, f"--ckpt_path={path}", code=1)
+        assert f"lightning-lora: {path} can't be read: it is damaged, no checkpoint, or holds objects" in said
+        assert "Traceback" not in said
+
+
+def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys, monkeypatch):
     assert "absent.jsonl does not exist" in refused(capsys, "init", "absent.jsonl", "--model", llama)
     assert "is no model: it has no config.json" in refused(capsys, "init", data, "--model", str(tmp_path))
     assert "makes no texts: give a causal model" in refused(capsys, "init", data, "--model", bert)
@@ -269,6 +308,10 @@ def test_what_init_and_generate_refuse(llama, data, bert, tmp_path, capsys):
     files.jsonl(tmp_path / "odd.jsonl", [{"colour": "red"}])
     assert "has the columns colour: rename them" in refused(capsys, "init", "odd.jsonl", "--model", llama, "-o", "x")
     assert "nothing does not exist" in refused(capsys, "generate", "nothing", "--prompt", "x", code=1)
+    for given in ("", " \n", None):
+        monkeypatch.setattr("sys.stdin", None if given is None else io.StringIO(given))
+        assert "the prompt is empty: give --prompt TEXT" in refused(capsys, "generate", "nothing")
+    assert "the prompt is empty" in refused(capsys, "generate", "nothing", "--prompt", "a", "--prompt", "")
     assert "--temperature must be positive" in refused(capsys, "generate", "x", "--prompt", "x", "--temperature=0")
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+import lightning_lora as ll
 from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
+from lightning_lora.recipes.packing import Packed
 from tests.helpers.toy import Lit
 from tests.recipes import files
 
@@ -80,6 +83,22 @@ def test_tokens_are_made_once_for_what_they_depend_on(llama, path, tmp_path, mon
     assert len(cached()) == 4
 
 
+@pytest.mark.parametrize("name", ["labels.values", "input_ids.ends", "store.json"])
+@pytest.mark.parametrize("change", ["cut", "emptied", "gone"])
+def test_damaged_tokens_are_made_again(name, change, llama, path, tmp_path):
+    before = [example["labels"].tolist() for example in ready(llama, path).stores["train"]]
+    (file,) = (tmp_path / "cache").rglob(name)
+    content = file.read_bytes()
+    if change == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-4] if change == "cut" else b"")
+    again = ready(llama, path).stores["train"]
+    assert [example["labels"].tolist() for example in again] == before
+    assert file.read_bytes() == content
+    assert [*file.parent.parent.iterdir()] == [file.parent]
+
+
 def test_each_epoch_has_an_order_of_its_own_and_each_device_its_part(llama, path):
     loader = ready(llama, path, val_split=0).train_dataloader()
     orders = []
@@ -127,6 +146,8 @@ def test_everything_wrong_with_the_arguments_is_told_at_once():
     assert [p.split()[0] for p in caught.value.problems] == ["overlong", "batch_size", "max_length", "val_split", "no"]
     with pytest.raises(ConfigError, match=r"labels must differ from each other"):
         TextDataModule("a.jsonl", labels=["a", "a"])
+    with pytest.raises(ConfigError, match=r"labels must differ from each other"):
+        SequenceClassifier("demo", labels=["1", "1.0"])
 
 
 def test_files_are_refused_before_the_model_is_loaded(llama, bert, tmp_path):
@@ -180,9 +201,77 @@ def test_packing_is_for_causal_models(bert, tmp_path):
         data.train_dataloader()
 
 
-def test_numbers_as_classes_keep_their_order(bert, tmp_path):
-    path = files.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": i} for i in (10, 2, 1)])
+def test_rows_are_packed_whatever_was_asked_for_before(llama, path):
+    data = ready(llama, path, packing=True, max_length=64)
+    assert len(data.examples("val")) == 2
+    assert isinstance(data.examples("train"), Packed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sources", "message"),
+    [
+        ("predict", {"train": "a.jsonl"}, "predict needs a file: give data.predict"),
+        ("fit", {"val": "a.jsonl"}, "fit needs a file: give data.train"),
+        ("validate", {"predict": "a.jsonl"}, "validate has nothing to measure: give data.val, or data.train with"),
+        ("validate", {"train": "a.jsonl", "val_split": 0}, "validate has nothing to measure: give data.val, or"),
+        ("test", {"train": "a.jsonl", "val_split": 0}, "test has nothing to measure: give data.test, give data.val"),
+    ],
+)
+def test_a_stage_that_would_do_nothing_is_refused(stage, sources, message, llama, path):
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False)
+    with pytest.raises(ConfigError, match=message):
+        getattr(trainer, stage)(Unloaded(llama), datamodule=TextDataModule(**sources))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")
+@pytest.mark.parametrize(("split", "limit"), [(0, 1.0), (0.2, 0)])
+def test_callbacks_that_would_wait_for_a_validation_are_refused(split, limit, llama, path):
+    callbacks = [EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss"), ModelCheckpoint(filename="last")]
+    options = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(callbacks=callbacks, limit_val_batches=limit, **options)
+    said = "nothing is measured while this run trains, and EarlyStopping .val/loss., ModelCheckpoint .val/loss. would"
+    with pytest.raises(ConfigError, match=said):
+        trainer.fit(Unloaded(llama), datamodule=TextDataModule(path, val_split=split))
+    trainer = pl.Trainer(callbacks=[ll.LoRA(r=2), callbacks[-1]], limit_val_batches=limit, **options)
+    trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, val_split=split))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "numbers"),
+    [
+        ([10, 2, 1], ["1", "2", "10"], [2, 1, 0]),
+        ([1, "-1", 0], ["-1", "0", "1"], [2, 0, 1]),
+        ([1, 1.0, "1.0", "0.0", 0], ["0", "1"], [1, 1, 1, 0, 0]),
+        (["²", "1", "01"], ["01", "1", "²"], [2, 1, 0]),
+        ([0.5, "1.5", 10], ["0.5", "1.5", "10"], [0, 1, 2]),
+    ],
+)
+def test_numbers_as_classes_keep_their_order(labels, expected, numbers, bert, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
     data = TextDataModule(path, base=bert, kind="classification", val_split=0)
     data.setup("fit")
-    assert data.labels == ["1", "2", "10"]
-    assert [int(example["label"]) for example in data.stores["train"]] == [2, 1, 0]
+    assert data.labels == expected
+    assert [int(example["label"]) for example in data.stores["train"]] == numbers
+    again = TextDataModule(path, base=bert, kind="classification", val_split=0, labels=[*reversed(expected)])
+    again.setup("fit")
+    last = len(expected) - 1
+    assert [int(example["label"]) for example in again.stores["train"]] == [last - number for number in numbers]
+
+
+def test_classes_in_another_order_are_refused(bert, tmp_path):
+    """Of the data, or of a checkpoint: a classifier's outputs would stand for other ones."""
+    path, names = files.jsonl(tmp_path / "a.jsonl", files.classes()), ["alpha", "beta", "gamma"]
+    said = refusal(UnloadedClassifier(bert, labels=names), TextDataModule(path, labels=names[::-1]))
+    assert "data.labels are gamma, beta, alpha and model.labels alpha, beta, gamma: the order numbers" in said
+    data = TextDataModule(path, val=path, batch_size=12)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=1, callbacks=[ll.LoRA(r=2)], **options)
+    trainer.fit(SequenceClassifier(bert), datamodule=data)
+    trainer.save_checkpoint("a.ckpt")
+    with pytest.raises(ConfigError, match="model.labels gamma, beta, alpha"):
+        trainer.validate(SequenceClassifier(bert, labels=names[::-1]), datamodule=data)
+    other = pl.Trainer(callbacks=[ll.LoRA(r=2)], **options)
+    with pytest.raises(ll.CheckpointError, match="the checkpoint's classes are alpha, beta, gamma, and here gamma"):
+        other.validate(
+            SequenceClassifier(bert, labels=names[::-1]), datamodule=TextDataModule(val=path), ckpt_path="a.ckpt"
+        )

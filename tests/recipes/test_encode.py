@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from tokenizers import processors
 
 from lightning_lora import ConfigError
 from lightning_lora.recipes.chat import IGNORED, encode_messages
@@ -20,6 +21,7 @@ GENERATION = (
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ROBERTA = processors.RobertaProcessing(("</s>", 2), ("<s>", 1), trim_offsets=True)
 FORGETFUL = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 
 
@@ -52,6 +54,12 @@ def test_a_prompt_template_of_the_users():
         ConfigError, match=r"a.jsonl:1: prompt_template .*'topic' is no column; there are prompt, response"
     ):
         encode(own, {"prompt": "Why?", "response": "So."})
+    for missing in (None, float("nan")):
+        with pytest.raises(ConfigError, match=r"a.jsonl:1: no 'topic', which prompt_template has: fill it in"):
+            encode(own, {"prompt": "Why?", "response": "So.", "topic": missing})
+    own = encoder("prompt", prompt_template="{prompt.topic}")
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: prompt_template .*Braces that are meant as such"):
+        encode(own, {"prompt": "Why?", "response": "So."})
 
 
 @pytest.mark.parametrize("template", [files.CHAT, GENERATION])
@@ -63,6 +71,22 @@ def test_what_the_assistant_says_is_learnt(template):
         "<|user|>Hello</s><|assistant|>Good day</s><|user|>alpha 0</s><|assistant|>alpha 0</s>"
     )
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
+
+
+@pytest.mark.parametrize("processor", [None, processors.ByteLevel(trim_offsets=True), ROBERTA])
+@pytest.mark.parametrize("template", [files.CHAT, GENERATION])
+def test_spaces_are_learnt_too(template, processor):
+    """Also where a post-processor says that tokens of spaces stand for nothing; the tokenizer stays as it is."""
+    tokenizer, said = files.make_tokenizer("none"), "  Good   day\n\n x \n"
+    tokenizer.backend_tokenizer.post_processor = processor
+    turns = [("user", "Hi  there "), ("assistant", said), ("user", "So?"), ("assistant", " ")]
+    for own in (template, template.replace("{{ m.role }}|>", "{{ m.role }}|> ").replace("assistant|>", "assistant|> ")):
+        tokenizer.chat_template = own
+        ids, labels = encode_messages([{"role": role, "content": text} for role, text in turns], tokenizer)
+        found = tokenizer.decode([label for label in labels if label != IGNORED])
+        assert found in (f"{said}</s> </s>", f" {said}</s>  </s>")  # a token of two spaces may be half the template's
+        assert ids == tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
+    assert str(tokenizer.backend_tokenizer.post_processor) == str(processor)
 
 
 def test_a_chat_template_that_renders_turns_otherwise_later_is_refused():
@@ -110,6 +134,37 @@ def test_what_is_too_long():
     assert own.notes["dropped"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "style", "record"),
+    [
+        ("prompt", "causal", {"prompt": "a b c d e f g"}),
+        ("text", "causal", {"text": "a b c d e f g"}),
+        ("messages", "causal", {"messages": [{"role": "user", "content": "a b c d e f g"}]}),
+        ("classification", "bert", {"text": "a b c d e f g"}),
+    ],
+)
+def test_what_is_too_long_to_predict_from(kind, style, record):
+    """Of a prompt the end is kept, and of what is classified the beginning."""
+    options = {"chat": kind == "messages", "style": style, "is_open": True, "max_length": 8}
+    own = encoder(kind, **options)
+    (example,) = encode(own, record)
+    assert len(example["input_ids"]) == 8
+    assert own.notes == {"records": 1, "cut": 1}
+    own = encoder(kind, **options, overlong="drop")
+    assert encode(own, record) == []
+    assert own.notes == {"records": 1, "dropped": 1}
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: \d+ tokens, at most 8 fit"):
+        encode(encoder(kind, **options, overlong="error"), record)
+
+
+def test_responses_that_differ_behind_the_cut_are_left_out():
+    own = encoder("preference", max_length=12)
+    same = {"prompt": "a", "chosen": " one two three four five six", "rejected": " one two three four five seven"}
+    (example,) = encode(own, same, {"prompt": "a", "chosen": " one", "rejected": " two"})
+    assert learnt(own, example) == " one</s>"
+    assert own.notes == {"records": 2, "cut": 2, "dropped": 1}
+
+
 def test_classes_and_numbers():
     own = encoder("classification", style="bert", labels=["no", "yes"], max_length=8)
     short, long = encode(own, {"text": "short", "label": "yes"}, {"text": "a long text with words", "label": "no"})
@@ -118,8 +173,9 @@ def test_classes_and_numbers():
     assert long["input_ids"][-1] == own.tokenizer.eos_token_id  # the end stays where it is
     own = encoder("classification", style="bert")
     assert encode(own, {"text": "short", "label": "1.5"})[0]["label"] == [1.5]
-    with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is 'much': regression needs numbers"):
-        encode(own, {"text": "short", "label": "much"})
+    for label in ("much", "nan", "-inf", "1e39", 10**400):
+        with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is .*: regression needs numbers"):
+            encode(own, {"text": "short", "label": label})
 
 
 def test_a_tokenizer_without_an_end():

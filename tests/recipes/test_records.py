@@ -1,5 +1,6 @@
 """Files of every kind, and what is wrong with them, by file and line."""
 
+import csv
 import json
 import os
 
@@ -39,7 +40,9 @@ def test_tables(tmp_path, kind):
 def test_text_is_one_document_and_a_folder_holds_several_files(tmp_path):
     (tmp_path / "b.txt").write_text("second\n\nstill second")
     (tmp_path / "a.md").write_text("first")
-    (tmp_path / "notes.bin").write_text("not read")
+    for name in ("notes.bin", "README.md", ".hidden.txt", "readme.txt"):
+        (tmp_path / name).write_text("not read")
+    (tmp_path / "folder.txt").mkdir()
     assert [r.fields["text"] for r in read_records(str(tmp_path))] == ["first", "second\n\nstill second"]
     before = digest_of(str(tmp_path))
     (tmp_path / "b.txt").write_text("second\n\nstill secona")
@@ -107,6 +110,11 @@ def test_a_long_text_is_several_documents(tmp_path, monkeypatch):
         ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: an object is needed, like \{\"text\": ...\}, got list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 .* convert the file to UTF-8"),
         ("a.jsonl", "\n", r"a.jsonl is empty: give a file with at least one example"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', r"a.jsonl:1: '\\ud83d' is half a character: write both, or"),
+        ("a.jsonl", '{"\\uDE00": "x"}\n', r"a.jsonl:1: '\\ude00' is half a character"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}\n", r"a.jsonl:1: JSON that can't be read: Exceeds the limit"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a.jsonl:1: not UTF-8 .* convert the file to UTF-8"),
+        ("a.csv", "text,label,text\nx,a,y\n", r"a.csv: more than one column is called text: rename them"),
         ("a.csv", "text,label\nx\n", r"a.csv:2: not as many values as columns \(text, label\)"),
         ("a.csv", 'text,label\n"x,a\n', r"a.csv:2: broken CSV: unexpected end of data"),
         ("a.parquet", "no", r"a.parquet is no Parquet file"),
@@ -119,6 +127,30 @@ def test_broken_files(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         list(read_records(str(path)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.csv"])
+def test_a_mark_of_the_byte_order_is_no_text(name, tmp_path):
+    content = {".jsonl": '{"text": "one"}', ".csv": '"text"\none'}.get(name[1:], "one")
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig") + b"\n")
+    (record,) = read_records(str(tmp_path / name))
+    assert record.fields["text"].strip() == "one"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf\n")
+    if name != "a.csv":
+        with pytest.raises(ConfigError, match="is empty: give a file with at least one example"):
+            list(read_records(str(tmp_path / name)))
+
+
+def test_long_values_characters_of_two_halves_and_columns_without_names(tmp_path):
+    """csv has a limit for values, which stays as it is for the rest of the process."""
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"text,label,,\n{'x' * 200_000},a,,\n")
+    (record,) = read_records(str(tmp_path / "a.csv"))
+    assert len(record.fields["text"]) == 200_000
+    assert csv.field_size_limit() == before
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \\\\ud83d"}')
+    (record,) = read_records(str(tmp_path / "a.jsonl"))
+    assert record.fields["text"] == "😀 \\ud83d"
 
 
 def test_several_broken_lines_are_told_at_once(tmp_path):
@@ -156,6 +188,11 @@ def test_columns(tmp_path):
         ("prompt", {"prompt": "p", "response": None}, r"a.jsonl:2: no 'response': fill it in"),
         ("prompt", {"prompt": " ", "response": "r"}, r"a.jsonl:2: 'prompt' is empty"),
         ("prompt", {"prompt": 3, "response": "r"}, r"a.jsonl:2: 'prompt' must be text, got int \(3\)"),
+        (
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "a"},
+            r"a.jsonl:2: 'chosen' and 'rejected' are the same",
+        ),
         ("messages", {"messages": "hello"}, r"a.jsonl:2: 'messages' must be a list of messages"),
         ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"a.jsonl:2: 'messages'\[0\] has the role 'bot'"),
         ("messages", {"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: .* no message of the assistant"),
@@ -170,12 +207,15 @@ def test_columns(tmp_path):
             r"a.jsonl:2: 'label' is 'z', which is none of the 2 classes a, b",
         ),
         ("classification", {"text": "t", "label": [1]}, r"a.jsonl:2: 'label' must be a class"),
+        ("classification", {"text": "t", "label": float("nan")}, r"a.jsonl:2: 'label' must be a class .*, got nan"),
+        ("classification", {"text": "t", "label": float("inf")}, r"a.jsonl:2: 'label' must be a class .*, got inf"),
     ],
 )
 def test_broken_records(tmp_path, kind, record, message):
     good = {
         "prompt": {"prompt": "p", "response": "r"},
         "messages": files.conversations(1)[0],
+        "preference": files.preferences(1)[0],
         "classification": {"text": "t", "label": "a"},
     }[kind]
     path = files.jsonl(tmp_path / "a.jsonl", [good, record])

@@ -1,0 +1,46 @@
+"""The file of predictions: whole or not at all, and never one that is read."""
+
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_lora import ConfigError
+from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.predictions import Predictions
+from tests.recipes import files
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        (
+            "data/../data/a.jsonl",
+            "data/a.jsonl",
+            r"a.jsonl is read as data.predict \(data/a.jsonl\): give another file",
+        ),
+        ("data/new.jsonl", "data", r"data/new.jsonl is read as data.predict \(data\)"),
+        ("link.jsonl", "data/a.jsonl", r"link.jsonl is read as data.predict"),
+        ("data", "data/a.jsonl", r"predictions.path data is a folder: give a file"),
+    ],
+)
+def test_what_is_read_is_not_written_over(path, source, message, llama, tmp_path):
+    files.jsonl(tmp_path / "data" / "a.jsonl", files.prompts(4))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    before = (tmp_path / "data" / "a.jsonl").read_text()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[Predictions(path)], enable_progress_bar=False)
+    with pytest.raises(ConfigError, match=message):
+        trainer.predict(CausalLM(llama), datamodule=TextDataModule(predict=source))
+    assert (tmp_path / "data" / "a.jsonl").read_text() == before
+
+
+def test_a_file_that_can_not_be_written_whole_stays_as_it_was(tmp_path):
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, default_root_dir=str(tmp_path))
+    own, path = Predictions(), tmp_path / "predictions.jsonl"
+    own.write_on_epoch_end(trainer, None, [[{"prediction": "b"}, {"prediction": "ä"}]], [[[1, 0]]])
+    before = path.read_text()
+    assert before == '{"prediction": "ä"}\n{"prediction": "b"}\n'
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        own.write_on_epoch_end(trainer, None, [[{"prediction": "c"}, {"prediction": object()}]], [[[0, 1]]])
+    assert path.read_text() == before
+    assert [*tmp_path.iterdir()] == [path]
