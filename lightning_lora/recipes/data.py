@@ -126,6 +126,8 @@ class TextDataModule(LightningDataModule):
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
         reading = self._reading = self._reading or self._new_reading()
+        if reading.regression and self.labels:
+            raise ConfigError(f"regression has no classes, got data.labels={self.labels}: leave them out")
         if "classification" in reading.kinds and not reading.regression:
             self.labels = agreed(self.labels, class_names(getattr(self._recipe, "labels", None)))
             if self.labels is None and stage != "predict":

@@ -263,6 +263,8 @@ def test_classes_in_another_order_are_refused(bert, tmp_path):
     path, names = files.jsonl(tmp_path / "a.jsonl", files.classes()), ["alpha", "beta", "gamma"]
     said = refusal(UnloadedClassifier(bert, labels=names), TextDataModule(path, labels=names[::-1]))
     assert "data.labels are gamma, beta, alpha and model.labels alpha, beta, gamma: the order numbers" in said
+    said = refusal(UnloadedClassifier(bert, regression=True), TextDataModule(path, labels=names))
+    assert "regression has no classes, got data.labels=['alpha', 'beta', 'gamma']: leave them out" in said
     data = TextDataModule(path, val=path, batch_size=12)
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_steps=1, callbacks=[ll.LoRA(r=2)], **options)
