@@ -21,7 +21,7 @@ class Linear8bit(PackedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
 
 @quantizes("int8", "bitsandbytes.nn.modules.Linear8bitLt")
 class EightBit(Bitsandbytes):
-    """Rows of int8 with one scale each. In eval mode the input is quantised too, but for outliers."""
+    """Rows of int8 with one scale each. In eval mode, on a GPU always, the input is quantised too, but for outliers."""
 
     attributes = ("state", "index")
     packed_class, packed_attribute = bnb.nn.Int8Params, "SCB"

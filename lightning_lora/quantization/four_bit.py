@@ -87,7 +87,9 @@ class FourBit(Bitsandbytes):
 
     @override
     def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        return super().product(layer, x, bias) if x.device.type == "cpu" else packed_product(layer, x, bias)
+        state = _state(layer)  # bitsandbytes' kernels are for whole blocks, and not for float64
+        kernels = x.device.type != "cpu" and x.dtype != torch.float64 and state.shape[-1] % state.blocksize == 0
+        return packed_product(layer, x, bias) if kernels else super().product(layer, x, bias)
 
     @override
     def unpack(self, packed: Any) -> Tensor:
