@@ -162,8 +162,8 @@ def test_tables_of_what_is_there():
 
 def test_the_section_has_a_part_for_each_device(tmp_path):
     (tmp_path / "speed-cuda.json").write_text(json.dumps(results_of_a_gpu()))
-    for suffix in (".json", ".png"):
-        (tmp_path / f"speed-cpu{suffix}").write_bytes((program.RESULTS / f"speed-cpu{suffix}").read_bytes())
+    for place in (program.RESULTS / "speed-cpu.json", docs.PAGE.parent / "speed-cpu.png"):
+        (tmp_path / place.name).write_bytes(place.read_bytes())
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(f"{docs.BEGIN}\n{docs.END}\n")
@@ -176,9 +176,12 @@ def test_the_section_has_a_part_for_each_device(tmp_path):
 
 
 def test_the_page_has_what_was_measured(tmp_path):
-    page = tmp_path / "page.md"
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
     page.write_text(docs.PAGE.read_text())
-    docs.write(program.RESULTS, page)
+    for place in [*program.RESULTS.glob("speed-*.json"), *docs.PAGE.parent.glob("speed-*.png")]:
+        (tmp_path / place.name).write_bytes(place.read_bytes())
+    docs.write(tmp_path, page)
     assert page.read_text() == docs.PAGE.read_text()
 
 
