@@ -156,10 +156,10 @@ def _run_again_in_eval_mode(block: Any, original: Callable[..., Any], *args: Any
     if block.training or not torch.is_grad_enabled():
         return original(*args, **kwargs)
     cached = () if getattr(block, "_can_checkpoint_with_cache", False) else ("past_key_values", "layer_past")
-    without = {name: None for name in cached if name in kwargs} | (
-        {"use_cache": False} if "use_cache" in kwargs else {}
-    )
-    return block._gradient_checkpointing_func(functools.partial(original, **{**kwargs, **without}), *args)
+    kwargs.update({name: None for name in cached if name in kwargs})
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    return block._gradient_checkpointing_func(functools.partial(original, **kwargs), *args)
 
 
 def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:

@@ -51,10 +51,16 @@ def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p), 1 / (1 - p)
-    steps = min(max(round(p * _STEPS), 1), _STEPS - 1)
+    steps, factor = in_steps(p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
     keep = bits[: x.numel()].ge_(steps - _STEPS // 2).neg_()  # 0 or -1, all bits of which are 1
-    return keep.to(torch.int8).view(x.shape), _STEPS / (_STEPS - steps)
+    return keep.to(torch.int8).view(x.shape), factor
+
+
+def in_steps(p: float) -> tuple[int, float]:
+    """How many of 2^16 values of sixteen random bits drop, and what those that are kept are multiplied by."""
+    steps = min(max(round(p * _STEPS), 1), _STEPS - 1)
+    return steps, _STEPS / (_STEPS - steps)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:

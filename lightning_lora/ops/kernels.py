@@ -18,8 +18,7 @@ _off = False
 
 def usable(large: Tensor, ranks: int) -> bool:
     """Whether kernels read a matrix of 16 bits that meets adapters of so many ranks together."""
-    size = large.numel()
-    if large.device.type != "cuda" or large.dtype not in _DTYPES or size < max(ENOUGH, 1) or ranks > MOST or _off:
+    if large.device.type != "cuda" or large.dtype not in _DTYPES or large.numel() < ENOUGH or ranks > MOST or _off:
         return False
     return not torch.compiler.is_compiling() and _work(large.device)
 

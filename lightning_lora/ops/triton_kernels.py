@@ -199,6 +199,16 @@ def norms_kernel(
     tl.store(norms + row, tl.sqrt(tl.maximum(square + tl.sum(update * b, 1), 0.0)), mask=inside)
 
 
+def parts_of(size: int, of: int) -> int:
+    """How many parts of a size there are, the last of which may be smaller."""
+    return -(-size // of)
+
+
+def filled_up(r: int) -> int:
+    """As many ranks as a tensor core takes."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
 def check(device):
     """Raises whatever a kernel raises on a device."""
     parts, out = torch.ones(2, 8, device=device), torch.empty(8, device=device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.triton_kernels import norms_kernel
+from lightning_lora.ops.triton_kernels import filled_up, norms_kernel, parts_of
 
 _ROWS, _COLUMNS, _WARPS, _STAGES = 32, 128, 2, 4
 
@@ -24,9 +24,9 @@ def triton_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Ten
     first = A.to(W.dtype).contiguous()
     rest = None if W.dtype == torch.float32 else (A - first).to(W.dtype)
     norms = torch.empty(rows, dtype=torch.float32, device=W.device)
-    norms_kernel[(-(-rows // _ROWS),)](
+    norms_kernel[(parts_of(rows, _ROWS),)](
         W, first, rest, B.contiguous(), A @ A.T, squares, norms, rows, columns, W.stride(0), float(scale),
-        HAS_REST=rest is not None, HAS_SQUARES=squares is not None, R=r, RANKS=max(16, 1 << (r - 1).bit_length()),
+        HAS_REST=rest is not None, HAS_SQUARES=squares is not None, R=r, RANKS=filled_up(r),
         ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return norms

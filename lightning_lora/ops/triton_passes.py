@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.ops.dropout import in_steps
 from lightning_lora.ops.passes import OfOutputs, Passes
 from lightning_lora.ops.triton_kernels import (
     down_kernel,
+    filled_up,
     inputs_kernel,
     keep_kernel,
     outputs_kernel,
+    parts_of,
     sum_kernel,
     up_kernel,
 )
 
 PROGRAMS = 264  # two for each multiprocessor of a large device; a constant, so that sums don't depend on the device
-_STEPS = 1 << 16  # probabilities are multiples of 1/_STEPS, as on a CPU
 _BLOCK = 256
 
 
@@ -43,12 +45,12 @@ class TritonPasses(Passes):
 
     @override
     def keep_mask(self, x: Tensor, p: float) -> tuple[Tensor, float]:
-        dropped = min(max(round(p * _STEPS), 1), _STEPS - 1)
+        dropped, factor = in_steps(p)
         seed = torch.empty(1, dtype=torch.int64, device=x.device).random_()
-        groups = _parts(x.numel(), 8)
+        groups = parts_of(x.numel(), 8)
         mask = torch.empty(groups, dtype=torch.int64, device=x.device)
-        keep_kernel[(_parts(groups, _BLOCK),)](mask, seed, groups, dropped, BLOCK=_BLOCK, num_warps=4)
-        return mask.view(torch.bool)[: x.numel()].view(x.shape), _STEPS / (_STEPS - dropped)
+        keep_kernel[(parts_of(groups, _BLOCK),)](mask, seed, groups, dropped, BLOCK=_BLOCK, num_warps=4)
+        return mask.view(torch.bool)[: x.numel()].view(x.shape), factor
 
     @override
     def factor(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,9 +61,9 @@ class TritonPasses(Passes):
         if mask is None:
             return super().down(x, mask, A)
         (tokens, columns), x, A = x.shape, _in_rows(x), _in_rows(A)
-        number, span = _split(columns, _DOWN.columns, _parts(tokens, _DOWN.tokens))
+        number, span = _split(columns, _DOWN.columns, parts_of(tokens, _DOWN.tokens))
         parts = _floats(x, number, tokens, len(A))
-        down_kernel[(_parts(tokens, _DOWN.tokens), number)](
+        down_kernel[(parts_of(tokens, _DOWN.tokens), number)](
             x, mask, A, parts, tokens, columns, x.stride(0), A.stride(0), span, **_meta(_DOWN, len(A))
         )  # fmt: skip
         return _sum(parts, x.new_empty(tokens, len(A)))
@@ -69,7 +71,7 @@ class TritonPasses(Passes):
     @override
     def up(self, product: Tensor, factor: Tensor, h: Tensor, B: Tensor, bias: Tensor | None, out: Tensor) -> None:
         (tokens, columns), h, B = product.shape, _in_rows(h), _in_rows(B)
-        up_kernel[(_parts(tokens, _UP.tokens), _parts(columns, _UP.columns))](
+        up_kernel[(parts_of(tokens, _UP.tokens), parts_of(columns, _UP.columns))](
             product, out, factor, h, B, bias,
             tokens, columns, product.stride(0), out.stride(0), h.stride(0), B.stride(0),
             KEEP=out is product, HAS_BIAS=bias is not None, **_meta(_UP, B.shape[1]),
@@ -93,7 +95,7 @@ class TritonPasses(Passes):
         if y is None and factor is None:
             return super().over_outputs(dy, h, B, dh, like=like, sums=sums, exact=exact)
         (tokens, columns), r, dy, h, B = dy.shape, B.shape[1], _in_rows(dy), _in_rows(h), _in_rows(B)
-        y, blocks = None if y is None else _in_rows(y), _parts(columns, _OUTPUTS.columns)
+        y, blocks = None if y is None else _in_rows(y), parts_of(columns, _OUTPUTS.columns)
         number, span = _split(tokens, _OUTPUTS.tokens, blocks)
         dh_parts, dB_parts = _floats(dy, blocks, tokens, r), _floats(dy, number, columns, r)
         products = None if y is None else _floats(dy, number, columns)
@@ -116,7 +118,7 @@ class TritonPasses(Passes):
         if mask is None or not (needs_x or needs_A):
             return super().over_inputs(dh, A, x, mask, needs_x, needs_A)
         (tokens, columns), r, x, A, dh = x.shape, len(A), _in_rows(x), _in_rows(A), _in_rows(dh)
-        blocks = _parts(columns, _INPUTS.columns)
+        blocks = parts_of(columns, _INPUTS.columns)
         number, span = _split(tokens, _INPUTS.tokens, blocks)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         parts = _floats(x, number, r, columns) if needs_A else None
@@ -128,11 +130,10 @@ class TritonPasses(Passes):
 
 
 def _meta(tile: Tile, r: int) -> dict[str, int]:
-    """What a kernel is compiled for; ranks are as many as a tensor core takes."""
-    ranks = max(16, 1 << (r - 1).bit_length())
+    """What a kernel is compiled for."""
     return {
         "R": r,
-        "RANKS": ranks,
+        "RANKS": filled_up(r),
         "TOKENS": tile.tokens,
         "COLUMNS": tile.columns,
         "num_warps": tile.warps,
@@ -143,7 +144,7 @@ def _meta(tile: Tile, r: int) -> dict[str, int]:
 def _sum(parts: Tensor, out: Tensor) -> Tensor:
     """The sum of parts (n, rows, columns), in order, in ``out`` (rows, columns)."""
     size = out.numel()
-    sum_kernel[(_parts(size, _BLOCK),)](
+    sum_kernel[(parts_of(size, _BLOCK),)](
         parts, out, size, parts.shape[2], len(parts), out.stride(0), BLOCK=_BLOCK, num_warps=4
     )
     return out
@@ -151,13 +152,9 @@ def _sum(parts: Tensor, out: Tensor) -> Tensor:
 
 def _split(size: int, step: int, others: int) -> tuple[int, int]:
     """Into how many parts a size is split, and how large they are: multiples of a step, so that there are enough."""
-    wanted = max(1, min(_parts(PROGRAMS, others), _parts(size, step)))
-    span = _parts(_parts(size, wanted), step) * step
-    return _parts(size, span), span
-
-
-def _parts(size: int, of: int) -> int:
-    return -(-size // of)
+    wanted = max(1, min(parts_of(PROGRAMS, others), parts_of(size, step)))
+    span = parts_of(parts_of(size, wanted), step) * step
+    return parts_of(size, span), span
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

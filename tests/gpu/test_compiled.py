@@ -8,6 +8,7 @@ import torch
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.gpu import DEVICE, MARKS, ON_CPU
+from tests.gpu.language import VARIANTS as DENSE
 from tests.gpu.modules import build
 from tests.gpu.sites import assert_near
 from tests.helpers.layers import randomise
@@ -21,11 +22,7 @@ pytestmark = [
     ),  # inductor's advice on TF32, on reductions, on the cards it likes
 ]
 VARIANTS = {
-    "lora": {},
-    "lora dropout": {"lora_dropout": 0.25},
-    "dora": {"use_dora": True},
-    "dora dropout": {"use_dora": True, "lora_dropout": 0.25},
-    "dora lora-dropout": {"use_dora": True, "lora_dropout": 0.25, "dora_dropout": "lora"},
+    **DENSE,
     "nf4-dq": {"quantization": "nf4-dq"},
     "nf4-dq dora": {"quantization": "nf4-dq", "use_dora": True},
 }
