@@ -1,16 +1,14 @@
 """Optimizers that hold exactly what is trained, whoever built them and when."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_lora.adapters import LowRankAdapter
+from lightning_lora.adopting import adopt_adapters, what_is_taken
 from lightning_lora.errors import DeadAdapterError, UnsupportedError, listing
-from lightning_lora.layers import lora_layers
-from lightning_lora.marks import known_weights
-from lightning_lora.methods.added import KEY, added_modules
 from lightning_lora.names import clean
 from lightning_lora.state import adapter_modules
 
@@ -32,7 +30,7 @@ class Moved(NamedTuple):
 
 
 def complete_optimizers(
-    model: nn.Module, configured: Any, lr_ratios: Mapping[str, float] | None = None, moved: Sequence[Moved] = ()
+    model: nn.Module, configured: Any, lr_ratios: Mapping[str, float | None] | None = None, moved: Sequence[Moved] = ()
 ) -> None:
     """Makes what ``configure_optimizers`` returned train this model, in place.
 
@@ -43,7 +41,7 @@ def complete_optimizers(
     Args:
         model: The model.
         configured: Whatever ``configure_optimizers`` returned.
-        lr_ratios: By adapter, learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4).
+        lr_ratios: By adapter, learning rate of B over that of A (LoRA+, arXiv:2402.12354, section 4); None for one.
         moved: Parameters that optimizers may hold, and that were sharded since.
 
     Raises:
@@ -63,41 +61,27 @@ def complete_optimizers(
         adapters = [a for a in adapter_modules(model, adapter_name) if isinstance(a, LowRankAdapter)]
         pairs = {id(adapter.B) for adapter in adapters}
         for optimizer in optimizers:
-            _split_groups(optimizer, schedulers, pairs, ratio)
+            told = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+            _set_ratio(optimizer, told, pairs, 1.0 if ratio is None else ratio)
+            if ratio is not None:
+                _split_groups(optimizer, told, pairs, ratio)
 
 
 def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    lost = [clean(name) for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    lost = {clean(name): p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     if lost:
+        way_out = "an optimizer over self.parameters() from configure_optimizers, or over a list that contains them"
+        if taken := what_is_taken(optimizers, lost.values()):
+            way_out = (
+                f"a second optimizer for them (with manual optimization), as {taken}; or leave out what trains them: "
+                "use_dora, bias, train_norms, modules_to_save"
+            )
         raise DeadAdapterError(
             f"{len(lost)} trainable parameters are in no optimizer and would never change: {listing(lost, 4)}. Return "
-            "an optimizer over self.parameters() from configure_optimizers, or over a list that contains them"
+            f"{way_out}"
         )
-
-
-def adopt_adapters(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Puts adapters that are in no optimizer into the group that holds their layer's weight, or another one near it."""
-    group_of = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    for name, layer in lora_layers(model):
-        group = next((group_of[id(p)] for p in known_weights(layer) if id(p) in group_of), None)
-        if group is None:
-            continue
-        for adapter_name, adapter in layer.lora_adapters().items():
-            for key, parameter in adapter.named_parameters():
-                if id(parameter) not in group_of:
-                    group["params"].append(parameter)
-                    if "param_names" in group:
-                        group["param_names"].append(f"{clean(name)}.lora.{adapter_name}.{key}")
-
-    for host_name, host, adapter_name, module in added_modules(model):
-        group = next((group_of[id(p)] for p in host.parameters() if id(p) in group_of), None)
-        for key, parameter in module.named_parameters():
-            if group is not None and id(parameter) not in group_of:
-                group["params"].append(parameter)
-                if "param_names" in group:
-                    group["param_names"].append(clean(f"{host_name}.{KEY}.{adapter_name}.{key}".lstrip(".")))
 
 
 def drop_frozen(optimizer: Optimizer) -> None:
@@ -121,11 +105,9 @@ def _follow_moved(optimizer: Optimizer, moved: Sequence[Moved]) -> None:
         group["params"][:] = [now.get(id(parameter), parameter) for parameter in group["params"]]
 
 
-def restore_ratios(trainer: Any) -> None:
-    """Sets the learning rates of B's groups anew, if a Trainer's learning-rate finder set all groups alike."""
-    kinds = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
-    finders = kinds & {"_LRCallback", "LearningRateFinder"}  # of either package
-    for optimizer in trainer.optimizers if finders else ():
+def restore_ratios(optimizers: Iterable[Any]) -> None:
+    """Sets the learning rates of B's groups anew where all groups have been given one."""
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             if RATIO in group and group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]:
                 group["lr"] = group["lr"] * group[RATIO]
@@ -145,6 +127,16 @@ def _flatten(configured: Any) -> Iterator[Any]:
         yield configured
 
 
+def _set_ratio(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], ratio: float) -> None:
+    """Gives groups of B's that an earlier run split off the ratio of this one."""
+    for own, group in enumerate(optimizer.param_groups):
+        if group.get(RATIO, ratio) != ratio and any(id(p) in pairs for p in group["params"]):
+            index = group[SPLIT_FROM]
+            group |= _scaled(optimizer.param_groups[index], ratio) | {RATIO: ratio}
+            for scheduler in schedulers:
+                _follow(scheduler, index, own, ratio)
+
+
 def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], ratio: float) -> None:
     """Moves the B's of each group into a group of their own, behind all others."""
     if isinstance(optimizer, LBFGS):
@@ -154,7 +146,7 @@ def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], 
         if RATIO in group or not moved:
             continue
         split = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        split |= {key: split[key] * ratio for key in _LR_KEYS if split.get(key) is not None}
+        split |= _scaled(group, ratio)
         split |= {RATIO: ratio, SPLIT_FROM: index, "params": [group["params"][i] for i in moved]}
         if "param_names" in group:
             names = [group["param_names"][i] for i in moved]
@@ -164,15 +156,19 @@ def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], 
                 group[key][:] = [item for i, item in enumerate(group[key]) if i not in moved]
         optimizer.add_param_group(split)
         for scheduler in schedulers:
-            if scheduler.optimizer is optimizer:
-                _follow(scheduler, index, ratio)
+            _follow(scheduler, index, len(optimizer.param_groups) - 1, ratio)
 
 
-def _follow(scheduler: Any, index: int, ratio: float) -> None:
-    """Tells a scheduler about the group that was split from group ``index``."""
+def _scaled(group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """The learning rates of a group, times a ratio."""
+    return {key: group[key] * ratio for key in _LR_KEYS if group.get(key) is not None}
+
+
+def _follow(scheduler: Any, index: int, own: int, ratio: float) -> None:
+    """Tells a scheduler about group ``own``, a new or a known one, that was split from group ``index``."""
     for name in _LR_LISTS:
         if isinstance(values := getattr(scheduler, name, None), list):
-            values.append(values[index] * ratio)
+            values[own : own + 1] = [values[index] * ratio]
     for name in _LISTS:
         if isinstance(values := getattr(scheduler, name, None), list):
-            values.append(values[index])
+            values[own : own + 1] = [values[index]]

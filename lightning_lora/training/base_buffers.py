@@ -1,8 +1,10 @@
 """Buffers of a frozen base that some layers change in train mode all the same."""
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
+from lightning_lora.errors import listing
 from lightning_lora.marks import is_whole
 from lightning_lora.state import modules_beside_the_base, persistent_buffers
 
@@ -22,25 +24,31 @@ class BaseBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        own = {id(module) for _, module in modules_beside_the_base(model)}
+        self._model = model
         self._told: set[str] = set()
-        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] = []
-        for module in model.modules():
-            if id(module) not in own and not isinstance(module, Adapter) and not is_whole(module):
-                for key, buffer in persistent_buffers(module):
-                    if not buffer.is_floating_point() and buffer.nbytes > PACKED:
-                        continue
-                    self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
+        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] | None = None
 
-    def restore(self) -> list[str]:
-        """Puts changed buffers back; returns the names (class and key) of those that never changed before."""
+    def keep(self) -> None:
+        """A training step begins: the first one finds the values that are kept."""
+        if self._kept is None:
+            self._kept = []
+            own = {id(module) for _, module in modules_beside_the_base(self._model)}
+            for module in self._model.modules():
+                if id(module) not in own and not isinstance(module, Adapter) and not is_whole(module):
+                    for key, buffer in persistent_buffers(module):
+                        if not buffer.is_floating_point() and buffer.nbytes > PACKED:
+                            continue
+                        self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
+
+    def put_back(self) -> None:
+        """A training step, or the run, ends. Says which buffers (class and key) never changed before."""
         changed = set()
-        for i, (module, key, buffer, version, value) in enumerate(self._kept):
+        for i, (module, key, buffer, version, value) in enumerate(kept := self._kept or []):
             if getattr(module, key, None) is not buffer or buffer._version != version:
                 changed.add(f"{type(module).__name__}.{key}")
                 buffer.copy_(value)
                 setattr(module, key, buffer)
-                self._kept[i] = (module, key, buffer, buffer._version, value)
-        new = sorted(changed - self._told)
+                kept[i] = (module, key, buffer, buffer._version, value)
+        if new := sorted(changed - self._told):
+            rank_zero_info(f"Buffers of the frozen base change in training and are put back: {listing(new)}")
         self._told |= changed
-        return new

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_lora.errors import listing
-from lightning_lora.injection.freeze import freeze
+from lightning_lora.injection.freeze import freeze, train_mode
 from lightning_lora.injection.inject import initialise
 from lightning_lora.optim import Moved, complete_optimizers
 from lightning_lora.patches import Patches
@@ -37,6 +37,7 @@ def configure_optimizers(
     """
     initialise(model)  # what was on the meta device until now, or was cast
     freeze(model, lr_ratios.keys())  # users freeze and thaw in their own hooks
+    train_mode(model, lr_ratios.keys())
     if gradient_checkpointing:
         rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, patches))}")
     if helped := let_gradients_through(model):
@@ -44,7 +45,5 @@ def configure_optimizers(
     for undo in helped.values():
         patches.later(undo)
     configured = original()
-    complete_optimizers(
-        model, configured, {name: ratio for name, ratio in lr_ratios.items() if ratio is not None}, moved
-    )
+    complete_optimizers(model, configured, lr_ratios, moved)
     return configured

@@ -32,13 +32,19 @@ _WAYS_OUT = {
     "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
     "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
     "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
-    "stuck": "Check the optimizer and what is done to gradients before its step",
+    "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
+    "what is done to gradients before its step",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
 _NOTES = {
     "does not require grad": "only the adapters need gradients, and none reached the loss. If the layers lie in a "
     "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False.",
+    "Muon only supports 2D parameters": "parameters() has what is frozen too: give Muon [p for p in self.parameters() "
+    "if p.requires_grad and p.ndim == 2]. Vectors that are trained (DoRA's magnitudes, biases, norms) need a second "
+    "optimizer.",
+    "SparseAdam does not support dense gradients": "those of adapters are dense, on an embedding with sparse=True too: "
+    "give them to another optimizer.",
 }
 
 
@@ -76,7 +82,7 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
 
 def explain(exception: BaseException) -> None:
     """Adds to an exception of torch what it most likely means here."""
-    for words, note in _NOTES.items() if isinstance(exception, RuntimeError) else ():
+    for words, note in _NOTES.items() if isinstance(exception, (RuntimeError, ValueError)) else ():
         if words in str(exception):
             exception.add_note(f"lightning_lora: {note}")
 

@@ -19,19 +19,19 @@ from lightning_lora.errors import DeadAdapterError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
 from lightning_lora.formats.rng import gather_rng
 from lightning_lora.injection.create import default_seed
-from lightning_lora.injection.freeze import train_mode
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
 from lightning_lora.methods.method import MethodConfig
-from lightning_lora.optim import restore_ratios
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapters
 from lightning_lora.strategies import Options, StrategyAdapter, strategy_adapter
 from lightning_lora.strategies.agreement import require_same_settings
+from lightning_lora.training.base_buffers import BaseBuffers
 from lightning_lora.training.compatibility import check_compatibility, final_mode, is_accumulating
 from lightning_lora.training.configure import configure_optimizers
 from lightning_lora.training.evaluation import rest_in_evaluation
 from lightning_lora.training.family import options_of, quantization_of, settings_of
+from lightning_lora.training.finders import Finders
 from lightning_lora.training.health import check_before, explain
 from lightning_lora.training.looked_after import Training
 from lightning_lora.training.parent import bring_adapters_back
@@ -79,6 +79,8 @@ class MethodCallback(CallbackBase):
         self._phases: Phases | None = None
         self._strategy: StrategyAdapter | None = None
         self._training: Training | None = None
+        self._buffers: BaseBuffers | None = None
+        self._finders: Finders | None = None
         bring_adapters_back(_requests)
 
     @override
@@ -112,12 +114,14 @@ class MethodCallback(CallbackBase):
                 return configure_optimizers(pl_module, self._patches, ratios, recompute, strategy.moved, original)
 
             self._patches.wrap(pl_module, "configure_optimizers", configure)
+            self._buffers = BaseBuffers(pl_module)
+            self._patches.call_after(pl_module, "on_train_batch_start", self._buffers.keep)
+            self._finders = Finders(self, trainer, pl_module, self._patches)
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
         if self._phases is not None:
-            train_mode(pl_module, self._phases.plans.keys())
             announce(self._phases.plans, self._phases.counts or summary(pl_module), trainer)
 
     @override
@@ -129,7 +133,6 @@ class MethodCallback(CallbackBase):
         optimizers, names = strategy.optimizers(), self._phases.plans.keys()
         check_before(pl_module, optimizers, names)
         strategy.check_folders()
-        restore_ratios(trainer)
         self._training = Training(pl_module, optimizers, names, trainer.optimizers)
         strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)
@@ -142,6 +145,8 @@ class MethodCallback(CallbackBase):
     @override
     def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch begins."""
+        if self._finders is not None:
+            self._finders.begin_batch(trainer.optimizers)
         if self._training is not None and self._strategy is not None:
             self._training.begin_batch(trainer.optimizers, self._strategy.optimizers)
 
@@ -154,6 +159,8 @@ class MethodCallback(CallbackBase):
     @override
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Called when a training batch ends. Undoes what layers of the frozen base did to their buffers."""
+        if self._buffers is not None:
+            self._buffers.put_back()
         if self._training is not None:
             self._training.end_batch()
 
@@ -187,8 +194,11 @@ class MethodCallback(CallbackBase):
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Called when a run is broken off; `teardown` is not called then. Takes the wrappers off the module."""
+        leads = self._strategy is not None
+        if self._buffers is not None:
+            self._buffers.put_back()
         self._release()
-        if _family(trainer)[0] is self:
+        if leads:
             explain(exception)
 
     def _forget(self) -> None:
@@ -201,7 +211,7 @@ class MethodCallback(CallbackBase):
     def _release(self) -> None:
         self._patches.release()
         self._forget()
-        self._phases = None
+        self._phases = self._buffers = self._finders = None
 
 
 def _family(trainer: Any) -> list[MethodCallback]:

@@ -3,20 +3,18 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import listing
 from lightning_lora.optim import require_trained
 from lightning_lora.training.attached import Attached
-from lightning_lora.training.base_buffers import BaseBuffers
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import Watch
 
 
 class Training:
-    """The trained tensors, in the first steps; the weights and the buffers of the frozen base, in all of them.
+    """The trained tensors, in the first steps; the weights of the frozen base, in all of them.
 
     Args:
         model: The model, as training begins.
@@ -30,7 +28,6 @@ class Training:
     ) -> None:
         self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names)
-        self._buffers = BaseBuffers(model)
         self._watch: Watch | None = None
         self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
@@ -61,9 +58,7 @@ class Training:
             self._watch.training = True
 
     def end_batch(self) -> None:
-        """A training batch ends. Undoes what layers of the frozen base did to their buffers."""
-        if changed := self._buffers.restore():
-            rank_zero_info(f"Buffers of the frozen base change in training and are put back: {listing(changed)}")
+        """A training batch ends."""
         if self._watch is not None:
             self._watch.training = False
             if self._watch.done:

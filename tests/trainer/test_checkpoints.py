@@ -7,6 +7,7 @@ import pickle
 import random
 import threading
 
+import bitsandbytes
 import fsspec
 import lightning.pytorch as pl
 import numpy
@@ -19,7 +20,7 @@ from torchmetrics import MeanMetric
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
-from tests.helpers.modules import trainer
+from tests.helpers.modules import needs_muon, trainer
 from tests.helpers.toy import Lit, build, data
 
 HEAD = {"net.head.weight", "net.head.bias"}
@@ -164,6 +165,29 @@ def test_resume_is_bitwise(tmp_path, built, lora):
     whole = state_of(*fit(tmp_path, module=Lit(built), lora=lora))
     rest = state_of(*fit(tmp_path, module=Lit(built), lora=lora, ckpt_path=tmp_path / "epoch=0-step=4.ckpt", seed=99))
     assert same(whole, rest)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), fused=True),
+        lambda p: torch.optim.Adafactor(p),
+        lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-2, min_8bit_size=16),
+        lambda p: bitsandbytes.optim.Lion8bit(p, lr=1e-3, min_8bit_size=16),
+        lambda p: bitsandbytes.optim.AdEMAMix(p, lr=1e-3),
+        pytest.param(lambda p: torch.optim.Muon([one for one in p if one.requires_grad], lr=1e-2), marks=needs_muon),
+    ],
+    ids=["fused", "adafactor", "adamw8bit", "lion8bit", "ademamix", "muon"],
+)
+def test_resume_is_bitwise_with_other_optimizers(tmp_path, optimizer, request):
+    vectors = {"use_dora": "muon" not in request.node.name, "modules_to_save": None}
+    options = {"lora": {"loraplus_lr_ratio": 4.0, **vectors}}
+    whole, _ = fit(tmp_path, module=Lit(optimizers_=lambda m: optimizer(m.parameters())), **options)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    rest, _ = fit(
+        tmp_path, module=Lit(optimizers_=lambda m: optimizer(m.parameters())), ckpt_path=path, seed=9, **options
+    )
+    assert same(ll.adapter_state_dict(whole), ll.adapter_state_dict(rest))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

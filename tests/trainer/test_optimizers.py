@@ -3,11 +3,12 @@
 import bitsandbytes
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
-from tests.helpers.modules import trainer
+from tests.helpers.modules import needs_muon, trainer
 from tests.helpers.toy import Lit, data
 
 
@@ -127,6 +128,140 @@ def test_what_is_in_no_optimizer_is_an_error(optimizers, missing):
         run(optimizers)
 
 
+# ---- optimizers that take some tensors only -------------------------------------------------------------------------------
+
+
+def matrices(module, trained=False):
+    return [p for p in module.parameters() if p.ndim == 2 and (p.requires_grad or not trained)]
+
+
+def vectors(module):
+    return [p for p in module.parameters() if p.ndim != 2]
+
+
+def by_hand(base):
+    """Steps all optimizers of a module, which Lightning leaves to the module if there are several."""
+
+    class ByHand(base):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    return ByHand
+
+
+@needs_muon
+@pytest.mark.parametrize(
+    ("lora", "sizes"),
+    [({}, [9, 1]), ({"use_dora": True}, [9, 5]), ({"bias": "all"}, [9, 7]), ({"train_norms": True}, [9, 5])],
+    ids=["lora", "dora", "bias", "norms"],
+)
+@pytest.mark.parametrize("early", [False, True], ids=["in configure_optimizers", "before the adapters"])
+def test_muon_has_the_matrices_and_another_one_the_vectors(lora, sizes, early):
+    def optimizers(module):
+        return [torch.optim.Muon(matrices(module), lr=1e-2), AdamW(vectors(module), lr=1e-2)]
+
+    module = by_hand(BuiltEarly)(optimizers) if early else by_hand(Lit)(optimizers_=optimizers)
+    fit = trainer(ll.LoRA(r=4, **lora))
+    fit.fit(module, data())
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in fit.optimizers] == sizes
+    assert {p.ndim for p in fit.optimizers[0].param_groups[0]["params"]} == {2}
+    adapters = [layer.lora["default"] for _, layer in lora_layers(module)]
+    assert all(adapter.B.count_nonzero() for adapter in adapters)
+
+
+@needs_muon
+def test_vectors_of_layers_without_a_bias_join_those_of_other_layers():
+    """Of several groups that could have them it is that of vectors."""
+
+    def optimizers(module):
+        norms = [p for p in module.parameters() if p.ndim == 1]
+        head = [module.net.head.weight]
+        others = [p for p in matrices(module) if p is not head[0]]
+        return [torch.optim.Muon(others, lr=1e-2), AdamW([{"params": head}, {"params": norms}], lr=1e-2)]
+
+    class NoBias(by_hand(BuiltEarly)):
+        def __init__(self):
+            super().__init__(lambda m: None)
+            for block in self.net.blocks:
+                block.q.bias = block.o.bias = None
+            self.early = optimizers(self)
+
+    module = NoBias()
+    fit = trainer(ll.LoRA(r=4, use_dora=True))
+    fit.fit(module, data())
+    assert [[len(g["params"]) for g in o.param_groups] for o in fit.optimizers] == [[8], [1, 5]]
+
+
+@needs_muon
+@pytest.mark.parametrize(
+    ("lora", "lost"),
+    [
+        ({"use_dora": True, "modules_to_save": None}, r"4 trainable .*net.blocks.0.q.lora.default.magnitude"),
+        ({"bias": "lora_only", "modules_to_save": None}, r"4 trainable .*net.blocks.0.q.bias"),
+        ({}, r"1 trainable .*net.head.bias"),
+    ],
+    ids=["dora", "bias", "head"],
+)
+@pytest.mark.parametrize("early", [False, True], ids=["in configure_optimizers", "before the adapters"])
+def test_what_muon_does_not_take_is_named(lora, lost, early):
+    def optimizers(module):
+        return torch.optim.Muon(matrices(module))
+
+    module = BuiltEarly(optimizers) if early else Lit(optimizers_=optimizers)
+    with pytest.raises(ll.DeadAdapterError, match=f"{lost}.* second optimizer .*Muon takes matrices only.*use_dora"):
+        trainer(ll.LoRA(r=4, **lora)).fit(module, data())
+
+
+@needs_muon
+def test_muon_over_all_parameters_gets_a_note():
+    with pytest.raises(ValueError, match="Muon only supports 2D") as caught:
+        run(lambda m: torch.optim.Muon(m.parameters()))
+    assert any("p.requires_grad and p.ndim == 2" in note for note in caught.value.__notes__)
+    module, _ = run(lambda m: torch.optim.Muon(matrices(m, trained=True)), lora={"modules_to_save": None, **PLUS})
+    assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+class Sparse(by_hand(BuiltEarly)):
+    """An embedding whose own gradients are sparse; those of an adapter on it are not."""
+
+    def __init__(self, early):
+        super().__init__(lambda m: None)
+        embedding = nn.Embedding(50, 16, sparse=True)
+        self.net = nn.Sequential(embedding, nn.Linear(16, 16), nn.Linear(16, 4))
+        self.early = self.made() if early else None
+
+    def made(self):
+        return [torch.optim.SparseAdam(self.net[0].parameters()), AdamW(self.net[1:].parameters())]
+
+    def configure_optimizers(self):
+        return self.early or self.made()
+
+    def loss(self, batch):
+        tokens = batch[0][:, :3].abs().mul(10).long().clamp(max=49)
+        return nn.functional.cross_entropy(self.net(tokens).mean(1), batch[1])
+
+
+def test_sparse_adam_gets_no_adapters():
+    lora = ll.LoRA(r=4, target_modules=["net.0", "net.1"], modules_to_save=None)
+    fit = trainer(lora)
+    fit.fit(Sparse(early=True), data())
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in fit.optimizers] == [0, 4]
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense") as caught:
+        trainer(lora).fit(Sparse(early=False), data())
+    assert any("give them to another optimizer" in note for note in caught.value.__notes__)
+
+
+def test_an_optimizer_that_scales_by_the_norm_of_what_is_0():
+    with pytest.raises(ll.DeadAdapterError, match="left it at 0. Check the optimizer .LARS and LAMB"):
+        run(lambda m: bitsandbytes.optim.LAMB(m.parameters(), lr=1e-2))
+
+
 # ---- LoRA+ -----------------------------------------------------------------------------------------------------------
 
 PLUS = {"loraplus_lr_ratio": 16.0}
@@ -219,9 +354,43 @@ def test_loraplus_trains_as_it_says():
     torch.testing.assert_close(steps[8.0], 8 * steps[None])
 
 
+# ---- a second fit with the same optimizer ---------------------------------------------------------------------------------
+
+
 def test_second_fit_with_the_same_optimizer():
     module = BuiltEarly(lambda m: AdamW(m.parameters(), lr=1e-2))
     for epochs in (1, 1):
         fit = trainer(ll.LoRA(r=4, **PLUS), max_epochs=epochs)
         fit.fit(module, data())
         assert [len(g["params"]) for g in fit.optimizers[0].param_groups] == [6, 4]
+
+
+@pytest.mark.parametrize("then", [2.0, None, 16.0])
+@pytest.mark.parametrize("schedule", [None, lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch)])
+def test_a_second_fit_has_its_own_ratio(then, schedule):
+    module = BuiltEarly(lambda m: SGD(m.parameters(), lr=1e-2), schedule)
+    trainer(ll.LoRA(r=4, **PLUS)).fit(module, data())
+    fit = trainer(ll.LoRA(r=4, loraplus_lr_ratio=then), max_epochs=2)
+    fit.fit(module, data())
+    (a, b), wanted = fit.optimizers[0].param_groups, then or 1.0
+    assert b["lr"] == pytest.approx(wanted * a["lr"])
+    assert a["lr"] == pytest.approx(1e-2 if schedule is None else 1e-2 * 0.5**3)
+    if schedule is not None:
+        assert module.schedule.base_lrs == pytest.approx([1e-2, wanted * 1e-2])
+        assert module.schedule.get_last_lr() == pytest.approx([a["lr"], b["lr"]])
+
+
+@pytest.mark.parametrize("ratios_", [(None, None), (16.0, 4.0), (None, 4.0), (16.0, None)])
+def test_a_second_fit_trains_another_adapter(ratios_):
+    """Weights that were frozen have left the optimizer in the first one."""
+    module = BuiltEarly(lambda m: AdamW(m.named_parameters(), lr=1e-2))
+    for name, ratio in zip(("first", "second"), ratios_, strict=True):
+        fit = trainer(ll.LoRA(r=4, adapter_name=name, modules_to_save=None, loraplus_lr_ratio=ratio))
+        fit.fit(module, data())
+    names = {id(p): name for name, p in module.named_parameters()}
+    for group in fit.optimizers[0].param_groups:
+        assert [names[id(p)] for p in group["params"]] == group["param_names"]
+        for name in group["param_names"]:
+            assert ".second." in name
+            assert group["lr"] == pytest.approx(1e-2 * (ratios_[1] or 1.0 if name.endswith(".B") else 1.0))
+    assert all(layer.lora["second"].B.count_nonzero() for _, layer in lora_layers(module))

@@ -10,12 +10,10 @@ import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
-    LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.tuner import Tuner
 from torch import distributed, nn
 
 import lightning_lora as ll
@@ -542,58 +540,6 @@ def test_ranks_that_are_too_high_are_told_once():
     with pytest.warns(UserWarning, match=r"r=17 is more than the rank that a 16x16 weight can have") as caught:
         trainer(ll.LoRA(r=17)).fit(Lit("configure_model"), data())
     assert sum("r=17" in str(w.message) for w in caught) == 1
-
-
-def test_the_learning_rate_finder_leaves_adapters_where_they_were():
-    module = Lit()
-    module.lr = 1e-3
-    module.optimizers_ = lambda m: torch.optim.AdamW(m.parameters(), lr=m.lr)
-    run = trainer(ll.LoRA(r=4, loraplus_lr_ratio=8.0), max_epochs=3, enable_progress_bar=False)
-    Tuner(run).lr_find(module, data(batch_size=2), num_training=12)
-    assert all(not layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
-    assert not WRAPPED & vars(module).keys()
-    run.fit(module, data())
-    assert_trained(module)
-
-
-class UsersFinder(LearningRateFinder):
-    """Lightning's own documentation has one like this."""
-
-
-@pytest.mark.parametrize("finder", [LearningRateFinder, UsersFinder])
-@pytest.mark.parametrize("first", [False, True])
-def test_a_learning_rate_finder_among_the_callbacks_leaves_lora_plus_its_ratio(finder, first):
-    module, rates = Lit(), []
-    module.lr = 1e-3
-    module.optimizers_ = lambda m: torch.optim.AdamW(m.parameters(), lr=m.lr)
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
-
-    callbacks = [ll.LoRA(r=4, loraplus_lr_ratio=8.0), finder(num_training_steps=40, early_stop_threshold=None)]
-    run = trainer(*callbacks[:: -1 if first else 1], Look(), max_epochs=2, enable_progress_bar=False)
-    run.fit(module, data(batch_size=2))
-    assert module.lr != 1e-3  # the finder found one
-    assert rates
-    assert all(b == pytest.approx(8 * a) for a, b in rates)
-
-
-def test_the_batch_size_finder():
-    class Sized(Lit):
-        batch_size = 2
-
-        def train_dataloader(self):
-            return data(self.batch_size)
-
-        val_dataloader = train_dataloader
-
-    module = Sized()
-    run = trainer(ll.LoRA(r=4), max_epochs=1)
-    Tuner(run).scale_batch_size(module, max_trials=2, steps_per_trial=1)
-    assert module.batch_size > 2
-    run.fit(module)
-    assert_trained(module)
 
 
 def test_given_by_the_module_itself():
