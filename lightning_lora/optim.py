@@ -64,7 +64,7 @@ def complete_optimizers(
             told = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
             _set_ratio(optimizer, told, pairs, 1.0 if ratio is None else ratio)
             if ratio is not None:
-                _split_groups(optimizer, told, pairs, ratio)
+                _split_groups(optimizer, told, pairs, ratio, adapter_name)
 
 
 def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -137,7 +137,9 @@ def _set_ratio(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], rat
                 _follow(scheduler, index, own, ratio)
 
 
-def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], ratio: float) -> None:
+def _split_groups(
+    optimizer: Optimizer, schedulers: list[Any], pairs: set[int], ratio: float, adapter_name: str
+) -> None:
     """Moves the B's of each group into a group of their own, behind all others."""
     if isinstance(optimizer, LBFGS):
         raise UnsupportedError("loraplus_lr_ratio: LBFGS has one learning rate for all parameters; leave it out")
@@ -148,6 +150,8 @@ def _split_groups(optimizer: Optimizer, schedulers: list[Any], pairs: set[int], 
         split = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         split |= _scaled(group, ratio)
         split |= {RATIO: ratio, SPLIT_FROM: index, "params": [group["params"][i] for i in moved]}
+        if "name" in group:  # which LearningRateMonitor wants to be the only one
+            split["name"] = f"{group['name']}.{adapter_name}.B"
         if "param_names" in group:
             names = [group["param_names"][i] for i in moved]
             split["params"] = list(zip(names, split["params"], strict=True))

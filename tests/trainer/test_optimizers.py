@@ -3,6 +3,8 @@
 import bitsandbytes
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
@@ -352,6 +354,19 @@ def test_loraplus_trains_as_it_says():
         module, _ = run(lambda m: SGD(m.parameters(), lr=1e-2), steps=1, lora={"loraplus_lr_ratio": ratio})
         steps[ratio] = next(layer.lora["default"].B.clone() for _, layer in lora_layers(module))
     torch.testing.assert_close(steps[8.0], 8 * steps[None])
+
+
+def test_loraplus_and_the_names_of_groups(tmp_path):
+    """As LearningRateMonitor logs them, which takes no name twice."""
+
+    def optimizers(module):
+        return AdamW([{**group, "name": name} for group, name in zip(decay_groups(module), "mv", strict=True)], lr=1e-2)
+
+    callbacks = [ll.LoRA(r=4, adapter_name=name, modules_to_save=None, **PLUS) for name in ("first", "second")]
+    monitor = LearningRateMonitor()
+    fit = trainer(*callbacks, monitor, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    fit.fit(Lit(optimizers_=optimizers), data())
+    assert monitor.lrs.keys() == {f"lr-AdamW/{name}" for name in ("m", "v", "m.first.B", "m.second.B")}
 
 
 # ---- a second fit with the same optimizer ---------------------------------------------------------------------------------
