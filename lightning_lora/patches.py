@@ -1,6 +1,7 @@
 """Wrappers around methods of single instances, and the way back."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Wrapped:
 
     def __init__(self, obj: object, name: str, wrapper: Callable[..., Any]) -> None:
         functools.update_wrapper(self, getattr(obj, name))
+        self.__wrapped__ = inspect.unwrap(self)  # Lightning looks below one wrapper only
         self._obj, self._name, self._wrapper = obj, name, wrapper
         self._original: Callable[..., Any] = getattr(obj, name)
 

@@ -1,6 +1,7 @@
 """The callback in a Trainer: wherever the model is built, whatever is run, in whatever order."""
 
 import copy
+import functools
 import pickle
 import types
 
@@ -540,6 +541,56 @@ def test_ranks_that_are_too_high_are_told_once():
     with pytest.warns(UserWarning, match=r"r=17 is more than the rank that a 16x16 weight can have") as caught:
         trainer(ll.LoRA(r=17)).fit(Lit("configure_model"), data())
     assert sum("r=17" in str(w.message) for w in caught) == 1
+
+
+def decorated(step):
+    @functools.wraps(step)
+    def call(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    return call
+
+
+class Decorated(Lit):
+    """Lightning looks at what a step takes, below a decorator of the user's; these have no ``batch_idx``."""
+
+    seen = 0
+
+    @decorated
+    def training_step(self, batch):
+        return self.loss(batch)
+
+    @decorated
+    def validation_step(self, batch):
+        self.seen += 1
+
+    @decorated
+    def predict_step(self, batch):
+        return self.net(batch[0])
+
+
+def test_steps_that_are_decorated():
+    module = Decorated()
+    run = trainer(ll.LoRA(r=4))
+    run.fit(module, data(), data())
+    assert_trained(module)
+    assert module.seen > 4
+    assert len(run.predict(module, data())) == 4
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+def test_another_trainer_within_a_run(stage):
+    """Both wrap the same methods, and the first one goes on with its own wrappers."""
+
+    class Within(pl.Callback):
+        def on_train_epoch_end(self, trainer_, pl_module):
+            getattr(trainer(ll.LoRA(r=4)), stage)(pl_module, data())
+
+    module = Decorated()
+    run = trainer(ll.LoRA(r=4), Within(), max_epochs=2)
+    run.fit(module, data())
+    assert_trained(module)
+    assert run.global_step == 8
 
 
 def test_given_by_the_module_itself():
