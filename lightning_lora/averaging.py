@@ -63,6 +63,7 @@ class AdapterAveraging(CallbackBase):
         self._average: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] | None = None  # while the model has the average, what it is trained on
         self._count, self._step, self._first = 0, 0, 0
+        self._training = False
 
     @override
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -84,16 +85,8 @@ class AdapterAveraging(CallbackBase):
             )
         self._step = trainer.global_step
         self._first = int(self.start * trainer.estimated_stepping_batches) if self.start else 0
-        if self._restored is not None and self._restored["count"]:
-            state, self._restored = self._restored, None
-            if state["trained"].keys() != self._own.keys():
-                names = sorted(state["trained"].keys() ^ self._own.keys())
-                raise CheckpointError(f"AdapterAveraging: the checkpoint has other averages: {listing(names, 3)}")
-            self._count = state["count"]
-            self._average = {name: p.detach().to(accumulation_dtype(p), copy=True) for name, p in self._own.items()}
-            self._average |= {name: value.to(self._own[name].device) for name, value in state["average"].items()}
-            self._trained = state["trained"]
-            self._leave()
+        self._training = True
+        self._go_on()
 
     @override
     def on_train_batch_end(
@@ -128,12 +121,13 @@ class AdapterAveraging(CallbackBase):
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training ends. The model keeps the average."""
         self._enter()
+        self._training = False
 
     @override
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Called when a run is broken off."""
+        """Called when a run is broken off. Checkpoints that are saved now get the average too."""
         self._leave()
-        self._patches.release()
+        self._training = False
 
     @override
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -150,8 +144,24 @@ class AdapterAveraging(CallbackBase):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called when a checkpoint is loaded."""
+        """Called when a checkpoint is loaded; by Lightning's finders in the midst of a run too."""
         self._restored = state_dict
+        if self._training:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Goes on from a checkpoint, whose averages are in the model."""
+        state, self._restored = self._restored, None
+        if state is None or not state["count"]:
+            return
+        if state["trained"].keys() != self._own.keys():
+            names = sorted(state["trained"].keys() ^ self._own.keys())
+            raise CheckpointError(f"AdapterAveraging: the checkpoint has other averages: {listing(names, 3)}")
+        self._count = state["count"]
+        self._average = {name: p.detach().to(accumulation_dtype(p), copy=True) for name, p in self._own.items()}
+        self._average |= {name: value.to(self._own[name].device) for name, value in state["average"].items()}
+        self._trained = state["trained"]
+        self._leave()
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._averaged():

@@ -28,11 +28,13 @@ def values(module) -> dict:
     return {key: value.clone() for key, value in ll.adapter_state_dict(module).items()}
 
 
-def run(averaging, folder=None, epochs: int = 2, module=None, ckpt_path=None, lora: dict | None = None, **saving):
+def run(
+    averaging, folder=None, epochs: int = 2, module=None, ckpt_path=None, lora: dict | None = None, others=(), **saving
+):
     """Four steps an epoch."""
     pl.seed_everything(1, verbose=False)
     module, seen = module or Lit(), Seen()
-    callbacks = [ll.LoRA(**{"r": 4, "lora_alpha": 6, "use_dora": True, **(lora or {})}), seen, averaging]
+    callbacks = [ll.LoRA(**{"r": 4, "lora_alpha": 6, "use_dora": True, **(lora or {})}), seen, averaging, *others]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **saving))
     trainer = pl.Trainer(
@@ -107,6 +109,64 @@ def test_a_run_goes_on_with_both(tmp_path):
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(ll.CheckpointError, match="the checkpoint has other averages"):
         run(ll.AdapterAveraging(decay=0.5), ckpt_path=tmp_path / "other.ckpt")
+
+
+class MidwayFinder(pl.callbacks.LearningRateFinder):
+    """As Lightning's documentation has it: it saves and loads a checkpoint within a run."""
+
+    def on_fit_start(self, *args):
+        return
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            before = values(pl_module)
+            self.lr_find(trainer, pl_module)
+            assert_same(values(pl_module), before, rtol=0, atol=0)
+            self.was_here = True
+
+
+def test_a_finder_within_a_run_leaves_both_as_they_were():
+    averaging, finder = ll.AdapterAveraging(decay=0.5), MidwayFinder(update_attr=False)
+    _, module, seen = run(averaging, others=[finder])
+    assert finder.was_here
+    weights = [0.0078125, 0.0078125, *(2.0 ** -(8 - i) for i in range(2, 8))]
+    for key, found in values(module).items():
+        wanted = sum(weight * step[key].double() for weight, step in zip(weights, seen.steps, strict=True))
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+class Breaks(Lit):
+    """A run that fails in its seventh step, or in the validation behind the eighth."""
+
+    fails_in, count = "training", 0
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        if self.fails_in == "training" and self.count == 7:
+            raise ArithmeticError("stop")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        if self.fails_in == "validation" and self.count == 8:
+            raise ArithmeticError("stop")
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("fails_in", "step"), [("training", 6), ("validation", 8)])
+def test_what_a_broken_run_saves_has_both(tmp_path, fails_in, step):
+    module, averaging = Breaks(), ll.AdapterAveraging(decay=0.5)
+    module.fails_in = fails_in
+    with pytest.raises(ArithmeticError):
+        run(averaging, tmp_path, module=module, save_on_exception=True, every_n_epochs=9)
+    saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+    (state,) = (s for name, s in saved["callbacks"].items() if "AdapterAveraging" in name)
+    whole = run(ll.AdapterAveraging(decay=0.5), tmp_path / "whole", every_n_train_steps=step)
+    wanted = torch.load(tmp_path / "whole" / f"step={step}.ckpt", weights_only=True)
+    assert state["count"] == step
+    assert_same(saved["state_dict"], wanted["state_dict"], rtol=0, atol=0)
+    assert_same(state["trained"], whole[2].steps[step - 1], rtol=0, atol=0)
+    assert_same(values(module), state["trained"], rtol=0, atol=0)
+    run(averaging, tmp_path / "again", module=Lit())
 
 
 @pytest.mark.parametrize("options", [{"quantization": "nf4"}, {"adapter_dtype": "bfloat16"}])
