@@ -57,7 +57,7 @@ def complete_optimizers(
     for optimizer in optimizers:
         drop_frozen(optimizer)
     require_trained(model, optimizers)
-    for adapter_name, ratio in (lr_ratios or {}).items():
+    for adapter_name, ratio in sorted((lr_ratios or {}).items()):  # callbacks may change places when a run is resumed
         adapters = [a for a in adapter_modules(model, adapter_name) if isinstance(a, LowRankAdapter)]
         pairs = {id(adapter.B) for adapter in adapters}
         for optimizer in optimizers:

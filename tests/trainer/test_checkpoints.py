@@ -693,15 +693,20 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 # ---- several adapters ---------------------------------------------------------------------------------------------------
 
 
-def two(*names, **options):
+def two(*names, ratios=None, **options):
     pl.seed_everything(1, verbose=False)
     module = Lit()
-    callbacks = [ll.LoRA(r=4, adapter_name=name, modules_to_save=None) for name in names]
+    each = {
+        name: {"target_modules": ["q", "o"][: 1 + (name == "b")], "loraplus_lr_ratio": ratios[name]}
+        for name in ratios or ()
+    }
+    callbacks = [ll.LoRA(r=4, adapter_name=name, modules_to_save=None, **each.get(name, {})) for name in names]
     return module, trainer(*callbacks, **options)
 
 
-def test_states_follow_their_parameters_when_callbacks_change_places(tmp_path):
-    module, run = two("a", "b", max_epochs=1)
+@pytest.mark.parametrize("ratios", [None, {"a": 4.0, "b": 2.0}], ids=["lora", "lora+"])
+def test_states_follow_their_parameters_when_callbacks_change_places(tmp_path, ratios):
+    module, run = two("a", "b", ratios=ratios, max_epochs=1)
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "a.ckpt")
     states = {}
@@ -712,11 +717,11 @@ def test_states_follow_their_parameters_when_callbacks_change_places(tmp_path):
             held = trainer.optimizers[0].state.items()
             states.update({names[id(p)]: state["exp_avg"].clone() for p, state in held})
 
-    again, other = two("b", "a", max_epochs=2)
+    again, other = two("b", "a", ratios=ratios, max_epochs=2)
     other.callbacks.append(Look())
     other.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
     named = {id(p): name for name, p in module.named_parameters()}
-    assert len(states) == 16
+    assert len(states) == (16 if ratios is None else 12)
     for parameter, state in run.optimizers[0].state.items():
         assert torch.equal(states[named[id(parameter)]], state["exp_avg"])
 
