@@ -46,7 +46,7 @@ def complete_optimizers(
 
     Raises:
         DeadAdapterError: If a trainable parameter is in no optimizer.
-        UnsupportedError: If LoRA+ is asked of an optimizer that has one group only.
+        UnsupportedError: If LoRA+ is asked of an optimizer that has one group only, or no learning rate.
     """
     parts = list(_flatten(configured))
     optimizers = list(dict.fromkeys(part for part in parts if isinstance(part, Optimizer)))
@@ -147,6 +147,9 @@ def _split_groups(
         moved = [i for i, p in enumerate(group["params"]) if id(p) in pairs]
         if RATIO in group or not moved:
             continue
+        if group.get("lr") is None:
+            kind = type(optimizer).__name__
+            raise UnsupportedError(f"loraplus_lr_ratio: {kind} finds its learning rate by itself; leave it out")
         split = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         split |= _scaled(group, ratio)
         split |= {RATIO: ratio, SPLIT_FROM: index, "params": [group["params"][i] for i in moved]}

@@ -58,6 +58,11 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
             unsupported.append(
                 f"{type(callback).__name__} can't be used with adapters: AdapterAveraging(decay=None) does it"
             )
+        if "BackboneFinetuning" in bases:
+            unsupported.append(
+                f"{type(callback).__name__} trains the backbone after some epochs, and adapters leave it frozen: leave "
+                "it out; modules_to_save trains parts in full"
+            )
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
     if by_plugin and mode_of(trainer.precision_plugin) is None:

@@ -358,21 +358,28 @@ def test_optimizers_without_a_learning_rate(key):
     module = Lit(optimizers_=adafactor if key == "lr_none" else lambda m: Own(m.parameters()))
     trainer(ll.LoRA(r=4), max_epochs=2).fit(module, data())
     assert all(layer.lora["default"].B.count_nonzero() for _, layer in lora_layers(module))
+    with pytest.raises(
+        ll.UnsupportedError, match="loraplus_lr_ratio: (Adafactor|Own) finds its learning rate by itself"
+    ):
+        trainer(ll.LoRA(r=4, loraplus_lr_ratio=4.0), max_epochs=2).fit(module, data())
 
 
 # ---- the base ----------------------------------------------------------------------------------------------------------------
 
 
+class Unfreezes(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        pass
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.blocks[0], optimizer)
+
+
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_a_callback_that_unfreezes_the_base():
-    class Unfreezes(Lit):
-        def __init__(self):
-            super().__init__()
-            self.backbone = self.net.blocks
-
-    finetuning = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)
     with pytest.raises(ll.DeadAdapterError, match="an optimizer got weights of the frozen base: .*modules_to_save"):
-        trainer(ll.LoRA(r=4), finetuning, max_epochs=3).fit(Unfreezes(), data())
+        trainer(ll.LoRA(r=4), Unfreezes(), max_epochs=3).fit(Lit(), data())
 
 
 class TrainsByHand(Lit):

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -373,6 +374,11 @@ averaging = pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging 
         (lambda: [ll.LoRA(), ll.LoRA(r=4)], ll.ConfigError, "2 callbacks have adapter_name='default'"),
         (lambda: [EMAWeightAveraging(), ll.LoRA()], ll.ConfigError, "put LoRA first"),
         (lambda: [ll.LoRA(), StochasticWeightAveraging(1e-2)], ll.UnsupportedError, "can't be used with adapters"),
+        (
+            lambda: [ll.LoRA(), BackboneFinetuning()],
+            ll.UnsupportedError,
+            "trains the backbone .* adapters leave it frozen",
+        ),
     ],
 )
 def test_bad_company(callbacks, error, message):
