@@ -105,12 +105,20 @@ def _follow_moved(optimizer: Optimizer, moved: Sequence[Moved]) -> None:
         group["params"][:] = [now.get(id(parameter), parameter) for parameter in group["params"]]
 
 
+def without_ratio(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
+    """The groups of B's that have the learning rate of the group they were split from, as if all were given one."""
+    return [
+        group
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if group.get(RATIO, 1) != 1 and 0 != group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]
+    ]
+
+
 def restore_ratios(optimizers: Iterable[Any]) -> None:
-    """Sets the learning rates of B's groups anew where all groups have been given one."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if RATIO in group and group["lr"] == optimizer.param_groups[group[SPLIT_FROM]]["lr"]:
-                group["lr"] = group["lr"] * group[RATIO]
+    """Sets the learning rates of those anew."""
+    for group in without_ratio(optimizers):
+        group["lr"] = group["lr"] * group[RATIO]
 
 
 def _flatten(configured: Any) -> Iterator[Any]:

@@ -148,7 +148,7 @@ class MethodCallback(CallbackBase):
         if self._finders is not None:
             self._finders.begin_batch(trainer.optimizers)
         if self._training is not None and self._strategy is not None:
-            self._training.begin_batch(trainer.optimizers, self._strategy.optimizers)
+            self._training.begin_batch(trainer.optimizers, self._strategy.optimizers, trainer.global_step)
 
     @override
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.optim import require_trained
+from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.training.attached import Attached
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import Watch
@@ -39,12 +39,13 @@ class Training:
         self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
         self._base.optimizers = optimizers
 
-    def begin_batch(self, listed: list[Any], optimizers: Callable[[], list[Optimizer]]) -> None:
+    def begin_batch(self, listed: list[Any], optimizers: Callable[[], list[Optimizer]], step: int) -> None:
         """A training batch begins. Turns to other optimizers if the Trainer has got new ones.
 
         Args:
             listed: The Trainer's list of optimizers.
             optimizers: What gives these as they hold parameters of the model.
+            step: How many steps they have made.
 
         Raises:
             DeadAdapterError: If something that is to be trained is in none of the new ones.
@@ -53,6 +54,11 @@ class Training:
             self._listed, new = listed, optimizers()
             require_trained(self._model, new)
             self._follow(new)
+        if 0 < step < 3 and (alike := without_ratio(listed)):  # later a schedule may have led both to the same
+            rank_zero_warn(
+                f"loraplus_lr_ratio has no effect: something gave all groups of the optimizer one learning rate "
+                f"({alike[0]['lr']:g}). Where you set group['lr'], multiply it by group.get({RATIO!r}, 1)"
+            )
         self._base.check_optimizers()
         if self._watch is not None:
             self._watch.training = True

@@ -356,6 +356,27 @@ def test_loraplus_trains_as_it_says():
     torch.testing.assert_close(steps[8.0], 8 * steps[None])
 
 
+class WarmsUp(Lit):
+    """As Lightning's documentation does it by hand."""
+
+    follows = False
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        optimizer.step(closure=closure)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 + batch_idx) * (group.get("lora_lr_ratio", 1) if self.follows else 1)
+
+
+def test_loraplus_and_learning_rates_that_are_set_by_hand():
+    module = WarmsUp(optimizers_=everything)
+    with pytest.warns(UserWarning, match=r"loraplus_lr_ratio has no effect: .* \(0.001\).*get\('lora_lr_ratio', 1\)"):
+        trainer(ll.LoRA(r=4, **PLUS), max_steps=2).fit(module, data())
+    module.follows = True
+    fit = trainer(ll.LoRA(r=4, **PLUS))
+    fit.fit(module, data())
+    assert ratios(fit) == pytest.approx([16.0])
+
+
 def test_loraplus_and_the_names_of_groups(tmp_path):
     """As LearningRateMonitor logs them, which takes no name twice."""
 
