@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
+from lightning_lora.strategies import StrategyAdapter
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, data
 from tests.trainer.test_runs import WRAPPED, assert_trained
@@ -133,6 +134,15 @@ def test_buffers_are_what_they_were(kind, as_callback):
     assert at_start.keys() == before.keys()
     assert all(torch.equal(value, at_start[key]) for key, value in before.items())
     assert module.modes == {(True, True)}
+
+
+def test_gradients_are_averaged_over_ranks_in_each_step(monkeypatch):
+    """Under strategies that leave it to us: a finder would train each rank by itself."""
+    averaged, module = [], Buffers()
+    monkeypatch.setattr(StrategyAdapter, "average_gradients", lambda self: averaged.append(len(module.seen)))
+    trainer(ll.LoRA(**LORA), LearningRateFinder(num_training_steps=12)).fit(module)
+    assert averaged == [*range(1, len(module.seen) + 1)]
+    assert len(averaged) > 16
 
 
 @pytest.mark.parametrize("within", ["finder", "fit"])
