@@ -12,13 +12,20 @@ from typing_extensions import override
 
 from lightning_lora.checks import is_rank
 from lightning_lora.comparators.asked import checked
-from lightning_lora.comparators.cache import CacheShape, cache_obstacle, cache_shape, empty_cache
+from lightning_lora.comparators.cache import (
+    CacheShape,
+    cache_obstacle,
+    cache_shape,
+    given_cache,
+    holds_tokens,
+    with_cache,
+    without_cache,
+)
 from lightning_lora.comparators.virtual import (
     computing_dtype,
     extend_mask,
     given_to,
     inputs_of,
-    length_of,
     one_model,
     place_of,
     refuse_packed,
@@ -180,9 +187,10 @@ class Prefix(Added):
         if sum(isinstance(module, Prefix) and module.active for module in added_to(host).values()) > 1:
             raise UnsupportedError("several prefixes are active, and a cache starts with one: ll.set_adapter names it")
         given, count = given_to(host, args, kwargs), self.config.num_virtual_tokens
-        if length_of(given.get("past_key_values")) == 0:
+        if not holds_tokens(given_cache(given)):
             self._for_one_call = given.get("use_cache") is False
-            cache = given["past_key_values"] = given.get("past_key_values") or empty_cache(host.config)
+            given = with_cache(given, host)
+            cache = given_cache(given)
             pairs = self(len(inputs_of(given)), computing_dtype(host))
             own = getattr(cache, "self_attention_cache", cache)
             for layer in range(self.shape.layers):
@@ -197,7 +205,7 @@ class Prefix(Added):
         """The hook: where no cache was wanted, none is given back."""
         if not self._for_one_call or isinstance(output, tuple):
             return None
-        return type(output)(**{**output, "past_key_values": None})
+        return type(output)(**without_cache(output))
 
 
 class PrefixTuning(MethodCallback):

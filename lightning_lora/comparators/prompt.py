@@ -10,13 +10,13 @@ from typing_extensions import override
 
 from lightning_lora.checks import choice_problems
 from lightning_lora.comparators.asked import checked
+from lightning_lora.comparators.cache import given_cache, holds_tokens
 from lightning_lora.comparators.virtual import (
     computing_dtype,
     extend_mask,
     forward_names,
     given_to,
     inputs_of,
-    length_of,
     one_model,
     place_of,
     reads_first,
@@ -183,7 +183,7 @@ class Prompt(Added):
         extend_mask(given, count)
         if (positions := given.get("position_ids")) is not None:
             positions = given["position_ids"] = positions + count
-        if length_of(given.get("past_key_values")) == 0:
+        if not holds_tokens(given_cache(given)):
             inputs = inputs_of(given)
             embedded = host.get_input_embeddings()(inputs) if given.get("input_ids") is not None else inputs
             own = self(len(inputs), computing_dtype(host)).to(embedded.dtype)

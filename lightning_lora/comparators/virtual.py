@@ -96,18 +96,6 @@ def refuse_packed(given: Mapping[str, Any]) -> None:
         )
 
 
-def length_of(past: Any) -> int:
-    """How many tokens a cache holds."""
-    if past is None:
-        return 0
-    if getattr(past, "is_compileable", False):
-        raise UnsupportedError(
-            f"virtual tokens come into a cache that grows, and {type(past).__name__} has a fixed size: in generate() "
-            "leave out cache_implementation"
-        )
-    return int(past.get_seq_length())
-
-
 def computing_dtype(host: Any) -> torch.dtype:
     """The dtype that a model computes in."""
     weight: Tensor = host.get_input_embeddings().weight

@@ -109,7 +109,7 @@ class Quantizer(ABC):
         """Turns off what would harm training."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile asks for the hash of what isn't filled in yet
 class PackedWeight:
     """The weight of a layer as products take it: `lightning_lora.ops.operand.Packed`."""
 

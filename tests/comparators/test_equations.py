@@ -1,6 +1,7 @@
 """What the methods compute, against their equations written out, and where they come in a model."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -190,6 +191,47 @@ def test_generation_with_and_without_a_cache(family, name):
             model.generate(made, cache_implementation="static", **{**options, "attention_mask": None})
 
 
+def test_states_are_a_cache_too():
+    """Mamba keeps no keys and values; the prompt comes once."""
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None)
+    model = tf.MambaForCausalLM(config).double().eval()
+    ll.inject(model, VIRTUAL["prompt"])
+    stirred(model, 1.0)
+    ids = torch.randint(1, 61, (2, 7))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    kept, again = (
+        model.generate(ids, use_cache=use, output_logits=True, return_dict_in_generate=True, **options).logits
+        for use in (True, False)
+    )
+    torch.testing.assert_close(torch.stack(kept), torch.stack(again))
+
+
+class Renamed(tf.LlamaModel):
+    """Calls its cache as transformers have done from 5.24 on, and takes the older name too."""
+
+    def forward(self, input_ids=None, cache=None, past_key_values=None, **kwargs):
+        cache = past_key_values if cache is None else cache
+        name = "cache" if "cache" in inspect.signature(tf.LlamaModel.forward).parameters else "past_key_values"
+        out = super().forward(input_ids, **{name: cache}, **kwargs)
+        return out.last_hidden_state, out[name]
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+@pytest.mark.parametrize("given", ["cache", "past_key_values"])
+def test_a_cache_by_either_name(name, given):
+    """A model that calls it as transformers do from 5.24 on; the caller may use the older name."""
+    config = FAMILIES["llama"].make().config
+    model = Renamed(config).double().eval()
+    ll.inject(model, VIRTUAL[name])
+    stirred(model, 1.0)
+    ids = torch.randint(1, 61, (2, 7))
+    whole, _ = model(input_ids=ids)
+    _, cache = model(input_ids=ids[:, :4], cache=tf.DynamicCache(config=config))
+    rest, _ = model(input_ids=ids[:, 4:], **{given: cache})
+    torch.testing.assert_close(rest, whole[:, -3:])
+
+
 def test_first_values_depend_on_seed_and_name_alone(monkeypatch):
     def values(seed, config):
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
@@ -230,7 +272,7 @@ def test_what_can_have_no_virtual_tokens():
         both: r"one transformers model, and there are 2 \(a, b\)",
         torch.nn.Linear(2, 2): "there are 0",
         FAMILIES["vit"].make(): "reads no tokens",
-        mamba: "takes no cache of keys and values",
+        mamba: "takes no cache of keys and values|layers of linear_attention",  # before and from transformers 5.24 on
     }.items():
         with pytest.raises(ll.TargetError, match=words):
             ll.plan(model, PrefixTuningConfig())

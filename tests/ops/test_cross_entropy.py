@@ -167,7 +167,7 @@ def test_float16_keeps_gradients_of_tokens_that_are_almost_learnt(scale):
     (truth,) = torch.autograd.grad(reference, exact)
     (gradient,) = torch.autograd.grad(ll.linear_cross_entropy(hidden, weight, labels) * scale, hidden)
     assert each.min() < 1e-6
-    rows = truth.norm(dim=1) * scale > 1e-4  # what float16 can hold
+    rows = truth.norm(dim=1) * scale > 1e-3  # what float16 can hold
     assert rows.any() or scale == 1
     errors = (gradient.double() - truth * scale)[rows].norm(dim=1) / (truth * scale)[rows].norm(dim=1)
     assert (errors < 0.02).all()
