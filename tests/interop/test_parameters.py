@@ -13,6 +13,7 @@ import lightning_lora as ll
 from lightning_lora.analysis import analyze_files
 from lightning_lora.files.combine import combine_files
 from lightning_lora.files.merge import merge_files
+from lightning_lora.layers import lora_layers
 from tests.commands.files import assert_same_tensors
 from tests.layers.test_experts import FAMILIES, IDS, LORA, noise
 
@@ -231,27 +232,41 @@ def test_files_that_hold_experts_one_by_one(tmp_path):
         analyze_files(tmp_path / "a0", tmp_path / "base")
 
 
-METHODS = [(family, method) for family in FILES for method in ("cat", "svd", "linear", "ties")]
-METHODS = [each for each in METHODS if each not in [("llama4", "linear"), ("llama4", "ties")]]
-"""PEFT takes A for B in Llama 4, and these two give the sign of a weight to B."""
+METHODS = {
+    "cat": ("cat", None),
+    "svd": ("svd", 3),
+    "linear": ("linear", None),
+    "ties": ("ties", None),
+    "dare_linear": ("dare_linear", None),
+    "dare_ties": ("dare_ties", None),
+    "dare-of-updates": ("dare_linear", 3),
+}
 
 
-@pytest.mark.parametrize(("family", "method"), METHODS)
-def test_combined_without_their_base(family, method, tmp_path):
+@pytest.mark.parametrize(("method", "rank"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("family", FILES)
+def test_combined_without_their_base(family, method, rank, tmp_path):
+    """The same as on the base, for what tells A from B and what draws at random too."""
     for seed in (0, 1):
         saved(tmp_path, family, seed, **{"target_modules": ["q_proj"], **FILES[family]})
     given = [(tmp_path / "a0", 0.7), (tmp_path / "a1", -0.4)]
-    rank = 3 if method == "svd" else None
-    combine_files(tmp_path / "out", given, method, rank)
+    report = combine_files(tmp_path / "out", given, method, rank)
     model = build(family)
     for i, (folder, _) in enumerate(given):
         ll.load_adapter(model, folder, f"a{i}")
-    ll.combine_adapters(model, {"a0": 0.7, "a1": -0.4}, "combined", method, rank)
-    ll.set_adapter(model, "combined")
+    expected = ll.combine_adapters(model, {"a0": 0.7, "a1": -0.4}, "combined", method, rank)
+    assert report.layers.keys() == expected.layers.keys()
     again = build(family)
     ll.load_adapter(again, tmp_path / "out")
-    with torch.no_grad():
-        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    for (name, ours), (_, theirs) in zip(lora_layers(model), lora_layers(again), strict=True):
+        update = change(ours, "combined")
+        assert (change(theirs, "combined") - update).norm() <= 1e-5 * update.norm(), name
+        assert {report.layers[name].rank, expected.layers[name].rank} == {ours.lora["combined"].r}
+
+
+def change(layer, adapter_name):
+    W = layer.lora_matrix()
+    return layer.lora[adapter_name].merged(W.clone()).detach() - W
 
 
 def test_what_peft_wrote_of_experts_is_not_combined_without_their_base(tmp_path):
