@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.files.inspection import damage
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
-from lightning_lora.layers import LoRALayer, kind_of, lora_layers, original_type
+from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.names import ancestors, clean
@@ -167,15 +166,13 @@ def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: 
 
 def _weight(name: str, files: BaseFiles, i: int | None) -> Tensor:
     module = files.misfits.found[name].node.module
-    kind: Any = kind_of(original_type(module))
-    W: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
+    W: Tensor = kind_of_layer(module).lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
     return W if i is None else W[i]
 
 
 def _stack_of_base(name: str, files: BaseFiles) -> int | None:
     module = files.misfits.found[name].node.module
-    kind: Any = kind_of(original_type(module))
-    shape = kind.lora_matrix_shape(module)
+    shape = kind_of_layer(module).lora_matrix_shape(module)
     return shape[0] if len(shape) == 3 else None
 
 
