@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.files.inspection import damage
+from lightning_lora.formats.peft_parameters import base_problems
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
@@ -110,6 +111,7 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
             f"{stored.source}: init_lora_weights={stored.init!r} took a part out of each weight, and the file does not "
             "tell which: load it on its base with ll.load_adapter, and call ll.analyze(model)"
         )
+    raise_all(UnsupportedError, [] if files is not None else base_problems(stored), stored.source)
     raise_all(CheckpointError, damage(stored))
     scaling = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     if files is not None:

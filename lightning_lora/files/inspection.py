@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_lora.composing.combinations import product_norm
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, raise_all
+from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.peft_parameters import base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
@@ -57,6 +58,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     stored = read_folder(folder)
+    raise_all(UnsupportedError, base_problems(stored), str(folder))
     raise_all(CheckpointError, damage(stored))
     fields, entry = stored.fields, stored.entry
     return {

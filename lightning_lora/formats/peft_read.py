@@ -12,6 +12,7 @@ from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, 
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_parameters import as_the_file_tells
 from lightning_lora.formats.peft_parts import noted_problems
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
@@ -102,7 +103,7 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
     _split_starts(stored, file.entry)
     if not stored.layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: its keys are {listing(file.tensors, 3)}")
-    return stored
+    return as_the_file_tells(stored)
 
 
 def _split(key: str) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.analysis import analyze_files
 from lightning_lora.files.combine import combine_files
+from lightning_lora.files.inspection import inspect
 from lightning_lora.files.merge import merge_files
 from lightning_lora.layers import lora_layers
 from tests.commands.files import assert_same_tensors
@@ -164,8 +165,6 @@ def test_an_attention_that_peft_adapted_is_refused(tmp_path):
 
 
 def test_inspect_tells_the_norms_of_experts(tmp_path):
-    from lightning_lora.files.inspection import inspect
-
     model = build("mixtral")
     ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[]))
     noise(model)
@@ -221,6 +220,44 @@ def test_analysed_with_a_base_in_files(family, tmp_path):
     for name, layer in expected.layers.items():
         assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-5)
         assert found.layers[name].weight.drift == pytest.approx(layer.weight.drift, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_analysed_alone(family, tmp_path):
+    """By the model's names, and with ranks and alphas that go by them."""
+    model = saved(tmp_path, family, **{"target_modules": ["q_proj"], **FILES[family]})
+    found, expected = analyze_files(tmp_path / "a0"), ll.analyze(model)
+    assert found.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
+        assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-5)
+    assert not found.notes
+    adapters = {name: layer.lora["default"] for name, layer in lora_layers(model)}
+    told = inspect(tmp_path / "a0")["adapters"][0]["layers"]
+    assert {each["name"]: each["r"] for each in told} == {name: adapter.r for name, adapter in adapters.items()}
+    for each in told:
+        update = adapters[each["name"]].scaling * adapters[each["name"]].B @ adapters[each["name"]].A
+        assert each["norm_update"] == pytest.approx(update.norm().item(), rel=1e-4)
+    if family != "llama4":  # whose folders have PEFT's A and B
+        assert ll.analyze(model, compare=tmp_path / "a0").comparison.layers.keys() == expected.layers.keys()
+
+
+def test_what_peft_wrote_of_experts_is_named_as_far_as_its_folder_tells(tmp_path):
+    ends = ["experts.gate_up_proj", "experts.down_proj"]
+    folders = {"one": (ends[1:], {}), "two": (ends, {}), "ranks": (ends, {"gate_up_proj": 4})}
+    for name, (wanted, ranks) in folders.items():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=wanted, rank_pattern=ranks)
+        peft.get_peft_model(build("granitemoe"), config).save_pretrained(tmp_path / name)
+    experts = {name.partition(".experts")[2] for name in analyze_files(tmp_path / "one").layers}
+    assert experts == {"", *(f".down_proj[{i}]" for i in range(4))}
+    found = analyze_files(tmp_path / "two")
+    assert {name.partition(".experts")[2] for name in found.layers if name.endswith("[0]")} == {"[0]", ".base_layer[0]"}
+    assert any("names of PEFT, whose parameters only the base tells" in note for note in found.notes)
+    for read in (analyze_files, inspect):
+        with pytest.raises(ll.UnsupportedError, match="an adapter on down_proj or gate_up_proj, whose ranks .* differ"):
+            read(tmp_path / "ranks")
+    build("granitemoe").save_pretrained(tmp_path / "base")
+    named = analyze_files(tmp_path / "ranks", tmp_path / "base").layers
+    assert {layer.r for name, layer in named.items() if ".gate_up_proj[" in name} == {4}
 
 
 def test_files_that_hold_experts_one_by_one(tmp_path):
