@@ -51,7 +51,7 @@ class TensorFile:
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist")
+            raise FileNotFoundError(f"{self.path} does not exist: copy all of the folder")
         try:
             _check_header(self.path)
             file: Any = safe_open(str(self.path), framework="pt", device="cpu")
@@ -65,7 +65,7 @@ class TensorFile:
             }
             self.entry, self._file = _entry(file.metadata() or {}), file
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path} is damaged, or no safetensors file ({error})") from error
+            raise CheckpointError(f"{self.path} is damaged, or no safetensors file ({error}): copy it again") from error
 
     def read(self, key: str) -> Tensor:
         """One tensor.

@@ -68,7 +68,8 @@ class Misfits:
     def problems(self) -> Iterator[str]:
         """Everything that is wrong."""
         if unknown := [name for name in self.stored.layers if name not in self.found]:
-            yield f"the model has no {listing(unknown, 3)}.{did_you_mean(unknown[0], self.by_name)}"
+            hint = did_you_mean(unknown[0], self.by_name) if self.found else " It is of another model: give its base"
+            yield f"the model has no {listing(unknown, 3)}.{hint}"
         yield from self._shared()
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
