@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -1196,6 +1197,7 @@ def test_where_nothing_can_be_written(folders, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     model = with_adapter("default")
+    monkeypatch.setattr("lightning_lora.formats.folder.exchanged", lambda *folders: False)
     for name in ("mkdir", "rename"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, denied)
@@ -1218,11 +1220,37 @@ def test_a_rename_that_fails_half_way(folders, tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, to)
 
+    monkeypatch.setattr("lightning_lora.formats.folder.exchanged", lambda *folders: False)
     monkeypatch.setattr(Path, "rename", second_fails)
     with pytest.raises(OSError, match="Input/output"):
         ll.save_adapter(with_adapter("default"), target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_folder_is_there_all_the_time(folders, tmp_path, monkeypatch):
+    """For whoever reads meanwhile, and after a kill at any moment."""
+    target = case(folders["ours"], tmp_path, lambda folder: None)
+    model, rename = with_adapter("default"), Path.rename
+
+    def watched(self, to):
+        rename(self, to)
+        assert (target / CONFIG).exists()
+
+    monkeypatch.setattr(Path, "rename", watched)
+    ll.save_adapter(model, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_saves_into_one_folder_at_once(tmp_path):
+    """The last one has it; none fails, and nothing is left."""
+    models = [with_adapter("default") for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            list(pool.map(lambda model: ll.save_adapter(model, tmp_path / "adapter"), models))
+            ll.load_adapter(build(), tmp_path / "adapter")
+            assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+            shutil.rmtree(tmp_path / "adapter")
 
 
 def test_other_files_stay(folders, tmp_path):

@@ -1,5 +1,6 @@
 """Writing a folder as a whole or not at all."""
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_lora.errors import ConfigError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -43,20 +46,34 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
             if (staged / name).exists():
                 sync(staged / name)
         sync(staged)
-        if folder.exists():
-            folder.rename(old)
-            try:
-                staged.rename(folder)
-            except BaseException:  # an interrupt too
-                old.rename(folder)
-                raise
-        else:
+        try:
             staged.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            if not exchanged(staged, folder):
+                _swap(staged, folder, old)
         sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders have changed places, in one step: there is always one in each. Not every system has that."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _swap(staged: Path, folder: Path, old: Path) -> None:
+    """The same in two steps, between which there is none."""
+    folder.rename(old)
+    try:
+        staged.rename(folder)
+    except BaseException:  # an interrupt too
+        old.rename(folder)
+        raise
 
 
 def sync(path: Path) -> None:
