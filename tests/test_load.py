@@ -393,11 +393,11 @@ TENSORS = {
     "A-nan": (tensors(A=with_first(float("nan"))), "q_proj.lora_A.weight holds NaN or infinite values"),
     "B-inf": (tensors(B=with_first(float("inf"))), "q_proj.lora_B.weight holds NaN or infinite values"),
     "magnitude-inf": (tensors(magnitude=with_first(-float("inf"))), "magnitude_vector.* holds NaN or infinite values"),
-    "A-int8": (tensors(A=lambda t: t.to(torch.int8)), "A is I8, which no adapter is"),
+    "A-int8": (tensors(A=lambda t: t.to(torch.int8)), "A is int8, which no adapter is"),
     "B-int64": (tensors(B=lambda t: t.long()), "B is int64, which no adapter is"),
     "A-bool": (tensors(A=lambda t: t > 0), "A is bool, which no adapter is"),
-    "A-float8": (tensors(A=lambda t: t.to(torch.float8_e4m3fn)), "A is F8_E4M3, which no adapter is"),
-    "A-complex": (tensors(A=lambda t: t.to(torch.complex64)), "A is C64, which no adapter is"),
+    "A-float8": (tensors(A=lambda t: t.to(torch.float8_e4m3fn)), "A is float8_e4m3fn, which no adapter is"),
+    "A-complex": (tensors(A=lambda t: t.to(torch.complex64)), "A is complex64, which no adapter is"),
     "B-too-large": (tensors(B=lambda t: with_first(1e300)(t.double())), "B is too large for float32"),
     "A-transposed": (tensors(A=lambda t: t.T.contiguous()), r"A is \(32, 4\) in the file, and \(4, 32\) here \(r=4\)"),
     "B-transposed": (tensors(B=lambda t: t.T.contiguous()), r"B is \(4, 32\) in the file, and \(32, 4\) here"),
@@ -450,13 +450,13 @@ TENSORS = {
         lambda folder: retensor(
             folder, lambda v: v.update({(k := next(k for k in v if "lm_head" in k)): v[k].to(torch.float8_e5m2)})
         ),
-        "lm_head.weight is F8_E5M2 in the file, and float32 in the model",
+        "lm_head.weight is float8_e5m2 in the file, and float32 in the model",
     ),
     "head-complex": (
         lambda folder: retensor(
             folder, lambda v: v.update({(k := next(k for k in v if "lm_head" in k)): v[k].to(torch.complex64)})
         ),
-        "lm_head.weight is C64 in the file",
+        "lm_head.weight is complex64 in the file",
     ),
     "head-nan": (
         lambda folder: retensor(
