@@ -16,6 +16,7 @@ from lightning_lora.files.stand_in import stand_in
 from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.formats.peft_older import is_older
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
@@ -128,7 +129,7 @@ def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
                 f"{source.path} has rows of tokens ({rows[0]}), whose combination depends on those of the base: "
                 "combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
-        elif (read := source.stored.fields.get("target_parameters")) and not known:
+        elif (read := source.stored.fields.get("target_parameters")) and (not known or is_older(source.stored)):
             yield (
                 f"{source.path} has adapters on parameters ({listing(read, 3)}), and only the base tells which module "
                 "has them in which order: combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import UnsupportedError, listing
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
 from lightning_lora.targets.walk import Node
@@ -89,7 +90,10 @@ def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAd
     for name in named.layers:
         if isinstance(by_name.get(name), nn.MultiheadAttention):
             raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
-    return named
+    if not is_older(stored):
+        return named
+    owners = {name: by_name.get(name.rpartition(".")[0]) for name in named.layers}
+    return replace(named, layers={name: as_of_today(name, layer, owners[name]) for name, layer in named.layers.items()})
 
 
 def as_the_file_tells(stored: StoredAdapter) -> StoredAdapter:

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
@@ -88,6 +88,40 @@ def test_written_by_peft_from_scratch(tmp_path):
     ll.load_adapter(model, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("granitemoe", {}), ("granitemoe", {"intermediate_size": 16}), ("llama4", {})]
+)
+def test_stacks_of_older_versions_of_peft(family, sizes, tmp_path):
+    """0.18 took every stack as (n, in, out): also (4, 32, 32), where only the version tells it."""
+
+    def build():
+        torch.manual_seed(0)
+        config = FAMILIES[family]()
+        config.update({**sizes, "_experts_implementation": "eager"})
+        return transformers.AutoModelForCausalLM.from_config(config).double().eval()
+
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    theirs = peft.get_peft_model(build(), config, autocast_adapter_dtype=False).eval()
+    noise(theirs)
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    theirs.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    for key in [key for key in held if "experts.lora_A" in key]:  # A (n r, in) and B (out, r n), and the other way
+        A, B = held[key], held[key.replace("lora_A", "lora_B")]
+        held[key] = B.view(len(B), 2, 4).permute(2, 1, 0).flatten(0, 1).contiguous()
+        held[key.replace("lora_A", "lora_B")] = A.view(4, 2, -1).permute(2, 1, 0).flatten(1).contiguous()
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "peft_version": "0.18.1"}))
+    model = build()
+    ll.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ll.UnsupportedError, match="only the base tells which module has them"):
+        combine_files(tmp_path / "out", [(tmp_path, 1.0)])
 
 
 def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
