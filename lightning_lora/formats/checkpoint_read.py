@@ -61,7 +61,11 @@ def checkpoint_adapter(
     known, in_full = meta["adapters"], meta.get("in_full", {})
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
-        hint = did_you_mean(name, known) if name else " Say which by adapter_name."
+        hint = (
+            did_you_mean(name, known)
+            if name
+            else " Say which by adapter_name (on the command line --adapter; export makes a folder of one)."
+        )
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
     if isinstance(known[name], dict) and (method := known[name].get("method")) is not None:
         raise UnsupportedError(

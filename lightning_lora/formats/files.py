@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.formats.folder import sync
+from lightning_lora.formats.folder import require_local, sync
 
 INSTEAD = "give what a run with the LoRA callback wrote"
 
@@ -81,6 +81,7 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A new file that takes the target's place when the context ends well, in a folder that is made if it has to be."""
+    require_local(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")

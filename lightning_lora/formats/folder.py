@@ -2,14 +2,16 @@
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, UnsupportedError
 
+_URL = re.compile(r"[\w+.-]{2,}:/")  # with one slash as a Path has it
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -26,7 +28,9 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
 
     Raises:
         ConfigError: If the target is a file, or the current folder or one around it, which can't be replaced.
+        UnsupportedError: If it is not on this machine.
     """
+    require_local(target)
     folder = Path(target).absolute()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{os.fspath(target)} is a file: give a folder")
@@ -58,6 +62,12 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         shutil.rmtree(staged, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def require_local(path: str | os.PathLike[str]) -> None:
+    """Raises UnsupportedError for a URL, which would be a folder called ``s3:`` here."""
+    if _URL.match(os.fspath(path)):
+        raise UnsupportedError(f"{path} is a URL, and this writes to this machine: save it here, and copy it there")
 
 
 def exchanged(one: Path, other: Path) -> bool:

@@ -1,11 +1,15 @@
 """What commands say of paths that are none, or of something else: what was found, and what to give instead."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import lightning_lora as ll
+from lightning_lora.analysis import analyze_files
+from lightning_lora.files.combine import combine_files
+from lightning_lora.files.merge import merge_files
 from tests.commands.files import adapted, fails, run
 from tests.helpers.families import FAMILIES
 
@@ -100,3 +104,19 @@ def test_an_adapter_of_another_model(odd, tmp_path, capsys):
     assert "the model has no transformer.h.0.attn.c_attn" in said
     assert "It is of another model: give its base" in said
     run("merge", "--base", odd / "base", odd / "a", tmp_path / "out")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a", Path("s3://bucket/a"), "memory://a"], ids=repr)
+def test_nothing_is_written_under_the_name_of_a_url(url, odd, tmp_path, monkeypatch):
+    """In a folder called ``s3:``, where nobody looks for it."""
+    monkeypatch.chdir(tmp_path)
+    writers = {
+        "save": lambda: ll.save_adapter(adapted(FAMILIES["llama"].make()), url),
+        "combine": lambda: combine_files(url, [(odd / "a", 1.0)]),
+        "merge": lambda: merge_files(odd / "base", odd / "a", url),
+        "report": lambda: analyze_files(odd / "a").html(url),
+    }
+    for write in writers.values():
+        with pytest.raises(ll.UnsupportedError, match="is a URL, and this writes to this machine: save it here"):
+            write()
+    assert not [*tmp_path.iterdir()]
