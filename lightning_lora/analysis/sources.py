@@ -121,7 +121,7 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
     return [
         source
         for name, layer in named
-        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored.layout, files)
+        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored, files)
     ]
 
 
@@ -130,9 +130,11 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: BaseFiles | None) -> Iterator[Source]:
-    """One source; of a stack of matrices one for each. PEFT keeps their pairs side by side, in one A and one B."""
-    n = _stack(layer, layout) if files is None else _stack_of_base(name, files)
+def _of_file(
+    name: str, layer: StoredLayer, scaling: float, stored: StoredAdapter, files: BaseFiles | None
+) -> Iterator[Source]:
+    """One source; of a stack of matrices one for each."""
+    n, layout = stored.depth(layer) if files is None else _stack_of_base(name, files), stored.layout
 
     def values() -> dict[str, Tensor]:
         if files is not None:
@@ -176,14 +178,6 @@ def _stack_of_base(name: str, files: BaseFiles) -> int | None:
     module = files.misfits.found[name].node.module
     shape = kind_of_layer(module).lora_matrix_shape(module)
     return shape[0] if len(shape) == 3 else None
-
-
-def _stack(layer: StoredLayer, layout: str) -> int | None:
-    """How many matrices a layer's weight is a stack of; None for one matrix."""
-    A = layer.tensors["A"].shape
-    if layout == "own":
-        return A[0] if len(A) == 3 else None
-    return A[0] // layer.r if len(A) == 2 and A[0] > layer.r else None
 
 
 def aligned(sources: Sequence[Source], others: Sequence[Source], what: str) -> list[Source]:
