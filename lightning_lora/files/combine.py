@@ -57,13 +57,14 @@ def combine_files(
         ConfigError: If ``out`` is one of the sources; and with every problem that `combine_adapters` finds.
         CheckpointError: If a file is damaged, or the adapters do not fit together.
         BaseMismatchError: If they were trained on different bases.
-        UnsupportedError: If that takes the base: for DoRA, and for what PEFT started with a part of each weight.
+        UnsupportedError: If that takes the base: for DoRA, for what PEFT started with a part of each weight, and for
+            parts of layers by other methods than "cat" and "svd".
     """
     raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources]), "combine")
     with ExitStack() as stack:
         read = [_read(Path(path), stack) for path, _ in sources]
         raise_all(CheckpointError, _incomplete(read), "combine")
-        raise_all(UnsupportedError, _needs_base(read), "combine")
+        raise_all(UnsupportedError, _needs_base(read, method), "combine")
         if not allow_base_mismatch:
             raise_all(BaseMismatchError, _differences(read), "combine")
         names = _names(read)
@@ -115,7 +116,7 @@ def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
                 yield f"{source.path}: {name} has no matrices A and B"
 
 
-def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
+def _needs_base(sources: Sequence[_Source], method: str) -> Iterator[str]:
     known = any(source.stored.base is not None for source in sources)
     for source in sources:
         if source.stored.options["use_dora"]:
@@ -133,6 +134,12 @@ def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
             yield (
                 f"{source.path} has adapters on parameters ({listing(read, 3)}), and only the base tells which module "
                 "has them in which order: combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
+            )
+        elif (parts := source.stored.entry.get("parts")) and method not in ("cat", "svd"):
+            yield (
+                f"{source.path} has adapters on parts of {listing(parts, 3)}, which are one in a PEFT folder, and "
+                f"method={method!r} would combine them with the zeros between them: take 'cat' or 'svd', or combine "
+                "them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
         elif source.stored.init is not None:
             yield (

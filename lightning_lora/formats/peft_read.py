@@ -48,6 +48,8 @@ def require_peft_folder(folder: Path, hint: str, source: object = None) -> None:
     """
     if not is_peft_folder(folder):
         what = "holds no adapter_config.json" if folder.exists() else "does not exist"
+        inside = listing(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")), 3)
+        hint = f"{hint} ({inside} in it: PEFT writes an adapter with a name of its own there)" if inside else hint
         raise FileNotFoundError(f"{folder if source is None else source} {what}: {hint}")
 
 

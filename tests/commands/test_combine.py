@@ -158,6 +158,23 @@ def test_what_is_refused(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_parts_of_layers(tmp_path, capsys):
+    """In a folder they are one adapter with zeros, which are no entries of any: 'ties' would keep more of the others."""
+    base, names = saved(tmp_path, "phi3", [{"target_modules": ["qkv_proj.q", "qkv_proj.v"]}] * 2)
+    sources = [f"{tmp_path / name}:{WEIGHTS[name]}" for name in names]
+    for method in ("linear", "ties", "dare_linear", "dare_ties"):
+        said = fails(1, capsys, "combine", tmp_path / "out", *sources, "--method", method)
+        assert "has adapters on parts of model.layers.0.self_attn.qkv_proj" in said
+    run("combine", tmp_path / "out", *sources)
+    model, again = copy.deepcopy(base), copy.deepcopy(base)
+    for name in names:
+        ll.load_adapter(model, tmp_path / name)
+    ll.set_adapter(model, {name: WEIGHTS[name] for name in names})
+    ll.load_adapter(again, tmp_path / "out")
+    batch = FAMILIES["phi3"].batch(base)
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_combined_is_not_written_over(tmp_path, capsys):
     saved(tmp_path, "llama", [{}, {}])
     one, two = tmp_path / "one", tmp_path / "two"

@@ -99,6 +99,15 @@ def test_a_folder_is_no_checkpoint(odd, tmp_path, capsys):
     assert "is a folder, and a checkpoint is a file: give code.ckpt, newer.ckpt, plain.ckpt" in said
 
 
+def test_a_folder_of_folders(odd, tmp_path, capsys):
+    """PEFT puts adapters that are not called "default" below the folder that it is given."""
+    shutil.copytree(odd / "a", tmp_path / "runs" / "prose")
+    for command in ("inspect", "analyze", "combine"):
+        said = fails(1, capsys, *READERS[command](tmp_path / "runs", tmp_path / "out"))
+        assert "runs holds no adapter_config.json: give" in said
+        assert "(prose in it: PEFT writes an adapter with a name of its own there)" in said
+
+
 def test_an_adapter_of_another_model(odd, tmp_path, capsys):
     said = fails(1, capsys, "merge", "--base", odd / "base", odd / "gpt2", tmp_path / "out")
     assert "the model has no transformer.h.0.attn.c_attn" in said
