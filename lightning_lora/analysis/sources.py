@@ -10,7 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.files.inspection import damage
-from lightning_lora.formats.peft_parameters import base_problems
+from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
@@ -144,8 +144,7 @@ def _of_file(
             return {part: value.flatten() if part == "magnitude" else value.flatten(1) for part, value in read.items()}
         if layout == "own":
             return read
-        A, B = read["A"], read["B"]
-        return {"A": A.reshape(n, layer.r, -1), "B": B.reshape(len(B), layer.r, n).permute(2, 0, 1)}
+        return {part: apart(part, value, n) for part, value in read.items()}
 
     for i in [None] if n is None else range(n):
 

@@ -15,7 +15,7 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
-from lightning_lora.formats.peft_parameters import base_problems
+from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
@@ -161,12 +161,9 @@ def _fit(A: tuple[int, ...], B: tuple[int, ...], r: int, depth: int | None) -> b
 
 def _each(factors: dict[str, Tensor], depth: int | None) -> dict[str, Tensor]:
     """The matrices of a stack by themselves, whoever wrote it; other tensors (of convolutions) as matrices."""
-    A, B = factors["A"], factors["B"]
     if depth is None:
         return {part: value.flatten(1) for part, value in factors.items()}
-    if A.dim() == 3:
-        return factors
-    return {"A": A.view(depth, -1, A.shape[1]), "B": B.view(len(B), -1, depth).permute(2, 0, 1)}
+    return {part: value if value.dim() == 3 else apart(part, value, depth) for part, value in factors.items()}
 
 
 def _update_norm(factors: dict[str, Tensor], scale: float) -> float:

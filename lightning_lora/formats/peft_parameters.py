@@ -70,15 +70,25 @@ def stacked_for_peft(part: str, value: Tensor, turned: bool) -> tuple[str, Tenso
     return part, value.flatten(0, 1) if part == "A" else value.permute(1, 2, 0).flatten(1)
 
 
-def from_peft(node: Node, r: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_peft(node: Node, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, for the tensors of a layer."""
     site = node.module
     if not isinstance(site, ReadWeight) or len(site.lora_shape) != 3:
         return dict(values)
-    n = site.lora_shape[0]
-    A = values["A"].view(n, r, -1)
-    B = values["B"].view(-1, r, n).permute(2, 0, 1)
-    return {"A": B.mT, "B": A.mT} if is_turned(node) else {"A": A, "B": B}
+    each = {part: apart(part, value, site.lora_shape[0]) for part, value in values.items()}
+    if not is_turned(node):
+        return each
+    turned = {part: each[other].mT for part, other in zip(values, map(_other, values), strict=True)}
+    return {part: -value if part.startswith("start") else value for part, value in turned.items()}  # of -B₀ was told
+
+
+def apart(part: str, value: Tensor, n: int) -> Tensor:
+    """PEFT's tensor of the pairs of a stack of n matrices, one after the other: (n, r, in) or (n, out, r)."""
+    return value.view(n, -1, value.shape[1]) if part.endswith("A") else value.view(len(value), -1, n).permute(2, 0, 1)
+
+
+def _other(part: str) -> str:
+    return part[:-1] + "BA"["AB".index(part[-1])]
 
 
 def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter:

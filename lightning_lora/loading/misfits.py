@@ -34,8 +34,7 @@ class Found(NamedTuple):
         """The tensors, in the shapes of an adapter's."""
         shape = kind_of_layer(self.node.module).lora_matrix_shape(self.node.module)
         if layout == "peft" and len(shape) == 3:
-            tensors = self.stored.tensors.items()
-            return from_peft(self.node, self.stored.r, {part: tensor.read() for part, tensor in tensors})
+            return from_peft(self.node, {part: tensor.read() for part, tensor in self.stored.tensors.items()})
         return self.stored.read(*shape)
 
 

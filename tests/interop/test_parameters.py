@@ -62,6 +62,37 @@ def test_experts_there_and_back(family, tmp_path):
     assert ll.adapters(own)["default"].lora_dropout == 0.1
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "llama4"])
+def test_experts_that_started_with_a_part_of_the_weight(family, tmp_path):
+    """Each matrix of a stack has twice the rank in a folder, which is taken apart again."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "base")
+    start = {**LORA, "init_lora_weights": "pissa", "rank_pattern": {"down_proj": 3}}
+    ll.inject(model, ll.LoRAConfig(**start, target_modules=["q_proj"]))
+    noise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        theirs = peft.PeftModel.from_pretrained(build(family), tmp_path / "a").eval()
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    again = build(family)
+    ll.load_adapter(again, tmp_path / "a")
+    state, loaded = ll.adapter_state_dict(model), ll.adapter_state_dict(again)
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[key]) for key, value in state.items()), "the first factors too"
+    found, expected = analyze_files(tmp_path / "a"), ll.analyze(model)
+    norms = {each["name"]: each["norm_update"] for each in inspect(tmp_path / "a")["adapters"][0]["layers"]}
+    for name, layer in expected.layers.items():
+        assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-4)
+        if "[" not in name:
+            assert norms[name] == pytest.approx(layer.norm, rel=1e-4)
+    merge_files(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    ll.merge_and_unload(model)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+
+
 def test_ranks_of_their_own(tmp_path):
     model = build("mixtral")
     patterns = {"rank_pattern": {"down_proj": 4}, "alpha_pattern": {"down_proj": 5.0}}
