@@ -396,6 +396,26 @@ def test_refuses_what_would_be_wrong():
         ll.combine_adapters(model, {"korean": 1.0}, "x")
 
 
+def test_a_head_and_an_update_of_it_can_not_be_one(tmp_path):
+    """As little as one adapter can have both: PEFT could not load it."""
+    base = FAMILIES["llama"].make()
+    for name, fields in {
+        "full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "change": {"target_modules": ["lm_head"]},
+        "rows": {"trainable_token_indices": {"model.embed_tokens": [1]}, "target_modules": ["q_proj"]},
+        "table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }.items():
+        model = copy.deepcopy(base)
+        ll.inject(model, ll.LoRAConfig(r=2, **fields), name)
+        randomise(model)
+        ll.save_adapter(model, tmp_path / name, name)
+        ll.load_adapter(base, tmp_path / name)
+    for pair, layer in {("full", "change"): "lm_head", ("table", "rows"): "model.embed_tokens"}.items():
+        with pytest.raises(ll.ConfigError, match=f"{layer}: trained in full by one of the adapters, and updated by"):
+            ll.combine_adapters(base, dict.fromkeys(pair, 1.0), "both")
+    ll.combine_adapters(base, {"full": 1.0, "table": 1.0}, "both")
+
+
 def test_two_heads_can_not_be_one():
     model = FAMILIES["bert"].make()
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["query"]), "first")

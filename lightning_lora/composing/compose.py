@@ -16,6 +16,7 @@ from lightning_lora.composing.updates import (
     as_adapter,
     held,
     held_rows,
+    layer_of,
     possible_rank,
     rank_fields,
     source,
@@ -134,6 +135,9 @@ def combine_adapters(
         for each in in_full
         if len(each.owners) > 1
     ]
+    whole = {f"{each.node.name}.{key}".lstrip(".") for each in in_full for key in each.values}
+    if both := [n for n, (node, _) in {**of_tokens, **layers}.items() if layer_of(node).lora_weight_name(n) in whole]:
+        problems.append(f"{listing(both, 3)}: trained in full by one of the adapters, and updated by another: take one")
     raise_all(ConfigError, problems, "combine_adapters")
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
     rows = combined_rows(of_tokens, weights)

@@ -71,7 +71,7 @@ def combine_files(
         adapters = [_as_peft_has_it(source.stored) for source in read]
         model = stand_in(adapters)
         for name, adapter in zip(names, adapters, strict=True):
-            place(model, adapter, name, allow_base_mismatch=True)  # there are no values to compare
+            place(model, adapter, name, allow_base_mismatch=True, dtype=None)  # there are no values to compare
         weights = {name: weight for name, (_, weight) in zip(names, sources, strict=True)}
         free = adapter_name if adapter_name not in names else f"{adapter_name}_"
         report = combine_adapters(model, weights, free, method, rank, density=density, seed=seed)
