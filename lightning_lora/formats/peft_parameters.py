@@ -163,7 +163,7 @@ def _parameter(name: str, parameters: Mapping[str, list[str]], wanted: list[str]
 
 def _asked(stored: StoredAdapter) -> dict[str, list[str]]:
     """The parameters that ``target_parameters`` may mean, by their modules, as far as these have adapters."""
-    owners = dict.fromkeys(_unwrapped(name)[0] for name in stored.layers)
+    owners = dict.fromkeys(_unwrapped(name)[0] for name in stored.layers if stored.layout == "peft")
     found = {}
     for owner in [owner for owner in owners if stored.is_target is None or not stored.is_target(owner)]:
         split = [end.rpartition(".") for end in stored.fields.get("target_parameters") or ()]

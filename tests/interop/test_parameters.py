@@ -162,7 +162,8 @@ def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
     from tests.helpers.modules import Wrapped, one_batch, trainer
 
     module = Wrapped(lambda: build("mixtral"))
-    lora = ll.LoRA(**LORA, target_modules=["q_proj"], save_peft=True)
+    patterns = {"rank_pattern": {"*q_proj": 3}}  # no regular expression, as PEFT's are
+    lora = ll.LoRA(**LORA, **patterns, target_modules=["q_proj"], save_peft=True)
     trainer(lora, ModelCheckpoint(tmp_path, filename="last")).fit(
         module, one_batch({"input_ids": IDS, "labels": IDS}, 3)
     )
@@ -173,6 +174,8 @@ def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("exported", "saved")]
     assert configs[0] == configs[1]
+    found, expected = analyze_files(tmp_path / "last.ckpt").layers, ll.analyze(module).layers
+    assert found.keys() == expected.keys()
 
 
 class Net(nn.Module):
