@@ -11,6 +11,7 @@ from lightning_lora.layers import lora_layers
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import CASES, config_for, randomise
 from tests.helpers.toy import build
+from tests.layers.test_experts import model_of
 from tests.test_switch import several, weighted_sum
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -172,6 +173,31 @@ def test_ties_of_factors(density):
         A, B, _ = factors(layer, "elected")
         torch.testing.assert_close(A, ties([f[0] for f in found], signed, density), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(B, ties([f[1] for f in found], roots, density), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "llama4"])
+def test_experts_are_combined_one_by_one(family):
+    """By the factors of PEFT, which takes A for B in Llama 4: the sign of a weight goes to A."""
+    model, turned = model_of(family), family == "llama4"
+    for i, name in enumerate("ab"):
+        ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3.0 + i, target_modules=[], target_parameters="experts"), name)
+    randomise(model)
+    ll.combine_adapters(model, {"a": 0.7, "b": -0.3}, "linear", "linear")
+    ll.combine_adapters(model, {"a": 0.7, "b": -0.3}, "ties", "ties", density=0.4)
+    for _, layer in lora_layers(model):
+        found = [factors(layer, name) for name in "ab"]
+        roots = [(w * scale) ** 0.5 for w, (_, _, scale) in zip((0.7, 0.3), found, strict=True)]
+        for i in range(4):
+            A, B = (
+                [factor[i].T if turned else factor[i] for factor in each] for each in list(zip(*found, strict=True))[:2]
+            )
+            A, B = (B, A) if turned else (A, B)
+            signed, wanted = [roots[0], -roots[1]], {}
+            wanted["linear"] = (B[0] * roots[0] + B[1] * roots[1]) @ (A[0] * signed[0] + A[1] * signed[1])
+            wanted["ties"] = ties(B, roots, 0.4) @ ties(A, signed, 0.4)
+            for name, update in wanted.items():
+                expected = update.T if turned else update
+                torch.testing.assert_close(delta(layer, name)[i], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_dare_keeps_the_expected_sum_and_draws_by_the_seed():
@@ -368,6 +394,26 @@ def test_refuses_what_would_be_wrong():
     layer.lora["korean"].initialised = False
     with pytest.raises(ll.ConfigError, match="adapter 'korean' has no values yet on"):
         ll.combine_adapters(model, {"korean": 1.0}, "x")
+
+
+def test_a_head_and_an_update_of_it_can_not_be_one(tmp_path):
+    """As little as one adapter can have both: PEFT could not load it."""
+    base = FAMILIES["llama"].make()
+    for name, fields in {
+        "full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "change": {"target_modules": ["lm_head"]},
+        "rows": {"trainable_token_indices": {"model.embed_tokens": [1]}, "target_modules": ["q_proj"]},
+        "table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }.items():
+        model = copy.deepcopy(base)
+        ll.inject(model, ll.LoRAConfig(r=2, **fields), name)
+        randomise(model)
+        ll.save_adapter(model, tmp_path / name, name)
+        ll.load_adapter(base, tmp_path / name)
+    for pair, layer in {("full", "change"): "lm_head", ("table", "rows"): "model.embed_tokens"}.items():
+        with pytest.raises(ll.ConfigError, match=f"{layer}: trained in full by one of the adapters, and updated by"):
+            ll.combine_adapters(base, dict.fromkeys(pair, 1.0), "both")
+    ll.combine_adapters(base, {"full": 1.0, "table": 1.0}, "both")
 
 
 def test_two_heads_can_not_be_one():

@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -392,11 +393,11 @@ TENSORS = {
     "A-nan": (tensors(A=with_first(float("nan"))), "q_proj.lora_A.weight holds NaN or infinite values"),
     "B-inf": (tensors(B=with_first(float("inf"))), "q_proj.lora_B.weight holds NaN or infinite values"),
     "magnitude-inf": (tensors(magnitude=with_first(-float("inf"))), "magnitude_vector.* holds NaN or infinite values"),
-    "A-int8": (tensors(A=lambda t: t.to(torch.int8)), "A is I8, which no adapter is"),
+    "A-int8": (tensors(A=lambda t: t.to(torch.int8)), "A is int8, which no adapter is"),
     "B-int64": (tensors(B=lambda t: t.long()), "B is int64, which no adapter is"),
     "A-bool": (tensors(A=lambda t: t > 0), "A is bool, which no adapter is"),
-    "A-float8": (tensors(A=lambda t: t.to(torch.float8_e4m3fn)), "A is F8_E4M3, which no adapter is"),
-    "A-complex": (tensors(A=lambda t: t.to(torch.complex64)), "A is C64, which no adapter is"),
+    "A-float8": (tensors(A=lambda t: t.to(torch.float8_e4m3fn)), "A is float8_e4m3fn, which no adapter is"),
+    "A-complex": (tensors(A=lambda t: t.to(torch.complex64)), "A is complex64, which no adapter is"),
     "B-too-large": (tensors(B=lambda t: with_first(1e300)(t.double())), "B is too large for float32"),
     "A-transposed": (tensors(A=lambda t: t.T.contiguous()), r"A is \(32, 4\) in the file, and \(4, 32\) here \(r=4\)"),
     "B-transposed": (tensors(B=lambda t: t.T.contiguous()), r"B is \(4, 32\) in the file, and \(32, 4\) here"),
@@ -449,13 +450,13 @@ TENSORS = {
         lambda folder: retensor(
             folder, lambda v: v.update({(k := next(k for k in v if "lm_head" in k)): v[k].to(torch.float8_e5m2)})
         ),
-        "lm_head.weight is F8_E5M2 in the file, and float32 in the model",
+        "lm_head.weight is float8_e5m2 in the file, and float32 in the model",
     ),
     "head-complex": (
         lambda folder: retensor(
             folder, lambda v: v.update({(k := next(k for k in v if "lm_head" in k)): v[k].to(torch.complex64)})
         ),
-        "lm_head.weight is C64 in the file",
+        "lm_head.weight is complex64 in the file",
     ),
     "head-nan": (
         lambda folder: retensor(
@@ -1196,6 +1197,7 @@ def test_where_nothing_can_be_written(folders, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     model = with_adapter("default")
+    monkeypatch.setattr("lightning_lora.formats.folder.exchanged", lambda *folders: False)
     for name in ("mkdir", "rename"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, denied)
@@ -1218,11 +1220,37 @@ def test_a_rename_that_fails_half_way(folders, tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, to)
 
+    monkeypatch.setattr("lightning_lora.formats.folder.exchanged", lambda *folders: False)
     monkeypatch.setattr(Path, "rename", second_fails)
     with pytest.raises(OSError, match="Input/output"):
         ll.save_adapter(with_adapter("default"), target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_folder_is_there_all_the_time(folders, tmp_path, monkeypatch):
+    """For whoever reads meanwhile, and after a kill at any moment."""
+    target = case(folders["ours"], tmp_path, lambda folder: None)
+    model, rename = with_adapter("default"), Path.rename
+
+    def watched(self, to):
+        rename(self, to)
+        assert (target / CONFIG).exists()
+
+    monkeypatch.setattr(Path, "rename", watched)
+    ll.save_adapter(model, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_saves_into_one_folder_at_once(tmp_path):
+    """The last one has it; none fails, and nothing is left."""
+    models = [with_adapter("default") for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            list(pool.map(lambda model: ll.save_adapter(model, tmp_path / "adapter"), models))
+            ll.load_adapter(build(), tmp_path / "adapter")
+            assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+            shutil.rmtree(tmp_path / "adapter")
 
 
 def test_other_files_stay(folders, tmp_path):

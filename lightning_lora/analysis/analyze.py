@@ -18,6 +18,7 @@ from lightning_lora.checks import is_int, is_number
 from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.formats.model_folder import ModelFolder
+from lightning_lora.formats.peft_parameters import unnamed
 from lightning_lora.loading.load import read_stored
 from lightning_lora.state import low_rank_adapters
 
@@ -116,6 +117,8 @@ def analyze_files(
     if base is not None:
         files = BaseFiles(ModelFolder(base), stored, name)
         notes = files.compare(allow_base_mismatch)
+    elif names := unnamed(stored):
+        notes.append(f"{listing(names, 3)}: names of PEFT, whose parameters only the base tells")
     if stored.in_full:
         notes.append(f"trained in full, and not analysed: {listing(stored.in_full)}")
     sources = file_sources(stored, files)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.files.inspection import damage
+from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
-from lightning_lora.layers import LoRALayer, kind_of, lora_layers, original_type
+from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.names import ancestors, clean
@@ -111,6 +111,7 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
             f"{stored.source}: init_lora_weights={stored.init!r} took a part out of each weight, and the file does not "
             "tell which: load it on its base with ll.load_adapter, and call ll.analyze(model)"
         )
+    raise_all(UnsupportedError, [] if files is not None else base_problems(stored), stored.source)
     raise_all(CheckpointError, damage(stored))
     scaling = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     if files is not None:
@@ -120,7 +121,7 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
     return [
         source
         for name, layer in named
-        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored.layout, files)
+        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored, files)
     ]
 
 
@@ -129,9 +130,11 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: BaseFiles | None) -> Iterator[Source]:
-    """One source; of a stack of matrices one for each. PEFT keeps their pairs side by side, in one A and one B."""
-    n = _stack(layer, layout) if files is None else _stack_of_base(name, files)
+def _of_file(
+    name: str, layer: StoredLayer, scaling: float, stored: StoredAdapter, files: BaseFiles | None
+) -> Iterator[Source]:
+    """One source; of a stack of matrices one for each."""
+    n, layout = stored.depth(layer) if files is None else _stack_of_base(name, files), stored.layout
 
     def values() -> dict[str, Tensor]:
         if files is not None:
@@ -141,8 +144,7 @@ def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: 
             return {part: value.flatten() if part == "magnitude" else value.flatten(1) for part, value in read.items()}
         if layout == "own":
             return read
-        A, B = read["A"], read["B"]
-        return {"A": A.reshape(n, layer.r, -1), "B": B.reshape(len(B), layer.r, n).permute(2, 0, 1)}
+        return {part: apart(part, value, n) for part, value in read.items()}
 
     for i in [None] if n is None else range(n):
 
@@ -167,24 +169,14 @@ def _of_file(name: str, layer: StoredLayer, scaling: float, layout: str, files: 
 
 def _weight(name: str, files: BaseFiles, i: int | None) -> Tensor:
     module = files.misfits.found[name].node.module
-    kind: Any = kind_of(original_type(module))
-    W: Tensor = kind.lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
+    W: Tensor = kind_of_layer(module).lora_as_matrix(module, files.read(files.source_of(files.layers[name].key)))
     return W if i is None else W[i]
 
 
 def _stack_of_base(name: str, files: BaseFiles) -> int | None:
     module = files.misfits.found[name].node.module
-    kind: Any = kind_of(original_type(module))
-    shape = kind.lora_matrix_shape(module)
+    shape = kind_of_layer(module).lora_matrix_shape(module)
     return shape[0] if len(shape) == 3 else None
-
-
-def _stack(layer: StoredLayer, layout: str) -> int | None:
-    """How many matrices a layer's weight is a stack of; None for one matrix."""
-    A = layer.tensors["A"].shape
-    if layout == "own":
-        return A[0] if len(A) == 3 else None
-    return A[0] // layer.r if len(A) == 2 and A[0] > layer.r else None
 
 
 def aligned(sources: Sequence[Source], others: Sequence[Source], what: str) -> list[Source]:

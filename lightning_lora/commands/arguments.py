@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_lora.errors import did_you_mean, listing
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
@@ -18,12 +20,28 @@ def positive_int(text: str) -> int:
     return value
 
 
+def place(text: str) -> Path:
+    """An argument that names something on this machine, or that is going to be."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL: give a path on this machine (copy the files here first)")
+    return Path(text)
+
+
 def existing(text: str) -> Path:
     """An argument that names a file or folder that is there."""
-    path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return path
+    path = place(text)
+    try:
+        if path.exists():
+            return path
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be read ({error.strerror})") from None
+    is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.exists()
+    there = f" {path.parent} holds {listing(sorted(siblings), 3)}" if siblings else f" Nor is there a {path.parent}"
+    hint = f" Of the hub get it first: hf download {text} --local-dir {path.name}" if is_hub_id else there
+    raise argparse.ArgumentTypeError(f"{text} does not exist.{did_you_mean(path.name, siblings) or hint}")
 
 
 def existing_folder(text: str) -> Path:
@@ -38,6 +56,7 @@ def weighted(text: str) -> tuple[Path, float]:
     """``PATH:WEIGHT``, or ``PATH`` with a weight of 1. A colon within the path is one before something else."""
     path, colon, weight = text.rpartition(":")
     try:
-        return (existing(path), float(weight)) if colon and not Path(text).exists() else (existing(text), 1.0)
-    except ValueError:
-        return existing(text), 1.0
+        number = float(weight) if colon and not Path(text).exists() else None
+    except (ValueError, OSError):
+        number = None
+    return (existing(text), 1.0) if number is None else (existing(path), number)

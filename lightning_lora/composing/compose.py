@@ -16,6 +16,7 @@ from lightning_lora.composing.updates import (
     as_adapter,
     held,
     held_rows,
+    layer_of,
     possible_rank,
     rank_fields,
     source,
@@ -28,7 +29,7 @@ from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.injection.copies import bring, values_of
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdraw
-from lightning_lora.layers import LoRALayer, attach, lora_layers
+from lightning_lora.layers import attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.ops.norms import accumulation_dtype
@@ -74,6 +75,9 @@ def combine_adapters(
     The last three act as in PEFT: without a rank on the As and on the Bs, each by themselves and with the weights of
     ``"linear"``; with a rank on the :math:`\Delta W_i` (PEFT's ``"ties_svd"`` and so on), whose result is then reduced
     to that rank. DoRA adapters have dense updates: they need a rank. Dense updates are formed layer by layer.
+
+    A and B are those that a PEFT folder has, so that files alone give the same; of a stack of matrices (experts) each
+    is combined by itself. PEFT takes A for B in Llama 4, whose experts are stored transposed and do not say so.
 
     Rows of tokens (``trainable_token_indices``) become :math:`W_t + \sum_i w_i (R_{i,t} - W_t)` with the first three
     methods, and are refused with the others.
@@ -131,6 +135,9 @@ def combine_adapters(
         for each in in_full
         if len(each.owners) > 1
     ]
+    whole = {f"{each.node.name}.{key}".lstrip(".") for each in in_full for key in each.values}
+    if both := [n for n, (node, _) in {**of_tokens, **layers}.items() if layer_of(node).lora_weight_name(n) in whole]:
+        problems.append(f"{listing(both, 3)}: trained in full by one of the adapters, and updated by another: take one")
     raise_all(ConfigError, problems, "combine_adapters")
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
     rows = combined_rows(of_tokens, weights)
@@ -153,7 +160,7 @@ def combine_adapters(
         raise
     freeze(model)
     entries = {
-        name: LayerCombination(tuple(here), len(made[name].A), made[name].norm, made[name].error)
+        name: LayerCombination(tuple(here), made[name].A.shape[-2], made[name].norm, made[name].error)
         for name, (_, here) in layers.items()
     }
     return CombineReport(adapter_name, method, {**entries, **of_rows})
@@ -204,12 +211,10 @@ def _combined(
     density: float,
     seed: int,
 ) -> Combined:
-    layer = node.module
-    assert isinstance(layer, LoRALayer)
     tensors = [adapter.A for adapter in here.values()]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        updates = [update_of(layer, name, weights[name], accumulation_dtype(*tensors)) for name in here]
-        rank = None if rank is None else possible_rank(rank, layer)
+        updates = [update_of(node, name, weights[name], accumulation_dtype(*tensors)) for name in here]
+        rank = None if rank is None else possible_rank(rank, node)
         return combine(updates, method, rank, density, source(seed, node.name))
 
 

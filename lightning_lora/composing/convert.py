@@ -14,6 +14,7 @@ from lightning_lora.composing.report import CombineReport, LayerCombination
 from lightning_lora.composing.updates import (
     as_adapter,
     held,
+    layer_of,
     possible_rank,
     rank_fields,
     reconfigure,
@@ -70,14 +71,13 @@ def to_lora(
     problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]
     raise_all(ConfigError, problems, "to_lora")
     ranks = {
-        name: possible_rank(_rank_of(rank, node, here[adapter_name]), _layer(node))
-        for name, (node, here) in layers.items()
+        name: possible_rank(_rank_of(rank, node, here[adapter_name]), node) for name, (node, here) in layers.items()
     }
     made = {}
     for name, (node, here) in layers.items():
         A = here[adapter_name].A
         with torch.autocast(A.device.type, enabled=False):
-            update = update_of(_layer(node), adapter_name, 1.0, accumulation_dtype(A))
+            update = update_of(node, adapter_name, 1.0, accumulation_dtype(A))
             made[name] = combine([update], "svd", ranks[name], 1.0, source(0, name))
     old = next(here[adapter_name].config for _, here in layers.values())
     plain: dict[str, Any] = {"use_dora": False, "use_rslora": False, "dora_dropout": "input"}
@@ -88,17 +88,12 @@ def to_lora(
     }
     reconfigure(model, adapter_name, config)
     for name, (node, here) in layers.items():
-        exchange(_layer(node), adapter_name, here[adapter_name], adapters[name])
+        exchange(layer_of(node), adapter_name, here[adapter_name], adapters[name])
     entries = {
         name: LayerCombination((adapter_name,), ranks[name], combined.norm, combined.error)
         for name, combined in made.items()
     }
     return CombineReport(adapter_name, "svd", entries)
-
-
-def _layer(node: Node) -> LoRALayer:
-    assert isinstance(node.module, LoRALayer)
-    return node.module
 
 
 def without_pairs(layers: Mapping[str, object], known: Collection[str], adapter_name: str) -> list[str]:
@@ -110,7 +105,7 @@ def without_pairs(layers: Mapping[str, object], known: Collection[str], adapter_
 
 def absorbed_problems(layers: Mapping[str, tuple[Node, Any]], adapter_name: str) -> list[str]:
     """That an adapter can't be replaced on layers that were packed without what it started with."""
-    absorbed = [name for name, (node, _) in layers.items() if adapter_name in _layer(node).lora_absorbed]
+    absorbed = [name for name, (node, _) in layers.items() if adapter_name in layer_of(node).lora_absorbed]
     if not absorbed:
         return []
     return [

@@ -12,6 +12,7 @@ from lightning_lora.adapters import LoRAAdapter, LowRankAdapter, RowsAdapter
 from lightning_lora.composing.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.peft_parameters import is_turned
 from lightning_lora.injection.create import create
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.ops.norms import row_chunks
@@ -57,17 +58,28 @@ def reconfigure(model: nn.Module, adapter_name: str, config: LoRAConfig) -> None
             adapter.config = config
 
 
-def possible_rank(rank: int, layer: LoRALayer) -> int:
+def layer_of(node: Node) -> LoRALayer:
+    """The layer with adapters that a node is."""
+    assert isinstance(node.module, LoRALayer)
+    return node.module
+
+
+def possible_rank(rank: int, node: Node) -> int:
     """A rank, as far as a matrix of this layer's shape can have it."""
+    layer = layer_of(node)
     return min(rank, *layer.lora_matrix_shape(layer)[-2:])
 
 
-def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
-    """What an adapter makes of its layer's weight, whatever weight it has in the forward."""
-    adapter = layer.lora_pairs()[adapter_name]
+def update_of(node: Node, adapter_name: str, weight: float, dtype: torch.dtype) -> Update:
+    """What an adapter makes of its layer's weight, whatever weight it has in the forward; as it lies in PEFT folders.
+
+    So a method that tells A from B, or draws at random, gives the same of files alone as on the model.
+    """
+    layer = layer_of(node)
+    adapter, turned = layer.lora_pairs()[adapter_name], is_turned(node)
     if isinstance(adapter, LoRAAdapter):
-        A, B = adapter.update()
-        return Update(adapter_name, weight, adapter.scaling, (A.to(dtype), B.to(dtype)))
+        A, B = (factor.to(dtype) for factor in adapter.update())
+        return Update(adapter_name, weight, adapter.scaling, (B.mT, A.mT) if turned else (A, B))
     W, share = layer.lora_matrix(), adapter.share
     adapter.share = None
     try:
@@ -75,7 +87,7 @@ def update_of(layer: LoRALayer, adapter_name: str, weight: float, dtype: torch.d
         dense = torch.cat([adapter.merged(piece, rows) - piece for rows, piece in pieces])
     finally:
         adapter.share = share
-    return Update(adapter_name, weight, dense=dense)
+    return Update(adapter_name, weight, dense=dense.mT if turned else dense)
 
 
 def source(seed: int, layer_name: str) -> Source:
@@ -91,11 +103,12 @@ def as_adapter(
     node: Node, config: LoRAConfig, adapter_name: str, combined: Combined, dtype: torch.dtype = torch.float32
 ) -> LowRankAdapter:
     """A plain LoRA for a layer, with a scale of 1, that is not on it yet."""
-    r = combined.A.shape[-2]
+    A, B = (combined.B.mT, combined.A.mT) if is_turned(node) else (combined.A, combined.B)
+    r = A.shape[-2]
     adapter = create(node, node.name, config, r, float(r), adapter_name, dtype)
     with torch.no_grad():
-        adapter.A.copy_(combined.A)
-        adapter.B.copy_(combined.B)
+        adapter.A.copy_(A)
+        adapter.B.copy_(B)
     adapter.initialised = True
     return adapter
 

@@ -13,7 +13,7 @@ from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.shards import FLOATS, Shard
 from lightning_lora.formats.stored import StoredAdapter
-from lightning_lora.layers import Part, kind_of, original_type
+from lightning_lora.layers import Part, kind_of_layer
 from lightning_lora.loading.misfits import Misfits
 from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.ops.samples import sample
@@ -102,7 +102,7 @@ class BaseFiles:
 
     def _layer_change(self, layer_name: str) -> Change:
         node, stored = self.misfits.found[layer_name]
-        kind: Any = kind_of(original_type(node.module))
+        kind = kind_of_layer(node.module)
         own = [kind.lora_weight_name(name) for name in node.names]
         ends = self._groups.get(own[0], ())
         tied = [] if stored.is_rows else [name for name in ends if name not in own]  # rows are those of every end

@@ -16,6 +16,7 @@ from lightning_lora.files.stand_in import stand_in
 from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.formats.peft_older import is_older
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter
@@ -56,20 +57,21 @@ def combine_files(
         ConfigError: If ``out`` is one of the sources; and with every problem that `combine_adapters` finds.
         CheckpointError: If a file is damaged, or the adapters do not fit together.
         BaseMismatchError: If they were trained on different bases.
-        UnsupportedError: If that takes the base: for DoRA, and for what PEFT started with a part of each weight.
+        UnsupportedError: If that takes the base: for DoRA, for what PEFT started with a part of each weight, and for
+            parts of layers by other methods than "cat" and "svd".
     """
     raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources]), "combine")
     with ExitStack() as stack:
         read = [_read(Path(path), stack) for path, _ in sources]
         raise_all(CheckpointError, _incomplete(read), "combine")
-        raise_all(UnsupportedError, _needs_base(read), "combine")
+        raise_all(UnsupportedError, _needs_base(read, method), "combine")
         if not allow_base_mismatch:
             raise_all(BaseMismatchError, _differences(read), "combine")
         names = _names(read)
         adapters = [_as_peft_has_it(source.stored) for source in read]
         model = stand_in(adapters)
         for name, adapter in zip(names, adapters, strict=True):
-            place(model, adapter, name, allow_base_mismatch=True)  # there are no values to compare
+            place(model, adapter, name, allow_base_mismatch=True, dtype=None)  # there are no values to compare
         weights = {name: weight for name, (_, weight) in zip(names, sources, strict=True)}
         free = adapter_name if adapter_name not in names else f"{adapter_name}_"
         report = combine_adapters(model, weights, free, method, rank, density=density, seed=seed)
@@ -114,7 +116,7 @@ def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:
                 yield f"{source.path}: {name} has no matrices A and B"
 
 
-def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
+def _needs_base(sources: Sequence[_Source], method: str) -> Iterator[str]:
     known = any(source.stored.base is not None for source in sources)
     for source in sources:
         if source.stored.options["use_dora"]:
@@ -128,10 +130,16 @@ def _needs_base(sources: Sequence[_Source]) -> Iterator[str]:
                 f"{source.path} has rows of tokens ({rows[0]}), whose combination depends on those of the base: "
                 "combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
-        elif (read := source.stored.fields.get("target_parameters")) and not known:
+        elif (read := source.stored.fields.get("target_parameters")) and (not known or is_older(source.stored)):
             yield (
                 f"{source.path} has adapters on parameters ({listing(read, 3)}), and only the base tells which module "
                 "has them in which order: combine them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
+            )
+        elif (parts := source.stored.entry.get("parts")) and method not in ("cat", "svd"):
+            yield (
+                f"{source.path} has adapters on parts of {listing(parts, 3)}, which are one in a PEFT folder, and "
+                f"method={method!r} would combine them with the zeros between them: take 'cat' or 'svd', or combine "
+                "them in Python, on the base (ll.load_adapter, ll.combine_adapters)"
             )
         elif source.stored.init is not None:
             yield (

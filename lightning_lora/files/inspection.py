@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_lora.composing.combinations import product_norm
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, raise_all
+from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
@@ -57,6 +58,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     stored = read_folder(folder)
+    raise_all(UnsupportedError, base_problems(stored), str(folder))
     raise_all(CheckpointError, damage(stored))
     fields, entry = stored.fields, stored.entry
     return {
@@ -88,7 +90,7 @@ def damage(stored: StoredAdapter) -> Iterator[str]:
         for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
             shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
             whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
-            if not (whole and (shapes[0][0] == shapes[1][1] == layer.r or _are_stacks(shapes[0], shapes[1], layer.r))):
+            if not whole or not _fit(shapes[0], shapes[1], layer.r, stored.depth(layer)):
                 yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
 
 
@@ -111,7 +113,7 @@ def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any
 def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     layers = [
-        _layer(name, layer, scale(layer.r, layer.lora_alpha), stored.layout == "own")
+        _layer(name, layer, scale(layer.r, layer.lora_alpha), None if layer.is_rows else stored.depth(layer))
         for name, layer in stored.layers.items()
     ]
     in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
@@ -127,7 +129,7 @@ def _adapter(stored: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, Any]:
+def _layer(name: str, layer: StoredLayer, scale: float, depth: int | None) -> dict[str, Any]:
     values = {part: tensor.read() for part, tensor in layer.tensors.items()}
     if layer.is_rows:
         norms = dict.fromkeys(("norm_A", "norm_B", "norm_update", "norm_magnitude"))
@@ -136,7 +138,7 @@ def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, 
         return {"name": name, **of_rows, **norms, **size}
     wide = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
     factors = {part: value.to(wide) for part, value in values.items() if part != "magnitude"}
-    factors = _each(factors, layer.r, own)
+    factors = _each(factors, depth)
     return {
         "name": name,
         "r": layer.r,
@@ -150,23 +152,18 @@ def _layer(name: str, layer: StoredLayer, scale: float, own: bool) -> dict[str, 
     }
 
 
-def _are_stacks(A: tuple[int, ...], B: tuple[int, ...], r: int) -> bool:
-    """Whether these are the shapes of pairs for the matrices of a stack, ours or PEFT's."""
-    if len(A) == len(B) == 3:
-        return A[0] == B[0] and A[1] == B[2] == r
-    return len(A) == len(B) == 2 and r > 0 and A[0] == B[1] and A[0] % r == 0
+def _fit(A: tuple[int, ...], B: tuple[int, ...], r: int, depth: int | None) -> bool:
+    """Whether these are the shapes of pairs of rank r, for one matrix or for those of a stack, ours or PEFT's."""
+    if depth is not None and len(A) == 3:
+        return len(B) == 3 and A[0] == B[0] and A[1] == B[2] == r
+    return A[0] == B[1] == r * (depth or 1)
 
 
-def _each(factors: dict[str, Tensor], r: int, own: bool) -> dict[str, Tensor]:
+def _each(factors: dict[str, Tensor], depth: int | None) -> dict[str, Tensor]:
     """The matrices of a stack by themselves, whoever wrote it; other tensors (of convolutions) as matrices."""
-    if own and factors["A"].dim() == 3:
-        return factors
-    factors = {part: value.flatten(1) for part, value in factors.items()}
-    (ranks, columns), rows = factors["A"].shape, factors["B"].shape[0]
-    if ranks > r and _are_stacks(tuple(factors["A"].shape), tuple(factors["B"].shape), r):
-        A, B = factors["A"].view(-1, r, columns), factors["B"].view(rows, r, -1).permute(2, 0, 1)
-        return {"A": A, "B": B}
-    return factors
+    if depth is None:
+        return {part: value.flatten(1) for part, value in factors.items()}
+    return {part: value if value.dim() == 3 else apart(part, value, depth) for part, value in factors.items()}
 
 
 def _update_norm(factors: dict[str, Tensor], scale: float) -> float:

@@ -16,7 +16,7 @@ from lightning_lora.formats.folder import sync, whole_folder
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import Shard
 from lightning_lora.formats.tensors import require_finite
-from lightning_lora.layers import kind_of, original_type
+from lightning_lora.layers import kind_of_layer
 from lightning_lora.loading.load import read_stored
 from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.merge import merged_piece
@@ -112,7 +112,6 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
     """A layer's adapter, by itself."""
     found = files.misfits.found[name]
     node, layer = found
-    kind: Any = kind_of(original_type(node.module))
     config = LoRAConfig(**files.stored.options)
     key = files.source_of(files.layers[name].key)
     dtype = torch.float64 if files.folder.shard_of[key].places[key].dtype == "F64" else torch.float32
@@ -129,7 +128,7 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
         rows.take(layer.read())
         return rows
     adapter = variant_class(config.variant)(
-        kind.lora_matrix_shape(node.module),
+        kind_of_layer(node.module).lora_matrix_shape(node.module),
         r=layer.r,
         lora_alpha=layer.lora_alpha,
         config=config,
@@ -168,7 +167,7 @@ def _put_in_full(shard: Shard, in_full: dict[str, Tensor], files: BaseFiles) -> 
 
 def _merge_layer(shard: Shard, change: Change, layer: nn.Module, adapter: Adapter, scratch: Scratch) -> LayerMerge:
     """Merges an adapter into a weight in a file, piece by piece, with the arithmetic of `merge`."""
-    kind: Any = kind_of(original_type(layer))
+    kind = kind_of_layer(layer)
     transposed = kind.lora_as_matrix(layer, torch.empty(2, 3)).shape == (3, 2)
     whole = kind.lora_as_matrix(layer, shard.open(change.key)) if transposed else None
     compared = Comparison(scratch)

@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
-from lightning_lora.formats.files import opened, read
+from lightning_lora.formats.files import INSTEAD, opened, read
+from lightning_lora.formats.peft_config import CONFIG, shown
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
@@ -36,7 +38,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     _check_records(path)
     checkpoint = read(path)
     if not is_adapter_checkpoint(checkpoint):
-        raise CheckpointError(f"{path} holds no adapters: it is a checkpoint of a whole model")
+        what = "a checkpoint of a whole model" if "state_dict" in checkpoint else "no checkpoint of Lightning"
+        raise CheckpointError(f"{path} holds no adapters: it is {what} (it has {shown([*checkpoint][:3])}): {INSTEAD}")
     try:
         meta = check_format(checkpoint)
     except CheckpointError as error:
@@ -58,7 +61,11 @@ def checkpoint_adapter(
     known, in_full = meta["adapters"], meta.get("in_full", {})
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
-        hint = did_you_mean(name, known) if name else " Say which by adapter_name."
+        hint = (
+            did_you_mean(name, known)
+            if name
+            else " Say which by adapter_name (on the command line --adapter; export makes a folder of one)."
+        )
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
     if isinstance(known[name], dict) and (method := known[name].get("method")) is not None:
         raise UnsupportedError(
@@ -109,7 +116,9 @@ def _check_records(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error})") from error
+        folder = Path(path).parent
+        instead = f"copy it again, or {INSTEAD}" if not (folder / CONFIG).is_file() else f"give its folder, {folder}"
+        raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error}): {instead}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} can't be read: {damaged} in it is damaged, copy the file again")
 

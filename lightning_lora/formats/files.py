@@ -12,8 +12,10 @@ import fsspec
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import CheckpointError
-from lightning_lora.formats.folder import sync
+from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.formats.folder import require_local, sync
+
+INSTEAD = "give what a run with the LoRA callback wrote"
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -26,9 +28,12 @@ def opened(path: str | os.PathLike[str]) -> IO[bytes]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If there is nothing to read it with, or it is a folder elsewhere.
+        CheckpointError: If there is nothing to read it with, or it is a folder.
     """
     if not is_remote(path):
+        if Path(path).is_dir():
+            inside = listing(sorted(file.name for file in Path(path).glob("*.ckpt")), 3)
+            raise CheckpointError(f"{path} is a folder, and a checkpoint is a file: give {inside or 'one'}")
         return Path(path).open("rb")
     try:
         place = fsspec.open(os.fspath(path), "rb")  # type: ignore[no-untyped-call]
@@ -51,13 +56,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever torch makes of a pickle that is none
-            reason = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[0]).strip()
             raise CheckpointError(
                 f"{os.fspath(path)} can't be read: it is damaged, no checkpoint, or holds objects that only code could "
-                f"rebuild, which is refused ({reason[0] if reason else type(error).__name__})"
+                f"rebuild, which is refused ({reason.partition('. ')[0]})"
             ) from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise CheckpointError(f"{os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint: {INSTEAD}")
     return checkpoint
 
 
@@ -75,6 +81,7 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A new file that takes the target's place when the context ends well, in a folder that is made if it has to be."""
+    require_local(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")

@@ -1,13 +1,18 @@
 """Writing a folder as a whole or not at all."""
 
+import ctypes
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, UnsupportedError
+
+_URL = re.compile(r"[\w+.-]{2,}:/")  # with one slash as a Path has it
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -23,7 +28,9 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
 
     Raises:
         ConfigError: If the target is a file, or the current folder or one around it, which can't be replaced.
+        UnsupportedError: If it is not on this machine.
     """
+    require_local(target)
     folder = Path(target).absolute()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{os.fspath(target)} is a file: give a folder")
@@ -43,20 +50,40 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
             if (staged / name).exists():
                 sync(staged / name)
         sync(staged)
-        if folder.exists():
-            folder.rename(old)
-            try:
-                staged.rename(folder)
-            except BaseException:  # an interrupt too
-                old.rename(folder)
-                raise
-        else:
+        try:
             staged.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            if not exchanged(staged, folder):
+                _swap(staged, folder, old)
         sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def require_local(path: str | os.PathLike[str]) -> None:
+    """Raises UnsupportedError for a URL, which would be a folder called ``s3:`` here."""
+    if _URL.match(os.fspath(path)):
+        raise UnsupportedError(f"{path} is a URL, and this writes to this machine: save it here, and copy it there")
+
+
+def exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders have changed places, in one step: there is always one in each. Not every system has that."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _swap(staged: Path, folder: Path, old: Path) -> None:
+    """The same in two steps, between which there is none."""
+    folder.rename(old)
+    try:
+        staged.rename(folder)
+    except BaseException:  # an interrupt too
+        old.rename(folder)
+        raise
 
 
 def sync(path: Path) -> None:

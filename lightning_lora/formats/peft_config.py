@@ -11,6 +11,7 @@ from lightning_lora.checks import is_alpha, is_int, is_number, is_rank, token_pr
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 
 CONFIG = "adapter_config.json"
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")  # types that have a reader of their own
 MOST = 1 << 22  # bytes; one with the full names of 10,000 layers has less than a million
 
 _KNOWN = {  # what is read here
@@ -47,7 +48,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path, config = folder / CONFIG, parse_config(folder)
     if (kind := config.get("peft_type")) != "LORA":
-        raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA (with its variants) can be loaded")
+        hint = f" (a model takes {kind} by ll.load_adapter)" if kind in PROMPTS else ""
+        raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA and its variants are read here{hint}")
     raise_all(CheckpointError, _problems(config), str(path))
     raise_all(UnsupportedError, islice(_unsupported(config), 20), str(path))
     return config

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
 from lightning_lora.targets.walk import Node
@@ -68,49 +70,114 @@ def stacked_for_peft(part: str, value: Tensor, turned: bool) -> tuple[str, Tenso
     return part, value.flatten(0, 1) if part == "A" else value.permute(1, 2, 0).flatten(1)
 
 
-def from_peft(node: Node, r: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_peft(node: Node, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, for the tensors of a layer."""
     site = node.module
     if not isinstance(site, ReadWeight) or len(site.lora_shape) != 3:
         return dict(values)
-    n = site.lora_shape[0]
-    A = values["A"].view(n, r, -1)
-    B = values["B"].view(-1, r, n).permute(2, 0, 1)
-    return {"A": B.mT, "B": A.mT} if is_turned(node) else {"A": A, "B": B}
+    each = {part: apart(part, value, site.lora_shape[0]) for part, value in values.items()}
+    if not is_turned(node):
+        return each
+    turned = {part: each[other].mT for part, other in zip(values, map(_other, values), strict=True)}
+    return {part: -value if part.startswith("start") else value for part, value in turned.items()}  # of -B₀ was told
+
+
+def apart(part: str, value: Tensor, n: int) -> Tensor:
+    """PEFT's tensor of the pairs of a stack of n matrices, one after the other: (n, r, in) or (n, out, r)."""
+    return value.view(n, -1, value.shape[1]) if part.endswith("A") else value.view(len(value), -1, n).permute(2, 0, 1)
+
+
+def _other(part: str) -> str:
+    return part[:-1] + "BA"["AB".index(part[-1])]
 
 
 def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter:
     """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules."""
     if stored.layout != "peft":
         return stored
-    wanted = stored.fields.get("target_parameters") or []
-    by_name = {name: node for node in tree.values() for name in node.names}
+    by_name = {name: node.module for node in tree.values() for name in node.names}
+    named = _named(stored, {name: [*module._parameters] for name, module in by_name.items()})
+    for name in named.layers:
+        if isinstance(by_name.get(name), nn.MultiheadAttention):
+            raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
+    if not is_older(stored):
+        return named
+    owners = {name: by_name.get(name.rpartition(".")[0]) for name in named.layers}
+    return replace(named, layers={name: as_of_today(name, layer, owners[name]) for name, layer in named.layers.items()})
+
+
+def as_the_file_tells(stored: StoredAdapter) -> StoredAdapter:
+    """The same without the model: where the file describes its base, or names one parameter of a module alone."""
+    if not stored.fields.get("target_parameters"):
+        return stored
+    if stored.base is None:
+        return _named(stored, {owner: keys for owner, keys in _asked(stored).items() if len(keys) == 1})
+    keys: dict[str, list[str]] = {}
+    for name, _, _ in unpack(stored.base["parameters"]):
+        owner, _, key = name.rpartition(".")
+        keys.setdefault(owner, []).append(key)
+    return _named(stored, keys)
+
+
+def unnamed(stored: StoredAdapter) -> dict[str, list[str]]:
+    """PEFT's names of adapters on parameters that the file does not tell, and which parameters they may be on."""
+    asked = _asked(stored)
+    return {name: asked[owner] for name in stored.layers if (owner := _unwrapped(name)[0]) in asked}
+
+
+def base_problems(stored: StoredAdapter) -> Iterator[str]:
+    """That rank and scale of such adapters are not known."""
+    patterns = PeftNames({}, stored.source)
+    for name, keys in unnamed(stored).items():
+        if len({_scale(stored, patterns, _joined(_unwrapped(name)[0], key)) for key in keys}) > 1:
+            yield (
+                f"{name}: an adapter on {' or '.join(keys)}, whose ranks or alphas differ, and only the base tells "
+                "which: load it with ll.load_adapter, and save it with ll.save_adapter"
+            )
+
+
+def _named(stored: StoredAdapter, parameters: Mapping[str, list[str]]) -> StoredAdapter:
+    """With the names of the parameters that these modules have, in the order in which they were registered."""
     patterns = PeftNames({}, stored.source)
     layers: dict[str, StoredLayer] = {}
     for name, layer in stored.layers.items():
-        own = _parameter(name, by_name, wanted)
-        if own == name and name in by_name and isinstance(by_name[name].module, nn.MultiheadAttention):
-            raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
-        if own != name:
-            r = patterns.value(stored.fields.get("rank_pattern") or {}, own, stored.fields["r"])
-            alpha = patterns.value(stored.fields.get("alpha_pattern") or {}, own, stored.fields["lora_alpha"])
-            layer = StoredLayer(r, alpha, layer.tensors)
-        layers[own] = layer
+        own = _parameter(name, parameters, stored.fields.get("target_parameters") or [])
+        layers[own] = layer if own == name else StoredLayer(*_scale(stored, patterns, own), layer.tensors)
     return replace(stored, layers=layers)
 
 
-def _parameter(name: str, by_name: Mapping[str, Node], wanted: list[str]) -> str:
+def _scale(stored: StoredAdapter, patterns: PeftNames, name: str) -> tuple[int, float]:
+    """Rank and alpha of an adapter on a parameter."""
+    r = patterns.value(stored.fields.get("rank_pattern") or {}, name, stored.fields["r"])
+    return r, patterns.value(stored.fields.get("alpha_pattern") or {}, name, stored.fields["lora_alpha"])
+
+
+def _parameter(name: str, parameters: Mapping[str, list[str]], wanted: list[str]) -> str:
     """The parameter that a wrapper stands for; the name itself where it stands for its module."""
-    owner, depth = name, 0
-    while owner.endswith(f".{_INNER}"):
-        owner, depth = owner.removesuffix(f".{_INNER}"), depth + 1
-    if owner not in by_name:
-        return name
-    module = by_name[owner].module
-    keys = [key for key in module._parameters if any(_is_end(_joined(owner, key), end) for end in wanted)]
+    owner, depth = _unwrapped(name)
+    keys = [key for key in parameters.get(owner, ()) if any(_is_end(_joined(owner, key), end) for end in wanted)]
     if not keys or depth >= len(keys):
         return name
     return _joined(owner, keys[len(keys) - 1 - depth])
+
+
+def _asked(stored: StoredAdapter) -> dict[str, list[str]]:
+    """The parameters that ``target_parameters`` may mean, by their modules, as far as these have adapters."""
+    owners = dict.fromkeys(_unwrapped(name)[0] for name in stored.layers if stored.layout == "peft")
+    found = {}
+    for owner in [owner for owner in owners if stored.is_target is None or not stored.is_target(owner)]:
+        split = [end.rpartition(".") for end in stored.fields.get("target_parameters") or ()]
+        if keys := sorted({key for outer, _, key in split if not outer or _is_end(owner, outer)}):
+            found[owner] = keys
+    return found
+
+
+def _unwrapped(name: str) -> tuple[str, int]:
+    """The module that a wrapper is around, and how many others are around the wrapper."""
+    depth = 0
+    while name.endswith(f".{_INNER}"):
+        name, depth = name.removesuffix(f".{_INNER}"), depth + 1
+    return name, depth
 
 
 def _is_out(name: str) -> bool:

@@ -18,7 +18,7 @@ from lightning_lora.checks import is_alpha, is_rank
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
-from lightning_lora.layers import Part, kind_of
+from lightning_lora.layers import Part, kind_of_layer
 from lightning_lora.layers.layouts import Layout
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import gathered
@@ -132,8 +132,7 @@ def _joined(held: Sequence[tuple[Any, LowRankAdapter]], use_rslora: bool) -> Joi
 def _magnitude(held: Sequence[tuple[Any, Any]]) -> Tensor:
     """DoRA's magnitudes of a whole layer: the norms of the frozen rows, where no part is adapted."""
     owner = held[0][0].lora_place[0]
-    kind: Any = kind_of(type(owner))
-    W = kind.lora_as_matrix(owner, gathered(dense(owner)))
+    W = kind_of_layer(owner).lora_as_matrix(owner, gathered(dense(owner)))
     dtype = accumulation_dtype(W, *(adapter.magnitude for _, adapter in held))
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
     for part, adapter in held:

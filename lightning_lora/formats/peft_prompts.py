@@ -14,7 +14,7 @@ from lightning_lora.errors import BaseMismatchError, CheckpointError, Unsupporte
 from lightning_lora.formats.card import put_card
 from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.folder import whole_folder
-from lightning_lora.formats.peft_config import CONFIG, parse_config, shown
+from lightning_lora.formats.peft_config import CONFIG, PROMPTS, parse_config, shown
 from lightning_lora.formats.peft_tasks import task_of
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode, encode
 from lightning_lora.formats.tensor_write import write_tensors
@@ -209,7 +209,7 @@ def _whole_modules(root: nn.Module, adapter_name: str) -> list[str]:
 
 def is_prompt_folder(folder: Path) -> bool:
     """Whether a PEFT folder holds a prefix or a prompt."""
-    return (folder / CONFIG).is_file() and parse_config(folder).get("peft_type") in ("PREFIX_TUNING", "PROMPT_TUNING")
+    return (folder / CONFIG).is_file() and parse_config(folder).get("peft_type") in PROMPTS
 
 
 def exported_prompt(model: nn.Module, adapter_name: str) -> Exported | None:

@@ -6,12 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_parameters import as_the_file_tells
 from lightning_lora.formats.peft_parts import noted_problems
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
@@ -47,6 +50,8 @@ def require_peft_folder(folder: Path, hint: str, source: object = None) -> None:
     """
     if not is_peft_folder(folder):
         what = "holds no adapter_config.json" if folder.exists() else "does not exist"
+        inside = listing(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")), 3)
+        hint = f"{hint} ({inside} in it: PEFT writes an adapter with a name of its own there)" if inside else hint
         raise FileNotFoundError(f"{folder if source is None else source} {what}: {hint}")
 
 
@@ -99,6 +104,7 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         stored.layers[module].tensors[part] = tensor
         if part == "rows":
             stored.layers[module].tokens = tokens_of(module, config.get("trainable_token_indices"))
+    stored = as_the_file_tells(stored)
     _split_starts(stored, file.entry)
     if not stored.layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter: its keys are {listing(file.tensors, 3)}")
@@ -122,23 +128,35 @@ def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:
     known, factor = [own.lora_alpha, *(own.alpha_pattern or {}).values()], 2**0.5 if own.use_rslora else 2.0
     for name in entry.get("starts") or ():
         layer = stored.layers.get(name)
-        if layer is None or not {"A", "B"} <= layer.tensors.keys() or layer.r % 2:
+        if layer is None or not {"A", "B"} <= layer.tensors.keys() or not _has_halves(layer):
             raise CheckpointError(
                 f"{stored.source}: there is nothing for {name}, which started with a part of its weight"
             )
         r = layer.r // 2
         alpha = next((a for a in known if a * factor == layer.lora_alpha), layer.lora_alpha / factor)
         A, B = layer.tensors["A"], layer.tensors["B"]
-        layer.tensors["start_A"] = _part(A, 0, slice(r, None))
-        layer.tensors["start_B"] = _part(B, 1, slice(r, None), sign=-1)
-        layer.tensors["A"], layer.tensors["B"] = _part(A, 0, slice(r)), _part(B, 1, slice(r))
+        layer.tensors["start_A"] = _part(A, 0, layer.r, slice(r, None))
+        layer.tensors["start_B"] = _part(B, 1, layer.r, slice(r, None), sign=-1)
+        layer.tensors["A"], layer.tensors["B"] = _part(A, 0, layer.r, slice(r)), _part(B, 1, layer.r, slice(r))
         layer.r, layer.lora_alpha = r, float(alpha)  # of our own, since what was multiplied by √2 is not exact
 
 
-def _part(tensor: StoredTensor, dim: int, half: slice, sign: int = 1) -> StoredTensor:
+def _has_halves(layer: StoredLayer) -> bool:
+    ranks = [tensor.shape[dim] for part, dim in (("A", 0), ("B", 1)) if len((tensor := layer.tensors[part]).shape) > 1]
+    return len(ranks) == 2 and layer.r % 2 == 0 and not any(rank % layer.r for rank in ranks)
+
+
+def _part(tensor: StoredTensor, dim: int, r: int, half: slice, sign: int = 1) -> StoredTensor:
+    """Half of the ranks in a dimension; of a stack there are (n, r) in that of A, and (r, n) in that of B."""
     shape = tuple(size // 2 if i == dim else size for i, size in enumerate(tensor.shape))
-    index = (*[slice(None)] * dim, half)
-    return StoredTensor(tensor.key, shape, tensor.dtype, lambda: tensor.read()[index].mul(sign))
+    apart = (-1, r) if dim == 0 else (r, -1)
+
+    def read() -> Tensor:
+        value = tensor.read()
+        ranks = value.reshape(*value.shape[:dim], *apart, *value.shape[dim + 1 :])
+        return ranks[:, half].flatten(dim, dim + 1).mul(sign)
+
+    return StoredTensor(tensor.key, shape, tensor.dtype, read)
 
 
 def _options(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

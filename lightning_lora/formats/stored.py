@@ -110,6 +110,16 @@ class StoredAdapter:
         frozen = {f"{name}.weight" for name in self.layers}
         return [key for key in self.in_full if key in frozen]
 
+    def depth(self, layer: StoredLayer) -> int | None:
+        """How many matrices a layer's weight is a stack of, by its tensors; None for one matrix.
+
+        PEFT has the pairs of a stack side by side, in one A and one B; and only on what target_parameters names.
+        """
+        A = layer.tensors["A"].shape
+        if self.layout == "own":
+            return A[0] if len(A) == 3 else None
+        return A[0] // layer.r if self.fields.get("target_parameters") and len(A) == 2 and A[0] > layer.r else None
+
     def name_problems(self, adapter_name: str | None) -> Iterator[str]:
         """That it is not the one that was asked for: a file with one adapter gives that one, whatever the name was."""
         known = self.adapter_name

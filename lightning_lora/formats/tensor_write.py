@@ -20,7 +20,7 @@ from lightning_lora.errors import UnsupportedError
 META = "lightning_lora"  # the key of our own entry in a file's metadata: JSON
 DIGEST = f"{META}_sha256"  # ... and that of its SHA-256
 THREADS = 4  # that hash: more than a disk can keep up with
-_NAMES = {  # in the library's order: what needs the most alignment comes first
+NAMES = {  # in the library's order: what needs the most alignment comes first
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -38,7 +38,7 @@ _NAMES = {  # in the library's order: what needs the most alignment comes first
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+_RANKS = {dtype: rank for rank, dtype in enumerate(NAMES)}
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], e
         tensors: By name; tied ones are written under each of their names.
         entry: What there is to say about them.
     """
-    if odd := [key for key, tensor in tensors.items() if tensor.dtype not in _NAMES]:
+    if odd := [key for key, tensor in tensors.items() if tensor.dtype not in NAMES]:
         raise UnsupportedError(f"{odd[0]} is {tensors[odd[0]].dtype}, which a safetensors file can't hold")
     keys = sorted(tensors, key=lambda key: (_RANKS[tensors[key].dtype], key))
     parts = [bytes_of(tensors[key].detach().cpu()) for key in keys]
@@ -88,7 +88,7 @@ def _header(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], digests: Ma
     at = 0
     for key, tensor in tensors.items():
         place = [at, at := at + tensor.nbytes]
-        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written = written.ljust(-(-len(written) // 8) * 8)
     return len(written).to_bytes(8, "little") + written

@@ -13,15 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.formats.tensor_write import DIGEST, META, bytes_of
+from lightning_lora.formats.tensor_write import DIGEST, META, NAMES, bytes_of
 from lightning_lora.ops.finite import is_finite
 
 MOST = 1 << 26  # bytes of a header; that of an adapter on 10,000 layers, with our entry, has 9 million
 MOST_TENSORS = 1 << 17  # ... and they have 30,000
 MOST_IN_KEY = 1000  # characters
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OTHERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # of buffers
-_DTYPES = FLOATS | _OTHERS
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # of buffers too
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class TensorFile:
 
     def __post_init__(self) -> None:
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist")
+            raise FileNotFoundError(f"{self.path} does not exist: copy all of the folder")
         try:
             _check_header(self.path)
             file: Any = safe_open(str(self.path), framework="pt", device="cpu")
@@ -65,7 +64,7 @@ class TensorFile:
             }
             self.entry, self._file = _entry(file.metadata() or {}), file
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path} is damaged, or no safetensors file ({error})") from error
+            raise CheckpointError(f"{self.path} is damaged, or no safetensors file ({error}): copy it again") from error
 
     def read(self, key: str) -> Tensor:
         """One tensor.
@@ -98,7 +97,8 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. Where the sum is finite they all are, and that takes a fifth of the time."""
-    if tensor.is_floating_point() and not tensor.is_meta and math.isfinite(tensor.detach().sum().item()):
+    summed = tensor.is_floating_point() and not tensor.is_meta and tensor.element_size() > 1
+    if summed and math.isfinite(tensor.detach().sum().item()):
         return True
     return is_finite(tensor)
 

@@ -6,7 +6,13 @@ from lightning_lora.layers.find import base_modules, lora_layers, named_base_mod
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part, parts
 from lightning_lora.layers.read import Reading, ReadWeight, read_weights, readable
-from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
+from lightning_lora.layers.registry import (
+    has_own_forward,
+    kind_of,
+    kind_of_layer,
+    reaches_base_forward,
+    registered_base,
+)
 from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
     LockedStatistics,
@@ -35,6 +41,7 @@ __all__ = [
     "detach",
     "has_own_forward",
     "kind_of",
+    "kind_of_layer",
     "layouts",
     "lock_statistics",
     "lora_class",

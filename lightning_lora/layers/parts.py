@@ -15,7 +15,7 @@ from lightning_lora.adapters.lora import LoRAAdapter
 from lightning_lora.layers.base import Base, LoRALayer
 from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.layouts import Layout
-from lightning_lora.layers.registry import adapts, kind_of
+from lightning_lora.layers.registry import adapts, kind_of_layer
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.quantization import dense, is_quantized
@@ -34,8 +34,7 @@ class Part(nn.Module):
         super().__init__()
         self.lora_place = owner, owner, "weight"  # in a tuple, or it would be a child
         self.lora_name, self.lora_layout = name, layout
-        kind: Any = kind_of(type(owner))
-        self.lora_shape = layout.outputs, kind.lora_matrix_shape(owner)[1]
+        self.lora_shape = layout.outputs, kind_of_layer(owner).lora_matrix_shape(owner)[1]
         self.training = owner.training
 
     @property
@@ -114,8 +113,8 @@ class LoRAPart(LoRALayer):
             self._rows(weight).copy_(matrix.view(self.lora_layout.blocks, self.lora_layout.size, -1))
 
     def _rows(self, weight: Tensor) -> Tensor:
-        kind: Any = kind_of(type(self.lora_place[0]))
-        return self.lora_layout.of_rows(kind.lora_as_matrix(self.lora_place[0], weight.detach()))
+        owner = self.lora_place[0]
+        return self.lora_layout.of_rows(kind_of_layer(owner).lora_as_matrix(owner, weight.detach()))
 
     @override
     def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import nn
+
 from lightning_lora.layers.base import LoRALayer
 
 _KINDS: dict[str, type[LoRALayer]] = {}
@@ -34,6 +36,11 @@ def kind_of(cls: type) -> type[LoRALayer] | None:
     """The mixin for a layer class; None where there is none."""
     base = registered_base(cls)
     return None if base is None else _KINDS[qualified_name(base)]
+
+
+def kind_of_layer(layer: nn.Module) -> Any:
+    """The mixin for a layer, whether it has adapters or not; None where there is none."""
+    return kind_of(type(layer))
 
 
 def has_own_forward(cls: type) -> bool:

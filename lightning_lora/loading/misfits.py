@@ -14,7 +14,7 @@ from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of, values_of
-from lightning_lora.layers import LoRALayer, kind_of, original_type
+from lightning_lora.layers import LoRALayer, kind_of_layer, original_type
 from lightning_lora.loading.missing import missing
 from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors
@@ -32,11 +32,9 @@ class Found(NamedTuple):
 
     def values(self, layout: str) -> dict[str, Tensor]:
         """The tensors, in the shapes of an adapter's."""
-        kind: Any = kind_of(original_type(self.node.module))
-        shape = kind.lora_matrix_shape(self.node.module)
+        shape = kind_of_layer(self.node.module).lora_matrix_shape(self.node.module)
         if layout == "peft" and len(shape) == 3:
-            tensors = self.stored.tensors.items()
-            return from_peft(self.node, self.stored.r, {part: tensor.read() for part, tensor in tensors})
+            return from_peft(self.node, {part: tensor.read() for part, tensor in self.stored.tensors.items()})
         return self.stored.read(*shape)
 
 
@@ -69,7 +67,8 @@ class Misfits:
     def problems(self) -> Iterator[str]:
         """Everything that is wrong."""
         if unknown := [name for name in self.stored.layers if name not in self.found]:
-            yield f"the model has no {listing(unknown, 3)}.{did_you_mean(unknown[0], self.by_name)}"
+            hint = did_you_mean(unknown[0], self.by_name) if self.found else " It is of another model: give its base"
+            yield f"the model has no {listing(unknown, 3)}.{hint}"
         yield from self._shared()
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
@@ -94,7 +93,7 @@ class Misfits:
 
     def _of_layer(self, found: Found) -> Iterator[str]:
         node, layer = found
-        kind = kind_of(original_type(node.module))
+        kind = kind_of_layer(node.module)
         if kind is None or (why := bypass(node) or weight_problem(node)) is not None:
             yield f"a {original_type(node.module).__name__} can't have an adapter" if kind is None else str(why)
             return
@@ -143,7 +142,7 @@ class Misfits:
             yield f"the file changes its rows, and not those of {ends[0].name}, which has the same table: {how}"
 
     def _shapes(self, node: Node, layer: StoredLayer) -> dict[str, tuple[int, ...]]:
-        kind: Any = kind_of(original_type(node.module))
+        kind = kind_of_layer(node.module)
         if self.stored.layout == "peft":
             A, B, magnitude = (*kind.lora_peft_shapes(node.module, layer.r).values(), ())[:3]
         else:

@@ -1,7 +1,7 @@
 """Putting an adapter from a file into a model: all of it, or nothing."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lightning_lora.injection.copies import bring, put_in_place, values_of
 from lightning_lora.injection.create import create
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdraw
-from lightning_lora.layers import arrange, attach, base_modules, kind_of, lora_layers, original_type
+from lightning_lora.layers import arrange, attach, base_modules, kind_of_layer, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.loading.misfits import Found, Misfits
 from lightning_lora.loading.stored_config import by_owner, config_of
@@ -129,7 +129,7 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
 
 def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """A layer's tensors in the shapes of an adapter's."""
-    values, kind = found.values(misfits.stored.layout), cast(Any, kind_of(original_type(found.node.module)))
+    values, kind = found.values(misfits.stored.layout), kind_of_layer(found.node.module)
     is_matrix = "A" in values and values["A"].dim() == 2
     if misfits.stored.init is not None and kind.lora_starts_as_told and is_matrix:
         values |= _start_again(found, misfits)
@@ -139,8 +139,8 @@ def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
 def _start_again(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """What PEFT took out of the weight when the adapter started, and takes out again when it loads it."""
     node, layer = found
-    kind: Any = kind_of(original_type(node.module))
-    W, scale = kind.lora_as_matrix(node.module, dense(node.module)).float(), misfits.scaling(layer)
+    W = kind_of_layer(node.module).lora_as_matrix(node.module, dense(node.module)).float()
+    scale = misfits.scaling(layer)
     if misfits.stored.init == "pissa":
         A, B = PiSSA(niter=None)(W, layer.r, scale, torch.Generator())
     else:

@@ -9,5 +9,6 @@ def is_finite(tensor: Tensor, largest: float = torch.inf) -> bool:
     """Whether no value is NaN, infinite, or beyond ``largest``."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor.detach())  # both are NaN if any value is
+    values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no sums
+    low, high = torch.aminmax(values)  # both are NaN if any value is
     return bool(low > -torch.inf) and bool(high < torch.inf) and bool(low >= -largest) and bool(high <= largest)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import ReadWeight, kind_of, original_type
+from lightning_lora.layers import ReadWeight, kind_of_layer
 from lightning_lora.targets.walk import Node
 
 _ROUTER = re.compile(r"(?:.*_)?(?:gate|router|gating)|wg")
@@ -19,7 +19,7 @@ _MLP_CLASS = re.compile(r"MLP|FFN|Feed_?Forward|Intermediate|DenseAct|Experts?$"
 
 def is_dense_linear(module: nn.Module) -> bool:
     """Whether it is a layer that "all-linear" means, if it is in the backbone; a parameter that is read is none."""
-    kind = kind_of(original_type(module))
+    kind = kind_of_layer(module)
     return kind is not None and kind.lora_dense_linear and not isinstance(module, ReadWeight)
 
 

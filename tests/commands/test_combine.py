@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
 import lightning_lora as ll
+from lightning_lora.layers import lora_layers
 from tests.commands.files import adapted, assert_same_files, fails, fitted, run, tensors
 from tests.helpers.families import FAMILIES
 
@@ -72,6 +73,24 @@ def test_it_is_what_the_model_gives(tmp_path, capsys, family, options, arguments
     again = copy.deepcopy(base)
     ll.load_adapter(again, tmp_path / "out", allow_base_mismatch=True)
     assert list(ll.adapters(again)) == ["both"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_in_the_dtype_of_the_adapters(tmp_path, dtype):
+    base, model = FAMILIES["llama"].make(), FAMILIES["llama"].make()
+    for i, name in enumerate(("one", "two")):
+        adapter = adapted(base, name, seed=3 + i)
+        for _, layer in lora_layers(adapter):
+            layer.lora[name].master_dtype = dtype
+            layer.lora[name].to(dtype)
+        ll.save_adapter(adapter, tmp_path / name, name)
+        ll.load_adapter(model, tmp_path / name)
+    ll.combine_adapters(model, {"one": 0.7, "two": -0.3}, "both", "svd", 3)
+    ll.save_adapter(model, tmp_path / "expected", "both")
+    sources = [f"{tmp_path / 'one'}:0.7", f"{tmp_path / 'two'}:-0.3"]
+    run("combine", tmp_path / "out", *sources, "--method", "svd", "--rank", "3", "--adapter-name", "both")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {dtype}
+    assert_same_files(tmp_path / "expected", tmp_path / "out")
 
 
 def test_adapters_of_peft(tmp_path):
@@ -156,6 +175,23 @@ def test_what_is_refused(tmp_path, capsys):
     assert "FOLDER:WEIGHT" in fails(2, capsys, "combine", tmp_path / "x")
     assert "holds no adapter_config.json" in fails(1, capsys, "combine", tmp_path / "x", tmp_path)
     assert not (tmp_path / "x").exists()
+
+
+def test_parts_of_layers(tmp_path, capsys):
+    """In a folder they are one adapter with zeros, which are no entries of any: 'ties' would keep more of the others."""
+    base, names = saved(tmp_path, "phi3", [{"target_modules": ["qkv_proj.q", "qkv_proj.v"]}] * 2)
+    sources = [f"{tmp_path / name}:{WEIGHTS[name]}" for name in names]
+    for method in ("linear", "ties", "dare_linear", "dare_ties"):
+        said = fails(1, capsys, "combine", tmp_path / "out", *sources, "--method", method)
+        assert "has adapters on parts of model.layers.0.self_attn.qkv_proj" in said
+    run("combine", tmp_path / "out", *sources)
+    model, again = copy.deepcopy(base), copy.deepcopy(base)
+    for name in names:
+        ll.load_adapter(model, tmp_path / name)
+    ll.set_adapter(model, {name: WEIGHTS[name] for name in names})
+    ll.load_adapter(again, tmp_path / "out")
+    batch = FAMILIES["phi3"].batch(base)
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_combined_is_not_written_over(tmp_path, capsys):

@@ -164,3 +164,13 @@ def test_damage(tmp_path, capsys):
     )
     assert "holds no adapter_config.json" in fails(1, capsys, "inspect", tmp_path)
     assert "does not exist" in fails(2, capsys, "inspect", tmp_path / "none")
+
+
+def test_a_rank_that_is_not_that_of_the_tensors(tmp_path, capsys):
+    """Two pairs of half the rank would be a stack of two matrices, which only target_parameters can ask for."""
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    get_peft_model(FAMILIES["llama"].make(), config).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "r": 2}))
+    for command in ("inspect", "analyze"):
+        assert "q_proj: A and B are no matrices of rank 2: [(4, 32), (32, 4)]" in fails(1, capsys, command, tmp_path)

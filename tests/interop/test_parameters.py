@@ -6,13 +6,15 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.analysis import analyze_files
 from lightning_lora.files.combine import combine_files
+from lightning_lora.files.inspection import inspect
 from lightning_lora.files.merge import merge_files
+from lightning_lora.layers import lora_layers
 from tests.commands.files import assert_same_tensors
 from tests.layers.test_experts import FAMILIES, IDS, LORA, noise
 
@@ -60,6 +62,37 @@ def test_experts_there_and_back(family, tmp_path):
     assert ll.adapters(own)["default"].lora_dropout == 0.1
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "llama4"])
+def test_experts_that_started_with_a_part_of_the_weight(family, tmp_path):
+    """Each matrix of a stack has twice the rank in a folder, which is taken apart again."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "base")
+    start = {**LORA, "init_lora_weights": "pissa", "rank_pattern": {"down_proj": 3}}
+    ll.inject(model, ll.LoRAConfig(**start, target_modules=["q_proj"]))
+    noise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        theirs = peft.PeftModel.from_pretrained(build(family), tmp_path / "a").eval()
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    again = build(family)
+    ll.load_adapter(again, tmp_path / "a")
+    state, loaded = ll.adapter_state_dict(model), ll.adapter_state_dict(again)
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[key]) for key, value in state.items()), "the first factors too"
+    found, expected = analyze_files(tmp_path / "a"), ll.analyze(model)
+    norms = {each["name"]: each["norm_update"] for each in inspect(tmp_path / "a")["adapters"][0]["layers"]}
+    for name, layer in expected.layers.items():
+        assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-4)
+        if "[" not in name:
+            assert norms[name] == pytest.approx(layer.norm, rel=1e-4)
+    merge_files(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    ll.merge_and_unload(model)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+
+
 def test_ranks_of_their_own(tmp_path):
     model = build("mixtral")
     patterns = {"rank_pattern": {"down_proj": 4}, "alpha_pattern": {"down_proj": 5.0}}
@@ -88,6 +121,40 @@ def test_written_by_peft_from_scratch(tmp_path):
         torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("granitemoe", {}), ("granitemoe", {"intermediate_size": 16}), ("llama4", {})]
+)
+def test_stacks_of_older_versions_of_peft(family, sizes, tmp_path):
+    """0.18 took every stack as (n, in, out): also (4, 32, 32), where only the version tells it."""
+
+    def build():
+        torch.manual_seed(0)
+        config = FAMILIES[family]()
+        config.update({**sizes, "_experts_implementation": "eager"})
+        return transformers.AutoModelForCausalLM.from_config(config).double().eval()
+
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    theirs = peft.get_peft_model(build(), config, autocast_adapter_dtype=False).eval()
+    noise(theirs)
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    theirs.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    for key in [key for key in held if "experts.lora_A" in key]:  # A (n r, in) and B (out, r n), and the other way
+        A, B = held[key], held[key.replace("lora_A", "lora_B")]
+        held[key] = B.view(len(B), 2, 4).permute(2, 1, 0).flatten(0, 1).contiguous()
+        held[key.replace("lora_A", "lora_B")] = A.view(4, 2, -1).permute(2, 1, 0).flatten(1).contiguous()
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "peft_version": "0.18.1"}))
+    model = build()
+    ll.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ll.UnsupportedError, match="only the base tells which module has them"):
+        combine_files(tmp_path / "out", [(tmp_path, 1.0)])
+
+
 def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -95,7 +162,8 @@ def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
     from tests.helpers.modules import Wrapped, one_batch, trainer
 
     module = Wrapped(lambda: build("mixtral"))
-    lora = ll.LoRA(**LORA, target_modules=["q_proj"], save_peft=True)
+    patterns = {"rank_pattern": {"*q_proj": 3}}  # no regular expression, as PEFT's are
+    lora = ll.LoRA(**LORA, **patterns, target_modules=["q_proj"], save_peft=True)
     trainer(lora, ModelCheckpoint(tmp_path, filename="last")).fit(
         module, one_batch({"input_ids": IDS, "labels": IDS}, 3)
     )
@@ -106,6 +174,8 @@ def test_a_checkpoint_is_exported_in_the_same_bytes(tmp_path):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("exported", "saved")]
     assert configs[0] == configs[1]
+    found, expected = analyze_files(tmp_path / "last.ckpt").layers, ll.analyze(module).layers
+    assert found.keys() == expected.keys()
 
 
 class Net(nn.Module):
@@ -163,8 +233,6 @@ def test_an_attention_that_peft_adapted_is_refused(tmp_path):
 
 
 def test_inspect_tells_the_norms_of_experts(tmp_path):
-    from lightning_lora.files.inspection import inspect
-
     model = build("mixtral")
     ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[]))
     noise(model)
@@ -222,6 +290,44 @@ def test_analysed_with_a_base_in_files(family, tmp_path):
         assert found.layers[name].weight.drift == pytest.approx(layer.weight.drift, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", FILES)
+def test_analysed_alone(family, tmp_path):
+    """By the model's names, and with ranks and alphas that go by them."""
+    model = saved(tmp_path, family, **{"target_modules": ["q_proj"], **FILES[family]})
+    found, expected = analyze_files(tmp_path / "a0"), ll.analyze(model)
+    assert found.layers.keys() == expected.layers.keys()
+    for name, layer in expected.layers.items():
+        assert found.layers[name].singular_values == pytest.approx(layer.singular_values, rel=1e-5)
+    assert not found.notes
+    adapters = {name: layer.lora["default"] for name, layer in lora_layers(model)}
+    told = inspect(tmp_path / "a0")["adapters"][0]["layers"]
+    assert {each["name"]: each["r"] for each in told} == {name: adapter.r for name, adapter in adapters.items()}
+    for each in told:
+        update = adapters[each["name"]].scaling * adapters[each["name"]].B @ adapters[each["name"]].A
+        assert each["norm_update"] == pytest.approx(update.norm().item(), rel=1e-4)
+    if family != "llama4":  # whose folders have PEFT's A and B
+        assert ll.analyze(model, compare=tmp_path / "a0").comparison.layers.keys() == expected.layers.keys()
+
+
+def test_what_peft_wrote_of_experts_is_named_as_far_as_its_folder_tells(tmp_path):
+    ends = ["experts.gate_up_proj", "experts.down_proj"]
+    folders = {"one": (ends[1:], {}), "two": (ends, {}), "ranks": (ends, {"gate_up_proj": 4})}
+    for name, (wanted, ranks) in folders.items():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=wanted, rank_pattern=ranks)
+        peft.get_peft_model(build("granitemoe"), config).save_pretrained(tmp_path / name)
+    experts = {name.partition(".experts")[2] for name in analyze_files(tmp_path / "one").layers}
+    assert experts == {"", *(f".down_proj[{i}]" for i in range(4))}
+    found = analyze_files(tmp_path / "two")
+    assert {name.partition(".experts")[2] for name in found.layers if name.endswith("[0]")} == {"[0]", ".base_layer[0]"}
+    assert any("names of PEFT, whose parameters only the base tells" in note for note in found.notes)
+    for read in (analyze_files, inspect):
+        with pytest.raises(ll.UnsupportedError, match="an adapter on down_proj or gate_up_proj, whose ranks .* differ"):
+            read(tmp_path / "ranks")
+    build("granitemoe").save_pretrained(tmp_path / "base")
+    named = analyze_files(tmp_path / "ranks", tmp_path / "base").layers
+    assert {layer.r for name, layer in named.items() if ".gate_up_proj[" in name} == {4}
+
+
 def test_files_that_hold_experts_one_by_one(tmp_path):
     saved(tmp_path, "mixtral")
     missed = pytest.raises(ll.CheckpointError, match=r"experts.gate_up_proj.*no such tensor .* makes it of several")
@@ -231,27 +337,41 @@ def test_files_that_hold_experts_one_by_one(tmp_path):
         analyze_files(tmp_path / "a0", tmp_path / "base")
 
 
-METHODS = [(family, method) for family in FILES for method in ("cat", "svd", "linear", "ties")]
-METHODS = [each for each in METHODS if each not in [("llama4", "linear"), ("llama4", "ties")]]
-"""PEFT takes A for B in Llama 4, and these two give the sign of a weight to B."""
+METHODS = {
+    "cat": ("cat", None),
+    "svd": ("svd", 3),
+    "linear": ("linear", None),
+    "ties": ("ties", None),
+    "dare_linear": ("dare_linear", None),
+    "dare_ties": ("dare_ties", None),
+    "dare-of-updates": ("dare_linear", 3),
+}
 
 
-@pytest.mark.parametrize(("family", "method"), METHODS)
-def test_combined_without_their_base(family, method, tmp_path):
+@pytest.mark.parametrize(("method", "rank"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("family", FILES)
+def test_combined_without_their_base(family, method, rank, tmp_path):
+    """The same as on the base, for what tells A from B and what draws at random too."""
     for seed in (0, 1):
         saved(tmp_path, family, seed, **{"target_modules": ["q_proj"], **FILES[family]})
     given = [(tmp_path / "a0", 0.7), (tmp_path / "a1", -0.4)]
-    rank = 3 if method == "svd" else None
-    combine_files(tmp_path / "out", given, method, rank)
+    report = combine_files(tmp_path / "out", given, method, rank)
     model = build(family)
     for i, (folder, _) in enumerate(given):
         ll.load_adapter(model, folder, f"a{i}")
-    ll.combine_adapters(model, {"a0": 0.7, "a1": -0.4}, "combined", method, rank)
-    ll.set_adapter(model, "combined")
+    expected = ll.combine_adapters(model, {"a0": 0.7, "a1": -0.4}, "combined", method, rank)
+    assert report.layers.keys() == expected.layers.keys()
     again = build(family)
     ll.load_adapter(again, tmp_path / "out")
-    with torch.no_grad():
-        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    for (name, ours), (_, theirs) in zip(lora_layers(model), lora_layers(again), strict=True):
+        update = change(ours, "combined")
+        assert (change(theirs, "combined") - update).norm() <= 1e-5 * update.norm(), name
+        assert {report.layers[name].rank, expected.layers[name].rank} == {ours.lora["combined"].r}
+
+
+def change(layer, adapter_name):
+    W = layer.lora_matrix()
+    return layer.lora[adapter_name].merged(W.clone()).detach() - W
 
 
 def test_what_peft_wrote_of_experts_is_not_combined_without_their_base(tmp_path):

@@ -1,14 +1,16 @@
 """What is written is what the safetensors library would write, with our entry in its header."""
 
+import copy
 import hashlib
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.formats.tensor_write import _NAMES, DIGEST, META, write_tensors
+from lightning_lora.formats.tensor_write import DIGEST, META, NAMES, write_tensors
 from lightning_lora.formats.tensors import TensorFile, all_finite
 
 ENTRY = {"step": None, "notes": ["ü", {"b": "line\n", "a": 1.5}]}
@@ -19,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
     whole = torch.randn(10, 6)
     found = {
         f'{dtype!s} {shape} "ü': torch.randint(0, 2, shape).to(dtype)
-        for dtype in _NAMES
+        for dtype in NAMES
         for shape in ((3, 5), (0, 4), (), (7,))
     }
     return {**found, "z": whole, "a": whole, "transposed": whole.T, "part": whole[3:5], "long": torch.randn(700, 300)}
@@ -82,3 +84,23 @@ def test_finite_values_whose_sum_is_not(dtype):
     values = torch.zeros_like(largest)
     values[0, 0], values[1, 1] = torch.inf, -torch.inf
     assert not all_finite(values)
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_buffers_of_every_dtype_there_and_back(dtype, tmp_path):
+    """Of a module that is trained in full."""
+
+    def build():
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        model[1].register_buffer("codes", torch.zeros(3).to(dtype))
+        model[1].register_buffer("none", torch.zeros(0, 3).to(dtype))
+        return model
+
+    model, codes = build(), torch.tensor([0.0, 1.0, 1.0]).to(dtype)
+    again = copy.deepcopy(model)
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    model[1].codes = codes.clone()
+    ll.save_adapter(model, tmp_path / "adapter")
+    ll.load_adapter(again, tmp_path / "adapter")
+    assert again[1].codes.dtype == dtype
+    assert torch.equal(again[1].codes.view(torch.uint8), codes.view(torch.uint8))
