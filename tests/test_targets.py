@@ -301,7 +301,7 @@ def test_compiled_models_have_their_usual_names():
 def test_mamba_can_be_planned():
     config = tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2)
     found = names(tf.MambaForCausalLM(config))
-    assert {n.rpartition(".")[2] for n in found} == {"in_proj", "x_proj", "out_proj"}
+    assert {n.partition("mixer.")[2] for n in found} == {"in_proj", "x_proj", "out_proj", "dt_proj.weight"}
 
 
 # ---- layers that can't have an adapter ---------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
+from lightning_lora.targets.probe import is_never_called
 from lightning_lora.targets.walk import Node
 
 _INNER = "base_layer"
@@ -22,6 +23,7 @@ _TWICE = (
     "PEFT adds the update of the output projection of an nn.MultiheadAttention twice (0.21.2), so that no folder means "
     "the same to both: keep it in a checkpoint, or merge it"
 )
+_UNHEARD = "the weight is read and the layer never called, so that in PEFT an adapter on it does nothing"
 
 
 def peft_modules(layers: Mapping[str, Node]) -> dict[str, str]:
@@ -45,6 +47,8 @@ def problems(layers: Mapping[str, Node], use_dora: bool) -> Iterator[str]:
         name for name, node in read.items() if isinstance(node.parents[0], nn.MultiheadAttention) and _is_out(name)
     ]:
         yield f"{listing(twice, 3)}: {_TWICE}"
+    if unheard := [name for name, node in read.items() if _is_of_a_layer(node.module) and name not in twice]:
+        yield f"{listing(unheard, 3)}: {_UNHEARD}: keep it in a checkpoint, or merge it"
     if own := [name for name in read if "." not in name]:
         yield f"{listing(own, 3)}: PEFT has no adapters on parameters of the model itself"
 
@@ -80,23 +84,39 @@ def from_peft(node: Node, r: int, values: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter:
-    """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules."""
+    """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules.
+
+    Adapters on layers that are never called (WavLM's projections, with ``"all-linear"``) do nothing in PEFT. They are
+    left out.
+
+    Raises:
+        CheckpointError: If there are no others.
+    """
     if stored.layout != "peft":
         return stored
     wanted = stored.fields.get("target_parameters") or []
     by_name = {name: node for node in tree.values() for name in node.names}
     patterns = PeftNames({}, stored.source)
     layers: dict[str, StoredLayer] = {}
+    unheard: list[str] = []
     for name, layer in stored.layers.items():
         own = _parameter(name, by_name, wanted)
         if own == name and name in by_name and isinstance(by_name[name].module, nn.MultiheadAttention):
             raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
+        if own == name and name in by_name and is_never_called(by_name[name]):
+            unheard.append(name)
+            continue
         if own != name:
             r = patterns.value(stored.fields.get("rank_pattern") or {}, own, stored.fields["r"])
             alpha = patterns.value(stored.fields.get("alpha_pattern") or {}, own, stored.fields["lora_alpha"])
             layer = StoredLayer(r, alpha, layer.tensors)
         layers[own] = layer
-    return replace(stored, layers=layers)
+    if not unheard:
+        return replace(stored, layers=layers)
+    note = f"{listing(unheard, 3)}: {_UNHEARD}"
+    if not layers:
+        raise CheckpointError(f"{stored.source} has nothing else: {note}")
+    return replace(stored, layers=layers, notes=[*stored.notes, f"{stored.source}: {note}: left out"])
 
 
 def _parameter(name: str, by_name: Mapping[str, Node], wanted: list[str]) -> str:
@@ -111,6 +131,12 @@ def _parameter(name: str, by_name: Mapping[str, Node], wanted: list[str]) -> str
     if not keys or depth >= len(keys):
         return name
     return _joined(owner, keys[len(keys) - 1 - depth])
+
+
+def _is_of_a_layer(site: Any) -> bool:
+    """Whether it is the weight of a layer below the module that reads it."""
+    reader, holder, _ = site.lora_place
+    return reader is not holder
 
 
 def _is_out(name: str) -> bool:

@@ -5,7 +5,8 @@ from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part, parts
-from lightning_lora.layers.read import Reading, ReadWeight, read_weights, readable
+from lightning_lora.layers.read import Reading, ReadWeight, read_layers, read_weights, readable
+from lightning_lora.layers.reading import weights_read
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
@@ -43,10 +44,12 @@ __all__ = [
     "original_type",
     "parts",
     "reaches_base_forward",
+    "read_layers",
     "read_weights",
     "readable",
     "rebase",
     "registered_base",
     "undressed",
     "unlock_statistics",
+    "weights_read",
 ]

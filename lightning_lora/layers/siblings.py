@@ -7,7 +7,6 @@ that is called computes the others' outputs too, and these take theirs if they a
 
 import ast
 import inspect
-import textwrap
 import threading
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.encoders import keep_to_layers
+from lightning_lora.layers.source import syntax_of
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _APART = "_lora_apart"  # on a module whose layers were not called as its source says
@@ -128,12 +128,8 @@ def called_alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
 
 @cache
 def _called_alike(forward: Any) -> tuple[tuple[str, ...], ...]:
-    try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
+    if (function := syntax_of(forward)) is None:
         return ()  # there is no source: each layer computes its own
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
-        return ()
     calls = _Calls(function.args.args[0].arg)
     for statement in function.body:
         calls.visit(statement)

@@ -23,6 +23,7 @@ from lightning_lora.layers import (
     original_type,
     reaches_base_forward,
     registered_base,
+    weights_read,
 )
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.walk import Node
@@ -105,9 +106,9 @@ class Probe:
 
 def bypass(node: Node) -> str | None:
     """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
-    readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
-    if readers and not isinstance(node.module, ReadWeight):
-        return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
+    for parent in () if isinstance(node.module, ReadWeight) else node.parents:
+        if (why := _reads(parent, node)) is not None:
+            return why
     if node.kind is None:
         return f"{node.cls.__name__} is no layer type that can have an adapter"
     if "forward" in vars(node.module):
@@ -143,14 +144,22 @@ def weight_problem(node: Node) -> str | None:
     return None
 
 
-def _reads(parent: nn.Module, child: str) -> bool:
-    """Whether a module uses a child's weight without calling the child.
+def is_never_called(node: Node) -> bool:
+    """Whether the module around a layer reads its weight, and calls it nowhere."""
+    return any(_reads(parent, node) is not None for parent in node.parents)
 
-    Told by name where that is certain; others show in the first training step.
-    """
-    return isinstance(parent, nn.MultiheadAttention) or (
-        child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None
-    )
+
+def _reads(parent: nn.Module, node: Node) -> str | None:
+    """That a module uses a child's weight without calling the child, told by its source; others show in training."""
+    cls: Any = original_type(parent)
+    read = {**weights_read(cls)}
+    if re.search("Mamba.*Mixer", cls.__name__):
+        read.setdefault("dt_proj", True)  # some call it, but only where it is packed
+    for key, with_gradients in read.items():
+        if parent._modules.get(key) is node.module:
+            how = "and never calls the layer" if with_gradients else "without gradients"
+            return f"{cls.__name__} reads this weight {how}: an adapter would be dead"
+    return None
 
 
 @torch.no_grad()

@@ -162,6 +162,50 @@ def test_an_attention_that_peft_adapted_is_refused(tmp_path):
         ll.load_adapter(Net(), tmp_path)
 
 
+def wavlm():
+    """Its attention reads the weights of its projections, and never calls them."""
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, conv_dim=(16,),
+        conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, layerdrop=0.0, apply_spec_augment=False,
+    )  # fmt: skip
+    return transformers.WavLMModel(config).eval()
+
+
+SOUND = torch.randn(2, 200, generator=torch.Generator().manual_seed(3))
+
+
+def test_layers_that_are_read_are_no_layers_to_peft(tmp_path):
+    model = wavlm()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q_proj", "output_dense"]))
+    with pytest.raises(
+        ll.UnsupportedError, match=r"q_proj.weight: the weight is read .* in PEFT an adapter .* nothing"
+    ):
+        ll.save_adapter(model, tmp_path / "ours")
+
+    theirs = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "output_dense"]))
+    noise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = wavlm()
+    with pytest.warns(UserWarning, match=r"q_proj: the weight is read .* does nothing: left out"):
+        ll.load_adapter(again, tmp_path / "theirs")
+    with torch.no_grad():
+        out = again(SOUND).last_hidden_state
+        torch.testing.assert_close(out, theirs(SOUND).last_hidden_state)
+        assert (out - wavlm()(SOUND).last_hidden_state).abs().max() > 1e-3
+    wavlm().save_pretrained(tmp_path / "base")
+    merge_files(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
+    with torch.no_grad():
+        merged = transformers.WavLMModel.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(SOUND).last_hidden_state, out, rtol=1e-4, atol=1e-5)
+
+    theirs = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "nothing")
+    with pytest.raises(ll.CheckpointError, match="has nothing else: .*q_proj: the weight is read"):
+        ll.load_adapter(wavlm(), tmp_path / "nothing")
+
+
 def test_inspect_tells_the_norms_of_experts(tmp_path):
     from lightning_lora.files.inspection import inspect
 
