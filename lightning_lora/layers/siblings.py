@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.encoders import keep_to_layers
 from lightning_lora.layers.source import syntax_of
+from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _APART = "_lora_apart"  # on a module whose layers were not called as its source says
@@ -81,10 +82,12 @@ def scope() -> Scope | None:
 def arrange(model: nn.Module) -> None:
     """Hooks the modules of a model that call several layers with adapters with the same input, and no others.
 
-    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`).
+    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`), and models that can resize their token
+    tables (`lightning_lora.layers.tables`).
     """
     for module in model.modules():
         keep_to_layers(module)
+        keep_tables(module)
         wanted = not isinstance(module, LoRALayer) and bool(_groups(module))
         if wanted and _KEY not in module._forward_pre_hooks:
             module._forward_pre_hooks[_KEY] = _enter
