@@ -15,7 +15,7 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
-from lightning_lora.targets.probe import is_never_called
+from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node
 
 _INNER = "base_layer"
@@ -23,7 +23,7 @@ _TWICE = (
     "PEFT adds the update of the output projection of an nn.MultiheadAttention twice (0.21.2), so that no folder means "
     "the same to both: keep it in a checkpoint, or merge it"
 )
-_UNHEARD = "the weight is read and the layer never called, so that in PEFT an adapter on it does nothing"
+_UNHEARD = "the layer is never called, and in PEFT an adapter on it does nothing"
 
 
 def peft_modules(layers: Mapping[str, Node]) -> dict[str, str]:
@@ -86,8 +86,8 @@ def from_peft(node: Node, r: int, values: Mapping[str, Tensor]) -> dict[str, Ten
 def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter:
     """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules.
 
-    Adapters on layers that are never called (WavLM's projections, with ``"all-linear"``) do nothing in PEFT. They are
-    left out.
+    Adapters on layers that are never called (WavLM's projections, T5's ``shared``) do nothing in PEFT: they are left
+    out.
 
     Raises:
         CheckpointError: If there are no others.
@@ -103,7 +103,7 @@ def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAd
         own = _parameter(name, by_name, wanted)
         if own == name and name in by_name and isinstance(by_name[name].module, nn.MultiheadAttention):
             raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
-        if own == name and name in by_name and is_never_called(by_name[name]):
+        if own == name and name in by_name and not layer.is_rows and is_never_called(by_name[name]):
             unheard.append(name)
             continue
         if own != name:

@@ -20,10 +20,33 @@ _WITHOUT_GRADIENTS = {"no_grad", "inference_mode"}
 
 
 @cache
-def weights_read(cls: type[nn.Module]) -> dict[str, bool]:
+def weights_read(cls: Any) -> dict[str, bool]:
     """Names of children whose weight the forward of a class reads without calling them; whether gradients get there."""
     if issubclass(cls, nn.MultiheadAttention):
         return {"out_proj": True}
+    mentioned, inside = _methods(cls)
+    reads: dict[str, bool] = {}
+    for method in (m for m in inside if "weight" in mentioned[m]):
+        for name, how in _uses(method):
+            if how in ("read", "read without gradients"):
+                reads[name] = reads.get(name, False) or how == "read"
+    for method in mentioned:
+        if not reads.keys().isdisjoint(mentioned[method]):
+            used = {"called", "used"} if method in inside else {"called"}
+            for name in [name for name, how in _uses(method) if how in used]:
+                reads.pop(name, None)
+    return reads
+
+
+def leaves_alone(cls: Any, name: str) -> bool:
+    """Whether the forward of a class, and what it calls, never mention an attribute."""
+    mentioned, inside = _methods(cls)
+    return bool(inside) and not any(name in mentioned[method] for method in inside)
+
+
+@cache
+def _methods(cls: Any) -> tuple[dict[Any, set[str]], list[Any]]:
+    """The methods of a class with all names in them, and which of them its forward may get to."""
     own = [base for base in cls.__mro__ if base is not nn.Module and not base.__module__.startswith("torch.")]
     methods = [(name, method) for base in own for name, method in vars(base).items() if _code(method) is not None]
     mentioned = {method: {*_names(_code(method))} for _, method in methods}
@@ -32,18 +55,7 @@ def weights_read(cls: type[nn.Module]) -> dict[str, bool]:
         reached |= more
         more = {n for name, m in methods if name in more for n in mentioned[m]} - reached
         more &= {name for name, _ in methods}
-    inside = [method for name, method in methods if name in reached]
-    reads: dict[str, bool] = {}
-    for method in (m for m in inside if "weight" in mentioned[m]):
-        for name, how in _uses(method):
-            if how in ("read", "read without gradients"):
-                reads[name] = reads.get(name, False) or how == "read"
-    for _, method in methods:
-        if not reads.keys().isdisjoint(mentioned[method]):
-            used = {"called", "used"} if method in inside else {"called"}
-            for name in [name for name, how in _uses(method) if how in used]:
-                reads.pop(name, None)
-    return reads
+    return mentioned, [method for name, method in methods if name in reached]
 
 
 def _code(method: Any) -> types.CodeType | None:

@@ -21,6 +21,7 @@ from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
 from lightning_lora.targets.tokens import tied_tables
+from lightning_lora.targets.uncalled import tied_to
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -101,6 +102,8 @@ class Misfits:
         if layer.is_rows:
             yield from self._of_rows(node, layer)
             return
+        if (why := tied_to(node)) is not None:
+            yield why
         wanted = {"A", "B", "magnitude"} if self.stored.options["use_dora"] else {"A", "B"}
         wanted |= {"start_A", "start_B"} if "start_A" in layer.tensors else set()
         if layer.tensors.keys() != wanted:

@@ -8,7 +8,7 @@ from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import suffixes
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import kind_of
-from lightning_lora.targets.probe import is_never_called
+from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node, own_parameters
 
 Tree = Mapping[str, Node]

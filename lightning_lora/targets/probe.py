@@ -1,7 +1,6 @@
 """Whether a layer can have an adapter, and whether an adapter on it would do what its equation says."""
 
 import copy
-import re
 from typing import Any, cast
 
 import torch
@@ -23,9 +22,9 @@ from lightning_lora.layers import (
     original_type,
     reaches_base_forward,
     registered_base,
-    weights_read,
 )
 from lightning_lora.quantization import is_quantized
+from lightning_lora.targets.uncalled import read_instead, tied_to
 from lightning_lora.targets.walk import Node
 
 TOLERANCE = 0.02  # of the update's norm: layers may round to bfloat16
@@ -48,7 +47,11 @@ class Probe:
         self._untried: dict[type, str | None] = {}
 
     def obstacle(self, node: Node) -> str | None:
-        """Why this layer cannot have an adapter; None when it can."""
+        """Why an adapter on this layer would be wrong or dead; None when nothing is known to speak against it."""
+        return self.unfit(node) or tied_to(node)
+
+    def unfit(self, node: Node) -> str | None:
+        """Why this layer cannot have an adapter of any kind; None when it can."""
         layer, cls = node.module, node.cls
         if isinstance(layer, ReadWeight):
             return _reader_problem(layer)
@@ -106,9 +109,8 @@ class Probe:
 
 def bypass(node: Node) -> str | None:
     """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
-    for parent in () if isinstance(node.module, ReadWeight) else node.parents:
-        if (why := _reads(parent, node)) is not None:
-            return why
+    if (why := read_instead(node)) is not None:
+        return why
     if node.kind is None:
         return f"{node.cls.__name__} is no layer type that can have an adapter"
     if "forward" in vars(node.module):
@@ -141,24 +143,6 @@ def weight_problem(node: Node) -> str | None:
     if not weight.is_floating_point():
         what = "complex" if weight.is_complex() else "integer"
         return f"{node.name} has a {what} weight ({weight.dtype}), to which an adapter can't add: use exclude_modules"
-    return None
-
-
-def is_never_called(node: Node) -> bool:
-    """Whether the module around a layer reads its weight, and calls it nowhere."""
-    return any(_reads(parent, node) is not None for parent in node.parents)
-
-
-def _reads(parent: nn.Module, node: Node) -> str | None:
-    """That a module uses a child's weight without calling the child, told by its source; others show in training."""
-    cls: Any = original_type(parent)
-    read = {**weights_read(cls)}
-    if re.search("Mamba.*Mixer", cls.__name__):
-        read.setdefault("dt_proj", True)  # some call it, but only where it is packed
-    for key, with_gradients in read.items():
-        if parent._modules.get(key) is node.module:
-            how = "and never calls the layer" if with_gradients else "without gradients"
-            return f"{cls.__name__} reads this weight {how}: an adapter would be dead"
     return None
 
 
