@@ -12,7 +12,7 @@ from lightning_lora.formats.peft_names import shortest_patterns, shortest_target
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
 from lightning_lora.formats.peft_parts import ExportedParts
-from lightning_lora.formats.peft_refusals import refusals
+from lightning_lora.formats.peft_refusals import breaks, refusals
 from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.peft_tokens import ExportedRows
@@ -83,8 +83,8 @@ class Export:
             cls = original_type(held.layer)
             if kind is None and has_own_forward(cls) and reaches_base_forward(cls) and not _is_known(held.layer):
                 kind = f"in PEFT, what {cls.__name__}.forward does to the product would not be done to the update"
-            if kind is not None:
-                yield f"{name}: {kind}"
+            if (why := kind or breaks(held.node)) is not None:
+                yield f"{name}: {why}"
         yield from parameter_problems(self._nodes, self.config.use_dora)
         yield from self.rows.problems(bool(self.layers or self.parts.whole))
         if is_pretrained(self.root):

@@ -6,7 +6,7 @@ from lightning_lora.layers.find import base_modules, lora_layers, named_base_mod
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part, parts
 from lightning_lora.layers.read import Reading, ReadWeight, read_layers, read_weights, readable
-from lightning_lora.layers.reading import leaves_alone, weights_read
+from lightning_lora.layers.reading import asked_of, leaves_alone, weights_read
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
@@ -31,6 +31,7 @@ __all__ = [
     "ReadWeight",
     "Reading",
     "arrange",
+    "asked_of",
     "attach",
     "base_modules",
     "detach",

@@ -45,6 +45,20 @@ def leaves_alone(cls: Any, name: str) -> bool:
 
 
 @cache
+def asked_of(cls: Any) -> dict[str, set[str]]:
+    """What the forward of a class, and what it calls, ask attributes for: in ``self.conv.stride`` the stride."""
+    _, inside = _methods(cls)
+    asked: dict[str, set[str]] = {}
+    for function in filter(None, map(syntax_of, inside)):
+        owner = function.args.args[0].arg
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(inner := node.value, ast.Attribute):
+                if isinstance(inner.value, ast.Name) and inner.value.id == owner:
+                    asked.setdefault(inner.attr, set()).add(node.attr)
+    return asked
+
+
+@cache
 def _methods(cls: Any) -> tuple[dict[Any, set[str]], list[Any]]:
     """The methods of a class with all names in them, and which of them its forward may get to."""
     own = [base for base in cls.__mro__ if base is not nn.Module and not base.__module__.startswith("torch.")]
