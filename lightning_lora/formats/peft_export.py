@@ -94,6 +94,9 @@ class Export:
         if self._lost:
             yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
         inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
+        if alike := [name for name in self.modules_to_save if self._alike(name, self._short(name))]:
+            others = self._alike(alike[0], self._short(alike[0]))
+            yield f"{listing(alike, 3)}: PEFT goes by ends of names, and would train {listing(others, 3)} in full too"
         if inside:
             yield f"{listing(inside, 3)}: single parameters, trained in full; name the module in modules_to_save"
 
@@ -225,11 +228,12 @@ class Export:
         return {key: keys for keys in names.values() if len(keys) > 1 for key in keys}
 
     def _whole_modules(self) -> list[str]:
-        """The outermost modules of which everything is trained in full."""
+        """The outermost modules of which everything is trained in full; PEFT takes no containers for such."""
         own = {name: [f"{name}.{key}" for key, _ in own_parameters(node.module)] for name, node in self.tree.items()}
         in_part = [name for name, keys in own.items() if any(key not in self.in_full for key in keys)]
         owners = {key.rpartition(".")[0] for key in self.in_full if not self._is_bias(key)}
         outer = {name for owner in owners - {""} for name in ancestors(owner)}
+        outer = {name for name in outer if not issubclass(self.tree[name].cls, (nn.ModuleList, nn.ModuleDict))}
         whole = [name for name in outer if not any(n == name or is_inside(n, name) for n in in_part)]
         return sorted(name for name in whole if not any(is_inside(name, other) for other in whole))
 
@@ -244,10 +248,13 @@ class Export:
 
     def _short(self, name: str) -> str:
         """The shortest end of a module's name that no other module's name has, as PEFT compares them."""
-        others = [other for other in self.tree if other != name and not is_inside(other, name)]
         parts = name.split(".")
         ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        return next((end for end in ends if not any(other.endswith(end) for other in others)), name)
+        return next((end for end in ends if not self._alike(name, end)), name)
+
+    def _alike(self, name: str, end: str) -> list[str]:
+        """Other modules whose names have an end."""
+        return [other for other in self.tree if other.endswith(end) and other != name and not is_inside(other, name)]
 
 
 def _is_known(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.files.merge import merge_files
@@ -72,3 +73,42 @@ def test_a_folder_of_another_class(tmp_path):
     ll.save_adapter(model, tmp_path / "a")
     with pytest.raises(ll.CheckpointError, match="lm_head.weight, .* with other modules than LlamaForSequenceClass"):
         ll.load_adapter(build(tf.LlamaForSequenceClassification, LLAMA), tmp_path / "a")
+
+
+class Lists(nn.Module):
+    """A head of layers in a list, and one whose name the name of another module ends with."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.heads = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+        self.inner = nn.ModuleDict({"out": nn.Linear(8, 8)})
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.inner["out"](self.body(x))
+        return self.out(sum(head(x) for head in self.heads))
+
+
+def test_heads_in_a_list(tmp_path):
+    """PEFT takes no list for a module to save, but what is in it."""
+    model, x = Lists(), torch.randn(3, 8)
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["heads"]))
+    nn.init.normal_(model.body.lora["default"].B)
+    nn.init.normal_(model.heads[1].weight)
+    ll.save_adapter(model, tmp_path / "a")
+    again = Lists()
+    ll.load_adapter(again, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(Lists(), tmp_path / "a")
+    for other in (again, theirs):
+        torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_head_that_peft_can_not_tell_from_others(tmp_path):
+    model = Lists()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["re:out"]))
+    assert [p.requires_grad for p in (model.out.weight, model.inner["out"].weight)] == [True, False]
+    with pytest.raises(
+        ll.UnsupportedError, match=r"out: PEFT goes by ends of names, and would train inner.out in full"
+    ):
+        ll.save_adapter(model, tmp_path / "a")
