@@ -38,6 +38,12 @@ def weights_read(cls: Any) -> dict[str, bool]:
     return reads
 
 
+def used_beside_forward(cls: Any) -> set[str]:
+    """The attributes that methods which the forward of a class calls use, called or handed on."""
+    _, inside = _methods(cls)
+    return {n for m in inside if m.__name__ != "forward" for n, how in _uses(m) if how in ("called", "used")}
+
+
 def leaves_alone(cls: Any, name: str) -> bool:
     """Whether the forward of a class, and what it calls, never mention an attribute."""
     mentioned, inside = _methods(cls)

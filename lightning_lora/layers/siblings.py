@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.encoders import keep_to_layers
+from lightning_lora.layers.reading import used_beside_forward
 from lightning_lora.layers.source import syntax_of
 from lightning_lora.layers.tables import keep_tables
 
@@ -67,10 +68,20 @@ class Scope:
         self._input, self._outputs = None, {}
 
     def _give_up(self) -> None:
-        """Outputs that nobody took were computed for nothing: from now on each layer computes its own."""
+        """Outputs that nobody took were computed for nothing: from now on each layer computes its own.
+
+        Not where this call may be run again: an activation checkpoint has to find the same operations then.
+        """
         if self._outputs:
-            vars(self._parent)[_APART] = True
+            if not _may_run_again():
+                vars(self._parent)[_APART] = True
             self._outputs, self._groups = {}, ()
+
+
+def _may_run_again() -> bool:
+    """Whether what is saved for the backward pass goes through hooks, as in a checkpoint."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    return hooks(False) is not None
 
 
 def scope() -> Scope | None:
@@ -103,7 +114,8 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     adapted = [name for name, child in module._modules.items() if isinstance(child, LoRALayer)]
     if len(adapted) < 2:
         return ()
-    found = [tuple(name for name in names if name in adapted) for names in called_alike(type(module))]
+    cls: Any = type(module)
+    found = [tuple(name for name in names if name in adapted) for names in called_alike(cls)]
     return tuple(names for names in found if len(names) > 1)
 
 
@@ -124,9 +136,15 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop().close(broken_off=output is None)
 
 
-def called_alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """Names of attributes that the forward of a class calls with the same variable, in groups."""
-    return _called_alike(inspect.unwrap(cls.forward))
+@cache
+def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
+    """Names of attributes that the forward of a class calls with the same variable, in groups.
+
+    What another method uses too is in none: the keys' layer of DeBERTa is called once more, with positions.
+    """
+    elsewhere, found = used_beside_forward(cls), _called_alike(inspect.unwrap(cls.forward))
+    groups = ([name for name in names if name not in elsewhere] for names in found)
+    return tuple(tuple(names) for names in groups if len(names) > 1)
 
 
 @cache
