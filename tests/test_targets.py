@@ -331,6 +331,29 @@ def test_custom_linears():
         ll.plan(model, ll.LoRAConfig(target_modules=["c"]))
 
 
+class Fixed(nn.Embedding):
+    """As the positions of Marian: what it is given is a shape."""
+
+    @torch.no_grad()
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]))
+
+
+class FixedInside(nn.Linear):
+    def forward(self, input):
+        with torch.no_grad():
+            return super().forward(input)
+
+
+def test_layers_without_gradients():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": Fixed(8, 8), "c": FixedInside(8, 8)})
+    assert ll.plan(model, ll.LoRAConfig()).skipped == {
+        "c": "FixedInside.forward runs without gradients: an adapter would be dead"
+    }
+    with pytest.raises(ll.TargetError, match="b: Fixed.forward runs without gradients"):
+        ll.plan(model, ll.LoRAConfig(target_modules=["a", "b"]))
+
+
 class OnlyInTraining(nn.Linear):
     """Calls ``super().forward`` in train mode alone: an adapter below it would be lost in eval mode."""
 

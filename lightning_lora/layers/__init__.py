@@ -6,7 +6,7 @@ from lightning_lora.layers.find import base_modules, lora_layers, named_base_mod
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part, parts
 from lightning_lora.layers.read import Reading, ReadWeight, read_layers, read_weights, readable
-from lightning_lora.layers.reading import asked_of, leaves_alone, weights_read
+from lightning_lora.layers.reading import asked_of, is_without_gradients, leaves_alone, weights_read
 from lightning_lora.layers.registry import has_own_forward, kind_of, reaches_base_forward, registered_base
 from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.swap import (
@@ -36,6 +36,7 @@ __all__ = [
     "base_modules",
     "detach",
     "has_own_forward",
+    "is_without_gradients",
     "kind_of",
     "layouts",
     "leaves_alone",

@@ -38,6 +38,13 @@ def weights_read(cls: Any) -> dict[str, bool]:
     return reads
 
 
+def is_without_gradients(method: Any) -> bool:
+    """Whether a method is decorated so."""
+    function = syntax_of(method)
+    decorators = [] if function is None else function.decorator_list
+    return not _WITHOUT_GRADIENTS.isdisjoint(name for each in decorators for name in _attributes(each))
+
+
 def used_beside_forward(cls: Any) -> set[str]:
     """The attributes that methods which the forward of a class calls use, called or handed on."""
     _, inside = _methods(cls)

@@ -18,6 +18,7 @@ from lightning_lora.layers import (
     attach,
     detach,
     has_own_forward,
+    is_without_gradients,
     kind_of,
     original_type,
     reaches_base_forward,
@@ -31,6 +32,7 @@ TOLERANCE = 0.02  # of the update's norm: layers may round to bfloat16
 ROWS = 8  # of an embedding that is tried
 
 _GAINED = frozenset(GAINED)
+_BLIND = "{}.forward runs without gradients: an adapter would be dead"
 
 
 class Probe:
@@ -101,7 +103,8 @@ class Probe:
             wrong = untried = None
             if has_own_forward(cls) and not is_lazy(cast(Tensor, layer.weight)):
                 try:
-                    wrong = _difference(layer, cls, self._config)
+                    wrong = _BLIND.format(cls.__name__) if is_without_gradients(cls.forward) else None
+                    wrong = wrong or _difference(layer, cls, self._config)
                 except Exception as error:  # whatever a user's forward may raise on a tensor that it is not made for
                     untried = f"{cls.__name__}.forward could not be tried on a small tensor ({_in_a_line(error)})"
             self._wrong[cls], self._untried[cls] = wrong, untried
@@ -168,6 +171,9 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
         attach(probe, "probe", adapter)
         merged = torch.empty_like(probe.weight)
         probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix()))
+        with torch.enable_grad():
+            if not type(probe).forward(probe, inputs[0]).requires_grad:
+                return _BLIND.format(cls.__name__)
         adapted = _outputs(probe, inputs)
         detach(probe, "probe")
         probe._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
