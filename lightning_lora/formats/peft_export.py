@@ -27,6 +27,7 @@ from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
 PREFIX = "base_model.model."
+_OF_PEFT = ("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 PARTS = ("A", "B", "magnitude")  # in the order of `lora_peft_shapes`
 
 
@@ -94,9 +95,9 @@ class Export:
         if self._lost:
             yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
         inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
-        if alike := [name for name in self.modules_to_save if self._alike(name, self._short(name))]:
-            others = self._alike(alike[0], self._short(alike[0]))
-            yield f"{listing(alike, 3)}: PEFT goes by ends of names, and would train {listing(others, 3)} in full too"
+        for name in self.modules_to_save:
+            if alike := [other for other in self._alike(name, self._short(name)) if other not in self.modules_to_save]:
+                yield f"{name}: PEFT goes by ends of names, and would take {listing(alike, 3)} for it too"
         if inside:
             yield f"{listing(inside, 3)}: single parameters, trained in full; name the module in modules_to_save"
 
@@ -253,8 +254,9 @@ class Export:
         return next((end for end in ends if not self._alike(name, end)), name)
 
     def _alike(self, name: str, end: str) -> list[str]:
-        """Other modules whose names have an end."""
-        return [other for other in self.tree if other.endswith(end) and other != name and not is_inside(other, name)]
+        """Other modules whose names have an end, those of PEFT's own layers too."""
+        others = [other for other in (*self.tree, *_OF_PEFT) if other != name and not is_inside(other, name)]
+        return [other for other in others if other.endswith(end)]
 
 
 def _is_known(layer: nn.Module) -> bool:

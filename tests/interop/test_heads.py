@@ -82,20 +82,24 @@ class Lists(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.heads = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
-        self.inner = nn.ModuleDict({"out": nn.Linear(8, 8)})
-        self.out = nn.Linear(4, 2)
+        self.inner = nn.ModuleDict({"top": nn.Linear(8, 8)})
+        self.top, self.stop, self.out = (nn.Linear(4, 2) for _ in range(3))
 
     def forward(self, x):
-        x = self.inner["out"](self.body(x))
-        return self.out(sum(head(x) for head in self.heads))
+        x = self.inner["top"](self.body(x))
+        x = sum(head(x) for head in self.heads)
+        return self.top(x) + self.stop(x) + self.out(x)
 
 
-def test_heads_in_a_list(tmp_path):
-    """PEFT takes no list for a module to save, but what is in it."""
+@pytest.mark.parametrize("saved", [["heads"], ["re:top", "stop", "inner.top"]])
+def test_heads_in_a_list_and_with_the_same_end(saved, tmp_path):
+    """PEFT takes no list for a module to save, but what is in it; all that end alike can be saved together."""
     model, x = Lists(), torch.randn(3, 8)
-    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["heads"]))
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=saved))
     nn.init.normal_(model.body.lora["default"].B)
-    nn.init.normal_(model.heads[1].weight)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
     ll.save_adapter(model, tmp_path / "a")
     again = Lists()
     ll.load_adapter(again, tmp_path / "a")
@@ -104,11 +108,11 @@ def test_heads_in_a_list(tmp_path):
         torch.testing.assert_close(other(x), model(x))
 
 
-def test_a_head_that_peft_can_not_tell_from_others(tmp_path):
+@pytest.mark.parametrize(("head", "others"), [("top", "inner.top, stop"), ("out", "lora_dropout")])
+def test_a_head_that_peft_can_not_tell_from_others(head, others, tmp_path):
     model = Lists()
-    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["re:out"]))
-    assert [p.requires_grad for p in (model.out.weight, model.inner["out"].weight)] == [True, False]
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=[f"re:{head}"]))
     with pytest.raises(
-        ll.UnsupportedError, match=r"out: PEFT goes by ends of names, and would train inner.out in full"
+        ll.UnsupportedError, match=f"{head}: PEFT goes by ends of names, and would take {others} for it"
     ):
         ll.save_adapter(model, tmp_path / "a")
