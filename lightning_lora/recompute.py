@@ -1,6 +1,7 @@
 """Activation checkpointing: blocks keep their inputs only and run again in the backward pass (arXiv:1604.06174)."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -137,6 +138,7 @@ def _in_eval_mode_too(block: Any, patches: Patches) -> None:
         finally:
             block.training = pretending = False
 
+    @functools.wraps(function)
     def run(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(functools.partial(_computed, compute) if pretending else compute, *args, **kwargs)
 
@@ -185,4 +187,4 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     if function is None or not getattr(module, "gradient_checkpointing", False):
         return False
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return bool(getattr(inspect.unwrap(function), "keywords", {}).get("use_reentrant", True))

@@ -436,7 +436,7 @@ TENSORS = {
         lambda folder: retensor(
             folder, lambda v: v.update({(k := next(k for k in v if "lm_head" in k)): v[k][:-1].contiguous()})
         ),
-        r"lm_head.weight is \(60, 32\) in the file, and \(61, 32\) in the model \(resize",
+        r"lm_head.weight is \(60, 32\) in the file, and \(61, 32\) in the model: call model.resize",
     ),
     "head-missing": (
         lambda folder: retensor(folder, lambda v: v.pop(next(k for k in v if "lm_head" in k))),

@@ -313,7 +313,7 @@ def test_what_shares_a_weight_with_a_merged_layer_is_saved_too(name, end, tmp_pa
     for parameter in model.get_submodule(end).lora.parameters():
         nn.init.normal_(parameter, std=0.3)
     expected = logits_of(model)
-    assert torch.equal(expected, logits_of(tied(name))) == end.endswith("shared")  # which nothing calls
+    assert not torch.equal(expected, logits_of(tied(name)))
     merged = ll.merge_and_unload(model)
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path)

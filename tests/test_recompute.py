@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lightning_lora as ll
 from lightning_lora.patches import Patches
-from lightning_lora.recompute import _in_eval_mode_too
+from lightning_lora.recompute import _in_eval_mode_too, checkpoint_activations, let_gradients_through
+from tests.helpers.families import FAMILIES
 
 
 class Block(nn.Module):
@@ -47,3 +49,17 @@ def test_of_older_transformers(training):
     block(x).sum().backward()
     assert len(block.seen) == 4
     torch.testing.assert_close(x.grad, again)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_inputs_need_no_gradients(family):
+    """Only reentrant checkpoints need those, and they cost a backward pass; the hook for them takes tensors alone."""
+    model, patches = FAMILIES[family].make(), Patches()
+    ll.inject(model, ll.LoRAConfig(r=2))
+    checkpoint_activations(model, patches)
+    assert let_gradients_through(model) == {}
+    patches.release()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.disable_input_require_grads()
+    assert let_gradients_through(model).keys() == {""}

@@ -301,7 +301,7 @@ def test_compiled_models_have_their_usual_names():
 def test_mamba_can_be_planned():
     config = tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2)
     found = names(tf.MambaForCausalLM(config))
-    assert {n.rpartition(".")[2] for n in found} == {"in_proj", "x_proj", "out_proj"}
+    assert {n.partition("mixer.")[2] for n in found} == {"in_proj", "x_proj", "out_proj", "dt_proj.weight"}
 
 
 # ---- layers that can't have an adapter ---------------------------------------------------------------------------------
@@ -329,6 +329,29 @@ def test_custom_linears():
     assert plan.skipped["d"] == "SquaredWeight.forward with an adapter would not be its forward with the merged weight"
     with pytest.raises(ll.TargetError, match="c: TupleLinear.forward returns tuple"):
         ll.plan(model, ll.LoRAConfig(target_modules=["c"]))
+
+
+class Fixed(nn.Embedding):
+    """As the positions of Marian: what it is given is a shape."""
+
+    @torch.no_grad()
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]))
+
+
+class FixedInside(nn.Linear):
+    def forward(self, input):
+        with torch.no_grad():
+            return super().forward(input)
+
+
+def test_layers_without_gradients():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": Fixed(8, 8), "c": FixedInside(8, 8)})
+    assert ll.plan(model, ll.LoRAConfig()).skipped == {
+        "c": "FixedInside.forward runs without gradients: an adapter would be dead"
+    }
+    with pytest.raises(ll.TargetError, match="b: Fixed.forward runs without gradients"):
+        ll.plan(model, ll.LoRAConfig(target_modules=["a", "b"]))
 
 
 class OnlyInTraining(nn.Linear):

@@ -82,6 +82,15 @@ class Adapter(nn.Module):
         """The layer may have got another weight: an untouched adapter derives from it again what it needs."""
 
     @abstractmethod
+    def resize(self, before: Tensor, after: Tensor) -> None:
+        """The layer's matrix has more rows or columns at its end, or fewer; for the others all stays as it is.
+
+        Args:
+            before: The matrix as it was.
+            after: The matrix as it is.
+        """
+
+    @abstractmethod
     def merged(self, W: Tensor, rows: slice = slice(None)) -> Tensor:
         """The equation of the variant: the weight that this adapter turns W into.
 

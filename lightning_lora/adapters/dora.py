@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
-from lightning_lora.adapters.low_rank import LowRankAdapter, variant
+from lightning_lora.adapters.low_rank import LowRankAdapter, resized, variant
 from lightning_lora.ops.norms import accumulation_dtype, merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
@@ -73,6 +73,17 @@ class DoRAAdapter(LowRankAdapter):
         self.forget()
         if self.initialised and self.untouched:
             self._take_norms(host.lora_matrix())
+
+    @override
+    @torch.no_grad()
+    def resize(self, before: Tensor, after: Tensor) -> None:
+        """The magnitudes become those with which g is what it was: norms change where rows get longer."""
+        gain = gain_of(self.magnitude, merged_row_norms(before, *self.update(), self.scaling))
+        super().resize(before, after)
+        self.squares = None
+        norms = merged_row_norms(after, *self.update(), self.scaling)
+        self.magnitude.data = (norms * resized(gain, norms.shape, 1.0)).to(self.magnitude)
+        self.magnitude.grad = None
 
     def _take_norms(self, W: Tensor) -> None:
         """The magnitude with which the merged weight is what it is without one; a weight may be packed elsewhere."""

@@ -108,6 +108,16 @@ class LowRankAdapter(Adapter):
         elif self.start_A is None:
             self.start_A, self.start_B = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
 
+    @override
+    @torch.no_grad()
+    def resize(self, before: Tensor, after: Tensor) -> None:
+        self.forget()
+        rows, columns = after.shape
+        for A, B in ((self.A, self.B), (self.start_A, self.start_B)):
+            if A is not None and B is not None:
+                A.data, B.data = resized(A, (self.r, columns)), resized(B, (rows, self.r))
+                A.grad = B.grad = None
+
     def start(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The first factors A₀ and B₀, which are there, in the dtype of a tensor, and where it is."""
         assert self.start_A is not None and self.start_B is not None  # noqa: PT018
@@ -125,6 +135,14 @@ class LowRankAdapter(Adapter):
     def extra_repr(self) -> str:
         shape = "x".join(map(str, (*shape_of(self.B)[:-1], shape_of(self.A)[-1])))
         return f"{shape}, r={self.r}, scaling={self.scaling:g}"
+
+
+def resized(tensor: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """A tensor with more entries at the end of some dimension, or fewer."""
+    new = tensor.new_full(shape, fill)
+    common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, shape, strict=True))
+    new[common] = tensor[common]
+    return new
 
 
 _AdapterT = TypeVar("_AdapterT", bound=type[LowRankAdapter])

@@ -135,6 +135,11 @@ class TokenRows(RowsAdapter):
         self.initialised = True
 
     @override
+    def resize(self, before: Tensor, after: Tensor) -> None:
+        self.places = self.places.new_empty(after.shape[1 if self.by_columns else 0])
+        self._number()
+
+    @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.start = None
@@ -174,6 +179,10 @@ class TiedRows(RowsAdapter):
     @override
     def master(self) -> Tensor:
         return self.origin.master
+
+    @override
+    def resize(self, before: Tensor, after: Tensor) -> None:
+        """The one with the tensors does it."""
 
     @property
     def initialised(self) -> bool:

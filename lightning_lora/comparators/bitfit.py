@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_lora.checks import choice_problems
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.places import feed_forward_inputs, host_of
+from lightning_lora.layers import kind_of
 from lightning_lora.methods.added import Added
 from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
 from lightning_lora.targets.kinds import in_attention, last_part
@@ -97,7 +98,7 @@ def _queries(tree: Mapping[str, Place]) -> dict[str, Place]:
     return {
         name: place
         for name, place in tree.items()
-        if place.kind is not None
+        if kind_of(place.cls) is not None
         and place.module._parameters
         and _QUERY.fullmatch(last_part(name))
         and in_attention(place, tree)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lightning_lora.layers import ReadWeight
 from lightning_lora.methods.method import Place
 from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside, is_pretrained
 
@@ -76,10 +77,15 @@ def _block(place: Place, attention: list[Place], feed_forward: list[Place]) -> B
     for layer in attention:
         groups.setdefault(_attention_around(layer.name, place.name), []).append(layer)
     size = width(attention[0])[1]
-    outputs = [[layer for layer in group if width(layer)[0] == size] for group in groups.values()]
-    ends = [layer for layer in feed_forward if width(layer)[0] == size]
+    outputs = [[layer for layer in group if _gives(layer, size)] for group in groups.values()]
+    ends = [layer for layer in feed_forward if _gives(layer, size)]
     first = [layer for layer in feed_forward if width(layer)[1] == size and width(layer)[0] != size]
     return Block(place, [layers[-1] for layers in outputs if layers], ends[-1] if ends else None, first)
+
+
+def _gives(layer: Place, size: int) -> bool:
+    """Whether a layer is called, and gives so many features: behind one whose weight is read nothing could come."""
+    return width(layer)[0] == size and not isinstance(layer.module, ReadWeight)
 
 
 def _attention_around(name: str, block: str) -> str:

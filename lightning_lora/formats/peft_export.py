@@ -12,7 +12,7 @@ from lightning_lora.formats.peft_names import shortest_patterns, shortest_target
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
 from lightning_lora.formats.peft_parts import ExportedParts
-from lightning_lora.formats.peft_refusals import refusals
+from lightning_lora.formats.peft_refusals import breaks, refusals
 from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.peft_tasks import HEADS, task_of
 from lightning_lora.formats.peft_tokens import ExportedRows
@@ -27,6 +27,7 @@ from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
 PREFIX = "base_model.model."
+_OF_PEFT = ("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 PARTS = ("A", "B", "magnitude")  # in the order of `lora_peft_shapes`
 
 
@@ -83,8 +84,8 @@ class Export:
             cls = original_type(held.layer)
             if kind is None and has_own_forward(cls) and reaches_base_forward(cls) and not _is_known(held.layer):
                 kind = f"in PEFT, what {cls.__name__}.forward does to the product would not be done to the update"
-            if kind is not None:
-                yield f"{name}: {kind}"
+            if (why := kind or breaks(held.node)) is not None:
+                yield f"{name}: {why}"
         yield from parameter_problems(self._nodes, self.config.use_dora)
         yield from self.rows.problems(bool(self.layers or self.parts.whole))
         if is_pretrained(self.root):
@@ -94,6 +95,9 @@ class Export:
         if self._lost:
             yield f"{listing(self._lost, 3)} lie outside of the transformers model: keep them in a checkpoint"
         inside = [key for key in self.in_full if self._saving_module(key) is None and not self._is_bias(key)]
+        for name in self.modules_to_save:
+            if alike := [other for other in self._alike(name, self._short(name)) if other not in self.modules_to_save]:
+                yield f"{name}: PEFT goes by ends of names, and would take {listing(alike, 3)} for it too"
         if inside:
             yield f"{listing(inside, 3)}: single parameters, trained in full; name the module in modules_to_save"
 
@@ -225,11 +229,12 @@ class Export:
         return {key: keys for keys in names.values() if len(keys) > 1 for key in keys}
 
     def _whole_modules(self) -> list[str]:
-        """The outermost modules of which everything is trained in full."""
+        """The outermost modules of which everything is trained in full; PEFT takes no containers for such."""
         own = {name: [f"{name}.{key}" for key, _ in own_parameters(node.module)] for name, node in self.tree.items()}
         in_part = [name for name, keys in own.items() if any(key not in self.in_full for key in keys)]
         owners = {key.rpartition(".")[0] for key in self.in_full if not self._is_bias(key)}
         outer = {name for owner in owners - {""} for name in ancestors(owner)}
+        outer = {name for name in outer if not issubclass(self.tree[name].cls, (nn.ModuleList, nn.ModuleDict))}
         whole = [name for name in outer if not any(n == name or is_inside(n, name) for n in in_part)]
         return sorted(name for name in whole if not any(is_inside(name, other) for other in whole))
 
@@ -244,10 +249,14 @@ class Export:
 
     def _short(self, name: str) -> str:
         """The shortest end of a module's name that no other module's name has, as PEFT compares them."""
-        others = [other for other in self.tree if other != name and not is_inside(other, name)]
         parts = name.split(".")
         ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        return next((end for end in ends if not any(other.endswith(end) for other in others)), name)
+        return next((end for end in ends if not self._alike(name, end)), name)
+
+    def _alike(self, name: str, end: str) -> list[str]:
+        """Other modules whose names have an end, those of PEFT's own layers too."""
+        others = [other for other in (*self.tree, *_OF_PEFT) if other != name and not is_inside(other, name)]
+        return [other for other in others if other.endswith(end)]
 
 
 def _is_known(layer: nn.Module) -> bool:

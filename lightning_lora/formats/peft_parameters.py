@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import UnsupportedError, listing
+from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
+from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node
 
 _INNER = "base_layer"
@@ -24,6 +25,7 @@ _TWICE = (
     "PEFT adds the update of the output projection of an nn.MultiheadAttention twice (0.21.2), so that no folder means "
     "the same to both: keep it in a checkpoint, or merge it"
 )
+_UNHEARD = "the layer is never called, and in PEFT an adapter on it does nothing"
 
 
 def peft_modules(layers: Mapping[str, Node]) -> dict[str, str]:
@@ -47,6 +49,8 @@ def problems(layers: Mapping[str, Node], use_dora: bool) -> Iterator[str]:
         name for name, node in read.items() if isinstance(node.parents[0], nn.MultiheadAttention) and _is_out(name)
     ]:
         yield f"{listing(twice, 3)}: {_TWICE}"
+    if unheard := [name for name, node in read.items() if _is_of_a_layer(node.module) and name not in twice]:
+        yield f"{listing(unheard, 3)}: {_UNHEARD}: keep it in a checkpoint, or merge it"
     if own := [name for name in read if "." not in name]:
         yield f"{listing(own, 3)}: PEFT has no adapters on parameters of the model itself"
 
@@ -92,17 +96,26 @@ def _other(part: str) -> str:
 
 
 def with_parameters(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter:
-    """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules."""
+    """An adapter of a PEFT folder with the names of parameters in place of PEFT's wrappers around their modules.
+
+    Adapters on layers that are never called (WavLM's projections, T5's ``shared``) do nothing in PEFT: they are left
+    out.
+
+    Raises:
+        CheckpointError: If there are no others.
+    """
     if stored.layout != "peft":
         return stored
-    by_name = {name: node.module for node in tree.values() for name in node.names}
-    named = _named(stored, {name: [*module._parameters] for name, module in by_name.items()})
+    by_name = {name: node for node in tree.values() for name in node.names}
+    modules = {name: node.module for name, node in by_name.items()}
+    named = _named(stored, {name: [*module._parameters] for name, module in modules.items()})
     for name in named.layers:
-        if isinstance(by_name.get(name), nn.MultiheadAttention):
+        if isinstance(modules.get(name), nn.MultiheadAttention):
             raise UnsupportedError(f"{stored.source}: {name}: {_TWICE}")
+    named = _heard(named, by_name)
     if not is_older(stored):
         return named
-    owners = {name: by_name.get(name.rpartition(".")[0]) for name in named.layers}
+    owners = {name: modules.get(name.rpartition(".")[0]) for name in named.layers}
     return replace(named, layers={name: as_of_today(name, layer, owners[name]) for name, layer in named.layers.items()})
 
 
@@ -146,6 +159,22 @@ def _named(stored: StoredAdapter, parameters: Mapping[str, list[str]]) -> Stored
     return replace(stored, layers=layers)
 
 
+def _heard(stored: StoredAdapter, by_name: Mapping[str, Node]) -> StoredAdapter:
+    """Without adapters on layers that are never called."""
+    unheard = [
+        name
+        for name, layer in stored.layers.items()
+        if name in by_name and not layer.is_rows and is_never_called(by_name[name])
+    ]
+    if not unheard:
+        return stored
+    note = f"{listing(unheard, 3)}: {_UNHEARD}"
+    if len(unheard) == len(stored.layers):
+        raise CheckpointError(f"{stored.source} has nothing else: {note}")
+    layers = {name: layer for name, layer in stored.layers.items() if name not in unheard}
+    return replace(stored, layers=layers, notes=[*stored.notes, f"{stored.source}: {note}: left out"])
+
+
 def _scale(stored: StoredAdapter, patterns: PeftNames, name: str) -> tuple[int, float]:
     """Rank and alpha of an adapter on a parameter."""
     r = patterns.value(stored.fields.get("rank_pattern") or {}, name, stored.fields["r"])
@@ -178,6 +207,12 @@ def _unwrapped(name: str) -> tuple[str, int]:
     while name.endswith(f".{_INNER}"):
         name, depth = name.removesuffix(f".{_INNER}"), depth + 1
     return name, depth
+
+
+def _is_of_a_layer(site: Any) -> bool:
+    """Whether it is the weight of a layer below the module that reads it."""
+    reader, holder, _ = site.lora_place
+    return reader is not holder
 
 
 def _is_out(name: str) -> bool:

@@ -1,9 +1,13 @@
-"""Architectures on which PEFT refuses layers, or takes them for others."""
+"""Architectures on which PEFT refuses layers, takes them for others, or breaks."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.errors import listing
+from lightning_lora.layers import asked_of, original_type
+from lightning_lora.targets.walk import Node
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_IN_MAMBA = {"out_proj", "conv1d"}
@@ -26,6 +30,19 @@ def refusals(root: Any, layers: Collection[str]) -> Iterator[str]:
         yield f"{listing(odd, 3)}: PEFT refuses such layers of a {kind} model, which its fast kernels read"
     if (taken := _OF_EXPERTS.get(_conversion(kind))) and (odd := [name for name in layers if _last(name) in taken]):
         yield f"{listing(odd, 3)}: PEFT takes such layers of a {kind} model for its experts"
+
+
+_WRAPPERS_HAVE = {*dir(nn.Module()), "weight", "bias", "in_features", "out_features"}
+
+
+def breaks(node: Node) -> str | None:
+    """That a model could not run with PEFT's wrapper around a layer, which lacks what the module around it asks for."""
+    for parent in node.parents:
+        cls: Any = original_type(parent)
+        asked = {a for key, of in asked_of(cls).items() if parent._modules.get(key) is node.module for a in of}
+        if lacking := sorted(asked - _WRAPPERS_HAVE):
+            return f"{cls.__name__} asks for its {listing(lacking)}, which PEFT's wrapper around it does not have"
+    return None
 
 
 def _conversion(kind: str | None) -> str:

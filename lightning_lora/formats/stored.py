@@ -81,6 +81,7 @@ class StoredAdapter:
         layout: Whether tensors have PEFT's shapes ("peft") or those of `Adapter` ("own").
         fields: The configuration in the file, as it stands there.
         entry: What else we wrote beside the tensors of a PEFT folder.
+        notes: What who loads it should know.
     """
 
     source: str
@@ -97,6 +98,7 @@ class StoredAdapter:
     layout: str = "own"
     fields: dict[str, Any] = field(default_factory=dict)
     entry: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def trained(self) -> set[str]:

@@ -5,7 +5,8 @@ from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part, parts
-from lightning_lora.layers.read import Reading, ReadWeight, read_weights, readable
+from lightning_lora.layers.read import Reading, ReadWeight, read_layers, read_weights, readable
+from lightning_lora.layers.reading import asked_of, is_without_gradients, leaves_alone, weights_read
 from lightning_lora.layers.registry import (
     has_own_forward,
     kind_of,
@@ -36,13 +37,16 @@ __all__ = [
     "ReadWeight",
     "Reading",
     "arrange",
+    "asked_of",
     "attach",
     "base_modules",
     "detach",
     "has_own_forward",
+    "is_without_gradients",
     "kind_of",
     "kind_of_layer",
     "layouts",
+    "leaves_alone",
     "lock_statistics",
     "lora_class",
     "lora_layers",
@@ -50,10 +54,12 @@ __all__ = [
     "original_type",
     "parts",
     "reaches_base_forward",
+    "read_layers",
     "read_weights",
     "readable",
     "rebase",
     "registered_base",
     "undressed",
     "unlock_statistics",
+    "weights_read",
 ]

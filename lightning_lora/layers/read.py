@@ -15,7 +15,8 @@ from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers.base import Base, LoRALayer, Mixture
 from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.lazy import lazily
-from lightning_lora.layers.registry import adapts
+from lightning_lora.layers.reading import weights_read
+from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.marks import MERGED
 from lightning_lora.ops.stacks import add_product
 
@@ -66,6 +67,9 @@ class ReadWeight(nn.Module):
 
 class ReadLinear(ReadWeight):
     """One that is the weight of a dense linear map, so that "all-linear" means it."""
+
+
+_STANDS_FOR: dict[Any, type[ReadWeight]] = {nn.Linear: ReadLinear, nn.Embedding: ReadWeight}
 
 
 @adapts(f"{__name__}.ReadWeight")
@@ -224,17 +228,28 @@ def uninstall(site: "ReadWeight | Part") -> bool:
 
 
 def readable(module: nn.Module) -> list[ReadWeight]:
-    """The projections of an nn.MultiheadAttention, whose forward reads them and calls nothing."""
-    if not isinstance(module, nn.MultiheadAttention):
-        return []
+    """What stands for the weights that a module reads, and of whose layers it calls none."""
     keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    own: list[ReadWeight] = [
-        ReadLinear(module, module, key, key) for key in keys if module._parameters.get(key) is not None
+    own = keys if isinstance(module, nn.MultiheadAttention) else ()
+    sites: list[ReadWeight] = [
+        ReadLinear(module, module, key, key) for key in own if module._parameters.get(key) is not None
     ]
-    out: Any = module.out_proj
-    return (
-        own if out._parameters.get("weight") is None else [*own, ReadLinear(module, out, "weight", "out_proj.weight")]
-    )
+    for name, kind in read_layers(module).items():
+        layer: Any = module._modules[name]
+        sites.append(kind(module, layer, "weight", f"{name}.weight"))
+    return sites
+
+
+def read_layers(module: nn.Module) -> dict[str, type[ReadWeight]]:
+    """The children of a module whose weight it reads with gradients, and never calls; what stands for such a weight."""
+    found = {}
+    plain: Any = getattr(type(module), "lora_plain_class", type(module))
+    for name, with_gradients in weights_read(plain).items() if module._modules else ():
+        layer = module._modules.get(name)
+        if with_gradients and layer is not None and layer._parameters.get("weight") is not None:
+            if (kind := _STANDS_FOR.get(registered_base(type(layer)))) is not None:
+                found[name] = kind
+    return found
 
 
 def _put(holder: nn.Module, key: str, value: Tensor) -> None:

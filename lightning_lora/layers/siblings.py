@@ -7,7 +7,6 @@ that is called computes the others' outputs too, and these take theirs if they a
 
 import ast
 import inspect
-import textwrap
 import threading
 from functools import cache
 from typing import Any
@@ -17,6 +16,9 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.encoders import keep_to_layers
+from lightning_lora.layers.reading import used_beside_forward
+from lightning_lora.layers.source import syntax_of
+from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _APART = "_lora_apart"  # on a module whose layers were not called as its source says
@@ -66,10 +68,20 @@ class Scope:
         self._input, self._outputs = None, {}
 
     def _give_up(self) -> None:
-        """Outputs that nobody took were computed for nothing: from now on each layer computes its own."""
+        """Outputs that nobody took were computed for nothing: from now on each layer computes its own.
+
+        Not where this call may be run again: an activation checkpoint has to find the same operations then.
+        """
         if self._outputs:
-            vars(self._parent)[_APART] = True
+            if not _may_run_again():
+                vars(self._parent)[_APART] = True
             self._outputs, self._groups = {}, ()
+
+
+def _may_run_again() -> bool:
+    """Whether what is saved for the backward pass goes through hooks, as in a checkpoint."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    return hooks(False) is not None
 
 
 def scope() -> Scope | None:
@@ -81,10 +93,12 @@ def scope() -> Scope | None:
 def arrange(model: nn.Module) -> None:
     """Hooks the modules of a model that call several layers with adapters with the same input, and no others.
 
-    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`).
+    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`), and models that can resize their token
+    tables (`lightning_lora.layers.tables`).
     """
     for module in model.modules():
         keep_to_layers(module)
+        keep_tables(module)
         wanted = not isinstance(module, LoRALayer) and bool(_groups(module))
         if wanted and _KEY not in module._forward_pre_hooks:
             module._forward_pre_hooks[_KEY] = _enter
@@ -100,7 +114,8 @@ def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     adapted = [name for name, child in module._modules.items() if isinstance(child, LoRALayer)]
     if len(adapted) < 2:
         return ()
-    found = [tuple(name for name in names if name in adapted) for names in called_alike(type(module))]
+    cls: Any = type(module)
+    found = [tuple(name for name in names if name in adapted) for names in called_alike(cls)]
     return tuple(names for names in found if len(names) > 1)
 
 
@@ -121,19 +136,21 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop().close(broken_off=output is None)
 
 
-def called_alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """Names of attributes that the forward of a class calls with the same variable, in groups."""
-    return _called_alike(inspect.unwrap(cls.forward))
+@cache
+def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
+    """Names of attributes that the forward of a class calls with the same variable, in groups.
+
+    What another method uses too is in none: the keys' layer of DeBERTa is called once more, with positions.
+    """
+    elsewhere, found = used_beside_forward(cls), _called_alike(inspect.unwrap(cls.forward))
+    groups = ([name for name in names if name not in elsewhere] for names in found)
+    return tuple(tuple(names) for names in groups if len(names) > 1)
 
 
 @cache
 def _called_alike(forward: Any) -> tuple[tuple[str, ...], ...]:
-    try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
+    if (function := syntax_of(forward)) is None:
         return ()  # there is no source: each layer computes its own
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
-        return ()
     calls = _Calls(function.args.args[0].arg)
     for statement in function.body:
         calls.visit(statement)

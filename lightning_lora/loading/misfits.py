@@ -15,12 +15,14 @@ from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of, values_of
 from lightning_lora.layers import LoRALayer, kind_of_layer, original_type
+from lightning_lora.loading.heads import head_hint, size_hint
 from lightning_lora.loading.missing import missing
 from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
 from lightning_lora.targets.tokens import tied_tables
+from lightning_lora.targets.uncalled import tied_to
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -100,6 +102,8 @@ class Misfits:
         if layer.is_rows:
             yield from self._of_rows(node, layer)
             return
+        if (why := tied_to(node)) is not None:
+            yield why
         wanted = {"A", "B", "magnitude"} if self.stored.options["use_dora"] else {"A", "B"}
         wanted |= {"start_A", "start_B"} if "start_A" in layer.tensors else set()
         if layer.tensors.keys() != wanted:
@@ -152,11 +156,14 @@ class Misfits:
 
     def _in_full(self) -> Iterator[str]:
         own = self.own_tensors
+        if lacking := [key for key in self.stored.in_full if key not in own]:
+            hint = head_hint(self.stored, self.tree, lacking)
+            yield f"the model has no {listing(lacking, 3)}, which the file has in full: {hint}"
         for key, tensor in self.stored.in_full.items():
             if key not in own:
-                yield f"the model has no {key}, which the file has in full.{did_you_mean(key, own)}"
-            elif own[key].shape != tensor.shape:
-                hint = " (resize the embeddings first)" if len(tensor.shape) == 2 else ""
+                continue
+            if own[key].shape != tensor.shape:
+                hint = size_hint(self.tree, own[key], tensor.shape)
                 yield f"{key} is {tensor.shape} in the file, and {tuple(own[key].shape)} in the model{hint}"
             elif tensor.dtype != own[key].dtype and not (
                 tensor.dtype in FLOATS.values() and own[key].is_floating_point()

@@ -8,6 +8,7 @@ from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import suffixes
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import kind_of_layer
+from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node, own_parameters
 
 Tree = Mapping[str, Node]
@@ -45,7 +46,8 @@ def missing(
 def _layers(stored: StoredAdapter, tree: Tree) -> Iterator[str]:
     assert stored.is_target is not None
     for name, node in tree.items():
-        if name and kind_of_layer(node.module) is not None and stored.is_target(stored.whole_name(name)):
+        is_layer = kind_of_layer(node.module) is not None and not is_never_called(node)
+        if name and is_layer and stored.is_target(stored.whole_name(name)):
             yield name
 
 

@@ -58,7 +58,8 @@ def place(
     prefix, root, stored = _root_of(model, stored)
     misfits = Misfits(root, stored, adapter_name)
     raise_all(CheckpointError, misfits.problems(), stored.source)
-    notes = [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
+    notes = [*stored.notes]
+    notes += [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
     in_full = {key: tensor.read() for key, tensor in stored.in_full.items()}
     raise_all(CheckpointError, _absorbed_problems(values, misfits), stored.source)

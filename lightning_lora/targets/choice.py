@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
-from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight
+from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight, read_layers
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside
 from lightning_lora.targets.parameters import chosen_parameters
@@ -89,7 +89,7 @@ def _split(patterns: Patterns) -> tuple[set[str], list[Pattern]]:
 
 
 def _read_parts(node: Node, tree: dict[str, Node]) -> list[Node]:
-    """Of an attention that reads its projections, and of a projection that it reads, what stands for these."""
+    """Of an attention that reads its projections, and of a layer whose weight is read, what stands for these."""
     if node.kind is not None or not (isinstance(node.module, nn.MultiheadAttention) or _is_read(node)):
         return [node]
     return [part for part in tree.values() if is_inside(part.name, node.name) and isinstance(part.module, ReadWeight)]
@@ -112,7 +112,7 @@ def _half(chosen: list[Node]) -> list[str]:
 
 
 def _is_read(node: Node) -> bool:
-    return any(isinstance(parent, nn.MultiheadAttention) for parent in node.parents)
+    return any(parent._modules.get(key) is node.module for parent in node.parents for key in read_layers(parent))
 
 
 def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:

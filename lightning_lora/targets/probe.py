@@ -1,7 +1,6 @@
 """Whether a layer can have an adapter, and whether an adapter on it would do what its equation says."""
 
 import copy
-import re
 from typing import Any, cast
 
 import torch
@@ -19,18 +18,21 @@ from lightning_lora.layers import (
     attach,
     detach,
     has_own_forward,
+    is_without_gradients,
     kind_of,
     original_type,
     reaches_base_forward,
     registered_base,
 )
 from lightning_lora.quantization import is_quantized
+from lightning_lora.targets.uncalled import read_instead, tied_to
 from lightning_lora.targets.walk import Node
 
 TOLERANCE = 0.02  # of the update's norm: layers may round to bfloat16
 ROWS = 8  # of an embedding that is tried
 
 _GAINED = frozenset(GAINED)
+_BLIND = "{}.forward runs without gradients: an adapter would be dead"
 
 
 class Probe:
@@ -47,7 +49,11 @@ class Probe:
         self._untried: dict[type, str | None] = {}
 
     def obstacle(self, node: Node) -> str | None:
-        """Why this layer cannot have an adapter; None when it can."""
+        """Why an adapter on this layer would be wrong or dead; None when nothing is known to speak against it."""
+        return self.unfit(node) or tied_to(node)
+
+    def unfit(self, node: Node) -> str | None:
+        """Why this layer cannot have an adapter of any kind; None when it can."""
         layer, cls = node.module, node.cls
         if isinstance(layer, ReadWeight):
             return _reader_problem(layer)
@@ -97,7 +103,8 @@ class Probe:
             wrong = untried = None
             if has_own_forward(cls) and not is_lazy(cast(Tensor, layer.weight)):
                 try:
-                    wrong = _difference(layer, cls, self._config)
+                    wrong = _BLIND.format(cls.__name__) if is_without_gradients(cls.forward) else None
+                    wrong = wrong or _difference(layer, cls, self._config)
                 except Exception as error:  # whatever a user's forward may raise on a tensor that it is not made for
                     untried = f"{cls.__name__}.forward could not be tried on a small tensor ({_in_a_line(error)})"
             self._wrong[cls], self._untried[cls] = wrong, untried
@@ -105,9 +112,8 @@ class Probe:
 
 def bypass(node: Node) -> str | None:
     """What keeps calls of this layer from reaching an adapter; None when nothing is known to."""
-    readers = [type(parent).__name__ for parent in node.parents if _reads(parent, node.name.rpartition(".")[2])]
-    if readers and not isinstance(node.module, ReadWeight):
-        return f"{readers[0]} reads this weight and never calls the layer: an adapter would be dead"
+    if (why := read_instead(node)) is not None:
+        return why
     if node.kind is None:
         return f"{node.cls.__name__} is no layer type that can have an adapter"
     if "forward" in vars(node.module):
@@ -143,16 +149,6 @@ def weight_problem(node: Node) -> str | None:
     return None
 
 
-def _reads(parent: nn.Module, child: str) -> bool:
-    """Whether a module uses a child's weight without calling the child.
-
-    Told by name where that is certain; others show in the first training step.
-    """
-    return isinstance(parent, nn.MultiheadAttention) or (
-        child == "dt_proj" and re.search("Mamba.*Mixer", type(parent).__name__) is not None
-    )
-
-
 @torch.no_grad()
 def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> str | None:
     """Compares the forward with an adapter and the forward with the merged weight, on a copy with random values."""
@@ -175,6 +171,9 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
         attach(probe, "probe", adapter)
         merged = torch.empty_like(probe.weight)
         probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix()))
+        with torch.enable_grad():
+            if not type(probe).forward(probe, inputs[0]).requires_grad:
+                return _BLIND.format(cls.__name__)
         adapted = _outputs(probe, inputs)
         detach(probe, "probe")
         probe._parameters["weight"] = nn.Parameter(merged, requires_grad=False)

@@ -104,7 +104,7 @@ def _obstacle(node: Node, probe: Probe, taken: list[Node], in_full: set[str]) ->
         return "is in target_modules too: choose one"
     if any(f"{name}.weight".startswith(f"{outer}.") for name in node.names for outer in in_full):
         return "is trained in full (modules_to_save): choose one"
-    if (why := probe.obstacle(node) or weight_problem(node)) is not None:
+    if (why := probe.unfit(node) or weight_problem(node)) is not None:
         return f"can't have rows of its own: {why}"
     return None
 

@@ -13,6 +13,7 @@ from lightning_lora.layers import (
     layouts,
     original_type,
     parts,
+    read_layers,
     read_weights,
     readable,
 )
@@ -54,27 +55,25 @@ def nodes(model: nn.Module) -> dict[str, Node]:
     kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
     virtual: dict[tuple[int, str], ReadWeight | Part] = {}
 
-    def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...]) -> None:
+    def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...], is_read: bool = False) -> None:
         module = unwrapped(module)
         if (node := found.get(id(module))) is None:
             if (cls := original_type(module)) not in kinds:
                 kinds[cls] = kind_of(cls)
-            is_read = bool(above) and isinstance(above[-1], nn.MultiheadAttention)  # and never called
-            kind = None if is_read and not isinstance(module, ReadWeight) else kinds[cls]
-            node = found[id(module)] = Node(name, module, cls, kind)
+            node = found[id(module)] = Node(name, module, cls, None if is_read else kinds[cls])
         elif name != node.name and name not in node.aliases:
             node.aliases.append(name)
         if above and not any(above[-1] is known for known in node.parents):
             node.parents.append(above[-1])
-        above = (*above, module)
+        above, read = (*above, module), read_layers(module)
+        for site in _sites(node, above, virtual):
+            outer = prefix if isinstance(site, ReadWeight) else f"{name}."
+            visit(site, f"{outer}{site.lora_name}".lstrip("."), "", above)
         for key, child in module._modules.items():
             is_adapter = key in (CHILD, KEY) or (key == "lora" and isinstance(module, LoRALayer))
             if child is not None and not is_adapter and not any(child is outer for outer in above):
                 below = f"{prefix}{key}."
-                visit(child, prefix + key, clean(below) if key.startswith("_") else below, above)
-        for site in _sites(node, above, virtual):
-            outer = prefix if isinstance(site, ReadWeight) else f"{name}."
-            visit(site, f"{outer}{site.lora_name}".lstrip("."), "", above)
+                visit(child, prefix + key, clean(below) if key.startswith("_") else below, above, key in read)
 
     visit(model, "", "", ())
     return {node.name: node for node in found.values()}

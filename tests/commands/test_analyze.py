@@ -48,7 +48,7 @@ def assert_same(found: dict, expected: ll.Analysis, prefix: str = "") -> None:
         ("llama", {"init_lora_weights": "pissa"}),
         ("qwen2-tied", {"target_modules": ["embed_tokens", "o_proj"]}),
         ("gpt2", {"target_modules": ["wte", "c_attn"], "use_dora": True}),
-        ("whisper", {"target_modules": ["conv1", "q_proj"], "use_dora": True}),
+        ("vit", {"target_modules": ["projection", "q_proj"], "use_dora": True, "modules_to_save": None}),
         ("bert", {}),
     ],
 )

@@ -32,7 +32,11 @@ KINDS = {
     "head": ("bert", [{"modules_to_save": ["classifier"]}, {"target_modules": ["query"], "modules_to_save": None}], []),
     "gpt2-conv1d": ("gpt2", [{}, {}], []),
     "biases": ("opt", [{"bias": "all"}, {}], []),
-    "convolutions": ("whisper", [{"target_modules": ["conv1", "q_proj"]}, {}], ["--method", "svd", "--rank", "4"]),
+    "convolutions": (
+        "vit",
+        [{"target_modules": ["projection", "q_proj"]}, {"modules_to_save": None}],
+        ["--method", "svd", "--rank", "4"],
+    ),
     "tied": ("qwen2-tied", [{}, {"target_modules": ["embed_tokens"]}], []),
 }
 WEIGHTS = {"one": 0.7, "two": -0.3, "three": 1.5}

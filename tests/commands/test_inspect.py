@@ -55,7 +55,7 @@ def assert_describes(found: dict, model: torch.nn.Module, prefix: str = "") -> N
         ("llama", {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}}),
         ("llama", {"init_lora_weights": "pissa"}),
         ("gpt2", {"target_modules": ["wte", "c_attn"]}),
-        ("whisper", {"target_modules": ["conv1", "q_proj"], "use_dora": True}),
+        ("vit", {"target_modules": ["projection", "q_proj"], "use_dora": True, "modules_to_save": None}),
         ("bert", {}),
     ],
 )

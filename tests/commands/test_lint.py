@@ -62,8 +62,8 @@ CASES = {
     ),
     "vllm-convolution": (
         "vllm",
-        {"family": "whisper", "target_modules": ["conv1", "q_proj"]},
-        ["model.encoder.conv1: adapters on convolutions are refused"],
+        {"family": "vit", "target_modules": ["projection", "q_proj"], "modules_to_save": None},
+        ["vit.embeddings.patch_embeddings.projection: adapters on convolutions are refused"],
     ),
     "llama.cpp-dora": ("llama.cpp", {"use_dora": True}, ["it knows no DoRA"]),
     "llama.cpp-in-full": (
@@ -81,7 +81,7 @@ CASES = {
     "llama.cpp-gpt2": ("llama.cpp", {"family": "gpt2"}, ["it transposes the factors of GPT-2's Conv1D"]),
     "llama.cpp-convolution": (
         "llama.cpp",
-        {"family": "whisper", "target_modules": ["conv1", "q_proj"]},
+        {"family": "vit", "target_modules": ["projection", "q_proj"], "modules_to_save": None},
         ["the converter takes factors of two dimensions only"],
     ),
     "transformers-dora": ("transformers", {"use_dora": True}, []),

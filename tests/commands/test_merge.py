@@ -37,8 +37,8 @@ KINDS = {
     "bert-head-dora": ("bert", {"use_dora": True}),
     "other-names-in-files": ("mixtral", {}),
     "other-names-in-vit": ("vit", {}),
-    "convolutions": ("whisper", {"target_modules": ["conv1", "conv2", "q_proj"]}),
-    "convolutions-dora": ("whisper", {"target_modules": ["conv1", "q_proj"], "use_dora": True}),
+    "convolutions": ("vit", {"target_modules": ["projection", "q_proj"]}),
+    "convolutions-dora": ("vit", {"target_modules": ["projection", "q_proj"], "use_dora": True}),
 }
 
 

@@ -7,9 +7,18 @@ import pytest
 import torch
 import transformers as tf
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.comparators import BitFit, Bottleneck, PrefixTuning, PrefixTuningConfig, PromptTuning
+from lightning_lora.comparators import (
+    BitFit,
+    BitFitConfig,
+    Bottleneck,
+    BottleneckConfig,
+    PrefixTuning,
+    PrefixTuningConfig,
+    PromptTuning,
+)
 from lightning_lora.methods.added import added_modules
 from tests.comparators.methods import NEUTRAL, VIRTUAL, Lit, batch, frozen, stirred
 from tests.helpers.modules import Wrapped, one_batch, trainer
@@ -136,3 +145,21 @@ def test_a_model_on_the_meta_device_waits_for_its_values():
     (found,) = added_modules(model)
     assert found.module.embedding.any()
     assert model(**batch("llama")).logits.isfinite().all()
+
+
+def test_layers_that_are_never_called():
+    """Nothing can come behind the output of an attention that reads its projections; a bias can be read as well."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    with pytest.raises(
+        ll.TargetError, match=r"layers.0, layers.1: no layer is seen that gives the output of attention"
+    ):
+        ll.inject(encoder, BottleneckConfig(reduction_factor=4))
+    plan = ll.inject(encoder, BottleneckConfig(reduction_factor=4, placement="pfeiffer"))
+    assert plan.trainable_parameters == sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.WavLMModel(tf.WavLMConfig(**sizes, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2))
+    found = ll.plan(model, BitFitConfig(bias="query_mlp")).modules_to_save
+    assert [saved.name for saved in found] == [
+        "encoder.layers.0.attention.q_proj.bias",
+        "encoder.layers.0.feed_forward.intermediate_dense.bias",
+    ]

@@ -165,6 +165,20 @@ def test_what_peft_would_compute_otherwise_is_refused(tmp_path, name, why):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "why"), [("conv2", "its stride"), ("encoder.embed_positions", "its num_embeddings")]
+)
+def test_what_a_model_asks_of_its_layers_peft_does_not_have(target, why, tmp_path):
+    """Whisper asks its convolutions for their strides: with PEFT's wrappers around them it can't run."""
+    family = FAMILIES["whisper"]
+    model = trained(family.make(), target_modules=[target, "q_proj"])
+    with pytest.raises(ll.UnsupportedError, match=f"{target}: WhisperEncoder asks for {why}, which PEFT's wrapper"):
+        ll.save_adapter(model, tmp_path / "a")
+    twin = get_peft_model(family.make(), LoraConfig(target_modules=[target]))
+    with pytest.raises(AttributeError, match=why.rpartition(" ")[2]):
+        twin(**family.batch(model))
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_peft_started_with_a_part_of_the_weight(tmp_path, init):
     """PEFT decomposes the weight again when it loads such a folder; so do we, and W stays what it is."""

@@ -232,6 +232,84 @@ def test_an_attention_that_peft_adapted_is_refused(tmp_path):
         ll.load_adapter(Net(), tmp_path)
 
 
+def wavlm():
+    """Its attention reads the weights of its projections, and never calls them."""
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, conv_dim=(16,),
+        conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, layerdrop=0.0, apply_spec_augment=False,
+    )  # fmt: skip
+    return transformers.WavLMModel(config).eval()
+
+
+SOUND = torch.randn(2, 200, generator=torch.Generator().manual_seed(3))
+
+
+def test_layers_that_are_read_are_no_layers_to_peft(tmp_path):
+    model = wavlm()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q_proj", "output_dense"]))
+    with pytest.raises(
+        ll.UnsupportedError, match=r"q_proj.weight: the layer is never called, and in PEFT .* nothing: keep it"
+    ):
+        ll.save_adapter(model, tmp_path / "ours")
+
+    theirs = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "output_dense"]))
+    noise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = wavlm()
+    with pytest.warns(UserWarning, match=r"q_proj: the layer is never called, .* does nothing: left out"):
+        ll.load_adapter(again, tmp_path / "theirs")
+    with torch.no_grad():
+        out = again(SOUND).last_hidden_state
+        torch.testing.assert_close(out, theirs(SOUND).last_hidden_state)
+        assert (out - wavlm()(SOUND).last_hidden_state).abs().max() > 1e-3
+    wavlm().save_pretrained(tmp_path / "base")
+    merge_files(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
+    with torch.no_grad():
+        merged = transformers.WavLMModel.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(SOUND).last_hidden_state, out, rtol=1e-4, atol=1e-5)
+
+    theirs = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "nothing")
+    with pytest.raises(ll.CheckpointError, match="has nothing else: .*q_proj: the layer is never called"):
+        ll.load_adapter(wavlm(), tmp_path / "nothing")
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def test_the_table_that_others_are_tied_to(tmp_path):
+    """T5's ``shared`` is no layer that is called: an adapter on it is refused here, and does nothing in PEFT."""
+    for targets in (["shared"], ["shared", "q"]):
+        with pytest.raises(
+            ll.TargetError,
+            match=r"'shared' matches nothing .*T5ForConditionalGeneration never calls it: .*"
+            r"name encoder.embed_tokens, decoder.embed_tokens, which",
+        ):
+            ll.plan(t5(), ll.LoRAConfig(target_modules=targets))
+    theirs = peft.get_peft_model(t5(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["shared", "q"]))
+    noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = t5()
+    with pytest.warns(UserWarning, match="shared: the layer is never called, .* does nothing: left out"):
+        ll.load_adapter(model, tmp_path)
+    batch = {"input_ids": IDS, "labels": IDS}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, theirs(**batch).logits)
+        model = t5()
+        plan = ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], trainable_token_indices=[3]))
+        assert [target.name for target in plan.targets if target.tokens] == [
+            "shared",
+            "encoder.embed_tokens",
+            "decoder.embed_tokens",
+            "lm_head",
+        ]
+
+
 def test_inspect_tells_the_norms_of_experts(tmp_path):
     model = build("mixtral")
     ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[]))

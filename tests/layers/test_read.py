@@ -28,6 +28,20 @@ class Table(nn.Module):
         return F.linear(x, self.table) + x @ self.table[:2].T.sum(1, keepdim=True)
 
 
+class Reads(nn.Module):
+    """One that reads the weights of layers, by way of a method, and calls none of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.table, self.other = nn.Linear(16, 12), nn.Embedding(6, 12, padding_idx=0), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.other(F.linear(x, self.proj.weight, self.proj.bias) @ self.positions().T)
+
+    def positions(self):
+        return self.table.weight if self.table is not None else None
+
+
 def lstm(m):
     return m(X)[0]
 
@@ -58,6 +72,7 @@ CASES = {
     "cell": (lambda: nn.GRUCell(16, 8), {"target_parameters": "weight_[ih]h"}, lambda m: m(X[:, 0], X[:, 1, :8])),
     "bilinear": (lambda: nn.Bilinear(16, 16, 4), {"target_parameters": ["weight"]}, lambda m: m(X, X)),
     "own": (Table, {"target_parameters": ["table"]}, lambda m: m(X)),
+    "layers": (Reads, {"target_modules": ["all-linear", "table"]}, lambda m: m(X)),
 }
 
 
@@ -151,7 +166,7 @@ def test_the_padding_mask_of_an_encoder_in_eval_mode():
     torch.testing.assert_close(found[:, :4], expected[:, :4])
 
 
-@pytest.mark.parametrize("case", ["attention", "lstm", "own"])
+@pytest.mark.parametrize("case", ["attention", "lstm", "own", "layers"])
 def test_a_checkpoint_of_the_base_loads_and_is_followed(case):
     model, call = adapted(case, dora=True, noise=0)
     torch.manual_seed(7)
@@ -164,7 +179,7 @@ def test_a_checkpoint_of_the_base_loads_and_is_followed(case):
         model.load_state_dict(other.state_dict(), strict=False)
 
 
-@pytest.mark.parametrize("case", ["attention", "encoder", "own"])
+@pytest.mark.parametrize("case", ["attention", "encoder", "own", "layers"])
 def test_compiles_without_graph_breaks(case):
     model, call = adapted(case)
     expected = call(model)
@@ -235,6 +250,13 @@ def test_a_trainer_trains_resumes_and_reloads(tmp_path):
     x = torch.randn(4, 16)
     torch.testing.assert_close(other.net(x), whole.net.eval()(x))
     assert ll.adapters(other)["default"].target_parameters == ["net.lstm.weight_hh_l0", "net.lstm.weight_ih_l0"]
+
+
+def test_layers_that_are_read_are_named_as_layers():
+    found = [
+        (t.name, t.type, t.shape) for t in ll.plan(Reads(), ll.LoRAConfig(target_modules=["proj", "table"])).targets
+    ]
+    assert found == [("proj.weight", "Linear", (12, 16)), ("table.weight", "Embedding", (6, 12))]
 
 
 def test_several_adapters_switch_and_mix():

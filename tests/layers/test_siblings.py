@@ -96,6 +96,11 @@ def test_what_the_source_says():
     assert called_alike(nn.Linear) == ()
 
 
+def test_what_another_method_calls_too_is_computed_alone():
+    assert called_alike(Hidden) == (("q", "k", "v"),)
+    assert called_alike(Positions) == (("q", "v", "at"),)  # the last is no layer
+
+
 def test_every_family_of_transformers_has_some():
     found = {}
     for name, make in FAMILIES.items():
@@ -247,6 +252,42 @@ def test_checkpointed_blocks(sizes, reentrant, options):
     sizes.clear()
     outcome(Checkpointed(), X)
     assert sizes.count(3) == (0 if options.get("lora_dropout") and options.get("use_dora") else 4)
+
+
+class Positions(Attention):
+    """Calls a layer in its forward, and in another method once more, as DeBERTa does with keys."""
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.softmax(q @ k.mT, -1) @ v) + self.at(x)
+
+    def at(self, x):
+        return self.k(torch.tanh(x))
+
+
+class Hidden(Attention):
+    """... in a way that its source does not show."""
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.softmax(q @ k.mT, -1) @ v) + self._modules["k"](torch.tanh(x))
+
+
+@pytest.mark.parametrize("cls", [Positions, Hidden])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_called_once_more_in_a_checkpoint(sizes, cls, reentrant):
+    """What it computed for others then is not taken, and the second run has to be like the first."""
+    model = adapted(cls)
+    x = X.clone().requires_grad_()
+    for _ in range(2):
+        checkpoint(model[0], x, use_reentrant=reentrant).square().sum().backward()
+    found = {n: p.grad.clone() for n, p in model[0].named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for _ in range(2):
+        model[0](x).square().sum().backward()
+    for name, parameter in model[0].named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, found[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])

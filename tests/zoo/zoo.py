@@ -164,6 +164,15 @@ FAMILIES: dict[str, Family] = {
         ),
         speech,
     ),
+    "WavLM": Family(
+        lambda: tf.WavLMForCTC(
+            tf.WavLMConfig(
+                **SIZE, vocab_size=32, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
+                num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, layerdrop=0.0, apply_spec_augment=False,
+            )
+        ),
+        speech,
+    ),
     "nn.MultiheadAttention": own(lambda: nn.MultiheadAttention(16, 4, batch_first=True), lambda m, x: m(x, x, x)[0]),
     "nn.TransformerEncoder": own(
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, **READ), 1), lambda m, x: m(x)

@@ -1,0 +1,143 @@
+"""Layers that a module never calls, and whose weight it reads: told by its source, once for a class.
+
+An adapter on a call of such a layer would be dead. Examples are the projections of WavLM's attention, and the relative
+positions of DeBERTa.
+"""
+
+import ast
+import inspect
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.source import syntax_of
+
+_SHOWS_NOTHING = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "layout"}
+_WITHOUT_GRADIENTS = {"no_grad", "inference_mode"}
+
+
+@cache
+def weights_read(cls: Any) -> dict[str, bool]:
+    """Names of children whose weight the forward of a class reads without calling them; whether gradients get there."""
+    if issubclass(cls, nn.MultiheadAttention):
+        return {"out_proj": True}
+    mentioned, inside = _methods(cls)
+    reads: dict[str, bool] = {}
+    for method in (m for m in inside if "weight" in mentioned[m]):
+        for name, how in _uses(method):
+            if how in ("read", "read without gradients"):
+                reads[name] = reads.get(name, False) or how == "read"
+    for method in mentioned:
+        if not reads.keys().isdisjoint(mentioned[method]):
+            used = {"called", "used"} if method in inside else {"called"}
+            for name in [name for name, how in _uses(method) if how in used]:
+                reads.pop(name, None)
+    return reads
+
+
+def is_without_gradients(method: Any) -> bool:
+    """Whether a method is decorated so."""
+    function = syntax_of(method)
+    decorators = [] if function is None else function.decorator_list
+    return not _WITHOUT_GRADIENTS.isdisjoint(name for each in decorators for name in _attributes(each))
+
+
+def used_beside_forward(cls: Any) -> set[str]:
+    """The attributes that methods which the forward of a class calls use, called or handed on."""
+    _, inside = _methods(cls)
+    return {n for m in inside if m.__name__ != "forward" for n, how in _uses(m) if how in ("called", "used")}
+
+
+def leaves_alone(cls: Any, name: str) -> bool:
+    """Whether the forward of a class, and what it calls, never mention an attribute."""
+    mentioned, inside = _methods(cls)
+    return bool(inside) and not any(name in mentioned[method] for method in inside)
+
+
+@cache
+def asked_of(cls: Any) -> dict[str, set[str]]:
+    """What the forward of a class, and what it calls, ask attributes for: in ``self.conv.stride`` the stride."""
+    _, inside = _methods(cls)
+    asked: dict[str, set[str]] = {}
+    for function in filter(None, map(syntax_of, inside)):
+        owner = function.args.args[0].arg
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(inner := node.value, ast.Attribute):
+                if isinstance(inner.value, ast.Name) and inner.value.id == owner:
+                    asked.setdefault(inner.attr, set()).add(node.attr)
+    return asked
+
+
+@cache
+def _methods(cls: Any) -> tuple[dict[Any, set[str]], list[Any]]:
+    """The methods of a class with all names in them, and which of them its forward may get to."""
+    own = [base for base in cls.__mro__ if base is not nn.Module and not base.__module__.startswith("torch.")]
+    methods = [(name, method) for base in own for name, method in vars(base).items() if _code(method) is not None]
+    mentioned = {method: {*_names(_code(method))} for _, method in methods}
+    reached, more = set[str](), {"forward"}
+    while more:
+        reached |= more
+        more = {n for name, m in methods if name in more for n in mentioned[m]} - reached
+        more &= {name for name, _ in methods}
+    return mentioned, [method for name, method in methods if name in reached]
+
+
+def _code(method: Any) -> types.CodeType | None:
+    return getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+
+
+def _names(code: types.CodeType | None) -> Iterator[str]:
+    """What a function mentions, and functions in it."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if inspect.iscode(constant):
+                yield from _names(constant)
+
+
+@cache
+def _uses(method: Any) -> list[tuple[str, str]]:
+    """The attributes of ``self`` that a method mentions, and how."""
+    function = syntax_of(method)
+    return [] if function is None else [*_in(function, function.args.args[0].arg, (), True)]
+
+
+def _in(node: ast.AST, owner: str, above: tuple[ast.AST, ...], gradients: bool) -> Iterator[tuple[str, str]]:
+    contexts: list[Any] = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    contexts += node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    gradients = gradients and _WITHOUT_GRADIENTS.isdisjoint(n for context in contexts for n in _attributes(context))
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
+        if isinstance(node.ctx, ast.Load) and (how := _how(node, above, gradients)) is not None:
+            yield node.attr, how
+    for child in ast.iter_child_nodes(node):
+        yield from _in(child, owner, (node, *above), gradients)
+
+
+def _how(node: ast.Attribute, above: tuple[ast.AST, ...], gradients: bool) -> str | None:
+    """How ``self.name`` is used; None where that says nothing: its dtype is asked, or whether it is None."""
+    first, second = above[:2]
+    if isinstance(first, ast.Attribute):
+        if first.attr == "forward":
+            return "called"
+        if first.attr != "weight":
+            return None
+        if not isinstance(first.ctx, ast.Load):
+            return "used"
+        if isinstance(second, ast.Attribute) and second.attr in _SHOWS_NOTHING:
+            return None
+        cut = isinstance(second, ast.Attribute) and second.attr in ("detach", "data")
+        return "read" if gradients and not cut else "read without gradients"
+    if isinstance(first, ast.Compare):
+        return None
+    return "called" if isinstance(first, ast.Call) and first.func is node else "used"
+
+
+def _attributes(node: ast.AST) -> Iterator[str]:
+    return (
+        inner.attr if isinstance(inner, ast.Attribute) else inner.id
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Attribute, ast.Name))
+    )
