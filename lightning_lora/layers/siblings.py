@@ -6,7 +6,6 @@ that is called computes the others' outputs too, and these take theirs if they a
 """
 
 import ast
-import inspect
 import threading
 from functools import cache
 from typing import Any
@@ -142,21 +141,15 @@ def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
 
     What another method uses too is in none: the keys' layer of DeBERTa is called once more, with positions.
     """
-    elsewhere, found = used_beside_forward(cls), _called_alike(inspect.unwrap(cls.forward))
-    groups = ([name for name in names if name not in elsewhere] for names in found)
-    return tuple(tuple(names) for names in groups if len(names) > 1)
-
-
-@cache
-def _called_alike(forward: Any) -> tuple[tuple[str, ...], ...]:
-    if (function := syntax_of(forward)) is None:
+    if (function := syntax_of(cls.forward)) is None:
         return ()  # there is no source: each layer computes its own
     calls = _Calls(function.args.args[0].arg)
     for statement in function.body:
         calls.visit(statement)
     groups: dict[Any, list[str]] = {}
+    elsewhere = used_beside_forward(cls)
     for name, inputs in calls.inputs.items():
-        if len(inputs) == 1:
+        if len(inputs) == 1 and name not in elsewhere:
             groups.setdefault(inputs[0], []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 

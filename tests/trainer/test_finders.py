@@ -11,7 +11,7 @@ import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from lightning_lora.strategies import StrategyAdapter
 from tests.helpers.modules import trainer
-from tests.helpers.toy import Lit, data
+from tests.helpers.toy import Counter, Lit, data
 from tests.trainer.test_runs import WRAPPED, assert_trained
 
 
@@ -65,17 +65,6 @@ def test_the_batch_size_finder():
     assert module.batch_size > 2
     run.fit(module)
     assert_trained(module)
-
-
-class Counter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        if self.training:
-            self.seen += 1
-        return x
 
 
 class Buffers(Lit):

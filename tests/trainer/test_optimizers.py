@@ -96,8 +96,10 @@ def test_named_parameters_stay_named():
         assert [names[name] for name in group["param_names"]] == [id(p) for p in group["params"]]
 
 
-def test_several_optimizers_keep_their_parts():
-    class Two(Lit):
+def by_hand(base):
+    """Steps all optimizers of a module, which Lightning leaves to the module if there are several."""
+
+    class ByHand(base):
         automatic_optimization = False
 
         def training_step(self, batch, batch_idx):
@@ -107,7 +109,11 @@ def test_several_optimizers_keep_their_parts():
             for optimizer in self.optimizers():
                 optimizer.step()
 
-    module = Two(
+    return ByHand
+
+
+def test_several_optimizers_keep_their_parts():
+    module = by_hand(Lit)(
         optimizers_=lambda m: [AdamW(m.net.blocks[0].parameters(), lr=1e-2), SGD([*m.net.blocks[1].parameters(), *m.net.head.parameters()], lr=0.1)]
     )  # fmt: skip
     fit = trainer(ll.LoRA(r=4, loraplus_lr_ratio=4.0))
@@ -139,22 +145,6 @@ def matrices(module, trained=False):
 
 def vectors(module):
     return [p for p in module.parameters() if p.ndim != 2]
-
-
-def by_hand(base):
-    """Steps all optimizers of a module, which Lightning leaves to the module if there are several."""
-
-    class ByHand(base):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-    return ByHand
 
 
 @needs_muon

@@ -21,7 +21,7 @@ from torch import distributed, nn
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.modules import trainer
-from tests.helpers.toy import Lit, Net, Steps, adamw_with_schedule, build, data
+from tests.helpers.toy import Counter, Lit, Net, Steps, adamw_with_schedule, build, data
 
 LAYERS = [f"net.blocks.{i}.{n}" for i in range(2) for n in ("q", "o")]
 
@@ -271,17 +271,6 @@ def test_manual_optimization_with_two_optimizers():
 class WithStatistics(Lit):
     def __init__(self) -> None:
         super().__init__()
-
-        class Counter(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.register_buffer("seen", torch.zeros(()))
-
-            def forward(self, x):
-                if self.training:
-                    self.seen += 1
-                return x
-
         self.net = nn.Sequential(
             nn.Linear(16, 16),
             nn.BatchNorm1d(16),
