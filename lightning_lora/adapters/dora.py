@@ -1,25 +1,19 @@
 """DoRA: magnitude and direction of a weight adapted apart."""
 
-from collections.abc import Iterable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
+from lightning_lora.adapters.known import Known, Rest
 from lightning_lora.adapters.low_rank import LowRankAdapter, resized, variant
-from lightning_lora.ops.norms import accumulation_dtype, merged_row_norms, row_squares
+from lightning_lora.ops.norms import Normed, accumulation_dtype, merged_row_norms, row_squares
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
-
-
-class _Rest(NamedTuple):
-    norms: Tensor
-    rows: RowGain
-    versions: tuple[int, ...]  # of A, B and the magnitude
 
 
 @variant("dora")
@@ -48,12 +42,8 @@ class DoRAAdapter(LowRankAdapter):
         self.register_buffer("squares", None, persistent=False)  # of the frozen rows, where they can't change unseen
         self._squares_of = 0  # the version of the weight that they belong to
         self.attended = False  # an optimizer says when A and B have changed
-        self._norms: Tensor | None = None
-        self._rows: RowGain | None = None  # what follows from these and the magnitude
-        self._versions: tuple[int, ...] | None = None  # of A, B and the magnitude, to which they belong
         self.resting = False  # values don't change
-        self._rest: _Rest | None = None  # what follows from them while they don't
-        self._at_zero: bool | None = None  # whether a magnitude is 0, if that is known
+        self.known = Known()
 
     @override
     @classmethod
@@ -92,66 +82,74 @@ class DoRAAdapter(LowRankAdapter):
 
     @override
     def forget(self) -> None:
-        self._norms = self._rows = self._versions = self._rest = self._at_zero = None
+        self.known = Known()
 
     def rest(self, resting: bool) -> None:
         """Values don't change from now on, or may change again."""
-        self.resting, self._rest = resting, None
+        self.resting, self.known.rest = resting, None
 
     @override
     def train(self, mode: bool = True) -> "DoRAAdapter":
-        self._versions = self._rest = None  # between train and eval mode, averages may take the place of values
+        self.known.outdate()  # between train and eval mode, averages may take the place of values
         super().train(mode)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer yet."""
-        kept = dict.fromkeys(("_norms", "_rows", "_versions", "_rest"))
-        return {**vars(self), **kept, "attended": False, "resting": False}
+        return {**vars(self), "known": Known(), "attended": False, "resting": False}
 
     def norms(self, host: Host) -> Tensor:
         """Norms of the merged rows, (d,), in float32 at least, without gradient."""
         if (rest := self._at_rest(host)) is not None:
             return rest.norms
-        if self._versions is not None and self.training and self._norms is not None:
-            if torch.compiler.is_compiling() or self._versions == self._now():
-                return self._norms
-        norms = self._new_norms(host)
+        known = self.known
+        if known.versions is not None and self.training and known.norms is not None:
+            if torch.compiler.is_compiling() or known.versions == self._now():
+                return known.norms
+        norms = self.norms_now(host)
         if self.attended and self.training and not torch.compiler.is_compiling():
             self._keep(norms)
         return norms
 
-    def _at_rest(self, host: Host) -> "_Rest | None":
+    def _at_rest(self, host: Host) -> Rest | None:
         """What follows from values that don't change, if that is so: where no gradients are asked for."""
         if not self.resting or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if not is_plain(self.A) or self.A.is_inference() or not host.lora_is_whole():
             return None
-        if self._rest is None or self._rest.versions != self._now():
-            norms = self._new_norms(host)
-            self._rest = _Rest(norms, row_gain_of(self.magnitude, norms), self._now())
-        return self._rest
+        rest = self.known.rest
+        if rest is None or rest.versions != self._now():
+            norms = self.norms_now(host)
+            rest = self.known.rest = Rest(norms, row_gain_of(self.magnitude, norms), self._now())
+        return rest
 
-    def refreshed(self, host: Host) -> Tensor | None:
-        """Values have changed: the norms that they have now, where norms are kept."""
-        self._versions = self._rest = None
-        kept = self._norms is not None and self.training and is_plain(self.A) and host.lora_is_whole()
-        return self._new_norms(host) if kept else None
+    def outdated(self, host: Host) -> bool:
+        """Values have changed: whether norms are kept, which have to be taken anew."""
+        self.known.outdate()
+        return self.known.norms is not None and self.training and is_plain(self.A) and host.lora_is_whole()
 
     @torch.no_grad()
-    def _new_norms(self, host: Host) -> Tensor:
-        W = host.lora_matrix()
-        return merged_row_norms(W, *self.update(), self.scaling, self._squares(host, W), exact=False)
+    def norms_now(self, host: Host) -> Tensor:
+        """The norms, taken anew."""
+        return merged_row_norms(*self.normed(host), exact=False)
 
-    def _keep(self, norms: Tensor, rows: RowGain | None = None) -> None:
+    def normed(self, host: Host) -> Normed:
+        """What they are the norms of."""
+        W = host.lora_matrix()
+        return Normed(W, *self.update(), self.scaling, self._squares(host, W))
+
+    def _keep(self, norms: Tensor) -> None:
         if not is_plain(norms) or not is_plain(self.A) or norms.is_inference() or self.A.is_inference():
             return
-        if self._norms is None:
-            self._norms = norms
+        if self.known.norms is None:
+            self.known.norms = norms
         else:
-            self._norms.copy_(norms)
-        self._rows = row_gain_of(self.magnitude.detach(), self._norms) if rows is None else rows
-        self._versions = self._now()
+            self.known.norms.copy_(norms)
+        self.keep_rows(row_gain_of(self.magnitude.detach(), norms))
+
+    def keep_rows(self, rows: RowGain) -> None:
+        """Keeps what follows from the norms that are kept: all of it counts until values change."""
+        self.known.rows, self.known.versions = rows, self._now()
 
     def _now(self) -> tuple[int, ...]:
         return self.A._version, self.B._version, self.magnitude._version
@@ -182,14 +180,15 @@ class DoRAAdapter(LowRankAdapter):
     def beside(self, host: Host) -> LowRank | None:
         if self.share is not None:
             return None
-        if self._at_zero is None or self._at_zero:
-            self._at_zero = bool((self.magnitude == 0).any())
-        if self._at_zero:
+        known = self.known
+        if known.at_zero is None or known.at_zero:
+            known.at_zero = bool((self.magnitude == 0).any())
+        if known.at_zero:
             return None  # what is multiplied by 0 can't be had back from the product
         if (rest := self._at_rest(host)) is not None:
             return LowRank(*self.update(), self.scaling, self.magnitude, rest.norms, rest.rows)
         norms = self.norms(host)
-        rows = self._rows if self.training and self._versions is not None else None
+        rows = known.rows if self.training and known.versions is not None else None
         return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
 
     @override
@@ -209,21 +208,3 @@ class DoRAAdapter(LowRankAdapter):
         update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
         update = update * host.lora_per_row(of_update.to(out.dtype))
         return out + (update + product * host.lora_per_row(of_base.to(out.dtype)))  # the small parts first
-
-
-def refresh(adapters: Iterable[tuple[Host, DoRAAdapter]]) -> None:
-    """Values of adapters have changed. Compiled graphs read norms from where they are, so that they are taken at once.
-
-    What follows from the norms is worked out for all adapters of a dtype and device together: each operation by itself
-    takes longer to start than to run.
-    """
-    fresh: dict[Any, list[tuple[DoRAAdapter, Tensor]]] = {}
-    for host, adapter in adapters:
-        if (norms := adapter.refreshed(host)) is not None:
-            fresh.setdefault((norms.device, norms.dtype, adapter.magnitude.dtype), []).append((adapter, norms))
-    for together in fresh.values():
-        magnitudes = torch.cat([adapter.magnitude.detach().flatten() for adapter, _ in together])
-        rows: Any = row_gain_of(magnitudes, torch.cat([norms.flatten() for _, norms in together]))
-        sizes = [norms.numel() for _, norms in together]
-        for (adapter, norms), *own in zip(together, *(torch.split(whole, sizes) for whole in rows), strict=True):
-            adapter._keep(norms, RowGain(*(part.view(norms.shape) for part in own)))

@@ -159,8 +159,8 @@ def _adapt(net: nn.Module, config: LoRAConfig) -> None:
         for each in layer.lora_adapters().values():
             adapter: Any = each
             adapter.initialised = True  # what its values are changes no shape
-            if hasattr(adapter, "_at_zero"):
-                adapter._at_zero = False  # nor is a magnitude 0
+            if isinstance(adapter, DoRAAdapter):
+                adapter.known.at_zero = False  # nor is a magnitude 0
 
 
 def _prepare(root: Any, way: Way) -> None:

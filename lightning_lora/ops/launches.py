@@ -33,12 +33,11 @@ def linear_by_operations(x: Tensor, site: Site, p: float) -> Tensor:
     """
     (weight, bias, adapter), dtype = site, x.dtype
     assert isinstance(weight, Tensor)
-    flat, row = x.flatten(0, -2), adapter.row_gain()
+    flat, plain = x.flatten(0, -2), adapter.magnitude is None
     h = F.linear(torch.dropout(flat, p, True) if p > 0 else flat, adapter.A.to(dtype))
-    product = F.linear(flat, weight, bias if row is None else None)
+    product = F.linear(flat, weight, bias if plain else None)
     out = torch.addmm(product, h, adapter.B.to(dtype).t(), alpha=adapter.scale)
-    if row is not None and adapter.magnitude is not None:
-        change = adapter.magnitude * (row.gain.detach() * adapter.slope().detach()) - 1
+    if (change := adapter.change()) is not None:
         out = torch.addcmul(out, out, change.to(dtype))  # and not the gain, which bfloat16 would make 1
         out = out if bias is None else out + bias
     return out.view(*x.shape[:-1], -1)

@@ -1,6 +1,7 @@
 """Row norms of a merged weight that is never formed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +88,60 @@ def merged_row_norms(
         squares = row_squares(W, dtype) if squares is None else squares.to(dtype)
         of_update = torch.addmm(cross, B, A @ A.T, beta=2 * scale, alpha=scale * scale)
         return (squares + (of_update * B).sum(1)).clamp_min(0).sqrt()  # not in place: they may be parts of sums
+
+
+class Normed(NamedTuple):
+    """What `merged_row_norms` takes of one weight."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    scale: float
+    squares: Tensor | None
+
+
+@torch.no_grad()
+def merged_row_norms_of(weights: Sequence[Normed]) -> list[Tensor]:
+    """The norms of each, to the bit what `merged_row_norms` gives with ``exact=False``, by fewer operations.
+
+    What is done value by value is done for all that are alike at once: for a small weight it takes longer to start than
+    to run.
+    """
+    norms: list[Tensor | None] = [None] * len(weights)
+    alike: dict[object, list[int]] = {}
+    for i, (W, A, B, scale, squares) in enumerate(weights):
+        if squares is not None and _is_common(W, A, B):
+            alike.setdefault((W.device, W.dtype, A.dtype, squares.dtype, len(A)), []).append(i)
+        else:
+            norms[i] = merged_row_norms(W, A, B, scale, squares, exact=False)
+    for members in alike.values():
+        for i, found in zip(members, _norms_of_alike([weights[i] for i in members]), strict=True):
+            norms[i] = found
+    return [each for each in norms if each is not None]
+
+
+def _is_common(W: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether W Aᵀ is one product, in bfloat16 or in what sums are taken in, and no kernel of ours takes the norms."""
+    if W.dim() != 2 or is_sharded(W) or not A.dtype == B.dtype == accumulation_dtype(W, A):
+        return False
+    return W.dtype in (torch.bfloat16, A.dtype) and not usable(W, len(A))
+
+
+def _norms_of_alike(weights: list[Normed]) -> Sequence[Tensor]:
+    rows, dtype = [len(each.W) for each in weights], weights[0].W.dtype
+    with without_autocast(weights[0].W.device.type):
+        B = torch.cat([each.B for each in weights])
+        lows = [each.A for each in weights]
+        if B.dtype != dtype:
+            lows = list(torch.cat(lows).to(dtype).split(B.shape[1]))
+        cross = torch.empty_like(B, dtype=dtype)
+        for each, low, part in zip(weights, lows, cross.split(rows), strict=True):
+            torch.mm(each.W, low.T, out=part)
+        cross = cross.to(B.dtype)
+        for (_, A, b, scale, _), part in zip(weights, cross.split(rows), strict=True):
+            part.addmm_(b, A @ A.T, beta=2 * scale, alpha=scale * scale)
+        squares = torch.cat([each.squares for each in weights if each.squares is not None]).to(B.dtype)
+        return cross.mul_(B).sum(1).add_(squares).clamp_min_(0).sqrt_().split(rows)
 
 
 @torch.no_grad()

@@ -15,11 +15,13 @@ class RowGain(NamedTuple):
         gain: g = m / ‖W + s B A‖, and 1 where a row is 0.
         change: g - 1, before it is rounded to anything.
         slope: dg/dm over g, which is 1/m, and 0 where a row or its magnitude is 0; None until it is needed.
+        inverse: dg/dm, which is 1/‖W + s B A‖, likewise.
     """
 
     gain: Tensor
     change: Tensor
     slope: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 class LowRank(NamedTuple):
@@ -35,6 +37,14 @@ class LowRank(NamedTuple):
     def gain(self) -> Tensor | None:
         """What scales the rows, differentiable in the magnitude; None for LoRA."""
         return None if self.magnitude is None or self.norms is None else gain_of(self.magnitude, self.norms)
+
+    def change(self) -> Tensor | None:
+        """That less 1, likewise, by fewer operations where the inverse of the norms is known."""
+        if self.magnitude is None or self.norms is None:
+            return None
+        if self.rows is not None and self.rows.inverse is not None:
+            return (self.magnitude - self.norms) * self.rows.inverse
+        return gain_of(self.magnitude, self.norms) - 1
 
     def row_gain(self) -> RowGain | None:
         """The same as products need it."""
@@ -63,8 +73,8 @@ def slope_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 def row_gain_of(magnitude: Tensor, norms: Tensor) -> RowGain:
     """All of it."""
-    gain = gain_of(magnitude, norms)
-    return RowGain(gain, gain - 1, slope_of(magnitude, norms))
+    gain, slope = gain_of(magnitude, norms), slope_of(magnitude, norms)
+    return RowGain(gain, gain - 1, slope, gain * slope)
 
 
 class Site(NamedTuple):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapters import DoRAAdapter
-from lightning_lora.adapters.dora import refresh
+from lightning_lora.adapters.refresh import refresh
 from lightning_lora.layers import LoRALayer, lora_layers
 
 

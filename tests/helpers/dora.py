@@ -5,18 +5,21 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.adapters import dora
-from lightning_lora.ops.norms import merged_row_norms
+from lightning_lora.adapters import dora, refresh
+from lightning_lora.ops.norms import merged_row_norms, merged_row_norms_of
 from tests.helpers.layers import randomise
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
 
 
 def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often norms are taken from now on: an entry for each time."""
+    """How often norms of a weight are taken from now on: an entry for each time."""
     counts: list[int] = []
     monkeypatch.setattr(
         dora, "merged_row_norms", lambda *args, **kwargs: counts.append(1) or merged_row_norms(*args, **kwargs)
+    )
+    monkeypatch.setattr(
+        refresh, "merged_row_norms_of", lambda many: counts.extend([1] * len(many)) or merged_row_norms_of(many)
     )
     return counts
 

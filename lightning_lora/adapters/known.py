@@ -1,0 +1,42 @@
+"""What is known of a DoRA adapter, for as long as its values are what they were."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_lora.ops.site import RowGain
+
+
+class Rest(NamedTuple):
+    """What follows from values that don't change for a while.
+
+    Args:
+        norms: Of the merged rows, (out,).
+        rows: What follows from these and the magnitude.
+        versions: Of A, B and the magnitude, to which they belong.
+    """
+
+    norms: Tensor
+    rows: RowGain
+    versions: tuple[int, ...]
+
+
+class Known:
+    """The same while an optimizer changes values and says so, and what else is known of them.
+
+    A plain object, since to set an attribute of a module takes as long as a small product. The norms stay where they
+    are when they are taken anew: compiled graphs read them there. They count as long as there are versions.
+    """
+
+    __slots__ = ("at_zero", "norms", "rest", "rows", "versions")
+
+    def __init__(self) -> None:
+        self.norms: Tensor | None = None
+        self.rows: RowGain | None = None
+        self.versions: tuple[int, ...] | None = None
+        self.rest: Rest | None = None
+        self.at_zero: bool | None = None  # whether a magnitude is 0
+
+    def outdate(self) -> None:
+        """Values may have changed."""
+        self.versions = self.rest = None
