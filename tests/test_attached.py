@@ -8,8 +8,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
+from lightning_lora.adapters import refresh
+from lightning_lora.ops.site import row_gain_of
 from tests.helpers.dora import X, adapted, count_norms, wanted
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, data
@@ -54,6 +57,27 @@ def test_never_stale(taken, name, attach):
         attached.remove()
         step(model, optimizer)
         torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_behind_a_step_are_to_the_bit_those_of_a_forward(monkeypatch, dtype, at_once):
+    """A run that goes on takes them in its first forward, and goes on as it was."""
+    monkeypatch.setattr(refresh, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 48), Conv1D(20, 48), nn.Linear(20, 8)).to(dtype)
+    ll.inject(model, ll.LoRAConfig(r=4, lora_alpha=3, use_dora=True, rank_pattern={"1": 2}, modules_to_save=None))
+    optimizer = OPTIMIZERS["fused AdamW"]([p for p in model.parameters() if p.requires_grad])
+    ll.attach_optimizer(model.train(), optimizer)
+    for _ in range(2):
+        model(torch.randn(5, 32, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+        for layer in model:
+            adapter = layer.lora["default"]
+            kept, rows = adapter.known.norms, adapter.known.rows
+            assert torch.equal(kept, adapter.norms_now(layer))
+            for one, other in zip(rows, row_gain_of(adapter.magnitude.detach(), kept), strict=True):
+                assert torch.equal(one, other)
 
 
 def test_norms_of_a_float64_model_are_of_that_precision():

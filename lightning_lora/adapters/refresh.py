@@ -27,7 +27,8 @@ def refresh(adapters: Iterable[tuple[Host, DoRAAdapter]]) -> None:
         magnitudes = torch.cat([adapter.magnitude.flatten() for adapter, _ in together])
         rows: Any = row_gain_of(magnitudes, torch.cat([norms.flatten() for _, norms in together]))
         sizes = [norms.numel() for _, norms in together]
-        torch._foreach_copy_([adapter.known.norms for adapter, _ in together], [norms for _, norms in together])
+        kept: Any = [adapter.known.norms for adapter, _ in together]
+        torch._foreach_copy_(kept, [norms for _, norms in together])
         for (adapter, norms), *own in zip(together, *(torch.split(whole, sizes) for whole in rows), strict=True):
             adapter.keep_rows(RowGain(*own) if norms.dim() == 1 else RowGain(*(each.view(norms.shape) for each in own)))
 

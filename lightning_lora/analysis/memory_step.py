@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.analysis.memory_copy import pack, shape_copy
 from lightning_lora.analysis.memory_count import Step, counted, frozen_bytes
 from lightning_lora.analysis.memory_inputs import as_shapes, likely_batch, loss_of, one_text_per_row, transformers_model

@@ -6,13 +6,13 @@ input x, of which dropout leaves :math:`\tilde x`,
 .. math:: y_i = g_i \odot (x W_i^T + s\,\tilde x A_i^T B_i^T) + b_i
 
 Layers with one input share its copy for the backward pass, the skinny products with all A's, and the sum of its
-gradient. The scale, also that of dropout, is taken into the A's once; A and B are cast to the dtype of x, and x to
-nothing.
+gradient. The scale, also that of dropout, is taken in by the products that have ranks for columns, at no cost; A and B
+are cast to the dtype of x, and x to nothing.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.ops.operand import Packed, operand
-from lightning_lora.ops.passes import OfOutputs
+from lightning_lora.ops.passes import OfOutputs, Passes
 from lightning_lora.ops.products import low_rank_into
 from lightning_lora.ops.selection import passes_for
-from lightning_lora.ops.site import LowRank, RowGain, Site
+from lightning_lora.ops.site import LowRank, Site
 from lightning_lora.ops.transforms import without_autocast
 from lightning_lora.ops.twice import gradients
 
@@ -40,53 +40,37 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
         For each layer (..., out), in the dtype of x. Saved for the backward pass: x, one byte of a mask for each of its
         values, x Aᵀ, the A's and B's as they were cast, and with DoRA the outputs. Nothing of the size of a weight.
     """
-    tensors: list[Tensor | None] = []
-    unpacks: list[Packed | None] = []
-    for weight, bias, adapter in sites:
-        dense = weight if isinstance(weight, Tensor) else None
-        unpacks.append(None if isinstance(weight, Tensor) else weight)
-        tensors += [dense, bias, adapter.A, adapter.B, adapter.magnitude, adapter.norms]
-    scales, rows = [site.adapter.scale for site in sites], [site.adapter.rows for site in sites]
+    tensors = [
+        tensor
+        for weight, bias, adapter in sites
+        for tensor in (
+            weight if isinstance(weight, Tensor) else None,
+            bias, adapter.A, adapter.B, adapter.magnitude, adapter.norms,
+        )
+    ]  # fmt: skip
     with without_autocast(x.device.type):
-        outs: tuple[Tensor, ...] = _Fused.apply(x, p, unpacks, scales, rows, *tensors)  # type: ignore[no-untyped-call]
+        outs: tuple[Tensor, ...] = _Fused.apply(x, p, sites, *tensors)  # type: ignore[no-untyped-call]
     return outs
 
 
-class _Needed(NamedTuple):
-    """Which tensors of a site need gradients, in the order in which the function takes them."""
-
-    weight: bool
-    bias: bool
-    A: bool
-    B: bool
-    magnitude: bool
-    norms: bool
-
-
-_PER_SITE = len(_Needed._fields)
-_BEFORE = 5  # arguments of the function before those of the sites
-
-
-def _sites(unpacks: list[Packed | None], scales: list[float], rows: list[RowGain | None], tensors: Any) -> list[Site]:
-    sites = []
-    for i, (unpack, scale, known) in enumerate(zip(unpacks, scales, rows, strict=True)):
-        W, b, A, B, m, norms = tensors[_PER_SITE * i : _PER_SITE * (i + 1)]
-        sites.append(Site(W if unpack is None else unpack, b, LowRank(A, B, scale, m, norms, known)))
-    return sites
+_BEFORE, _PER_SITE = 3, 6  # arguments of the function before those of the sites, and for each of them
+_BIAS, _A, _B, _MAGNITUDE = 1, 2, 3, 4  # where they are among these
 
 
 class _Fused(torch.autograd.Function):
+    """The tensors of the sites are given beside them for autograd alone."""
+
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, p: float, unpacks: Any, scales: Any, rows: Any, *tensors: Tensor | None) -> Any:
-        sites, dtype = _sites(unpacks, scales, rows, tensors), x.dtype
-        flat, ranks = x.flatten(0, -2), [site.adapter.A.shape[0] for site in sites]
+    def forward(ctx: Any, x: Tensor, p: float, sites: list[Site], *tensors: Tensor | None) -> Any:
+        dtype, flat, ranks = x.dtype, x.flatten(0, -2), [site.adapter.A.shape[0] for site in sites]
         passes = passes_for(flat, sum(ranks) if p > 0 else max(ranks))
         mask, keep_scale = passes.keep_mask(flat, p) if p > 0 else (None, 1.0)
-        factors = [s * keep_scale for s in scales]
-        A = _joined([site.adapter.A for site in sites], ranks, factors).to(dtype)
-        h = passes.down(flat, mask, A)
-        outs, ups, changes, rows = [], [], [], []
+        scales = [site.adapter.scale * keep_scale for site in sites]
+        A = sites[0].adapter.A if len(sites) == 1 else torch.cat([site.adapter.A for site in sites])
+        A = A.to(dtype)
+        h = _down(passes, flat, mask, A, ranks, scales)
+        outs, ups, ys, changes, rows = [], [], [], [], []
         for (weight, bias, adapter), part in zip(sites, _parted(h, ranks, 1), strict=True):
             row = adapter.row_gain()
             fold = row is not None and _folds(weight, flat)
@@ -95,8 +79,8 @@ class _Fused(torch.autograd.Function):
             bias = None if bias is None else bias.to(dtype)
             out = flat.new_empty((*x.shape[:-1], B.shape[0]))  # no view: what is behind the layer may change it
             y, W = out.view(-1, B.shape[0]), operand(weight, dtype, gain if fold else None).T
+            change = None
             if row is None or fold:
-                change = None
                 low_rank_into(y, part, B, bias).addmm_(flat, W)  # what is small first: it is rounded, and not the sum
             else:  # g - 1 is cast, and not g, in which bfloat16 tells no changes below 0.4 %
                 change = passes.factor(row.change, dtype)
@@ -104,74 +88,91 @@ class _Fused(torch.autograd.Function):
                 passes.up(y, change, part, B, bias, out=y)
             outs.append(out)
             ups.append(B)
+            ys.append(None if row is None else out.data)
             changes.append(change)
             rows.append(row)
-        ys = [None if row is None else out.data for out, row in zip(outs, rows, strict=True)]
         ctx.save_for_backward(x, mask, h, A, *ups, *ys, *changes, *tensors)
-        ctx.marks = [
-            None if row is None or out.is_inference() else _Mark(out) for out, row in zip(outs, rows, strict=True)
-        ]
-        ctx.unpacks, ctx.factors, ctx.ranks, ctx.rows = unpacks, factors, ranks, rows
-        ctx.scales, ctx.passes = scales, passes
+        ctx.marks = [None if y is None or out.is_inference() else _Mark(out) for out, y in zip(outs, ys, strict=True)]
+        ctx.sites, ctx.scales, ctx.ranks, ctx.rows, ctx.passes = sites, scales, ranks, rows, passes
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n, needed = len(grads), ctx.needs_input_grad
+        n, needed, scales = len(grads), ctx.needs_input_grad, ctx.scales
         x, mask, h, A, *rest = ctx.saved_tensors
-        ups, ys, changes, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        sites = _sites(ctx.unpacks, ctx.scales, ctx.rows, tensors)
+        ups, ys, changes = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]
+        sites = _with_tensors(ctx.sites, rest[3 * n :])
         if torch.is_grad_enabled():
-            plain = functools.partial(_plain, x, mask, sites, ctx.factors)
-            dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[_BEFORE:]], grads)
+            plain, needs = functools.partial(_plain, x, mask, sites, scales), [needed[0], *needed[_BEFORE:]]
+            dx, *others = gradients(plain, [x, *rest[3 * n :]], needs, grads)
             return dx, *[None] * (_BEFORE - 1), *others
-        of_sites = [_Needed(*needed[_BEFORE + _PER_SITE * i :][:_PER_SITE]) for i in range(n)]
-        results: list[list[Tensor | None]] = [[None] * _PER_SITE for _ in sites]
-        flat, dys = x.flatten(0, -2), [None if dy is None else dy.flatten(0, -2) for dy in grads]
-        dh, of_outputs = torch.empty_like(h), list[OfOutputs | None]()
+        results: list[Tensor | None] = [None] * (_PER_SITE * n)
+        of_outputs: list[OfOutputs | None] = []
+        flat, dh, needs_A = x.flatten(0, -2), torch.empty_like(h), False
         parts, into = _parted(h, ctx.ranks, 1), _parted(dh, ctx.ranks, 1)
-        for i, (dy, site, up, row, change) in enumerate(zip(dys, sites, ups, ctx.rows, changes, strict=True)):
+        for i, (dy, site, row) in enumerate(zip(grads, sites, ctx.rows, strict=True)):
+            at = _PER_SITE * i
+            needs = needed[_BEFORE + at : _BEFORE + at + _PER_SITE]
+            needs_A |= needs[_A]
             if dy is None:
                 into[i].zero_()
                 of_outputs.append(None)
                 continue
-            need, y, beside = of_sites[i], None, site.bias is not None
-            if need.magnitude:
+            y, beside = None, needs[_MAGNITUDE] and site.bias is not None
+            if needs[_MAGNITUDE]:
                 changed = ctx.marks[i].changed()  # in place, by what is behind the layer
-                y = (_plain(x, mask, [site], [ctx.factors[i]])[0] if changed else ys[i]).flatten(0, -2)
+                y = (_plain(x, mask, [site], [scales[i]])[0] if changed else ys[i]).flatten(0, -2)
             made = ctx.passes.over_outputs(
-                dy,
+                dy.flatten(0, -2),
                 parts[i],
-                up,
+                ups[i],
                 into[i],
-                like=site.adapter.B if need.B else None,
+                scale=scales[i],
+                like=site.adapter.B if needs[_B] else None,
                 y=y,
-                factor=change,
-                sums=need.bias or (need.magnitude and beside),
-                exact=need.magnitude and beside,
+                factor=changes[i],
+                sums=needs[_BIAS] or beside,
+                exact=beside,
             )
             of_outputs.append(made)
             if made.dB is not None:
-                results[i][3] = made.dB if row is None else made.dB.mul_(row.gain[:, None])
-            if need.magnitude:
-                results[i][4] = _magnitude_grad(made, site)
-            if need.bias:
-                results[i][1] = made.sums
-        needs_A = any(each.A for each in of_sites)
+                results[at + _B] = made.dB if row is None else made.dB.mul_(row.gain[:, None])
+            if needs[_MAGNITUDE]:
+                results[at + _MAGNITUDE] = _magnitude_grad(made, site)
+            if needs[_BIAS]:
+                results[at + _BIAS] = made.sums
         dx, dA = ctx.passes.over_inputs(dh, A, flat, mask, needed[0], needs_A)
         for made, site, row, change in zip(of_outputs, sites, ctx.rows, changes, strict=True):
             if dx is not None and made is not None:
                 fold = row is not None and change is None
                 dx.addmm_(made.scaled(), operand(site.weight, dx.dtype, row.gain if fold else None))
         if dA is not None:
-            dA = dA.to(sites[0].adapter.A.dtype)
-            pieces = _parted(_scaled_(dA, ctx.ranks, ctx.factors), ctx.ranks)
-            for result, dy, piece in zip(results, dys, pieces, strict=True):
-                result[2] = None if dy is None else piece
+            for i, piece in enumerate(_parted(dA.to(sites[0].adapter.A.dtype), ctx.ranks)):
+                results[_PER_SITE * i + _A] = None if grads[i] is None else piece
         dx = None if dx is None else dx.view(x.shape)
-        return dx, *[None] * (_BEFORE - 1), *(each for result in results for each in result)
+        return dx, *[None] * (_BEFORE - 1), *results
+
+
+def _with_tensors(sites: list[Site], tensors: Sequence[Any]) -> list[Site]:
+    """The sites as they were saved."""
+    found = []
+    for i, (weight, _, adapter) in enumerate(sites):
+        W, b, A, B, m, norms = tensors[_PER_SITE * i : _PER_SITE * (i + 1)]
+        low_rank = LowRank(A, B, adapter.scale, m, norms, adapter.rows)
+        found.append(Site(weight if W is None else W, b, low_rank))
+    return found
+
+
+def _down(passes: Passes, x: Tensor, mask: Tensor | None, A: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
+    """What a mask keeps of x, times A's below one another, each times its scale: (tokens, ranks together)."""
+    if len(set(scales)) == 1:
+        return passes.down(x, mask, A, scales[0])
+    h = passes.down(x, mask, A, 1.0)
+    for part, scale in zip(_parted(h, ranks, 1), scales, strict=True):
+        part.mul_(scale)
+    return h
 
 
 class _Mark:
@@ -186,13 +187,13 @@ class _Mark:
         return self._counted._version != self._version
 
 
-def _plain(x: Tensor, mask: Tensor | None, sites: list[Site], factors: list[float]) -> list[Tensor]:
+def _plain(x: Tensor, mask: Tensor | None, sites: list[Site], scales: list[float]) -> list[Tensor]:
     """The same outputs by operations that autograd knows."""
     dropped, outs = x if mask is None else x * (mask != 0).view(x.shape), []
-    for (weight, bias, adapter), factor in zip(sites, factors, strict=True):
+    for (weight, bias, adapter), scale in zip(sites, scales, strict=True):
         A, B, gain = adapter.A.to(x.dtype), adapter.B.to(x.dtype), adapter.gain()
         W = weight if isinstance(weight, Tensor) else operand(weight, x.dtype).clone()
-        y = F.linear(x, W.to(x.dtype)) + F.linear(F.linear(dropped, A), B) * factor
+        y = F.linear(x, W.to(x.dtype)) + F.linear(F.linear(dropped, A), B) * scale
         y = y if gain is None else y * gain.to(x.dtype)
         outs.append(y if bias is None else y + bias.to(x.dtype))
     return outs
@@ -208,23 +209,9 @@ def _folds(weight: Tensor | Packed, flat: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.float64) and len(flat) >= flat.shape[1]
 
 
-def _joined(matrices: list[Tensor], ranks: list[int], factors: list[float]) -> Tensor:
-    """A's below one another, each times its factor."""
-    return matrices[0] * factors[0] if len(matrices) == 1 else _scaled_(torch.cat(matrices), ranks, factors)
-
-
 def _parted(whole: Tensor, ranks: list[int], dim: int = 0) -> Sequence[Tensor]:
     """What belongs to each."""
     return [whole] if len(ranks) == 1 else torch.split(whole, ranks, dim)
-
-
-def _scaled_(whole: Tensor, ranks: list[int], factors: list[float]) -> Tensor:
-    """Multiplies what belongs to each by its factor, in place: at once where these are one."""
-    if len(set(factors)) == 1:
-        return whole.mul_(factors[0])
-    for piece, factor in zip(_parted(whole, ranks), factors, strict=True):
-        piece.mul_(factor)
-    return whole
 
 
 def _magnitude_grad(made: OfOutputs, site: Site) -> Tensor:

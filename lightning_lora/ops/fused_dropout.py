@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import masked, masked_
 from lightning_lora.ops.operand import Packed, operand
+from lightning_lora.ops.products import product_into
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
@@ -64,11 +65,11 @@ class _FusedDropout(torch.autograd.Function):
         assert rows is not None
         passes = passes_for(flat, len(A))
         mask, factor = passes.keep_mask(flat, p)
-        a, up = (A * (scale * factor)).to(dtype), (B * rows.gain[:, None]).to(dtype)
+        a, up = A.to(dtype), (B * rows.gain[:, None]).to(dtype)
         more = passes.factor(rows.change * factor, dtype)
         dropped = masked(flat, mask)
         W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
-        h, product = dropped @ a.T, dropped @ W
+        h, product = product_into(flat.new_empty(len(flat), len(a)), dropped, a.T, scale * factor), dropped @ W
         del dropped
         out = flat.new_empty((*x.shape[:-1], B.shape[0]))
         y = out.view(-1, B.shape[0])
@@ -93,7 +94,16 @@ class _FusedDropout(torch.autograd.Function):
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         dh, gain = torch.empty_like(h), ctx.rows.gain
         made = ctx.passes.over_outputs(
-            dy, h, up, dh, like=B, y=product if needs_magnitude else None, factor=more, added=False, sums=needs_bias
+            dy,
+            h,
+            up,
+            dh,
+            scale=ctx.scale * ctx.factor,
+            like=B,
+            y=product if needs_magnitude else None,
+            factor=more,
+            added=False,
+            sums=needs_bias,
         )
         dm = dx = None
         assert made.dB is not None
@@ -105,7 +115,7 @@ class _FusedDropout(torch.autograd.Function):
         if needs_x:
             W = operand(ctx.unpack or dense, dy.dtype)
             dx = masked_((dh @ a).addmm_(made.scaled(), W), mask).addmm_(dy, W).view(x.shape)
-        dA = None if dA is None else dA.to(A.dtype).mul_(ctx.factor * ctx.scale)
+        dA = None if dA is None else dA.to(A.dtype)
         return dx, *[None] * 5, made.sums, dA, made.dB if needs_B else None, dm, None
 
 

@@ -35,9 +35,9 @@ def linear_by_operations(x: Tensor, site: Site, p: float) -> Tensor:
     assert isinstance(weight, Tensor)
     flat, plain = x.flatten(0, -2), adapter.magnitude is None
     h = F.linear(torch.dropout(flat, p, True) if p > 0 else flat, adapter.A.to(dtype))
-    product = F.linear(flat, weight, bias if plain else None)
-    out = torch.addmm(product, h, adapter.B.to(dtype).t(), alpha=adapter.scale)
+    out = F.linear(flat, weight, bias if plain else None)
+    out.addmm_(h, adapter.B.to(dtype).t(), alpha=adapter.scale)  # in place: nothing of a frozen product is saved
     if (change := adapter.change()) is not None:
         out = torch.addcmul(out, out, change.to(dtype))  # and not the gain, which bfloat16 would make 1
-        out = out if bias is None else out + bias
+        out = out if bias is None else out.add_(bias)
     return out.view(*x.shape[:-1], -1)

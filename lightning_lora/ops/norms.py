@@ -111,7 +111,7 @@ def merged_row_norms_of(weights: Sequence[Normed]) -> list[Tensor]:
     alike: dict[object, list[int]] = {}
     for i, (W, A, B, scale, squares) in enumerate(weights):
         if squares is not None and _is_common(W, A, B):
-            alike.setdefault((W.device, W.dtype, A.dtype, squares.dtype, len(A)), []).append(i)
+            alike.setdefault((W.device, W.dtype, A.dtype, squares.dtype, *A.shape), []).append(i)
         else:
             norms[i] = merged_row_norms(W, A, B, scale, squares, exact=False)
     for members in alike.values():
@@ -127,21 +127,21 @@ def _is_common(W: Tensor, A: Tensor, B: Tensor) -> bool:
     return W.dtype in (torch.bfloat16, A.dtype) and not usable(W, len(A))
 
 
-def _norms_of_alike(weights: list[Normed]) -> Sequence[Tensor]:
+def _norms_of_alike(weights: list[Normed]) -> tuple[Tensor, ...]:
     rows, dtype = [len(each.W) for each in weights], weights[0].W.dtype
     with without_autocast(weights[0].W.device.type):
         B = torch.cat([each.B for each in weights])
         lows = [each.A for each in weights]
         if B.dtype != dtype:
-            lows = list(torch.cat(lows).to(dtype).split(B.shape[1]))
+            lows = list(torch.split(torch.cat(lows).to(dtype), B.shape[1]))
         cross = torch.empty_like(B, dtype=dtype)
-        for each, low, part in zip(weights, lows, cross.split(rows), strict=True):
+        for each, low, part in zip(weights, lows, torch.split(cross, rows), strict=True):
             torch.mm(each.W, low.T, out=part)
         cross = cross.to(B.dtype)
-        for (_, A, b, scale, _), part in zip(weights, cross.split(rows), strict=True):
+        for (_, A, b, scale, _), part in zip(weights, torch.split(cross, rows), strict=True):
             part.addmm_(b, A @ A.T, beta=2 * scale, alpha=scale * scale)
         squares = torch.cat([each.squares for each in weights if each.squares is not None]).to(B.dtype)
-        return cross.mul_(B).sum(1).add_(squares).clamp_min_(0).sqrt_().split(rows)
+        return torch.split(cross.mul_(B).sum(1).add_(squares).clamp_min_(0).sqrt_(), rows)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import workspace
-from lightning_lora.ops.products import gradient_like, low_rank_into
+from lightning_lora.ops.products import gradient_like, low_rank_into, product_into
 
 
 class OfOutputs(NamedTuple):
@@ -41,9 +41,10 @@ class Passes:
         """What `up` and `over_outputs` take for a factor of columns (out,), given in float32 at least."""
         return values.to(dtype)
 
-    def down(self, x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
-        """What a mask keeps of x (tokens, in), times Aᵀ (in, r)."""
-        return (x if mask is None else masked(x, mask)) @ A.T
+    def down(self, x: Tensor, mask: Tensor | None, A: Tensor, scale: float) -> Tensor:
+        """What a mask keeps of x (tokens, in), times Aᵀ (in, r), times a scale."""
+        h = x.new_empty((x.shape[0], A.shape[0]))
+        return product_into(h, x if mask is None else masked(x, mask), A.T, scale)
 
     def up(self, product: Tensor, factor: Tensor, h: Tensor, B: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Writes a product (tokens, out) times a factor, plus h Bᵀ, plus a bias; the product too if it is ``out``."""
@@ -62,6 +63,7 @@ class Passes:
         B: Tensor,
         dh: Tensor,
         *,
+        scale: float,
         like: Tensor | None,
         y: Tensor | None = None,
         factor: Tensor | None = None,
@@ -69,13 +71,14 @@ class Passes:
         sums: bool = False,
         exact: bool = False,
     ) -> OfOutputs:
-        """Writes dy B into ``dh``, and makes what else is asked for.
+        """Writes dy B times a scale into ``dh``, and makes what else is asked for.
 
         Args:
             dy: (tokens, out).
             h: (tokens, r).
             B: (out, r), in the dtype of dy.
             dh: (tokens, r).
+            scale: What is multiplied by.
             like: What dB is the gradient of; None where it isn't needed.
             y: What dy is multiplied by before it is summed, (tokens, out).
             factor: Of the columns.
@@ -85,7 +88,7 @@ class Passes:
                 take half the time.
         """
         dtype = torch.promote_types(dy.dtype, torch.float32) if exact or dy.dtype == torch.float16 else dy.dtype
-        torch.mm(dy, B, out=dh)
+        product_into(dh, dy, B, scale)
         dB = None if like is None else gradient_like(like, h, dy)  # while a cache has dy
         memory = None if y is None and factor is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
         products = None if y is None else torch.mul(dy, y, out=memory).sum(0, dtype=dtype)

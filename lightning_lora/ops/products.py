@@ -18,6 +18,11 @@ def add_low_rank(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> 
     return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
 
 
+def product_into(out: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Writes the product of two matrices, times a scale, into memory: the product itself takes it in."""
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
 def low_rank_into(out: Tensor, h: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """Writes h (tokens, r) times B (out, r), plus a bias if there is one, into memory."""
     return torch.mm(h, B.T, out=out) if bias is None else torch.addmm(bias, h, B.T, out=out)
@@ -25,4 +30,4 @@ def low_rank_into(out: Tensor, h: Tensor, B: Tensor, bias: Tensor | None) -> Ten
 
 def gradient_like(B: Tensor, h: Tensor, dy: Tensor) -> Tensor:
     """The gradient dyᵀ h of B (out, r), in its dtype and layout, taken as (hᵀ dy)ᵀ, which is the faster product."""
-    return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_((h.T @ dy).T)
+    return torch.empty_like(B).copy_((h.T @ dy).T)

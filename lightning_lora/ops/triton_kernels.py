@@ -156,15 +156,15 @@ def inputs_kernel(
 
 
 @triton.jit
-def sum_kernel(parts, out, size, width, number, out_stride, BLOCK: tl.constexpr):
-    """Adds parts of `size` values in order, into rows of `width` values that may lie apart."""
+def sum_kernel(parts, out, size, width, number, out_stride, scale, BLOCK: tl.constexpr):
+    """Adds parts of `size` values in order, times a scale, into rows of `width` values that may lie apart."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = index < size
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(number):
         total += tl.load(parts + tl.cast(i, tl.int64) * size + index, mask=there, other=0.0)
     place = index // width * out_stride + index % width
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=there)
+    tl.store(out + place, (total * scale).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -212,6 +212,6 @@ def filled_up(r: int) -> int:
 def check(device):
     """Raises whatever a kernel raises on a device."""
     parts, out = torch.ones(2, 8, device=device), torch.empty(8, device=device)
-    sum_kernel[(1,)](parts, out, 8, 8, 2, 8, BLOCK=16)
-    if out.tolist() != [2.0] * 8:
-        raise RuntimeError("1 + 1 is not 2")
+    sum_kernel[(1,)](parts, out, 8, 8, 2, 8, 1.5, BLOCK=16)
+    if out.tolist() != [3.0] * 8:
+        raise RuntimeError("1.5 times 1 + 1 is not 3")

@@ -57,16 +57,16 @@ class TritonPasses(Passes):
         return values.to(torch.float32)
 
     @override
-    def down(self, x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
+    def down(self, x: Tensor, mask: Tensor | None, A: Tensor, scale: float) -> Tensor:
         if mask is None:
-            return super().down(x, mask, A)
+            return super().down(x, mask, A, scale)
         (tokens, columns), x, A = x.shape, _in_rows(x), _in_rows(A)
         number, span = _split(columns, _DOWN.columns, parts_of(tokens, _DOWN.tokens))
         parts = _floats(x, number, tokens, len(A))
         down_kernel[(parts_of(tokens, _DOWN.tokens), number)](
             x, mask, A, parts, tokens, columns, x.stride(0), A.stride(0), span, **_meta(_DOWN, len(A))
         )  # fmt: skip
-        return _sum(parts, x.new_empty(tokens, len(A)))
+        return _sum(parts, x.new_empty(tokens, len(A)), scale)
 
     @override
     def up(self, product: Tensor, factor: Tensor, h: Tensor, B: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -85,6 +85,7 @@ class TritonPasses(Passes):
         B: Tensor,
         dh: Tensor,
         *,
+        scale: float,
         like: Tensor | None,
         y: Tensor | None = None,
         factor: Tensor | None = None,
@@ -93,7 +94,7 @@ class TritonPasses(Passes):
         exact: bool = False,
     ) -> OfOutputs:
         if y is None and factor is None:
-            return super().over_outputs(dy, h, B, dh, like=like, sums=sums, exact=exact)
+            return super().over_outputs(dy, h, B, dh, scale=scale, like=like, sums=sums, exact=exact)
         (tokens, columns), r, dy, h, B = dy.shape, B.shape[1], _in_rows(dy), _in_rows(h), _in_rows(B)
         y, blocks = None if y is None else _in_rows(y), parts_of(columns, _OUTPUTS.columns)
         number, span = _split(tokens, _OUTPUTS.tokens, blocks)
@@ -106,7 +107,7 @@ class TritonPasses(Passes):
             tokens, columns, dy.stride(0), 0 if y is None else y.stride(0), h.stride(0), B.stride(0), span,
             HAS_Y=y is not None, HAS_FACTOR=factor is not None, HAS_SUMS=sums, KEEP=added, **_meta(_OUTPUTS, r),
         )  # fmt: skip
-        _sum(dh_parts, dh)
+        _sum(dh_parts, dh, scale)
         dB = None if like is None else _sum(dB_parts, torch.empty(like.shape, dtype=like.dtype, device=like.device))
         products, totals = (None if parts is None else parts.sum(0) for parts in (products, totals))
         return OfOutputs(dB, products, totals, lambda: scaled)
@@ -141,11 +142,11 @@ def _meta(tile: Tile, r: int) -> dict[str, int]:
     }
 
 
-def _sum(parts: Tensor, out: Tensor) -> Tensor:
-    """The sum of parts (n, rows, columns), in order, in ``out`` (rows, columns)."""
+def _sum(parts: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """The sum of parts (n, rows, columns), in order, times a scale, in ``out`` (rows, columns)."""
     size = out.numel()
     sum_kernel[(parts_of(size, _BLOCK),)](
-        parts, out, size, parts.shape[2], len(parts), out.stride(0), BLOCK=_BLOCK, num_warps=4
+        parts, out, size, parts.shape[2], len(parts), out.stride(0), float(scale), BLOCK=_BLOCK, num_warps=4
     )
     return out
 

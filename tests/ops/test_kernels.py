@@ -51,7 +51,7 @@ def test_one_runs():
 def test_an_input_behind_dropout(tokens, columns, outs, r, dtype):
     x, A, dh = (random(*s, dtype=dtype) for s in ((tokens, columns), (r, columns), (tokens, r)))
     mask, _ = OURS.keep_mask(x, 0.3)
-    near(OURS.down(x, mask, A), (x.double() * mask) @ A.double().T, dtype)
+    near(OURS.down(x, mask, A, 0.7), 0.7 * (x.double() * mask) @ A.double().T, dtype)
     dx, dA = OURS.over_inputs(dh, A, x, mask, needs_x=True, needs_A=True)
     near(dx, (dh.double() @ A.double()) * mask, dtype)
     near(dA, dh.double().T @ (x.double() * mask), dtype)
@@ -81,8 +81,9 @@ def test_a_gradient_of_outputs(tokens, columns, outs, r, dtype, added):
     for with_y, with_factor, sums in itertools.product([False, True], repeat=3):
         dh, given = unwritten(tokens, r, dtype=dtype), {"y": y} if with_y else {}
         given |= {"factor": factor} if with_factor else {}
-        made = OURS.over_outputs(dy, h, B, dh, like=torch.empty(outs, r), added=added, sums=sums, exact=True, **given)
-        near(dh, wide @ B.double(), dtype)
+        given |= {"like": torch.empty(outs, r), "added": added, "sums": sums, "exact": True}
+        made = OURS.over_outputs(dy, h, B, dh, scale=0.7, **given)
+        near(dh, 0.7 * wide @ B.double(), dtype)
         near(made.dB, wide.T @ h.double(), dtype)
         near(made.scaled(), wide * (factor.double() + added if with_factor else 1), dtype)
         assert (made.products is None, made.sums is None) == (not with_y, not sums)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_lora.ops import norms
-from lightning_lora.ops.norms import merged_row_norms
+from lightning_lora.ops.norms import Normed, merged_row_norms, merged_row_norms_of, row_squares
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -63,3 +63,57 @@ def test_a_product_in_bfloat16_is_off_by_little():
     assert ((exact - expected) / expected).abs().max() < 1e-6
     assert 1e-6 < ((fast - expected) / expected).abs().max() < 1e-4
     assert torch.equal(merged_row_norms(W.float(), A, B, 1.5, exact=False), merged_row_norms(W.float(), A, B, 1.5))
+
+
+def normed(rows, columns, r, dtype=torch.bfloat16, master=torch.float32, transposed=False, stack=(), known=True):
+    W = torch.randn(*stack, columns, rows).to(dtype).mT if transposed else torch.randn(*stack, rows, columns).to(dtype)
+    A, B = torch.randn(*stack, r, columns).to(master), 0.02 * torch.randn(*stack, rows, r).to(master)
+    return Normed(W, A, B, 0.3 + r, row_squares(W, master) if known else None)
+
+
+def test_those_of_many_are_to_the_bit_those_of_each():
+    """A run that goes on takes them one by one, and would not go on as it was."""
+    torch.manual_seed(0)
+    many = [
+        *(normed(rows, columns, r) for rows in (5, 64, 130) for columns in (7, 64) for r in (1, 4, 16)),
+        *(normed(rows, 33, 8, dtype=torch.float32) for rows in (31, 1, 200)),
+        *(normed(rows, 33, 8, dtype=torch.float64, master=torch.float64) for rows in (31, 12)),
+        *(normed(rows, 20, 4, dtype=torch.float16) for rows in (9, 10)),
+        *(normed(rows, 20, 4, master=torch.float64) for rows in (9, 10)),
+        *(normed(rows, 20, 4, transposed=True) for rows in (9, 10)),
+        *(normed(rows, 20, 4, stack=(3,)) for rows in (9, 10)),
+        *(normed(rows, 20, 4, known=False) for rows in (9, 10)),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        together = merged_row_norms_of(many)
+    assert len(together) == len(many)
+    for (W, A, B, scale, squares), found in zip(many, together, strict=True):
+        assert torch.equal(found, merged_row_norms(W, A, B, scale, squares, exact=False))
+        wanted = (W.double() + scale * B.double() @ A.double()).norm(dim=-1)
+        torch.testing.assert_close(
+            found.double(), wanted, rtol=2e-2, atol=0
+        )  # a weight in bfloat16 meets a large update
+
+
+def test_many_take_few_operations():
+    """For each weight two skinny products, and one with it; the rest once for all."""
+    many = [normed(40, 64, 4) for _ in range(8)]
+    counts = [count_operations(lambda n=n: merged_row_norms_of(many[:n])) for n in (1, 8)]
+    assert counts[1] - counts[0] <= 7 * 3
+    assert count_operations(lambda: [merged_row_norms(*each, exact=False) for each in many]) > counts[1] + 7 * 3
+
+
+def count_operations(act):
+    """How many operations compute something, and give no view."""
+    count = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal count
+            out = function(*args, **(kwargs or {}))
+            count += isinstance(out, torch.Tensor) and not function.is_view
+            return out
+
+    with Count():
+        act()
+    return count
