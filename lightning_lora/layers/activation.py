@@ -63,14 +63,14 @@ class LoRALinear(LoRALayer):
         config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
-        if torch.is_grad_enabled() and x.dtype == dtype and starts_count(x, site.weight):
-            return linear_by_operations(x, site, p)
         layers, sites = [self], [site]
         if running is not None and not (p > 0 and config.dropout_mask == "module"):
             for other in running.together(self):
                 if isinstance(other, LoRALinear) and (beside := other.lora_sibling(adapter, x, dtype)) is not None:
                     layers.append(other)
                     sites.append(beside)
+        if len(sites) == 1 and torch.is_grad_enabled() and x.dtype == dtype and starts_count(x, site.weight):
+            return linear_by_operations(x, site, p)
         outs = fused_linears(x.to(dtype), sites, p)
         if running is not None and len(outs) > 1:
             running.put(x, {id(layer): out for layer, out in zip(layers[1:], outs[1:], strict=True)})

@@ -1,7 +1,7 @@
 r"""A frozen product and the adapter beside it by few operations that autograd knows, for small steps on a GPU.
 
 There a step takes what it takes the host to start kernels, and not what these take. A function of our own that saves
-passes over inputs and outputs costs the host more than it saves the GPU.
+passes over inputs and outputs costs the host more than it saves the GPU, unless several layers share it.
 
 .. math:: y = (1 + c) \odot (x W^T + s\,\tilde x A^T B^T) + b, \qquad c = m / \|W + s B A\| - 1
 """

@@ -87,7 +87,7 @@ class Passes:
             exact: Whether sums are taken in float32 at least. In bfloat16 they are as exact as those in products, and
                 take half the time.
         """
-        dtype = torch.promote_types(dy.dtype, torch.float32) if exact or dy.dtype == torch.float16 else dy.dtype
+        dtype = _sums_dtype(dy, exact)
         product_into(dh, dy, B, scale)
         dB = None if like is None else gradient_like(like, h, dy)  # while a cache has dy
         memory = None if y is None and factor is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
@@ -98,7 +98,7 @@ class Passes:
                 return dy
             return torch.addcmul(dy, dy, factor, out=memory) if added else torch.mul(dy, factor, out=memory)
 
-        return OfOutputs(dB, products, dy.sum(0, dtype=dtype) if sums else None, scaled)
+        return OfOutputs(dB, products, sums_over_rows(dy, exact) if sums else None, scaled)
 
     def over_inputs(
         self, dh: Tensor, A: Tensor, x: Tensor, mask: Tensor | None, needs_x: bool, needs_A: bool
@@ -108,3 +108,15 @@ class Passes:
         if dx is not None and mask is not None:
             dx = masked_(dx, mask)
         return dx, dh.T @ (x if mask is None else masked(x, mask)) if needs_A else None
+
+
+PLAIN = Passes()
+
+
+def sums_over_rows(dy: Tensor, exact: bool = False) -> Tensor:
+    """The sums of dy (tokens, out) over the tokens: `Passes.over_outputs` says how exact they are."""
+    return dy.sum(0, dtype=_sums_dtype(dy, exact))
+
+
+def _sums_dtype(dy: Tensor, exact: bool) -> torch.dtype:
+    return torch.promote_types(dy.dtype, torch.float32) if exact or dy.dtype == torch.float16 else dy.dtype

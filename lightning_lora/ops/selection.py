@@ -3,9 +3,7 @@
 from torch import Tensor
 
 from lightning_lora.ops.kernels import usable
-from lightning_lora.ops.passes import Passes
-
-_PLAIN = Passes()
+from lightning_lora.ops.passes import PLAIN, Passes
 
 
 def passes_for(x: Tensor, ranks: int) -> Passes:
@@ -16,7 +14,7 @@ def passes_for(x: Tensor, ranks: int) -> Passes:
         ranks: The ranks of its adapters together.
     """
     if not usable(x, ranks):
-        return _PLAIN
+        return PLAIN
     from lightning_lora.ops.triton_passes import TritonPasses
 
     return TritonPasses()

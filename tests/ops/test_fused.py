@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_lora.ops import fused as module
+from lightning_lora.ops import fused_lora as module
 from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.launches import linear_by_operations

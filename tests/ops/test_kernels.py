@@ -135,7 +135,7 @@ def with_kernels(monkeypatch):
         return torch.rand(x.shape, generator=generator) >= p, 1 / (1 - p)
 
     monkeypatch.setattr(TritonPasses, "keep_mask", lambda self, x, p: keep_mask(x, p))
-    for name in ("fused", "fused_dropout"):
+    for name in ("fused_lora", "fused_dora", "fused_dropout"):
         monkeypatch.setattr(f"lightning_lora.ops.{name}.passes_for", lambda x, ranks: OURS)
     return keep_mask
 
