@@ -141,6 +141,18 @@ def test_other_values_are_noticed(change):
         torch.testing.assert_close(model(X), wanted(model), rtol=1e-5, atol=1e-5)
 
 
+def test_a_step_in_inference_mode():
+    """What is worked out there can't be kept for a pass with gradients."""
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused SGD"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(2):
+        model(X).square().sum().backward()
+        with torch.inference_mode():
+            optimizer.step()
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
 def test_a_copy_is_in_no_optimizer():
     model, parameters = build()
     optimizer = OPTIMIZERS["fused AdamW"](parameters)

@@ -126,7 +126,9 @@ class DoRAAdapter(LowRankAdapter):
     def outdated(self, host: Host) -> bool:
         """Values have changed: whether norms are kept, which have to be taken anew."""
         self.known.outdate()
-        return self.known.norms is not None and self.training and is_plain(self.A) and host.lora_is_whole()
+        if self.known.norms is None or not self.training or torch.is_inference_mode_enabled():
+            return False
+        return is_plain(self.A) and host.lora_is_whole()
 
     @torch.no_grad()
     def norms_now(self, host: Host) -> Tensor:
