@@ -351,7 +351,7 @@ def test_where_the_fused_step_is_not_taken():
     layer = model.blocks[0].q
 
     def is_fused():
-        return type(layer(x).grad_fn).__name__ == "_FusedBackward"
+        return type(layer(x).grad_fn).__name__ == "FusedLoRABackward"
 
     assert is_fused()
     with torch.no_grad():
