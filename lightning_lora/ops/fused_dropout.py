@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from lightning_lora.ops.dropout import masked, masked_
 from lightning_lora.ops.operand import Packed, operand
-from lightning_lora.ops.products import product_into
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import LowRank, RowGain, Site
 from lightning_lora.ops.transforms import without_autocast
@@ -69,7 +68,7 @@ class _FusedDropout(torch.autograd.Function):
         more = passes.factor(rows.change * factor, dtype)
         dropped = masked(flat, mask)
         W = operand(unpack or dense, dtype).T  # type: ignore[arg-type]
-        h, product = product_into(flat.new_empty(len(flat), len(a)), dropped, a.T, scale * factor), dropped @ W
+        h, product = passes.down(dropped, None, a, scale * factor), dropped @ W
         del dropped
         out = flat.new_empty((*x.shape[:-1], B.shape[0]))
         y = out.view(-1, B.shape[0])

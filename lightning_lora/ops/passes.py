@@ -87,11 +87,10 @@ class Passes:
             exact: Whether sums are taken in float32 at least. In bfloat16 they are as exact as those in products, and
                 take half the time.
         """
-        dtype = _sums_dtype(dy, exact)
         product_into(dh, dy, B, scale)
         dB = None if like is None else gradient_like(like, h, dy)  # while a cache has dy
         memory = None if y is None and factor is None else workspace(dy.shape, dy.dtype, dy.device, "outputs")
-        products = None if y is None else torch.mul(dy, y, out=memory).sum(0, dtype=dtype)
+        products = None if y is None else sums_over_rows(torch.mul(dy, y, out=memory), exact)
 
         def scaled() -> Tensor:
             if factor is None:
@@ -115,8 +114,5 @@ PLAIN = Passes()
 
 def sums_over_rows(dy: Tensor, exact: bool = False) -> Tensor:
     """The sums of dy (tokens, out) over the tokens: `Passes.over_outputs` says how exact they are."""
-    return dy.sum(0, dtype=_sums_dtype(dy, exact))
-
-
-def _sums_dtype(dy: Tensor, exact: bool) -> torch.dtype:
-    return torch.promote_types(dy.dtype, torch.float32) if exact or dy.dtype == torch.float16 else dy.dtype
+    wide = exact or dy.dtype == torch.float16
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32) if wide else dy.dtype)

@@ -13,8 +13,9 @@ and no forecast: on a GPU each operation takes longer to start than here.
 import argparse
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from lightning_lora.layers import activation
 from tests.benchmarks.speed.cases import DTYPES, SIZES, Case
 from tests.benchmarks.speed.models import VARIANTS
 from tests.benchmarks.speed.steps import optimizer_of
-from tests.benchmarks.speed.timing import clock, in_turn
+from tests.benchmarks.speed.timing import clock, in_turn, timed
 
 CASES = {
     "LoRA": {},
@@ -46,26 +47,16 @@ class Block(nn.Module):
         return self.q_proj(x)
 
 
-@contextmanager
-def small_steps() -> Iterator[None]:
-    """Layers take what they take for small steps on a GPU."""
-    before, activation.starts_count = activation.starts_count, lambda x, weight: True
-    try:
-        yield
-    finally:
-        activation.starts_count = before
-
-
 def build(variant: str, case: Case, layers: int) -> Callable[[], object]:
     """A training step of a variant."""
     torch.manual_seed(0)
     chain = nn.Sequential(*(Block() for _ in range(layers))).to(DTYPES[case.base]).requires_grad_(False)
     model = VARIANTS[variant.removesuffix(" fused")](chain.train(), case)
     optimizer, x = optimizer_of(model), torch.randn(*TOKENS, WIDTH, dtype=DTYPES[case.base]).requires_grad_()
-    around = small_steps if variant == "ours" else nullcontext
+    small_steps = patch.object(activation, "starts_count", lambda x, weight: True)  # as it is on a GPU
 
     def step() -> None:
-        with around():
+        with small_steps if variant == "ours" else nullcontext():
             out = model(x)
             out.backward(torch.ones_like(out))
         if optimizer is not None:
@@ -78,16 +69,7 @@ def build(variant: str, case: Case, layers: int) -> Callable[[], object]:
 def measure(case: Case, layers: int, seconds: float) -> dict[str, float]:
     """Microseconds of each variant for a layer, without those of the frozen chain."""
     read = clock("cpu")
-
-    def timed(step: Callable[[], object]) -> Callable[[], float]:
-        def take() -> float:
-            start = read()
-            step()
-            return read() - start
-
-        return take
-
-    takes = {name: timed(build(name, case, layers)) for name in ("floor", *SHOWN)}
+    takes = {name: timed(build(name, case, layers), read) for name in ("floor", *SHOWN)}
     seconds_of = in_turn(takes, rounds=range(5, 2000), seconds=seconds, warm=5)
     base = seconds_of.pop("floor")
     return {
