@@ -29,13 +29,15 @@ test: venv
 test-deepspeed: venv .deepspeed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py $(TESTS)
 
-# Triton comes with torch for CUDA, which says which version, and not with torch for CPUs. It interprets its kernels here.
+# Triton comes with torch for CUDA, which says which version, and not with torch for CPUs. It interprets its kernels here,
+# and compiles them for GPUs that aren't.
 .triton: Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .triton --upgrade triton==3.9.0
 	@touch $@
 
 test-kernels: venv .triton
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n logical tests/ops/test_kernels.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.triton $(BIN)/python -m pytest -q -n logical tests/ops/test_kernels_compiled.py
 
 bench: venv
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)

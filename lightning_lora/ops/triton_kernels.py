@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+FEW_RANKS = 32  # with more, a tile takes more registers and shared memory than every GPU has: kernels get smaller ones
+
 
 @triton.jit
 def keep_kernel(mask, seed, groups, dropped, BLOCK: tl.constexpr):

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from lightning_lora.ops.triton_kernels import filled_up, norms_kernel, parts_of
+from lightning_lora.ops.triton_kernels import FEW_RANKS, filled_up, norms_kernel, parts_of
 
-_ROWS, _COLUMNS, _WARPS, _STAGES = 32, 128, 2, 4
+_ROWS = 32
+_FEW = {"COLUMNS": 128, "num_warps": 2, "num_stages": 4}
+_MANY = {"COLUMNS": 64, "num_warps": 4, "num_stages": 3}
 
 
 def triton_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None) -> Tensor:
@@ -23,10 +25,11 @@ def triton_row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, squares: Ten
     (rows, columns), r = W.shape, len(A)
     first = A.to(W.dtype).contiguous()
     rest = None if W.dtype == torch.float32 else (A - first).to(W.dtype)
+    schedule = _FEW if r <= FEW_RANKS else _MANY
     norms = torch.empty(rows, dtype=torch.float32, device=W.device)
     norms_kernel[(parts_of(rows, _ROWS),)](
         W, first, rest, B.contiguous(), A @ A.T, squares, norms, rows, columns, W.stride(0), float(scale),
         HAS_REST=rest is not None, HAS_SQUARES=squares is not None, R=r, RANKS=filled_up(r),
-        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=_STAGES,
+        ROWS=_ROWS, **schedule,
     )  # fmt: skip
     return norms

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_lora.ops.dropout import in_steps
 from lightning_lora.ops.passes import OfOutputs, Passes
 from lightning_lora.ops.triton_kernels import (
+    FEW_RANKS,
     down_kernel,
     filled_up,
     inputs_kernel,
@@ -38,6 +39,7 @@ class Tile(NamedTuple):
 
 # The fastest of nine tiles on an H100, for 8192 tokens, a width of 4096 and rank 16.
 _DOWN, _UP, _OUTPUTS, _INPUTS = Tile(64, 128, 4, 2), Tile(64, 128, 4, 2), Tile(128, 128, 4, 2), Tile(64, 64, 4, 4)
+_OUTPUTS_OF_MANY = Tile(64, 128, 4, 2)
 
 
 class TritonPasses(Passes):
@@ -96,8 +98,9 @@ class TritonPasses(Passes):
         if y is None and factor is None:
             return super().over_outputs(dy, h, B, dh, scale=scale, like=like, sums=sums, exact=exact)
         (tokens, columns), r, dy, h, B = dy.shape, B.shape[1], _in_rows(dy), _in_rows(h), _in_rows(B)
-        y, blocks = None if y is None else _in_rows(y), parts_of(columns, _OUTPUTS.columns)
-        number, span = _split(tokens, _OUTPUTS.tokens, blocks)
+        tile = _OUTPUTS if r <= FEW_RANKS else _OUTPUTS_OF_MANY
+        y, blocks = None if y is None else _in_rows(y), parts_of(columns, tile.columns)
+        number, span = _split(tokens, tile.tokens, blocks)
         dh_parts, dB_parts = _floats(dy, blocks, tokens, r), _floats(dy, number, columns, r)
         products = None if y is None else _floats(dy, number, columns)
         totals = _floats(dy, number, columns) if sums else None
@@ -105,7 +108,7 @@ class TritonPasses(Passes):
         outputs_kernel[(number, blocks)](
             dy, y, factor, scaled, h, B, dh_parts, dB_parts, products, totals,
             tokens, columns, dy.stride(0), 0 if y is None else y.stride(0), h.stride(0), B.stride(0), span,
-            HAS_Y=y is not None, HAS_FACTOR=factor is not None, HAS_SUMS=sums, KEEP=added, **_meta(_OUTPUTS, r),
+            HAS_Y=y is not None, HAS_FACTOR=factor is not None, HAS_SUMS=sums, KEEP=added, **_meta(tile, r),
         )  # fmt: skip
         _sum(dh_parts, dh, scale)
         dB = None if like is None else _sum(dB_parts, torch.empty(like.shape, dtype=like.dtype, device=like.device))
