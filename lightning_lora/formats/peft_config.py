@@ -24,9 +24,8 @@ _IRRELEVANT = {  # who made it and how it was initialised: what matters of that 
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "velora_config",
 }  # fmt: skip
-_CONSTANT = {  # what is written of every adapter
+_CONSTANT = {  # what is written of every adapter: nothing that PEFT up to 0.13 does not know, which refuses such
     "auto_mapping": None,
-    "exclude_modules": None,
     "inference_mode": True,
     "init_lora_weights": True,
     "layers_pattern": None,

@@ -131,7 +131,7 @@ class Export:
             "bias": self.config.bias,
             "fan_in_fan_out": all(issubclass(kind, LoRAConv1D) for kind in self._kinds()),
             "lora_alpha": alpha,
-            "lora_dropout": 0.0 if parameters["target_parameters"] else self.config.lora_dropout,  # PEFT has none there
+            "lora_dropout": 0.0 if parameters else self.config.lora_dropout,  # PEFT has none there
             "modules_to_save": [self._short(name) for name in self.modules_to_save] or None,
             "r": r,
             "rank_pattern": ranks,

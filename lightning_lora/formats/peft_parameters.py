@@ -228,7 +228,7 @@ def _joined(owner: str, key: str) -> str:
 
 
 def parameter_fields(layers: Mapping[str, Node], names: list[str]) -> dict[str, Any]:
-    """``target_parameters``: the shortest ends of the parameters' names that no other parameter has."""
+    """``target_parameters``, if there are any: the shortest ends of their names that no other parameter has."""
     alone = [name for name, node in layers.items() if isinstance(node.module, ReadWeight)]
     others = [name for name in names if name not in alone]
     ends: list[str] = []
@@ -236,4 +236,4 @@ def parameter_fields(layers: Mapping[str, Node], names: list[str]) -> dict[str, 
         parts = name.split(".")
         candidates = (".".join(parts[-n:]) for n in range(2, len(parts) + 1))
         ends.append(next((end for end in candidates if not any(_is_end(o, end) for o in others)), name))
-    return {"target_parameters": sorted(set(ends)) or None}
+    return {"target_parameters": sorted(set(ends))} if ends else {}

@@ -294,6 +294,22 @@ def test_what_a_folder_says_of_itself(tmp_path):
         assert words in card, words
 
 
+OF_PEFT_0_13 = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save",
+    "peft_type", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_folder_says_nothing_that_an_older_peft_refuses(tmp_path, use_dora):
+    """Up to 0.13 it takes no fields that it doesn't know, empty ones neither."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    ll.inject(model, ll.LoRAConfig(r=2, use_dora=use_dora))
+    ll.save_adapter(model, tmp_path / "a")
+    assert set(json.loads((tmp_path / "a" / "adapter_config.json").read_text())) <= OF_PEFT_0_13
+
+
 def test_other_files_in_the_folder_stay(tmp_path):
     model = trained(FAMILIES["llama"].make())
     folder = tmp_path / "a"
