@@ -36,8 +36,8 @@ def disabled() -> Iterator[None]:
 
 @cache
 def _work(device: torch.device) -> bool:
-    """Whether one has run on the device: Triton needs a C compiler, and a GPU that it knows."""
-    if os.environ.get(SWITCH) == "0" or torch.cuda.get_device_capability(device) < (8, 0):
+    """Whether one has run on the device: Triton needs a C compiler, and a GPU that it knows. AMD's are not measured."""
+    if os.environ.get(SWITCH) == "0" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         from lightning_lora.ops.triton_kernels import check

@@ -11,11 +11,11 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:  # on a GPU, tests/gpu has them
     pytest.skip("Triton does not interpret its kernels here", allow_module_level=True)
 
+from lightning_lora.ops import triton_kernels
 from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.fused_dropout import fused_dora_dropout
 from lightning_lora.ops.norms import merged_row_norms, row_squares
 from lightning_lora.ops.passes import Passes
-from lightning_lora.ops.triton_kernels import check
 from lightning_lora.ops.triton_norms import triton_row_norms
 from lightning_lora.ops.triton_passes import TritonPasses
 from tests.ops.test_fused import expected, flat, layers, with_values
@@ -43,7 +43,19 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def test_one_runs():
-    check(torch.device("cpu"))
+    before = torch.get_rng_state()
+    triton_kernels.check(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_that_multiplies_wrongly(monkeypatch):
+    class Wrong:
+        def __getitem__(self, grid):
+            return lambda x, mask, A, h, *args, **kwargs: h.fill_(64)
+
+    monkeypatch.setattr(triton_kernels, "down_kernel", Wrong())
+    with pytest.raises(RuntimeError, match="a kernel gives 64 for 42"):
+        triton_kernels.check(torch.device("cpu"))
 
 
 @each_dtype

@@ -77,6 +77,11 @@ def test_an_older_gpu_has_none(on_a_new_gpu, monkeypatch):
     assert not kernels.usable(Large(), 16)
 
 
+def test_a_gpu_of_amd_has_none(on_a_new_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert not kernels.usable(Large(), 16)
+
+
 def test_small_steps_are_those_of_a_gpu():
     x, weight = torch.empty(2, 3, 4), torch.empty(5, 4)
     assert not starts_count(x, weight)
