@@ -155,7 +155,7 @@ def combine_adapters(
         of_rows = attach_combined(rows, config, adapter_name)
         for each in in_full:
             bring(each.node.module, adapter_name, each.values, each.whole)
-    except Exception:
+    except BaseException:  # an interrupt too
         withdraw(model, adapter_name)
         raise
     freeze(model)

@@ -127,7 +127,7 @@ def load_prompt_folder(
         )
     try:
         notes = _place(model, config, name, tokens, heads, file.entry, fields, allow_base_mismatch)
-    except Exception as error:
+    except BaseException as error:  # an interrupt too
         if name not in had:
             withdraw(model, name)
         if isinstance(error, CheckpointError):

@@ -75,7 +75,7 @@ def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: st
     carry_out(model, config, drafted, adapter_name, tree=tree)
     try:
         initialise(model)
-    except Exception:
+    except BaseException:  # an interrupt too
         if adapter_name not in had:
             withdraw(model, adapter_name)
         raise
@@ -123,7 +123,7 @@ def carry_out(
             attach(layer, adapter_name, adapter)
             assert isinstance(layer, LoRALayer)
             attached.append(layer)
-    except Exception:
+    except BaseException:  # an interrupt too
         for layer in attached:
             detach(layer, adapter_name)
         raise

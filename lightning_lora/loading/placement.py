@@ -75,7 +75,7 @@ def place(
         if adapter_name not in had:
             _attach(config, prefix, misfits, dtypes)
         _fill(values, in_full, misfits)
-    except Exception:
+    except BaseException:  # an interrupt too
         if adapter_name not in had:
             withdraw(model, adapter_name)
         raise

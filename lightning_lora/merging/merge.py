@@ -131,7 +131,7 @@ def merge(
         total, each = differences(model, merged, probe)
         entries = {name: replace(entry, difference=each.get(name)) for name, entry in entries.items()}
         return MergeReport(entries, total)
-    except Exception:
+    except BaseException:  # an interrupt too
         if merged_layers(model):
             unmerge(model)
         raise
