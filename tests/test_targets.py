@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import lightning_lora as ll
@@ -508,6 +509,13 @@ def test_forward_that_was_replaced_on_the_instance():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].forward = model[0].forward
     assert "replaced on the instance" in ll.plan(model, ll.LoRAConfig()).skipped["0"]
+
+
+def test_hooks_of_accelerate():
+    model = nn.Sequential(nn.Linear(4, 4))
+    add_hook_to_module(model[0], AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(ll.TargetError, match=r"accelerate's hooks.*load the base without device_map"):
+        ll.inject(model, ll.LoRAConfig())
 
 
 def test_parametrized_weight():

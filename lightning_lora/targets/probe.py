@@ -116,8 +116,13 @@ def bypass(node: Node) -> str | None:
         return why
     if node.kind is None:
         return f"{node.cls.__name__} is no layer type that can have an adapter"
+    if "_hf_hook" in vars(node.module):
+        return (
+            "its forward is that of accelerate's hooks, which bypasses an adapter: load the base without device_map "
+            "(a Trainer places it, or model.to)"
+        )
     if "forward" in vars(node.module):
-        return "its forward was replaced on the instance (by accelerate hooks, say), which bypasses an adapter"
+        return "its forward was replaced on the instance, which bypasses an adapter"
     return None
 
 
