@@ -37,6 +37,10 @@ class Scope:
         self._input: tuple[Tensor, int] | None = None
         self._outputs: dict[int, Tensor] = {}
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this is a call of a module."""
+        return self._parent is module
+
     def together(self, layer: LoRALayer) -> list[LoRALayer]:
         """The layers that will be called with the same input after this one."""
         children: Any = self._parent._modules
@@ -124,14 +128,19 @@ def _enter(module: nn.Module, args: Any) -> None:
     if not module.training and not torch.is_grad_enabled():
         return  # each layer computes its own, in fewer operations
     groups = () if _APART in vars(module) else _groups(module)
-    vars(_RUNNING).setdefault("stack", []).append(Scope(module, groups))
+    stack = vars(_RUNNING).setdefault("stack", [])
+    for i, other in enumerate(stack):
+        if other.is_of(module):  # left by an interrupt, with which torch calls no hooks
+            del stack[i:]
+            break
+    stack.append(Scope(module, groups))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     stack = vars(_RUNNING).get("stack")
-    if stack and stack[-1]._parent is module:
+    if stack and stack[-1].is_of(module):
         stack.pop().close(broken_off=output is None)
 
 

@@ -229,6 +229,22 @@ def test_an_error_in_the_middle_leaves_nothing_behind(sizes):
     assert sizes == [3, 3, 1, 3, 1]
 
 
+def test_an_interrupt_holds_nothing_when_the_module_is_called_again(sizes):
+    model = adapted()
+
+    def interrupt(self, x):
+        raise KeyboardInterrupt
+
+    model[0].between = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(X.clone().requires_grad_())
+    assert scope() is not None
+    model[0].between = None
+    outcome(model, X)
+    assert scope() is None
+    assert sizes == [3, 3, 1, 3, 1]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.4}, {"use_dora": True, "lora_dropout": 0.4}])
 def test_checkpointed_blocks(sizes, reentrant, options):
