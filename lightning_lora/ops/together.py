@@ -20,7 +20,7 @@ def joined(sites: list[Site], dtype: torch.dtype) -> Tensor:
 
 def parted(whole: Tensor, ranks: list[int], dim: int = 0) -> Sequence[Tensor]:
     """What belongs to each."""
-    return [whole] if len(ranks) == 1 else torch.split(whole, ranks, dim)
+    return [whole] if len(ranks) == 1 else whole.split_with_sizes(ranks, dim)
 
 
 def down_together(
