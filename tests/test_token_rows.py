@@ -506,7 +506,7 @@ def test_consumers_are_told(tmp_path):
 
 def test_rows_of_tokens_that_never_come_are_named_when_the_run_is_over(monkeypatch):
     """They may be rare, so that the run goes on."""
-    monkeypatch.setattr("lightning_lora.training.health.PATIENCE", 3)
+    monkeypatch.setattr("lightning_lora.training.watch.PATIENCE", 3)
     module = Wrapped(FAMILIES["llama"].make)
     ids = torch.tensor([[1, 2, 3, 4]])
     run = trainer(ll.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[50, 51]), max_epochs=1)

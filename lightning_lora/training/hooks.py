@@ -141,6 +141,14 @@ class MethodCallback(CallbackBase):
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when an epoch begins, before its iterator is made."""
         self._random.on_train_epoch_start(trainer)
+        if self._training is not None:
+            self._training.look_again()
+
+    @override
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called when a validation ends. What training goes on with is looked at again."""
+        if self._training is not None:
+            self._training.look_again()
 
     @override
     def on_train_batch_start(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:

@@ -7,14 +7,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.errors import listing
 from lightning_lora.optim import RATIO, require_trained, without_ratio
+from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached
 from lightning_lora.training.base_weights import BaseWeights
-from lightning_lora.training.health import Watch
+from lightning_lora.training.health import check_again
+from lightning_lora.training.watch import PATIENCE, SecondLook, Watch
 
 
 class Training:
-    """The trained tensors, in the first steps; the weights of the frozen base, in all of them.
+    """The trained tensors, in the first steps and now and then later; the weights of the frozen base, in all of them.
 
     Args:
         model: The model, as training begins.
@@ -29,6 +32,9 @@ class Training:
         self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names)
         self._watch: Watch | None = None
+        self._looked: int | None = None  # the step at which it was looked at them, or that training began with
+        self._due, self._rest = False, set[str]()
+        self._trained = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
         self._follow(optimizers)
@@ -60,8 +66,29 @@ class Training:
                 f"({alike[0]['lr']:g}). Where you set group['lr'], multiply it by group.get({RATIO!r}, 1)"
             )
         self._base.check_optimizers()
+        self._looked = step if self._looked is None else self._looked
+        if self._due and self._watch is None and step - self._looked >= min(max(self._looked, 1), PATIENCE):
+            self._look_again(optimizers(), step)
         if self._watch is not None:
             self._watch.training = True
+
+    def look_again(self) -> None:
+        """An epoch began, or a validation ended: what is done there may leave a model that does not train.
+
+        Looked at by the next batch, unless it was not long ago.
+        """
+        self._due = True
+
+    def _look_again(self, optimizers: list[Optimizer], step: int) -> None:
+        self._due, self._looked = False, step
+        check_again(self._model, optimizers, self._names, self._trained)
+        rest = {name for name, p in trained_parameters(self._model, self._names) if not p.requires_grad}
+        if new := rest - self._rest:
+            rank_zero_warn(
+                f"requires_grad was turned off in the run on {listing(sorted(new), 4)}: they are not trained any more"
+            )
+        self._rest = rest
+        self._watch = SecondLook(self._model, optimizers, self._names)
 
     def end_batch(self) -> None:
         """A training batch ends."""

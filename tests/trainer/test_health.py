@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
 from lightning_lora.layers import attach, lora_layers
-from lightning_lora.training.health import PATIENCE, check_before
+from lightning_lora.training.health import check_before
+from lightning_lora.training.watch import PATIENCE
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, one_batch, trainer
 from tests.helpers.toy import Lit, data

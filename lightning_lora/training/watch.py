@@ -1,0 +1,247 @@
+"""Looks at what is trained: whether gradients reach it, and whether steps change it."""
+
+import inspect
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_lora.errors import DeadAdapterError, listing, raise_all
+from lightning_lora.layers import LoRALayer
+from lightning_lora.methods.added import added_modules
+from lightning_lora.names import ancestors
+from lightning_lora.ops.sharded import gathered
+from lightning_lora.state import trained_parameters
+from lightning_lora.targets.walk import nodes
+from lightning_lora.training.attached import tells_steps
+from lightning_lora.training.movement import below_compiled, gradient_of, mark_of
+
+PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
+BATCHES = 10  # ... that was trained before
+_WAYS_OUT = {
+    "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
+    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
+    "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
+    "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
+    "what is done to gradients before its step",
+    "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
+    "small ones), or its layer was never reached (exclude_modules)",
+}
+
+
+class Watch:
+    """Looks at every trained tensor during the first optimizer steps, and then goes away.
+
+    A tensor is well once an optimizer step found it with a gradient that is not 0 and changed it. It may wait for that
+    as long as its learning rate or its gradient is 0, or its layer was not reached (an expert without tokens,
+    LayerDrop), for `PATIENCE` steps. It is dead at once if its layer was called since the optimizer's last step and no
+    gradient ever came, or if the module around its layer was called, the layer itself was not, and that module's code
+    reads a weight. Steps in which nothing has a gradient do not count; nor is it known what is called inside a
+    compiled module.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers, each of which is watched from its own first step on.
+        adapter_names: The adapters that the run trains.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
+        self.training = False  # a batch is being trained; what other loops call says nothing about gradients
+        self._names = {id(p): name for name, p in trained_parameters(model, adapter_names) if p.requires_grad}
+        for optimizer in [optimizer for optimizer in optimizers if not tells_steps(optimizer)]:
+            warnings.warn(
+                f"{type(optimizer).__name__} never called Optimizer.__init__, and tells nobody when it steps: whether "
+                "what it holds is trained is not watched in this run",
+                stacklevel=2,
+            )
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._names.pop(id(parameter), None)
+        self._before: dict[int, Tensor] = {}
+        self._steps: dict[int, int] = {}
+        self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+        self._clock = 0  # counts the steps of all optimizers
+        self._called_at: dict[int, int] = {}  # by module
+        self._stepped_at: dict[int, int] = {}  # by optimizer
+        self._had_gradient: set[int] = set()
+        self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
+        self._handles: list[RemovableHandle] = []
+        compiled = below_compiled(model)
+        parents_of = {n.module: n.parents if isinstance(n.module, LoRALayer) else [] for n in nodes(model).values()}
+        for owner, above in [*parents_of.items(), *((found.module, []) for found in added_modules(model))]:
+            parents = [parent for parent in above if parent is not model]
+            for parameter in self._watched_of(owner):
+                self._owners[id(parameter)] = owner, parents
+                for module in (owner, *parents):
+                    if id(module) not in compiled:  # there a hook would be traced into the graph: its layers may wait
+                        self._handles.append(module.register_forward_pre_hook(self._note_call))
+        for optimizer in filter(tells_steps, optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def close(self, finished: bool = False) -> None:
+        """Takes all hooks off. If the run is over, warns about layers of which nothing has moved yet."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        still = [name for key, name in self._names.items() if id(self._owners[key][0]) not in self._moved]
+        if finished and still:
+            warnings.warn(
+                f"{len(still)} trainable tensors never moved in this run: {listing(still, 4)}. Their learning rate or "
+                "gradient was 0, or their layers were not reached, in all of its steps",
+                stacklevel=2,
+            )
+        self._names, self._before = {}, {}
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
+        return not self._names
+
+    def _watched_of(self, module: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in _parameters_of(module) if id(parameter) in self._names]
+
+    def _note_call(self, module: nn.Module, args: Any) -> None:
+        if self.training:
+            self._called_at[id(module)] = self._clock
+
+    _note_call.lora_only_looks = True  # type: ignore[attr-defined]  # layers can still be computed together
+
+    def _was_called(self, module: nn.Module, optimizer: Optimizer) -> bool:
+        """Whether it was called since the optimizer's last step."""
+        return self._called_at.get(id(module), -1) >= self._stepped_at.get(id(optimizer), 0)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, _ in self._waiting(optimizer):
+            self._before[id(parameter)] = mark_of(parameter, optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(gradient_of(p, optimizer) is not None for group in optimizer.param_groups for p in group["params"]):
+            return  # a step that was skipped, by a training_step that returned None: it says nothing
+        self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
+        dead: dict[str, list[str]] = {}
+        for parameter, lr in list(self._waiting(optimizer)):
+            before = self._before.pop(id(parameter), None)
+            verdict = None if before is None else self._verdict(parameter, optimizer, lr, before)
+            if verdict is True:
+                self._moved[id(self._owners[id(parameter)][0])] = self._names.pop(id(parameter))
+            elif verdict:
+                dead.setdefault(verdict, []).append(self._names[id(parameter)])
+        self._clock += 1
+        self._stepped_at[id(optimizer)] = self._clock
+        self._conclude(optimizer, self._steps[id(optimizer)], dead)
+
+    def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
+        """Raises for what is dead after a step, by the reason."""
+        if not dead and steps >= PATIENCE:
+            late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p, optimizer)]
+            if late:
+                dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
+        raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
+
+    def _is_alternative(self, parameter: nn.Parameter, optimizer: Optimizer) -> bool:
+        """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task.
+
+        Rows of tokens may be those of rare ones: that they did not move is said when the run is over.
+        """
+        owner = self._owners[id(parameter)][0]
+        if isinstance(owner, LoRALayer) and any(parameter is getattr(a, "rows", 0) for a in owner.lora.children()):
+            return True
+        name = self._names[id(parameter)]
+        numbered = [prefix for prefix in ancestors(name) if prefix.rpartition(".")[2].isdigit()]
+        lists = {prefix.rpartition(".")[0] for prefix in numbered}
+        return gradient_of(parameter, optimizer) is None and any(
+            moved.startswith(f"{outer}.") for outer in lists for moved in self._moved.values()
+        )
+
+    def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
+        for group in optimizer.param_groups:
+            yield from ((p, group.get("lr")) for p in group["params"] if id(p) in self._names)
+
+    def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: Any, before: Tensor) -> bool | str | None:
+        """True: well. None: it may wait. Otherwise why it is dead."""
+        owner, parents = self._owners[id(parameter)]
+        gradient = gradient_of(parameter, optimizer)
+        if gradient is None:
+            beside = _parameters_of(owner)
+            if any(id(p) in self._had_gradient or gradient_of(p, optimizer) is not None for p in beside):
+                return None  # it had one before, or what it lies beside has one: a parameter that some batches need
+            if self._was_called(owner, optimizer):
+                return f"called, but no gradient came back. {_WAYS_OUT['called']}"
+            if any(self._was_called(parent, optimizer) and _mentions_weight(type(parent)) for parent in parents):
+                return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
+            return None
+        self._had_gradient.add(id(parameter))
+        if not gathered(gradient.any()):
+            return None
+        if not torch.equal(mark_of(parameter, optimizer), before):
+            return True
+        waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
+        if waits or before.any():
+            return None
+        return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
+
+
+class SecondLook(Watch):
+    """The same later in a run, at tensors that moved before: whether gradients reach them still.
+
+    A batch may lack what trains some of them, so that only those are dead that got none in `BATCHES` steps.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._without: list[str] = []  # a gradient, in all steps until now
+
+    @override
+    def close(self, finished: bool = False) -> None:
+        if finished and self._without and self._names:
+            warnings.warn(self._problem(max(self._steps.values())), stacklevel=2)
+        super().close()
+
+    @override
+    def _verdict(self, parameter: nn.Parameter, *args: Any) -> bool | str | None:
+        return super()._verdict(parameter, *args) if parameter.requires_grad else None  # turned off since
+
+    @override
+    def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
+        self._without = [name for names in dead.values() for name in names]
+        if steps < BATCHES:
+            return
+        for parameter, _ in list(self._waiting(optimizer)):
+            del self._names[id(parameter)]
+        if self._without:
+            raise DeadAdapterError(self._problem(steps))
+
+    def _problem(self, steps: int) -> str:
+        return (
+            f"{listing(self._without, 4)}: trained before, and no gradient came back in the last {steps} steps. Look "
+            "for torch.no_grad, detach and changes of the model in the run; what is to rest must not require gradients"
+        )
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters and those of its adapters."""
+    adapters = list(module.lora.parameters()) if isinstance(module, LoRALayer) else []
+    return [parameter for parameter in [*module._parameters.values(), *adapters] if parameter is not None]
+
+
+def _mentions_weight(cls: type) -> bool:
+    """Whether the code of a module reads a weight, of whatever; others call their layers, or choose among them."""
+    functions = [
+        f
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.nn.modules.module")
+        for f in vars(base).values()
+    ]
+    codes = [code for f in functions if (code := getattr(inspect.unwrap(f), "__code__", None)) is not None]
+    while codes:
+        code = codes.pop()
+        if {"weight", "in_proj_weight"} & {*code.co_names}:
+            return True
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return False
