@@ -190,17 +190,19 @@ class Watch:
 class SecondLook(Watch):
     """The same later in a run, at tensors that moved before: whether gradients reach them still.
 
-    A batch may lack what trains some of them, so that only those are dead that got none in `BATCHES` steps.
+    A batch may lack what trains some of them, so that only those are dead that got none in `BATCHES` steps, in each of
+    which their layer was called.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._without: list[str] = []  # a gradient, in all steps until now
+        self._without: dict[int, list[str]] = {}  # a gradient, in all steps of an optimizer
 
     @override
     def close(self, finished: bool = False) -> None:
-        if finished and self._without and self._names:
-            warnings.warn(self._problem(max(self._steps.values())), stacklevel=2)
+        for key, names in self._without.items() if finished else ():
+            if names and self._steps[key] > 1:
+                warnings.warn(_unreached(names, self._steps[key]), stacklevel=2)
         super().close()
 
     @override
@@ -209,19 +211,22 @@ class SecondLook(Watch):
 
     @override
     def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
-        self._without = [name for names in dead.values() for name in names]
+        found, key = [name for names in dead.values() for name in names], id(optimizer)
+        still = self._without[key] = [name for name in found if name in self._without.get(key, found)]
         if steps < BATCHES:
             return
         for parameter, _ in list(self._waiting(optimizer)):
             del self._names[id(parameter)]
-        if self._without:
-            raise DeadAdapterError(self._problem(steps))
+        del self._without[key]
+        if still:
+            raise DeadAdapterError(_unreached(still, steps))
 
-    def _problem(self, steps: int) -> str:
-        return (
-            f"{listing(self._without, 4)}: trained before, and no gradient came back in the last {steps} steps. Look "
-            "for torch.no_grad, detach and changes of the model in the run; what is to rest must not require gradients"
-        )
+
+def _unreached(names: list[str], steps: int) -> str:
+    return (
+        f"{listing(names, 4)}: trained before, and no gradient came back in the last {steps} steps. Look for "
+        "torch.no_grad, detach and changes of the model in the run; what is to rest must not require gradients"
+    )
 
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
