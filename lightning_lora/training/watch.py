@@ -29,9 +29,11 @@ _WAYS_OUT = {
     "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
     "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
     "what is done to gradients before its step",
+    "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
+_DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
 
 
 class Watch:
@@ -179,7 +181,10 @@ class Watch:
         self._had_gradient.add(id(parameter))
         if not gathered(gradient.any()):
             return None
-        if not torch.equal(mark_of(parameter, optimizer), before):
+        now = mark_of(parameter, optimizer)
+        if not now.isfinite().all():
+            return _DIVERGED
+        if not torch.equal(now, before):
             return True
         waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
         if waits or before.any():
@@ -211,6 +216,8 @@ class SecondLook(Watch):
 
     @override
     def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
+        if diverged := dead.get(_DIVERGED):
+            raise DeadAdapterError(f"{listing(diverged, 4)}: {_DIVERGED}")
         found, key = [name for names in dead.values() for name in names], id(optimizer)
         still = self._without[key] = [name for name in found if name in self._without.get(key, found)]
         if steps < BATCHES:

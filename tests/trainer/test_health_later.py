@@ -21,7 +21,7 @@ class Headed(pl.LightningModule):
     def __init__(self, moment: tuple[str, int], act: Callable[["Headed"], object]):
         super().__init__()
         self.net, self.head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)), nn.Linear(8, 1)
-        self.moment, self.act, self.cut = moment, act, False
+        self.moment, self.act, self.cut, self.scale = moment, act, False, 1.0
 
     def reach(self, name, when):
         if (name, when) == self.moment:
@@ -37,7 +37,7 @@ class Headed(pl.LightningModule):
     def training_step(self, batch, index):
         self.reach("step", self.global_step)
         h = self.net(batch)
-        return self.head(h.detach() if self.cut else h).square().mean()
+        return self.head(h.detach() if self.cut else h).square().mean() * self.scale
 
     def validation_step(self, batch, index):
         self.head(self.net(batch))
@@ -67,6 +67,10 @@ def cut(module):
     module.cut = True
 
 
+def diverge(module):
+    module.scale = torch.nan
+
+
 def replace_tensor(module):
     adapter = module.net[0].lora["default"]
     adapter.B = nn.Parameter(adapter.B.detach().clone())
@@ -83,6 +87,7 @@ ACTS = {
     ),
     "merge": (ll.merge, r"adapters were merged into net.0, net.2: call ll.unmerge"),
     "tensor": (replace_tensor, r"net.0.lora.default.B: another tensor than the optimizer has"),
+    "diverge": (diverge, r"net.0.lora.default.A.*: not finite any more. The run diverged"),
     "layer": (replace_layer, r"net.0.lora.default.A, net.0.lora.default.B: not in the model any more"),
 }
 
