@@ -1,8 +1,8 @@
 """A run cannot silently fail to train.
 
-Before the first step `check_before` refuses what could not train, and `check_again` later on. In the first optimizer
-steps, and again behind validations and epochs, `lightning_lora.training.watch` looks at every tensor that should: it
-must get a gradient, and it must move.
+Before the first step `check_before` refuses what could not train, and in the first ones `lightning_lora.training.watch`
+looks at every tensor that should: it must get a gradient, and it must move. Behind epochs and validations `check_again`
+and `lightning_lora.training.second_look` do so again.
 """
 
 from collections.abc import Collection

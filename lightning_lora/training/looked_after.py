@@ -13,7 +13,8 @@ from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
-from lightning_lora.training.watch import PATIENCE, SecondLook, Watch
+from lightning_lora.training.second_look import SecondLook
+from lightning_lora.training.watch import PATIENCE, Watch
 
 
 class Training:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
 
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer
@@ -22,7 +21,6 @@ from lightning_lora.training.attached import tells_steps
 from lightning_lora.training.movement import below_compiled, gradient_of, mark_of
 
 PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
-BATCHES = 10  # ... that was trained before
 _WAYS_OUT = {
     "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
     "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
@@ -33,7 +31,7 @@ _WAYS_OUT = {
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
-_DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
+DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
 
 
 class Watch:
@@ -183,57 +181,13 @@ class Watch:
             return None
         now = mark_of(parameter, optimizer)
         if not now.isfinite().all():
-            return _DIVERGED
+            return DIVERGED
         if not torch.equal(now, before):
             return True
         waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
         if waits or before.any():
             return None
         return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
-
-
-class SecondLook(Watch):
-    """The same later in a run, at tensors that moved before: whether gradients reach them still.
-
-    A batch may lack what trains some of them, so that only those are dead that got none in `BATCHES` steps, in each of
-    which their layer was called.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._without: dict[int, list[str]] = {}  # a gradient, in all steps of an optimizer
-
-    @override
-    def close(self, finished: bool = False) -> None:
-        for key, names in self._without.items() if finished else ():
-            if names and self._steps[key] > 1:
-                warnings.warn(_unreached(names, self._steps[key]), stacklevel=2)
-        super().close()
-
-    @override
-    def _verdict(self, parameter: nn.Parameter, *args: Any) -> bool | str | None:
-        return super()._verdict(parameter, *args) if parameter.requires_grad else None  # turned off since
-
-    @override
-    def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
-        if diverged := dead.get(_DIVERGED):
-            raise DeadAdapterError(f"{listing(diverged, 4)}: {_DIVERGED}")
-        found, key = [name for names in dead.values() for name in names], id(optimizer)
-        still = self._without[key] = [name for name in found if name in self._without.get(key, found)]
-        if steps < BATCHES:
-            return
-        for parameter, _ in list(self._waiting(optimizer)):
-            del self._names[id(parameter)]
-        del self._without[key]
-        if still:
-            raise DeadAdapterError(_unreached(still, steps))
-
-
-def _unreached(names: list[str], steps: int) -> str:
-    return (
-        f"{listing(names, 4)}: trained before, and no gradient came back in the last {steps} steps. Look for "
-        "torch.no_grad, detach and changes of the model in the run; what is to rest must not require gradients"
-    )
 
 
 def _parameters_of(module: nn.Module) -> list[nn.Parameter]:

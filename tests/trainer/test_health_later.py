@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
-from lightning_lora.training.watch import BATCHES
+from lightning_lora.training.second_look import BATCHES
 
 STEPS = 12  # in an epoch
 
@@ -105,6 +105,18 @@ def test_in_an_epoch_without_an_end():
     """Each validation is a time to look."""
     with pytest.raises(ll.DeadAdapterError, match="trained before"):
         fit(("step", 40), cut, epochs=-1, max_steps=400, val_check_interval=6, check_val_every_n_epoch=None)
+
+
+def test_a_part_that_a_loss_leaves():
+    """What lies behind it goes on: that may be meant, and is said."""
+
+    def cut_below(module):
+        module.net[1].register_forward_hook(lambda module, args, out: out.detach())
+
+    with pytest.warns(
+        UserWarning, match=r"^net.0.lora.default.A, net.0.lora.default.B: trained before, and no gradient"
+    ):
+        fit(("epoch", 1), cut_below)
 
 
 def test_shortly_before_the_end():
