@@ -27,7 +27,8 @@ _WAYS_OUT = {
     "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
     "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
     "what is done to gradients before its step",
-    "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step",
+    "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step. In "
+    "float16 Adam needs a larger eps: 1e-8 is 0 there",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
