@@ -28,7 +28,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.injection.copies import bring, values_of
 from lightning_lora.injection.freeze import freeze
-from lightning_lora.injection.inject import withdraw
+from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.merging.values import value_problems
@@ -149,15 +149,12 @@ def combine_adapters(
         name: as_adapter(node, config, adapter_name, made[name], widest(a.A for a in here.values()))
         for name, (node, here) in layers.items()
     }
-    try:
+    with withdrawn_on_error(model, adapter_name):
         for name, (node, _) in layers.items():
             attach(node.module, adapter_name, adapters[name], active=False)
         of_rows = attach_combined(rows, config, adapter_name)
         for each in in_full:
             bring(each.node.module, adapter_name, each.values, each.whole)
-    except BaseException:  # an interrupt too
-        withdraw(model, adapter_name)
-        raise
     freeze(model)
     entries = {
         name: LayerCombination(tuple(here), made[name].A.shape[-2], made[name].norm, made[name].error)

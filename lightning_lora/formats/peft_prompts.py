@@ -21,7 +21,7 @@ from lightning_lora.formats.tensor_write import write_tensors
 from lightning_lora.formats.tensors import TensorFile, all_finite
 from lightning_lora.injection.copies import bring, put_in_place, tensors_of, values_of
 from lightning_lora.injection.freeze import freeze
-from lightning_lora.injection.inject import carry_out, withdraw
+from lightning_lora.injection.inject import carry_out, withdrawn_on_error
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import is_whole
 from lightning_lora.methods.active import active_adapters
@@ -126,13 +126,10 @@ def load_prompt_folder(
             f"{folder} holds {config.method}, and adapter {name!r} of the model is {had[name].method}"
         )
     try:
-        notes = _place(model, config, name, tokens, heads, file.entry, fields, allow_base_mismatch)
-    except BaseException as error:  # an interrupt too
-        if name not in had:
-            withdraw(model, name)
-        if isinstance(error, CheckpointError):
-            raise type(error)(f"{folder}: {error}") from None
-        raise
+        with withdrawn_on_error(model, name, had):
+            notes = _place(model, config, name, tokens, heads, file.entry, fields, allow_base_mismatch)
+    except CheckpointError as error:
+        raise type(error)(f"{folder}: {error}") from None
     if name not in had and had:
         for found in added_modules(model):
             found.module.active = found.module.active and found.adapter_name != name

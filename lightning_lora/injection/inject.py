@@ -5,6 +5,8 @@ takes is kept on the modules themselves (`lightning_lora.marks`).
 """
 
 import warnings
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,12 +75,8 @@ def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: st
     raise_all(TargetError, problems, drafted.method)
     drafted = without_owned(model, config, drafted, adapter_name)
     carry_out(model, config, drafted, adapter_name, tree=tree)
-    try:
+    with withdrawn_on_error(model, adapter_name, had):
         initialise(model)
-    except BaseException:  # an interrupt too
-        if adapter_name not in had:
-            withdraw(model, adapter_name)
-        raise
     if drafted.notes:
         warnings.warn("\n".join(drafted.notes), stacklevel=2)
     return drafted
@@ -181,6 +179,17 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         arrange(model)
     else:
         eject(model)
+
+
+@contextmanager
+def withdrawn_on_error(model: nn.Module, adapter_name: str, had: Container[str] = ()) -> Iterator[None]:
+    """An adapter that a model did not have is taken off again by whatever breaks this off, an interrupt too."""
+    try:
+        yield
+    except BaseException:
+        if adapter_name not in had:
+            withdraw(model, adapter_name)
+        raise
 
 
 def initialise(model: nn.Module, stage: Stage = Stage.COMPLETE, device: torch.device | None = None) -> None:

@@ -18,7 +18,7 @@ from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.injection.copies import bring, put_in_place, values_of
 from lightning_lora.injection.create import create
 from lightning_lora.injection.freeze import freeze
-from lightning_lora.injection.inject import withdraw
+from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import arrange, attach, base_modules, kind_of_layer, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.loading.misfits import Found, Misfits
@@ -71,14 +71,10 @@ def place(
     config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = active_adapters(model)
-    try:
+    with withdrawn_on_error(model, adapter_name, had):
         if adapter_name not in had:
             _attach(config, prefix, misfits, dtypes)
         _fill(values, in_full, misfits)
-    except BaseException:  # an interrupt too
-        if adapter_name not in had:
-            withdraw(model, adapter_name)
-        raise
     if adapter_name not in had and had:
         for _, layer in lora_layers(model):
             layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
