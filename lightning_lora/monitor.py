@@ -16,6 +16,7 @@ from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_squares
 from lightning_lora.ops.sharded import gathered, is_flattened, is_plain
+from lightning_lora.optim import held_by
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -93,7 +94,7 @@ class LoRAMonitor(CallbackBase):
         """Called before each step. Looks at gradients and keeps values, if this step is going to be logged."""
         if not (self.gradients or self.updates) or not self._is_due(trainer.global_step + 1):
             return
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = held_by([optimizer])
         held = [p for sites in self._sites.values() for s in sites for p in s.adapter.parameters() if id(p) in own]
         if self.gradients:
             self._norms |= {id(p): _norm(p.grad) for p in held if p.grad is not None}

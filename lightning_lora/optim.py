@@ -67,9 +67,14 @@ def complete_optimizers(
                 _split_groups(optimizer, told, pairs, ratio, adapter_name)
 
 
+def held_by(optimizers: Iterable[Any]) -> set[int]:
+    """The ids of the parameters that optimizers have."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
 def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = held_by(optimizers)
     lost = {clean(name): p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     if lost:
         way_out = "an optimizer over self.parameters() from configure_optimizers, or over a list that contains them"

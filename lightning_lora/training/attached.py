@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.adapters.refresh import refresh
 from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.optim import held_by
 
 
 def tells_steps(optimizer: Any) -> bool:
@@ -26,8 +27,7 @@ class Attached:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        groups = optimizer.param_groups if tells_steps(optimizer) else []
-        trained = {id(p) for group in groups for p in group["params"]}
+        trained = held_by([optimizer] if tells_steps(optimizer) else [])
         self._adapters: list[tuple[LoRALayer, DoRAAdapter]] = []
         for _, layer in lora_layers(model):
             for adapter in layer.lora_adapters().values():

@@ -5,7 +5,7 @@ looks at every tensor that should: it must get a gradient, and it must move. Beh
 and `lightning_lora.training.second_look` do so again.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.methods.added import added_modules
-from lightning_lora.optim import require_trained
+from lightning_lora.optim import held_by, require_trained
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.walk import nodes
@@ -63,26 +63,25 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
 
 
 def check_again(
-    model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str], trained: Collection[str]
+    model: nn.Module, optimizers: list[Optimizer], trained: Mapping[str, nn.Parameter], began_with: Collection[str]
 ) -> None:
     """Refuses to go on where a run has changed the model so that what was trained can't be any more.
 
     Args:
         model: The model.
         optimizers: Its optimizers.
-        adapter_names: The adapters that the run trains.
-        trained: Names of what was trained as it began.
+        trained: What is to be trained, by name, now.
+        began_with: The names as training began.
 
     Raises:
         DeadAdapterError: Naming the layers and the way out.
     """
-    problems, now = [], dict(trained_parameters(model, adapter_names))
+    problems, held = [], held_by(optimizers)
     if merged := merged_layers(model):
         problems.append(f"adapters were merged into {listing(merged)}: call ll.unmerge before training goes on")
-    if gone := [name for name in trained if name not in now]:
+    if gone := [name for name in began_with if name not in trained]:
         problems.append(f"{listing(gone, 4)}: not in the model any more. Replace layers before adapters are added")
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    if new := [name for name, p in now.items() if p.requires_grad and id(p) not in held]:
+    if new := [name for name, p in trained.items() if p.requires_grad and id(p) not in held]:
         problems.append(f"{listing(new, 4)}: another tensor than the optimizer has. Copy values into what is there")
     raise_all(DeadAdapterError, problems, "what was trained can't be trained any more")
 

@@ -1,5 +1,6 @@
 """What is looked after while a run trains."""
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import listing
 from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.state import trained_parameters
-from lightning_lora.training.attached import Attached
+from lightning_lora.training.attached import Attached, tells_steps
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
 from lightning_lora.training.second_look import SecondLook
@@ -35,13 +36,19 @@ class Training:
         self._watch: Watch | None = None
         self._looked: int | None = None  # the step at which it was looked at them, or that training began with
         self._due, self._rest = False, set[str]()
-        self._trained = [name for name, _ in trained_parameters(model, adapter_names)]
+        self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
         self._follow(optimizers)
 
     def _follow(self, optimizers: list[Optimizer]) -> None:
         self.close()
+        for silent in (each for each in optimizers if not tells_steps(each)):
+            warnings.warn(
+                f"{type(silent).__name__} never called Optimizer.__init__, and tells nobody when it steps: whether "
+                "what it holds is trained is not watched in this run",
+                stacklevel=2,
+            )
         self._watch = Watch(self._model, optimizers, self._names)
         self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
         self._base.optimizers = optimizers
@@ -82,8 +89,9 @@ class Training:
 
     def _look_again(self, optimizers: list[Optimizer], step: int) -> None:
         self._due, self._looked = False, step
-        check_again(self._model, optimizers, self._names, self._trained)
-        rest = {name for name, p in trained_parameters(self._model, self._names) if not p.requires_grad}
+        trained = dict(trained_parameters(self._model, self._names))
+        check_again(self._model, optimizers, trained, self._began_with)
+        rest = {name for name, p in trained.items() if not p.requires_grad}
         if new := rest - self._rest:
             rank_zero_warn(
                 f"requires_grad was turned off in the run on {listing(sorted(new), 4)}: they are not trained any more"

@@ -15,6 +15,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.methods.added import added_modules
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
+from lightning_lora.optim import held_by
 from lightning_lora.state import trained_parameters
 from lightning_lora.targets.walk import nodes
 from lightning_lora.training.attached import tells_steps
@@ -47,22 +48,15 @@ class Watch:
 
     Args:
         model: The model.
-        optimizers: Its optimizers, each of which is watched from its own first step on.
+        optimizers: Its optimizers, each of which is watched from its own first step on, if it tells when it steps.
         adapter_names: The adapters that the run trains.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
         self.training = False  # a batch is being trained; what other loops call says nothing about gradients
         self._names = {id(p): name for name, p in trained_parameters(model, adapter_names) if p.requires_grad}
-        for optimizer in [optimizer for optimizer in optimizers if not tells_steps(optimizer)]:
-            warnings.warn(
-                f"{type(optimizer).__name__} never called Optimizer.__init__, and tells nobody when it steps: whether "
-                "what it holds is trained is not watched in this run",
-                stacklevel=2,
-            )
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    self._names.pop(id(parameter), None)
+        for key in held_by(each for each in optimizers if not tells_steps(each)):
+            self._names.pop(key, None)
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
