@@ -1,5 +1,6 @@
 """A small network of plain torch layers in a LightningModule that can be built anywhere and optimised in any way."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -86,12 +87,17 @@ class Steps:
         return self.optimizers_(self)
 
 
-def adamw_with_schedule(module: Any) -> Any:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+def adamw_with_schedule(module: Any, eps: float = 1e-8) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, eps=eps)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
     }
+
+
+def optimizers_for(precision: str) -> Callable[[Any], Any]:
+    """The same; the usual eps is 0 in float16, which makes what is trained in full NaN."""
+    return functools.partial(adamw_with_schedule, eps=1e-4 if precision == "16-true" else 1e-8)
 
 
 class Lit(Steps, pl.LightningModule):

@@ -14,7 +14,7 @@ from lightning_lora.layers import lora_layers
 from lightning_lora.quantization import bits_per_weight, is_quantized
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, one_batch, trainer
-from tests.helpers.toy import Lit, data
+from tests.helpers.toy import Lit, data, optimizers_for
 
 MODES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 LAYERS = [f"net.blocks.{i}.{n}" for i in range(2) for n in ("q", "o")]
@@ -58,8 +58,7 @@ def test_wherever_the_model_is_built(built):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true", "64-true"])
 def test_precisions(precision):
-    eps = 1e-4 if precision == "16-true" else 1e-8  # which float16 makes 0, and the head NaN
-    module = Lit(optimizers_=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=eps))
+    module = Lit(optimizers_=optimizers_for(precision))
     if precision == "64-true":
         with pytest.raises(ll.TargetError, match="net.blocks.0.q is torch.float64, which bitsandbytes can't quantise"):
             fit(module, precision=precision)

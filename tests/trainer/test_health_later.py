@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import lightning_lora as ll
 from lightning_lora.training.second_look import BATCHES
+from tests.helpers.modules import trainer
 
 STEPS = 12  # in an epoch
 
@@ -48,18 +49,9 @@ class Headed(pl.LightningModule):
 
 def fit(moment, act, epochs=3, callbacks=(), **options):
     module = Headed(moment, act)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ll.LoRA(r=2, lora_alpha=3, target_modules=["0", "2"], modules_to_save=["head"]), *callbacks],
-        **options,
-    )
+    lora = ll.LoRA(r=2, lora_alpha=3, target_modules=["0", "2"], modules_to_save=["head"])
     data = DataLoader(torch.randn(2 * STEPS, 8), batch_size=2)
-    trainer.fit(module, data, data)
+    trainer(lora, *callbacks, max_epochs=epochs, **options).fit(module, data, data)
     return module
 
 

@@ -3,10 +3,12 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from tests.helpers.modules import trainer
 
 MOMENTS = ["setup", "configure_optimizers", "on_train_start", "training_step", "validation_step", "on_save_checkpoint"]
 
@@ -54,15 +56,14 @@ def test_the_next_fit_is_like_any_other(tmp_path, moment, error, quantization):
     lora = ll.LoRA(r=2, lora_alpha=3, quantization=quantization, target_modules="all-linear")
 
     def fit() -> pl.Trainer:
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[lora], default_root_dir=tmp_path, **options)
-        trainer.fit(module, data, data)
-        return trainer
+        run = trainer(lora, ModelCheckpoint(tmp_path), max_epochs=2)
+        run.fit(module, data, data)
+        return run
 
     with pytest.raises((error, SystemExit)):  # Lightning ends the process for an interrupt
         fit()
     trained = {f"net.{i}.lora.default.{key}" for i in (0, 2) for key in "AB"}
-    trainer = fit()
-    assert trainer.global_step == 4
+    run = fit()
+    assert run.global_step == 4
     assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == trained
-    assert torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"].keys() == trained
+    assert torch.load(run.checkpoint_callback.best_model_path, weights_only=True)["state_dict"].keys() == trained

@@ -21,7 +21,7 @@ from torch import distributed, nn
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
 from tests.helpers.modules import trainer
-from tests.helpers.toy import Counter, Lit, Net, Steps, adamw_with_schedule, build, data
+from tests.helpers.toy import Counter, Lit, Net, Steps, adamw_with_schedule, build, data, optimizers_for
 
 LAYERS = [f"net.blocks.{i}.{n}" for i in range(2) for n in ("q", "o")]
 
@@ -199,8 +199,7 @@ def test_the_role_of_parts_is_decided_when_the_model_is_complete():
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_precisions(precision, use_dora):
-    eps = 1e-4 if precision == "16-true" else 1e-8  # which float16 makes 0, and the head NaN
-    module = Lit(optimizers_=lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=eps))
+    module = Lit(optimizers_=optimizers_for(precision))
     run = trainer(ll.LoRA(r=4, use_dora=use_dora), precision=precision)
     run.fit(module, data())
     wanted = torch.float64 if precision == "64-true" else torch.float32
