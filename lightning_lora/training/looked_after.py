@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listing
+from lightning_lora.names import clean
 from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached, tells_steps
@@ -35,7 +36,7 @@ class Training:
         self._base = BaseWeights(model, optimizers, adapter_names)
         self._watch: Watch | None = None
         self._looked: int | None = None  # the step at which it was looked at them, or that training began with
-        self._due, self._rest = False, set[str]()
+        self._due, self._rest, self._thawed = False, set[str](), set[str]()
         self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
@@ -91,13 +92,22 @@ class Training:
         self._due, self._looked = False, step
         trained = dict(trained_parameters(self._model, self._names))
         check_again(self._model, optimizers, trained, self._began_with)
-        rest = {name for name, p in trained.items() if not p.requires_grad}
+        self._look_at_flags(trained)
+        self._watch = SecondLook(self._model, optimizers, self._names)
+
+    def _look_at_flags(self, trained: dict[str, nn.Parameter]) -> None:
+        rest, known = {name for name, p in trained.items() if not p.requires_grad}, {id(p) for p in trained.values()}
+        thawed = {clean(n) for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in known}
         if new := rest - self._rest:
             rank_zero_warn(
                 f"requires_grad was turned off in the run on {listing(sorted(new), 4)}: they are not trained any more"
             )
-        self._rest = rest
-        self._watch = SecondLook(self._model, optimizers, self._names)
+        if new := thawed - self._thawed:
+            rank_zero_warn(
+                f"requires_grad was turned on in the run on {listing(sorted(new), 4)}: no optimizer has them, so that "
+                "they cost memory and do not change. What is to be trained in full is named in modules_to_save"
+            )
+        self._rest, self._thawed = rest, thawed
 
     def end_batch(self) -> None:
         """A training batch ends."""

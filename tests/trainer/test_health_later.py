@@ -129,6 +129,19 @@ def test_what_is_turned_off_rests_with_a_warning():
     assert all(torch.equal(now, then) for now, then in zip(module.net.parameters(), frozen, strict=True))
 
 
+def test_a_base_that_is_thawed_stays_as_it_is_with_a_warning():
+    before = []
+
+    def thaw(module):
+        module.unfreeze()
+        before.append(module.net[0].weight.detach().clone())
+
+    with pytest.warns(UserWarning, match=r"requires_grad was turned on in the run on net.0.bias, net.0.weight") as said:
+        module = fit(("epoch", 1), thaw, epochs=5)
+    assert sum("turned on" in str(one.message) for one in said) == 1
+    assert torch.equal(module.net[0].weight, before[0])
+
+
 def test_what_is_put_back_is_fine():
     """A merge for the time of a validation, a step without the adapters, and one that is skipped."""
 
