@@ -14,6 +14,7 @@ import warnings
 warnings.simplefilter("ignore")
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 torch.set_num_threads(1)
 
@@ -47,9 +48,19 @@ def train_and_save(module, strategy, lora, file):
 class Sharded(Lit):
     """A user's module that shards itself, as the Lightning docs have it."""
 
-    def __init__(self, built="init", tp=False, dtype=None, checkpointing=False, compiled=False, seed=1):
+    def __init__(
+        self,
+        built="init",
+        tp=False,
+        dtype=None,
+        checkpointing=False,
+        compiled=False,
+        seed=1,
+        hybrid=False,
+        offload=False,
+    ):
         super().__init__(built if built != "meta" else "setup", seed)
-        self.tp, self.meta = tp, built == "meta"
+        self.tp, self.meta, self.hybrid, self.offload = tp, built == "meta", hybrid, offload
         self.checkpointing, self.compiled, self.sharded = checkpointing, compiled, False
         if dtype and self.net is not None:
             self.net.to(getattr(torch, dtype))
@@ -59,7 +70,7 @@ class Sharded(Lit):
             super().setup(stage)
 
     def configure_model(self):
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
         if self.sharded:
             return
@@ -80,11 +91,15 @@ class Sharded(Lit):
         if self.compiled:
             for block in self.net.blocks:
                 block.compile(backend="aot_eager")
-        mesh = self.device_mesh["data_parallel"]
+        mesh, options = self.device_mesh["data_parallel"], {}
+        if self.hybrid:
+            mesh = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         if mesh.size() > 1:
             for block in self.net.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.net, mesh=mesh)
+                fully_shard(block, mesh=mesh, **options)
+            fully_shard(self.net, mesh=mesh, **options)
 
     def on_fit_start(self):
         if self.meta:
@@ -109,6 +124,8 @@ class CPUFSDP(FSDPStrategy):
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             return model
         options = {"cpu_offload": self.cpu_offload, "mixed_precision": self.mixed_precision_config, **self.kwargs}
+        if "HYBRID" in self.sharding_strategy.name:
+            options["device_mesh"] = init_device_mesh("cpu", (2, self.world_size // 2))
         return FullyShardedDataParallel(
             model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **options
         )
@@ -132,6 +149,8 @@ def strategy_of(name, devices):
         return ModelParallelStrategy(data_parallel_size=devices // 2, tensor_parallel_size=2)
     if name == "fsdp-flat":
         return CPUFSDP(auto_wrap_policy={Block}, use_orig_params=False)
+    if name == "fsdp-hybrid":
+        return CPUFSDP(auto_wrap_policy={Block}, sharding_strategy="HYBRID_SHARD")
     if name == "fsdp":
         return CPUFSDP(auto_wrap_policy={Block})
     return name

@@ -55,6 +55,7 @@ FSDP2 = {
     "fsdp2-accumulate": {"strategy": "fsdp2", "trainer": {"accumulate_grad_batches": 2}},
     "fsdp2-checkpointing": {"strategy": "fsdp2", "module": {"checkpointing": True}},
     "fsdp2-compiled": {"strategy": "fsdp2", "module": {"compiled": True}},
+    "fsdp2-offload": {"strategy": "fsdp2", "module": {"offload": True}, "test": True},
     "fsdp2-bf16": {"strategy": "fsdp2", "module": {"dtype": "bfloat16"}},
     "tp": {"strategy": "tp"},
     "tp-dora": {
@@ -72,6 +73,9 @@ FOUR = {
     "fsdp2-4": {"strategy": "fsdp2", "lora": DORA},
     "2d": {"strategy": "2d"},
     "2d-dora": {"strategy": "2d", "lora": DORA},
+    "fsdp2-hybrid": {"strategy": "fsdp2", "module": {"hybrid": True}, "test": True},
+    "fsdp2-hybrid-dora": {"strategy": "fsdp2", "module": {"hybrid": True}, "lora": {**DORA, "shard_adapters": True}},
+    "fsdp-hybrid": {"strategy": "fsdp-hybrid"},
 }
 
 
@@ -124,7 +128,15 @@ def assert_same(a: dict, b: dict, tolerance: float = 1e-5) -> None:
                 )
 
 
-REFERENCE = {"dora": "dora", "qdora": "qdora", "lazy": "dora", "meta": "dora", "sharded": "dora", "4": "dora"}
+REFERENCE = {
+    "dora": "dora",
+    "qdora": "qdora",
+    "lazy": "dora",
+    "meta": "dora",
+    "sharded": "dora",
+    "4": "dora",
+    "hybrid-dora": "dora",
+}
 RUNS = [*TWO, *FSDP2, *FOUR]
 
 
@@ -136,6 +148,7 @@ def test_adapters_and_optimizer_states_are_those_of_one_device(one, many, name):
     wanted, loss = saved(reference), result(reference)["val_loss"]
     if "bf16" not in name:
         assert found["val_loss"] == pytest.approx(loss, rel=1e-5)
+        assert found.get("test", {"test_loss": loss})["test_loss"] == pytest.approx(loss, rel=1e-5)
         assert_same(wanted, saved(many / name))
     else:  # a last digit of bfloat16 decides about the sign of an Adam step
         assert found["val_loss"] == pytest.approx(loss, rel=1e-2)
