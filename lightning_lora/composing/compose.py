@@ -32,6 +32,7 @@ from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.merging.values import value_problems
+from lightning_lora.methods.active import adapter_names
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.state import low_rank_adapters
 from lightning_lora.switching.chosen import unknown_names, weight_problems
@@ -114,7 +115,7 @@ def combine_adapters(
     """
     problems = [*_argument_problems(adapter_name, method, rank, density, seed)]
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
-    if adapter_name in known:
+    if adapter_name in adapter_names(model):
         problems.append(f"adapter_name={adapter_name!r} is taken: ll.delete_adapter removes that one")
     problems += merged_problems(model, "call ll.unmerge first")
     if not isinstance(weights, Mapping) or not weights:

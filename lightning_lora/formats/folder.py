@@ -38,8 +38,7 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         raise ConfigError(f"{os.fspath(target)} is (or holds) the current folder: give one of its own for the adapter")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    staged, old = (folder.with_name(f".{folder.name}.{kind}-{mark}") for kind in ("tmp", "old"))
+    staged = beside(folder, "tmp")
     try:
         if folder.exists():
             shutil.copytree(folder, staged, symlinks=True, copy_function=_link, ignore=_only_at_top(folder, own))
@@ -49,19 +48,37 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         for name in own:
             if (staged / name).exists():
                 sync(staged / name)
-        sync(staged)
-        try:
-            staged.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            if not exchanged(staged, folder):
-                _swap(staged, folder, old)
-        sync(folder.parent)
+        put_in_place(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+
+
+def beside(folder: Path, kind: str) -> Path:
+    """A name beside a folder that nothing has."""
+    return folder.with_name(f".{folder.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def put_in_place(staged: Path, folder: Path) -> None:
+    """Gives a staged folder, whose files are flushed, its name. What has that name is there until then, and removed.
+
+    Args:
+        staged: The folder.
+        folder: A folder or a file beside it, or nothing yet.
+    """
+    sync(staged)
+    old = staged
+    try:
+        staged.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        if not exchanged(staged, folder):
+            _swap(staged, folder, old := beside(folder, "old"))
+    sync(folder.parent)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def require_local(path: str | os.PathLike[str]) -> None:
@@ -71,7 +88,7 @@ def require_local(path: str | os.PathLike[str]) -> None:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Whether two folders have changed places, in one step: there is always one in each. Not every system has that."""
+    """Whether two paths have changed places, in one step: there is always one in each. Not every system has that."""
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)
     return exchange is not None and exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 

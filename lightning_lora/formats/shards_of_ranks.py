@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_lora.formats import files
+from lightning_lora.formats.folder import beside, put_in_place
+from lightning_lora.ops.sharded import all_objects, failing_together
 
 REST = "lightning_lora.ckpt"
 
@@ -34,9 +36,11 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
     Args:
         checkpoint: What Lightning gives; tensors of ``state_dict`` and ``optimizer_states`` may be sharded.
         folder: Where to.
+
+    Raises:
+        CheckpointError: If another rank could not write its part. What was there stays.
     """
-    staged, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    first = distributed.get_rank() == 0
+    first, staged = distributed.get_rank() == 0, Path(all_objects(str(beside(folder, "tmp")))[0])
     tensors = dict[str, Tensor]()
 
     def taken(key: str, tensor: Tensor) -> str:
@@ -44,20 +48,18 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
         return key
 
     rest = {**checkpoint, **_split(checkpoint, taken)}
-    if first:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    distributed.barrier()
-    save(tensors, checkpoint_id=staged)
-    if first:
-        files.write(rest, staged / REST)
-        if folder.is_dir():
-            folder.replace(old)
-        else:
-            folder.unlink(missing_ok=True)
-        staged.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
+    try:
+        with failing_together("write the checkpoint"):
+            if first:
+                staged.mkdir(parents=True)
+        save(tensors, checkpoint_id=staged)
+        with failing_together("write the checkpoint"):
+            if first:
+                files.write(rest, staged / REST)
+                put_in_place(staged, folder)
+    finally:
+        if first:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def read_either(path: str | os.PathLike[str]) -> dict[str, Any]:

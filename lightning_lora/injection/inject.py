@@ -32,7 +32,7 @@ from lightning_lora.layers import (
     lora_layers,
 )
 from lightning_lora.marks import merged_problems
-from lightning_lora.methods.active import active_adapters
+from lightning_lora.methods.active import active_adapters, adapter_names
 from lightning_lora.methods.added import added_modules
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean
@@ -69,8 +69,7 @@ def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: st
         ['0.lora.default.A', '0.lora.default.B']
     """
     tree, config = nodes(model), settled(model, config, adapter_name)
-    had = {name for node in tree.values() if isinstance(node.module, LoRALayer) for name in node.module.lora}
-    had |= {found.adapter_name for found in added_modules(model)}
+    had = adapter_names(model)
     drafted, problems = draft(model, config, tree)
     raise_all(TargetError, problems, drafted.method)
     drafted = without_owned(model, config, drafted, adapter_name)

@@ -26,6 +26,7 @@ from lightning_lora.loading.stored_config import by_owner, config_of
 from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.tied_rows import attach_rows
 from lightning_lora.methods.active import active_adapters
+from lightning_lora.methods.added import added_modules
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.tokens import tied_tables
@@ -57,7 +58,7 @@ def place(
     """
     prefix, root, stored = _root_of(model, stored)
     misfits = Misfits(root, stored, adapter_name)
-    raise_all(CheckpointError, misfits.problems(), stored.source)
+    raise_all(CheckpointError, [*_name_problems(model, adapter_name), *misfits.problems()], stored.source)
     notes = [*stored.notes]
     notes += [] if stored.base is None or allow_base_mismatch else _compare_bases(root, stored, misfits.tree)
     values = {name: _read(found, misfits) for name, found in misfits.found.items()}
@@ -87,6 +88,14 @@ def place(
             misfits.own_tensors[key].copy_(table)
         notes.append(f"{key} of the base was replaced by that of {stored.source}")
     return notes
+
+
+def _name_problems(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    for found in added_modules(model):
+        if found.adapter_name == adapter_name:
+            method = found.module.config.method
+            yield f"the model has {method} called {adapter_name!r}: pass another adapter_name"
+            return
 
 
 def _root_of(model: nn.Module, stored: StoredAdapter) -> tuple[str, nn.Module, StoredAdapter]:

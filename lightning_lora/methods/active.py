@@ -1,9 +1,18 @@
-"""Which adapters take part in a forward."""
+"""Which adapters there are, and which take part in a forward."""
 
 from torch import nn
 
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.methods.added import added_to
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters, those of other methods than LoRA too."""
+    names: dict[str, None] = {}
+    for module in base_modules(model):
+        names |= dict.fromkeys(module.lora if isinstance(module, LoRALayer) else ())
+        names |= dict.fromkeys(added_to(module))
+    return [*names]
 
 
 def active_adapters(model: nn.Module) -> list[str]:

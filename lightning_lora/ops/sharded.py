@@ -1,11 +1,14 @@
 """Tensors of which each rank holds a part (DTensors), whole again and back. Everything else passes through."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._subclasses import FakeTensor
+
+from lightning_lora.errors import CheckpointError
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a fake one, of shapes alone, goes the way of those that it stands for
 BATCH = 1 << 24  # elements that each rank gives to one collective
@@ -139,3 +142,26 @@ def all_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """An error that a rank has within this context is one on every rank, and leaves none waiting for it. A collective.
+
+    Args:
+        what: What a rank could not do then.
+
+    Raises:
+        CheckpointError: On the other ranks.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    each = all_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(each):
+        if problem is not None:
+            raise CheckpointError(f"rank {rank} could not {what}: {problem}")

@@ -86,6 +86,10 @@ class Quantizer(ABC):
         """Takes off the attributes that the layer needs beside those of nn.Linear."""
 
     @abstractmethod
+    def tensors(self, layer: Any) -> list[Tensor]:
+        """All that differs from one packed weight to another: what was packed, and what unpacks it."""
+
+    @abstractmethod
     def nbytes(self, layer: Any) -> int:
         """Bytes that the packed weight takes or will take, with everything that is needed to unpack it."""
 

@@ -103,10 +103,14 @@ class EightBit(Bitsandbytes):
 
     @override
     def nbytes(self, layer: Any) -> int:
-        rows, scales = self._rows_and_scales(layer)
-        if rows is None or scales is None:
+        if not self.is_packed(layer):
             return int(layer.in_features * layer.out_features + 4 * layer.out_features)
-        return rows.nbytes + scales.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors(layer))
+
+    @override
+    def tensors(self, layer: Any) -> list[Tensor]:
+        rows, scales = self._rows_and_scales(layer)
+        return [layer.weight.data] if rows is None or scales is None else [rows, scales]
 
     @staticmethod
     def _rows_and_scales(layer: Any) -> tuple[Tensor | None, Tensor | None]:

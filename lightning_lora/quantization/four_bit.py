@@ -162,9 +162,15 @@ class FourBit(Bitsandbytes):
             return int(
                 (n + 1) // 2 + (blocks + -(-blocks // 256) * 4 if layer.weight.compress_statistics else 4 * blocks)
             )
-        parts = [layer.weight.data, state.absmax, state.offset]
-        parts += [state.state2.absmax] if state.state2 is not None else []
-        return sum(part.nbytes for part in parts if part is not None)  # the codes are constants of all layers
+        return sum(tensor.nbytes for tensor in self.tensors(layer))
+
+    @override
+    def tensors(self, layer: Any) -> list[Tensor]:
+        state = _state(layer)
+        if state is None:
+            return [layer.weight.data]
+        double = () if state.state2 is None else (state.offset, state.state2.absmax)
+        return [layer.weight.data, state.absmax, *double]  # the codes are constants of all layers
 
     @override
     def guard(self, layer: Any) -> None:

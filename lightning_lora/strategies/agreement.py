@@ -1,7 +1,8 @@
 """What has to be the same on every rank before it can be trained there, and how it becomes so."""
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ from torch import Tensor, distributed, nn
 
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing
 from lightning_lora.formats.fingerprint import changed
-from lightning_lora.layers import base_modules
+from lightning_lora.layers import base_modules, named_base_modules
+from lightning_lora.marks import DENSE, Dense
+from lightning_lora.names import clean
+from lightning_lora.ops.samples import SAMPLES
 from lightning_lora.ops.sharded import all_objects, is_sharded, world_size
 from lightning_lora.patches import Patches
+from lightning_lora.quantization import Quantizer, quantizer_of
 
 
 def require_same_settings(settings: Mapping[str, Any]) -> None:
@@ -66,20 +71,25 @@ def agree_on_checkpoint(trainer: Any, patches: Patches) -> None:
     patches.wrap(trainer._checkpoint_connector, "resume_start", resume)
 
 
-def require_same_base(base: Mapping[str, Any]) -> None:
+def require_same_base(model: nn.Module, base: Mapping[str, Any]) -> None:
     """A collective, of a few bytes where the bases are the same.
 
     Args:
-        base: The fingerprint of this rank's base.
+        model: The model.
+        base: The fingerprint of this rank's base, which knows of packed weights what they were, if anything.
 
     Raises:
         BaseMismatchError: On every rank, naming the weights, if ranks hold different ones.
     """
-    if len(set(all_objects(base["sha256"]))) == 1:
+    packed = {name: list(_values_of(quantizer.tensors(layer))) for name, layer, quantizer in _packed(model)}
+    seen = base["sha256"], hashlib.sha256(repr(packed).encode()).hexdigest()
+    if len(set(all_objects(seen))) == 1:
         return
-    each = all_objects(dict(base))
-    rank, other = next((r, b) for r, b in enumerate(each) if b["sha256"] != each[0]["sha256"])
-    names = changed(each[0], other)
+    each = all_objects((seen, dict(base), packed))
+    rank, (_, other, values) = next((rank, one) for rank, one in enumerate(each) if one[0] != each[0][0])
+    _, first, first_values = each[0]
+    names = changed(first, other)
+    names += [n for n in values if n in first_values and n not in names and values[n] != first_values[n]]
     what = f"{len(names)} weights differ: {listing(names, 3)}" if names else "their layers differ"
     raise BaseMismatchError(
         f"rank {rank} holds another base model than rank 0 ({what}), and it is not sent around. Load the same weights "
@@ -90,7 +100,7 @@ def require_same_base(base: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def send_base(model: nn.Module, device: torch.device) -> None:
-    """Gives every rank the parameters and buffers of rank 0, all but those of adapters. A collective.
+    """Gives every rank the base of rank 0, packed or not. A collective.
 
     Args:
         model: The model.
@@ -98,15 +108,27 @@ def send_base(model: nn.Module, device: torch.device) -> None:
     """
     if world_size() == 1:
         return
-    tensors: dict[int, Tensor] = {}
-    for module in base_modules(model):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and not tensor.is_meta and not is_sharded(tensor):
-                tensors[id(tensor)] = tensor
+    found = [t for module in base_modules(model) for t in (*module._parameters.values(), *module._buffers.values())]
+    for _, layer, quantizer in _packed(model):
+        dense: Dense | None = vars(layer).get(DENSE)
+        found += [*quantizer.tensors(layer), None if dense is None else dense.samples]
+    tensors = {id(t): t for t in found if t is not None and not t.is_meta and not is_sharded(t)}
     for tensor in tensors.values():
         sent = tensor.detach().to(device).contiguous()
         distributed.broadcast(sent, 0)
         tensor.copy_(sent)
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
+    for name, layer in named_base_modules(model):
+        if (quantizer := quantizer_of(layer)) is not None:
+            yield f"{clean(name)}.weight", layer, quantizer
+
+
+def _values_of(tensors: list[Tensor]) -> Iterator[list[float]]:
+    for tensor in tensors:
+        if not tensor.is_meta and not is_sharded(tensor):
+            yield tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)].float().tolist()
 
 
 @torch.no_grad()

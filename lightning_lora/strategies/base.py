@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError, UnsupportedError
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
     META,
@@ -27,7 +27,7 @@ from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
 from lightning_lora.from_data.settle import adopt_ranks
-from lightning_lora.ops.sharded import gathered_all, is_sharded
+from lightning_lora.ops.sharded import failing_together, gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state
@@ -106,7 +106,7 @@ class StrategyAdapter:
         if self.options.sync_base:
             send_base(model, self.strategy.root_device)
         self.base = fingerprint(model, quantization)
-        require_same_base(self.base)
+        require_same_base(model, self.base)
 
     def place(self, model: nn.Module) -> None:
         """Called behind ``configure_model``, in which the user may have sharded the base: adapters follow it."""
@@ -158,7 +158,7 @@ class StrategyAdapter:
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
         if not plain or storage_options is not None:
             self.write_elsewhere(original, checkpoint, filepath, storage_options)
-        with self._only_here():
+        with failing_together("write the checkpoint"):
             if self.strategy.is_global_zero:
                 if plain and storage_options is None:
                     files.write(checkpoint, os.fspath(filepath))
@@ -175,20 +175,6 @@ class StrategyAdapter:
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:
         """Writes a checkpoint by a user's own CheckpointIO, or not to a disk of this machine."""
         original(checkpoint, filepath, storage_options=options)
-
-    @contextmanager
-    def _only_here(self) -> Iterator[None]:
-        """An error that rank 0 alone can have ends the run on every rank, and leaves none waiting for it."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        problem = self.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if problem is not None:
-            raise CheckpointError(f"rank 0 could not write the checkpoint: {problem}")
 
     def _write_folders(self, filepath: Any, checkpoint: dict[str, Any]) -> None:
         for name in self.as_peft:

@@ -20,6 +20,7 @@ from lightning_lora.formats.checkpoint import (
 )
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import failing_together
 from lightning_lora.optim import SPLIT_FROM
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state, trained_parameters
@@ -142,7 +143,7 @@ class DeepSpeedAdapter(StrategyAdapter):
             raise UnsupportedError(f"DeepSpeed writes to folders of this machine, and {filepath} is none")
         with zero.gathering(self._partitioned()):
             self.complete(checkpoint)
-            with self._only_here():
+            with failing_together("write the checkpoint"):
                 if self.strategy.is_global_zero:
                     portable = dict(checkpoint)
                     if "lr_schedulers" in checkpoint:

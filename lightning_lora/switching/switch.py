@@ -13,7 +13,7 @@ from lightning_lora.injection.freeze import freeze_marked
 from lightning_lora.injection.inject import withdraw
 from lightning_lora.layers import LoRALayer, Mixture, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, SUSPENDED, TRAINED, Context, merged_layers, merged_problems
-from lightning_lora.methods.active import active_adapters
+from lightning_lora.methods.active import active_adapters, adapter_names
 from lightning_lora.methods.added import KEY, added_modules, added_to
 from lightning_lora.switching.chosen import other_tables, rival_modules, unknown_names, weight_problems, weights_of
 
@@ -121,8 +121,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ConfigError: If there is no such adapter, or adapters are merged, disabled or mixed.
     """
     problems = merged_problems(model, "call ll.unmerge first")
-    known = {name for _, layer in lora_layers(model) for name in layer.lora}
-    problems += unknown_names([adapter_name], known | {found.adapter_name for found in added_modules(model)})
+    problems += unknown_names([adapter_name], adapter_names(model))
     raise_all(ConfigError, problems, "delete_adapter")
     withdraw(model, adapter_name)
 

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 import lightning_lora as ll
+from lightning_lora.marks import DENSE
 from lightning_lora.names import clean
 from tests.helpers.toy import Lit, Net, build, data
 
@@ -236,8 +237,14 @@ def lora_options(options):
     return options
 
 
-def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False):
-    module = Lit(built, seed)
+def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False, packed=None):
+    module = Lit(built, seed if packed is None else 1)
+    if packed is not None:  # where only what is packed differs
+        for block in module.net.blocks:
+            block.q.weight.data *= seed
+        ll.quantize(module.net, packed)
+        for layer in module.modules():
+            vars(layer).pop(DENSE, None)  # as if another had packed it
     if checkpointing:
         checkpointed(module.net)
     for block in module.net.blocks if compiled else ():

@@ -16,6 +16,16 @@ TWO = {
         "lora": {"sync_base": True, "quantization": "nf4-dq"},
     },
     "sent-fsdp2": {"strategy": "fsdp2", "by_rank": {"seed": [1, 2]}, "lora": {"sync_base": True, "use_dora": True}},
+    **{
+        f"{kind}-packed-{mode}": {
+            "strategy": "ddp",
+            "module": {"packed": mode},
+            "by_rank": {"seed": [1, 1 if kind == "same" else 2]},
+            "lora": {"sync_base": kind == "sent"},
+        }
+        for kind in ("same", "another", "sent")
+        for mode in ("nf4-dq", "int8")
+    },
     "same": {"strategy": "ddp", "lora": {"use_dora": True}},
     "same-4-bit": {"strategy": "ddp", "lora": {"quantization": "nf4-dq"}},
     "another-fsdp2": {"strategy": "fsdp2", "by_rank": {"seed": [1, 2]}},
@@ -51,6 +61,8 @@ def runs(tmp_path_factory):
     [
         ("another-base", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0", "sync_base=True"]),
         ("another-fsdp2", "BaseMismatchError", ["rank 1 holds another base model", "sync_base=True"]),
+        ("another-packed-nf4-dq", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0.q.weight"]),
+        ("another-packed-int8", "BaseMismatchError", ["rank 1 holds another base model", "net.blocks.0.q.weight"]),
         ("another-r", "ConfigError", ["default: lora_dropout: 0.0 on rank 0, 0.1 on rank 1"]),
         ("none-ddp", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
         ("none-fsdp", "ConfigError", ["ckpt_path: 'epoch=0.ckpt' on rank 0, None on rank 1"]),
@@ -73,7 +85,14 @@ def test_refused_on_every_rank(runs, name, error, words):
 
 
 @pytest.mark.parametrize(
-    ("sent", "same"), [("sent-base", "same"), ("sent-4-bit", "same-4-bit"), ("sent-fsdp2", "same")]
+    ("sent", "same"),
+    [
+        ("sent-base", "same"),
+        ("sent-4-bit", "same-4-bit"),
+        ("sent-fsdp2", "same"),
+        ("sent-packed-nf4-dq", "same-packed-nf4-dq"),
+        ("sent-packed-int8", "same-packed-int8"),
+    ],
 )
 def test_a_base_that_is_sent_is_that_of_rank_0(runs, sent, same):
     """Also for what derives from it: the magnitude of DoRA, packed weights."""

@@ -1,0 +1,65 @@
+"""A checkpoint as a folder that two ranks write: over what is there, and not at all where one of them can't."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lightning_lora.errors import CheckpointError
+from lightning_lora.formats import files
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
+from tests.helpers import forks
+
+pytestmark = pytest.mark.gloo
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def check(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    mesh, place, values = init_device_mesh("cpu", (2,)), Path(folder, "new", "last.ckpt"), torch.arange(12.0).view(4, 3)
+
+    def write(epoch: int) -> None:
+        part = distribute_tensor(values * epoch, mesh, [Shard(0)], src_data_rank=None)
+        write_folder({"epoch": epoch, "state_dict": {"A": part}}, place)
+
+    def check_is(epoch: int) -> None:
+        distributed.barrier()
+        found = read_folder(place)
+        assert found["epoch"] == epoch
+        assert torch.equal(found["state_dict"]["A"], values * epoch)
+        assert [path.name for path in place.parent.iterdir()] == ["last.ckpt"]
+        distributed.barrier()
+
+    for epoch in (1, 2):  # a new one, and over the old one
+        write(epoch)
+        check_is(epoch)
+    for part in ("mkdir", "write"):
+        broken = patch.object(Path if part == "mkdir" else files, part, full)
+        with broken, pytest.raises((OSError, CheckpointError)) as raised:
+            write(3)
+        wanted = OSError if rank == 0 else CheckpointError
+        assert isinstance(raised.value, wanted), raised.value
+        assert rank == 0 or str(raised.value).startswith("rank 0 could not write the checkpoint: OSError")
+        check_is(2)
+    if rank == 0:
+        place.rename(place.with_name("kept"))
+        place.write_bytes(b"a checkpoint in one file")
+        place.with_name("kept").rename(Path(folder, "kept"))
+    distributed.barrier()
+    assert not is_folder_of_ranks(place)
+    write(4)
+    check_is(4)
+    distributed.destroy_process_group()
+
+
+def test_whole_or_not_at_all(tmp_path):
+    forks.serve()
+    multiprocessing.start_processes(check, (str(tmp_path),), nprocs=2, start_method="forkserver")
