@@ -36,8 +36,9 @@ from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.quantize import quantize
 from lightning_lora.state import adapter_state_dict, adapters
+from lightning_lora.switching.contexts import disable_adapters, mixed_batch
 from lightning_lora.switching.resting import dora_caching
-from lightning_lora.switching.switch import delete_adapter, disable_adapters, mixed_batch, set_adapter
+from lightning_lora.switching.switch import delete_adapter, set_adapter
 from lightning_lora.targets import Plan, plan
 from lightning_lora.training.attached import attach_optimizer
 

@@ -1,6 +1,6 @@
 """One variant per file: the tensors of an adapter and the one equation, ``merged(W)``, that defines it."""
 
-from lightning_lora.adapters.base import Adapter
+from lightning_lora.adapters.base import Adapter, unweighted
 from lightning_lora.adapters.dora import DoRAAdapter
 from lightning_lora.adapters.host import Host, Rows
 from lightning_lora.adapters.lora import LoRAAdapter
@@ -17,6 +17,7 @@ __all__ = [
     "RowsAdapter",
     "TiedRows",
     "TokenRows",
+    "unweighted",
     "variant",
     "variant_class",
 ]

@@ -1,7 +1,8 @@
 """What every adapter is: tensors of its own in float32, and an equation for the merged weight."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,6 @@ class Adapter(nn.Module):
     the input's dtype where they are used.
 
     Args:
-        r: Rank of its update.
         lora_alpha: What the scale is made of.
         scaling: The scale.
         config: The configuration that this adapter belongs to.
@@ -174,3 +174,16 @@ def _require_values(adapter: nn.Module, args: Any) -> None:
             "rank_pattern='auto' from ll.initialise_from_data(model, batches), and what was on the meta device from "
             "ll.inject(model, config) again"
         )
+
+
+@contextmanager
+def unweighted(adapters: Iterable[Adapter]) -> Iterator[None]:
+    """Within this context each counts as a whole, whatever its share in a sum is."""
+    shares = [(adapter, adapter.share) for adapter in adapters]
+    try:
+        for adapter, _ in shares:
+            adapter.share = None
+        yield
+    finally:
+        for adapter, share in shares:
+            adapter.share = share

@@ -150,7 +150,7 @@ def combine_adapters(
         name: as_adapter(node, config, adapter_name, made[name], widest(a.A for a in here.values()))
         for name, (node, here) in layers.items()
     }
-    with withdrawn_on_error(model, adapter_name):
+    with withdrawn_on_error(model, [adapter_name]):
         for name, (node, _) in layers.items():
             attach(node.module, adapter_name, adapters[name], active=False)
         of_rows = attach_combined(rows, config, adapter_name)

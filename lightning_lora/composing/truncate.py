@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import LowRankAdapter
+from lightning_lora.adapters import LowRankAdapter, unweighted
 from lightning_lora.checks import is_number, is_rank
 from lightning_lora.composing.combinations import best_of_product
 from lightning_lora.composing.convert import absorbed_problems, exchange, without_pairs
@@ -156,15 +156,11 @@ def _made(
 
 def _merged_error(layer: LoRALayer, before: LowRankAdapter, after: LowRankAdapter) -> float:
     """‖M - M_r‖ / ‖M - W‖, a few rows at a time."""
-    W, share = layer.lora_matrix(), before.share
-    before.share = None
-    lost = size = 0.0
-    try:
+    W, lost, size = layer.lora_matrix(), 0.0, 0.0
+    with unweighted([before]):
         for rows in row_chunks(W):
             piece = W[rows].to(accumulation_dtype(W, before.A))
             merged = before.merged(piece.clone(), rows)
             size += float((merged - piece).square().sum())
             lost += float((merged - after.merged(piece.clone(), rows)).square().sum())
-    finally:
-        before.share = share
     return float((lost / size) ** 0.5) if size else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapters import LoRAAdapter, LowRankAdapter, RowsAdapter
+from lightning_lora.adapters import LoRAAdapter, LowRankAdapter, RowsAdapter, unweighted
 from lightning_lora.composing.combinations import Combined, Source, Update
 from lightning_lora.config import LoRAConfig
 from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
@@ -80,13 +80,10 @@ def update_of(node: Node, adapter_name: str, weight: float, dtype: torch.dtype) 
     if isinstance(adapter, LoRAAdapter):
         A, B = (factor.to(dtype) for factor in adapter.update())
         return Update(adapter_name, weight, adapter.scaling, (B.mT, A.mT) if turned else (A, B))
-    W, share = layer.lora_matrix(), adapter.share
-    adapter.share = None
-    try:
-        pieces = [(rows, W[rows].to(dtype)) for rows in row_chunks(W)]
+    W = layer.lora_matrix()
+    pieces = [(rows, W[rows].to(dtype)) for rows in row_chunks(W)]
+    with unweighted([adapter]):
         dense = torch.cat([adapter.merged(piece, rows) - piece for rows, piece in pieces])
-    finally:
-        adapter.share = share
     return Update(adapter_name, weight, dense=dense.mT if turned else dense)
 
 

@@ -25,7 +25,7 @@ from lightning_lora.callback import LoRA
 from lightning_lora.demo.data import Windows, manual_prose
 from lightning_lora.demo.module import BASE, ByteLM
 from lightning_lora.loading.from_checkpoint import load_from_checkpoint
-from lightning_lora.switching.switch import disable_adapters
+from lightning_lora.switching.contexts import disable_adapters
 
 BATCH = 16
 PROMPT = "The value of the expression is "

@@ -126,7 +126,7 @@ def load_prompt_folder(
             f"{folder} holds {config.method}, and adapter {name!r} of the model is {had[name].method}"
         )
     try:
-        with withdrawn_on_error(model, name, had):
+        with withdrawn_on_error(model, [name], had):
             notes = _place(model, config, name, tokens, heads, file.entry, fields, allow_base_mismatch)
     except CheckpointError as error:
         raise type(error)(f"{folder}: {error}") from None

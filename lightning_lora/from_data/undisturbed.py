@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.formats.rng import collect_rng, restore_rng
-from lightning_lora.switching.switch import disable_adapters
+from lightning_lora.switching.contexts import disable_adapters
 
 _PACKED = 1 << 20  # bytes of an integer buffer that is a packed weight, which no forward changes
 _OF_METRICS = ("_update_count", "_update_called", "_computed", "_forward_cache", "_is_synced", "_cache")

@@ -5,7 +5,7 @@ takes is kept on the modules themselves (`lightning_lora.marks`).
 """
 
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,7 +74,7 @@ def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: st
     raise_all(TargetError, problems, drafted.method)
     drafted = without_owned(model, config, drafted, adapter_name)
     carry_out(model, config, drafted, adapter_name, tree=tree)
-    with withdrawn_on_error(model, adapter_name, had):
+    with withdrawn_on_error(model, [adapter_name], had):
         initialise(model)
     if drafted.notes:
         warnings.warn("\n".join(drafted.notes), stacklevel=2)
@@ -181,13 +181,14 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
 
 
 @contextmanager
-def withdrawn_on_error(model: nn.Module, adapter_name: str, had: Container[str] = ()) -> Iterator[None]:
-    """An adapter that a model did not have is taken off again by whatever breaks this off, an interrupt too."""
+def withdrawn_on_error(model: nn.Module, adapter_names: Iterable[str], had: Container[str] = ()) -> Iterator[None]:
+    """Adapters that a model did not have are taken off again by whatever breaks this off, an interrupt too."""
     try:
         yield
     except BaseException:
-        if adapter_name not in had:
-            withdraw(model, adapter_name)
+        for name in adapter_names:
+            if name not in had:
+                withdraw(model, name)
         raise
 
 

@@ -72,7 +72,7 @@ def place(
     config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = active_adapters(model)
-    with withdrawn_on_error(model, adapter_name, had):
+    with withdrawn_on_error(model, [adapter_name], had):
         if adapter_name not in had:
             _attach(config, prefix, misfits, dtypes)
         _fill(values, in_full, misfits)

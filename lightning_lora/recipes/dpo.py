@@ -14,7 +14,7 @@ from lightning_lora.recipes.chat import IGNORED
 from lightning_lora.recipes.generation import generate_texts
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.state import adapters
-from lightning_lora.switching.switch import disable_adapters
+from lightning_lora.switching.contexts import disable_adapters
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:

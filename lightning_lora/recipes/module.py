@@ -20,8 +20,8 @@ from lightning_lora.recipes.parts import Feed
 from lightning_lora.recipes.sharded import Files, open_files
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.recompute import let_run_again
+from lightning_lora.switching.contexts import disable_adapters
 from lightning_lora.switching.resting import dora_caching
-from lightning_lora.switching.switch import disable_adapters
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

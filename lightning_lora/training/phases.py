@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,13 @@ from torch import nn
 
 from lightning_lora.analysis import Summary, summary
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.errors import LightningLoRAError, TargetError, raise_all
+from lightning_lora.errors import TargetError, raise_all
 from lightning_lora.from_data.initialise import fill_from_data, waits_for_data
 from lightning_lora.from_data.settle import adopt_stored
 from lightning_lora.inits import Stage
 from lightning_lora.injection.asked import settled
 from lightning_lora.injection.freeze import freeze
-from lightning_lora.injection.inject import carry_out, initialise, withdraw
+from lightning_lora.injection.inject import carry_out, initialise, withdraw, withdrawn_on_error
 from lightning_lora.injection.owned import without_owned
 from lightning_lora.loading.load import read_stored
 from lightning_lora.loading.placement import place
@@ -105,22 +105,12 @@ class Phases:
             original(*args, **kwargs)
         self._run(last=True)
 
-    def undo(self) -> None:
-        """Takes off the adapters that were not there before this run."""
-        for name in {request.adapter_name for request in self._requests} - self._had:
-            withdraw(self._model, name)
-
-    @contextmanager
-    def _all_or_nothing(self, kind: type[Exception]) -> Iterator[None]:
-        """After an error of some kind within this context the model has no adapters of this run."""
-        try:
-            yield
-        except kind:
-            self.undo()
-            raise
+    def _all_or_nothing(self) -> AbstractContextManager[None]:
+        """Whatever breaks this context off leaves a model without the adapters of this run."""
+        return withdrawn_on_error(self._model, [request.adapter_name for request in self._requests], self._had)
 
     def _run(self, last: bool) -> None:
-        with self._all_or_nothing(Exception):
+        with self._all_or_nothing():
             notes = self._inject(last)
             if last:
                 self._strategy.place(self._model)
@@ -135,7 +125,7 @@ class Phases:
     def _start_from_files(self) -> None:
         """Gives new adapters the values of those that they start from, unless this run goes on from a checkpoint."""
         requests, self._to_start = self._to_start, []
-        with self._all_or_nothing(Exception):
+        with self._all_or_nothing():
             for request in () if self._strategy.restored else requests:
                 assert request.init_from is not None
                 stored = read_stored(request.init_from, request.adapter_name)
@@ -194,12 +184,12 @@ class Phases:
         self._initialise(Stage.PACKED, device)
 
     def _initialise(self, stage: Stage, device: torch.device) -> None:
-        with self._all_or_nothing(LightningLoRAError):
+        with self._all_or_nothing():
             initialise(self._model, stage, device)
 
     def _quantize(self, settings: Quantization, device: torch.device) -> None:
         """Quantises, and refreshes the plans: the targets are the same, their weights are not."""
-        with self._all_or_nothing(LightningLoRAError):
+        with self._all_or_nothing():
             quantize(self._model, settings, device, release=True)
         for request in self._requests:
             config = settled(self._model, request.config, request.adapter_name)
@@ -217,7 +207,7 @@ class Phases:
             if trainer.state.fn != "fit":
                 withdraw(self._model, request.adapter_name)
                 continue
-            with self._all_or_nothing(Exception):
+            with self._all_or_nothing():
                 init = getattr(request.config, "init_lora_weights", None)
                 batches = TrainerBatches(trainer, getattr(init, "step", "training_step"))
                 plan = fill_from_data(self._model, batches, request.adapter_name, batches.step)

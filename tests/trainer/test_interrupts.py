@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from lightning_lora.inits import Stage
+from lightning_lora.training import phases
 from tests.helpers.modules import trainer
 
 MOMENTS = ["setup", "configure_optimizers", "on_train_start", "training_step", "validation_step", "on_save_checkpoint"]
@@ -67,3 +69,23 @@ def test_the_next_fit_is_like_any_other(tmp_path, moment, error, quantization):
     assert run.global_step == 4
     assert {name for name, parameter in module.named_parameters() if parameter.requires_grad} == trained
     assert torch.load(run.checkpoint_callback.best_model_path, weights_only=True)["state_dict"].keys() == trained
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stage", [Stage.INJECTED, Stage.COMPLETE])
+def test_a_setup_that_is_broken_off_leaves_no_adapters(stage, error, monkeypatch):
+    """By an interrupt, or for want of memory, while adapters get their first values."""
+    module, data = Broken("", error), DataLoader(torch.randn(16, 8), batch_size=8)
+    original = phases.initialise
+
+    def initialise(model, at=Stage.COMPLETE, *args):
+        if at >= stage:
+            raise error("broken off")
+        original(model, at, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "initialise", initialise)
+        with pytest.raises((error, SystemExit)):
+            trainer(ll.LoRA(r=2), max_epochs=1).fit(module, data)
+    assert not ll.adapters(module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
