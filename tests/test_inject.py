@@ -174,6 +174,19 @@ def test_eject_gives_statistics_the_mode_that_was_asked_for():
     assert [m.training for m in model] == [False, False, False]
 
 
+def test_statistics_get_the_mode_around_them_also_where_modes_were_put_back_one_by_one():
+    """As Lightning does behind a validation."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"]))
+    model.train()
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, mode in modes:
+        module.training = mode
+    ll.delete_adapter(model, "default")
+    assert [m.training for m in model] == [True, True, True]
+
+
 def test_a_linear_that_keeps_statistics():
     class Standardised(nn.Linear):
         def __init__(self):

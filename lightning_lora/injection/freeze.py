@@ -30,7 +30,7 @@ def freeze(model: nn.Module, adapter_names: Container[str] | None = None) -> Non
     modules = base_modules(model)
     freeze_adapters(modules, adapter_names)
     names = active_adapters(model) if adapter_names is None else adapter_names
-    _freeze_own(modules, trained_in_full(modules, names))
+    _freeze_own(modules, trained_in_full(modules, names), modules)
 
 
 def freeze_adapters(modules: Iterable[nn.Module], adapter_names: Container[str] | None = None) -> None:
@@ -45,34 +45,37 @@ def freeze_adapters(modules: Iterable[nn.Module], adapter_names: Container[str] 
                         parameter.requires_grad_(trained)
 
 
-def freeze_marked(modules: Iterable[nn.Module], adapter_names: Container[str]) -> None:
+def freeze_marked(model: nn.Module, modules: Iterable[nn.Module], adapter_names: Container[str]) -> None:
     """What of `freeze` concerns the modules that adapters train in full, in a model that is frozen already.
 
     Args:
-        modules: All such modules.
+        model: The model.
+        modules: All such modules of it.
         adapter_names: The adapters to train.
     """
-    _freeze_own(modules, trained_in_full(modules, adapter_names))
+    _freeze_own(modules, trained_in_full(modules, adapter_names), base_modules(model))
 
 
-def _freeze_own(modules: Iterable[nn.Module], trained: Container[int]) -> None:
+def _freeze_own(modules: Iterable[nn.Module], trained: Container[int], among: Iterable[nn.Module]) -> None:
+    modes: dict[int, bool] | None = None
     for module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad != (id(parameter) in trained):
                 vars(module).setdefault(THAWED, {}).setdefault(key, parameter.requires_grad)
                 parameter.requires_grad_(not parameter.requires_grad)
-        if isinstance(module, LockedStatistics):
-            if is_whole(module):
-                unlock_statistics(module)
-        elif not is_whole(module) and _keeps_statistics(module):
-            lock_statistics(module)
+        locked = isinstance(module, LockedStatistics)
+        if locked == is_whole(module) and (locked or _keeps_statistics(module)):
+            modes = _modes_around(among) if modes is None else modes
+            change = unlock_statistics if locked else lock_statistics
+            change(module, modes.get(id(module), True))  # type: ignore[arg-type]
 
 
 def thaw(model: nn.Module) -> None:
     """Undoes `freeze` and all marks: ``requires_grad`` and modes are what they were before adapters came."""
+    modes = _modes_around(model.modules())
     for module in model.modules():
         if isinstance(module, LockedStatistics):
-            unlock_statistics(module)
+            unlock_statistics(module, modes.get(id(module), True))
         before = vars(module).pop(THAWED, {})
         for key, parameter in module._parameters.items():
             if parameter is not None and key in before and not (key == "weight" and is_quantized(module)):
@@ -87,7 +90,8 @@ def train_mode(model: nn.Module, adapter_names: Container[str]) -> None:
     A pretrained model comes in eval mode, and Lightning keeps that: dropout of the frozen base stays off, as the user
     left it. But an adapter without its dropout, or a new head whose running statistics stand still, is not meant to be.
     """
-    adapters = _trained_adapters(model, adapter_names)
+    layers = [layer.lora_adapters() for _, layer in lora_layers(model)]
+    adapters = {id(adapter) for held in layers for name, adapter in held.items() if name in adapter_names}
     for module in model.modules():
         if id(module) in adapters:
             module.train()
@@ -116,13 +120,9 @@ def unmark_trained(model: nn.Module, adapter_name: str) -> None:
                 vars(module)[TRAINED] = left
 
 
-def _trained_adapters(model: nn.Module, names: Container[str] | None) -> set[int]:
-    return {
-        id(adapter)
-        for _, layer in lora_layers(model)
-        for name, adapter in layer.lora_adapters().items()
-        if name in (layer.lora_active if names is None else names)
-    }
+def _modes_around(modules: Iterable[nn.Module]) -> dict[int, bool]:
+    """By module the mode of the one that it lies in."""
+    return {id(child): module.training for module in modules for child in module.children()}
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

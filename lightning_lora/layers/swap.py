@@ -21,7 +21,7 @@ from lightning_lora.layers.registry import kind_of, qualified_name, reaches_base
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
 
-_ASKED = "_lora_asked_mode"  # on a module with locked statistics: the mode that ``.train()`` asked for last
+_OWN = "_lora_own_mode"  # on a module with locked statistics: the mode that it had, where it was not that around it
 
 
 class LockedStatistics(Base):
@@ -32,7 +32,7 @@ class LockedStatistics(Base):
     @override
     def train(self, mode: bool = True) -> "LockedStatistics":
         super().train(mode)
-        vars(self)[_ASKED], self.training = mode, False
+        self.training = False
         return self
 
 
@@ -177,13 +177,23 @@ def rebase(layer: nn.Module, cls: type[nn.Module]) -> None:
     layer.__class__ = cls if family is None else family(cls)
 
 
-def lock_statistics(module: nn.Module) -> None:
-    """Keeps a module in eval mode under ``.train()``."""
-    vars(module)[_ASKED], module.training = module.training, False
+def lock_statistics(module: nn.Module, around: bool) -> None:
+    """Keeps a module in eval mode under ``.train()``.
+
+    Args:
+        module: The module.
+        around: The mode of the module around it.
+    """
+    vars(module)[_OWN], module.training = None if module.training == around else module.training, False
     module.__class__ = locked_class(type(module))
 
 
-def unlock_statistics(module: LockedStatistics) -> None:
-    """Undoes `lock_statistics`; the module gets the mode that it would have without it."""
+def unlock_statistics(module: LockedStatistics, around: bool) -> None:
+    """Undoes `lock_statistics`. The module gets the mode around it, or its own back if that was another.
+
+    Modes that were asked for meanwhile are not kept: who puts a model back to what it was, as Lightning does behind a
+    validation, read and write the attribute.
+    """
     module.__class__ = type(module).lora_plain_class  # type: ignore[assignment]
-    module.training = vars(module).pop(_ASKED)
+    own = vars(module).pop(_OWN)
+    module.training = around if own is None else own

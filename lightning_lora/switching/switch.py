@@ -63,7 +63,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
     if are_marked:
         marked = marked_modules(model)
         put_in_place(marked, [*weights])
-        freeze_marked(marked, weights)
+        freeze_marked(model, marked, weights)
     for host in hosts:
         for name, module in added_to(host).items():
             module.active = name in weights
