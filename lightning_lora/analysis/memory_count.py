@@ -12,6 +12,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.analysis.memory_trace import Trace
 from lightning_lora.layers import base_modules, original_type
 from lightning_lora.marks import trained_in_full
+from lightning_lora.ops.sharded import are_large
 from lightning_lora.quantization import quantizer_of
 
 
@@ -33,6 +34,7 @@ class Step:
     Args:
         layers: The frozen modules that have weights or buffers of their own.
         adapters: Bytes of adapters.
+        large: Whether FSDP2 shards these by default.
         in_full: Bytes of what is trained in full.
         trained: Shape and dtype of each tensor that is trained.
         parameters: All parameters, those of adapters among them.
@@ -44,6 +46,7 @@ class Step:
 
     layers: tuple[LayerBytes, ...]
     adapters: int
+    large: bool
     in_full: int
     trained: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     parameters: int
@@ -102,6 +105,7 @@ def counted(net: nn.Module, dense: int, largest: int, seen: Trace) -> Step:
     return Step(
         layers=tuple(layers),
         adapters=sum(t.nbytes for t in (*adapters.values(), *buffers)),
+        large=are_large(sum(p.numel() for p in adapters.values())),
         in_full=sum(p.nbytes for p in in_full.values()),
         trained=tuple((tuple(p.shape), p.dtype) for p in trained),
         parameters=count,

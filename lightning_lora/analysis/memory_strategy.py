@@ -6,7 +6,6 @@ from lightning_lora.analysis.memory_count import Step
 from lightning_lora.analysis.memory_optimizer import OptimizerBytes
 
 STRATEGIES = ("ddp", "fsdp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-LARGE = 1 << 30  # bytes of adapters, their gradients and states, from which FSDP2 shards them (docs/devices.md)
 BUCKET = 200_000_000  # values that DeepSpeed reduces at a time, as Lightning configures it
 GATHERED = 2  # blocks that are whole at a time: the one that computes, and the one that is fetched
 
@@ -89,9 +88,8 @@ def _shared(step: Step, optimizer: OptimizerBytes, strategy: str) -> tuple[set[s
         if shared is not None:
             return shared, bucket
         return {"optimizer", "workspace", "gradients", "base", "adapters", "in_full"}, bucket + GATHERED * step.block
-    of_adapters = step.adapters + step.trace.gradients + optimizer.states - step.in_full
     shared = {"base"}
-    if strategy == "fsdp2" and (step.in_full > step.base or of_adapters > LARGE):
+    if strategy == "fsdp2" and (step.in_full > step.base or step.large):
         shared |= {"adapters", "in_full", "gradients", "optimizer", "workspace"}
     elif strategy == "fsdp" and step.in_full > step.base:
         shared |= {"in_full", "gradients", "optimizer", "workspace"}

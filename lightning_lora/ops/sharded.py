@@ -12,6 +12,7 @@ from lightning_lora.errors import CheckpointError
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a fake one, of shapes alone, goes the way of those that it stands for
 BATCH = 1 << 24  # elements that each rank gives to one collective
+_LARGE = 1 << 30  # bytes of float32 weights, their gradients and Adam's states: 16 for each parameter
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -128,6 +129,11 @@ def placed_like(whole: Tensor, tensor: Tensor) -> Tensor:
 def copy_whole_(tensor: Tensor, whole: Tensor) -> None:
     """Copies a whole tensor, which every rank has, into one that may be sharded."""
     tensor.copy_(placed_like(whole, tensor))
+
+
+def are_large(parameters: int) -> bool:
+    """Whether so many parameters of adapters are sharded over data-parallel ranks, where nothing else is asked for."""
+    return 16 * parameters > _LARGE
 
 
 def world_size() -> int:

@@ -9,12 +9,11 @@ from lightning_lora.adapters import Adapter, RowsAdapter
 from lightning_lora.errors import UnsupportedError, listing
 from lightning_lora.layers import LoRALayer, lora_class, lora_layers, named_base_modules, undressed
 from lightning_lora.names import clean
-from lightning_lora.ops.sharded import is_sharded
+from lightning_lora.ops.sharded import are_large, is_sharded
 from lightning_lora.quantization import is_quantized
 
 DATA_PARALLEL = "data_parallel"  # the name that Lightning gives the mesh dimension over which the data is spread
 TENSOR_PARALLEL = "tensor_parallel"  # ... and over which layers are split
-LARGE = 1 << 30  # bytes of weights, gradients and Adam's states (16 for each parameter), from which on they are sharded
 
 
 def withheld(model: nn.Module) -> AbstractContextManager[None]:
@@ -33,7 +32,7 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
     Where a weight is split for tensor parallelism, A and B are split with it: with its rows B, with its columns A.
     Over data-parallel ranks adapters are either whole on each (their gradients then have to be averaged), or sharded,
     each as an FSDP group of its own. Whole, they cost one all-reduce per step; sharded, an all-gather per layer and
-    pass. So they are sharded where they are `LARGE`, or where it is asked for.
+    pass. So they are sharded where they `are_large`, or where it is asked for.
 
     Args:
         model: The model, behind ``fully_shard`` and ``parallelize_module``.
@@ -58,8 +57,8 @@ def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
             if split is not None:
                 _split(clean(name), layer, adapter, *split)
             adapters.append(adapter)
-    large = 16 * sum(p.numel() for adapter in adapters for p in adapter.parameters()) > LARGE
-    if shard or (shard is None and large):
+    count = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    if shard or (shard is None and are_large(count)):
         from torch.distributed.fsdp import fully_shard
 
         for adapter in adapters:

@@ -20,6 +20,7 @@ from tests.helpers.families import FAMILIES
 
 CONFIG = ll.LoRAConfig(r=4, lora_alpha=6)
 GB = 10**9
+FOUR = {"strategy": "fsdp2", "devices": 4}
 WIDE = tf.LlamaConfig(num_hidden_layers=2)  # the defaults are those of LLaMA-7B, which has 32
 
 
@@ -222,6 +223,20 @@ def test_devices_share():
     whole = estimate(model, None, strategy="fsdp2", devices=4).parts
     assert whole.optimizer == pytest.approx(estimate(model, None).parts.optimizer / 4, rel=0.001)
     assert estimate(model, strategy="deepspeed_stage_3").parts == one  # of one device
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])
+def test_large_adapters_are_sharded_whatever_the_optimizer(optimizer):
+    """As a run decides: by 16 bytes for each of their parameters."""
+    model = on_meta(WIDE)
+    found = {
+        r: [ll.estimate_memory(model, ll.LoRAConfig(r=r), None, optimizer, seq_len=8, **run) for run in ({}, FOUR)]
+        for r in (64, 1024)
+    }
+    for one, each in found.values():
+        is_large = 16 * one.trainable > 1 << 30
+        assert each.parts.adapters == (-(-one.parts.adapters // 4) if is_large else one.parts.adapters)
+    assert {16 * one.trainable > 1 << 30 for one, _ in found.values()} == {True, False}
 
 
 def test_what_makes_it_fit():
