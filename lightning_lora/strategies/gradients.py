@@ -53,7 +53,10 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    norms = [gathered(torch.linalg.vector_norm(gradient, dtype=torch.float32)) for gradient in gradients]
+    alike: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault((_mesh(gradient), gradient.dtype), []).append(gradient)
+    norms = [gathered(nn.utils.get_total_norm(some)).float() for some in alike.values()]  # one collective each
     factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1)
     for gradient in gradients:
         own_part(gradient).mul_(factor)

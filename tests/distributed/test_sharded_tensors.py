@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_lora.ops import sharded
 from lightning_lora.ops.samples import sample, sample_each
+from lightning_lora.strategies.gradients import clip_by_norm
 from tests.helpers import forks
 
 pytestmark = pytest.mark.gloo
@@ -35,6 +37,15 @@ def check(rank: int, folder: str) -> None:
         empty = torch.zeros_like(part)
         sharded.copy_whole_(empty, whole)
         assert torch.equal(sharded.gathered(empty), whole)
+    parameters = [nn.Parameter(part) for part in parts[:6]]
+    for parameter, whole in zip(parameters, wholes, strict=False):
+        parameter.grad = distribute_tensor(2 * whole, mesh, parameter.placements, src_data_rank=None)
+    with CommDebugMode() as seen:
+        clip_by_norm(parameters, 1.5)
+    assert seen.get_total_counts() == 1  # for all of them together
+    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(2 * whole) for whole in wholes[:6]]))
+    for parameter, whole in zip(parameters, wholes, strict=False):
+        torch.testing.assert_close(sharded.gathered(parameter.grad), 2 * whole * 1.5 / total)
     distributed.destroy_process_group()
 
 

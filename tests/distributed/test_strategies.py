@@ -75,6 +75,12 @@ FOUR = {
     "2d-dora": {"strategy": "2d", "lora": DORA},
     "fsdp2-hybrid": {"strategy": "fsdp2", "module": {"hybrid": True}, "test": True},
     "fsdp2-hybrid-dora": {"strategy": "fsdp2", "module": {"hybrid": True}, "lora": {**DORA, "shard_adapters": True}},
+    "fsdp2-hybrid-clip": {
+        "strategy": "fsdp2",
+        "module": {"hybrid": True},
+        "lora": {"shard_adapters": True},
+        "trainer": {"gradient_clip_val": 0.05},
+    },
     "fsdp-hybrid": {"strategy": "fsdp-hybrid"},
 }
 
@@ -136,6 +142,7 @@ REFERENCE = {
     "sharded": "dora",
     "4": "dora",
     "hybrid-dora": "dora",
+    "hybrid-clip": "clip",
 }
 RUNS = [*TWO, *FSDP2, *FOUR]
 
