@@ -7,21 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.checks import DTYPES, MODES
+from lightning_lora.checks import DTYPES, MODES, flag_problems
 from lightning_lora.config import Quantization
-from lightning_lora.errors import ConfigError, LightningLoRAError, UnsupportedError, did_you_mean, raise_all
+from lightning_lora.errors import ConfigError, did_you_mean, raise_all
 
 
-def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None) -> None:
+def check_arguments(own: dict[str, Any], config_error: ConfigError | None) -> None:
     """Raises what is wrong with the callback's arguments, together with what was wrong with its config's.
 
     Raises:
         ConfigError: With every problem.
-        UnsupportedError: For arguments whose feature is not built yet.
     """
-    found = config_error.problems if config_error else ()
-    problems, unbuilt = ([], [*found]) if isinstance(config_error, UnsupportedError) else ([*found], [])
-    problems += name_problems(own["adapter_name"])
+    problems = [*(config_error.problems if config_error else ()), *name_problems(own["adapter_name"])]
     ratio, dtype, mode = own["loraplus_lr_ratio"], own["adapter_dtype"], own["quantization"]
     if ratio is not None and (
         isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf
@@ -34,15 +31,15 @@ def check_arguments(own: dict[str, Any], config_error: LightningLoRAError | None
         problems.append(f"quantization must be one of {', '.join(MODES)}, got {mode!r}.{did_you_mean(mode, MODES)}")
     elif mode is not None and not isinstance(mode, (str, Quantization)):
         problems.append(f"quantization must be a mode, a Quantization or None, got {mode!r}")
-    for flag in ("gradient_checkpointing", "save_peft"):
-        if not isinstance(own[flag], bool):
-            problems.append(f"{flag} must be true or false, got {own[flag]!r}")
+    flags = ("gradient_checkpointing", "save_peft", "sync_base", "save_sharded")
+    problems += flag_problems(**{flag: own[flag] for flag in flags})
+    if own["shard_adapters"] is not None:
+        problems += flag_problems(shard_adapters=own["shard_adapters"])
     if own["init_from"] is not None and not (
         isinstance(own["init_from"], (str, os.PathLike)) and str(own["init_from"])
     ):
         problems.append(f"init_from must be a PEFT folder, a checkpoint or a hub id, got {own['init_from']!r}")
     raise_all(ConfigError, problems, "LoRA")
-    raise_all(UnsupportedError, unbuilt, "LoRA")
 
 
 def name_problems(adapter_name: object) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from lightning_lora.arguments import check_arguments
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.errors import ConfigError, LightningLoRAError, UnsupportedError
+from lightning_lora.errors import ConfigError
 from lightning_lora.inits import Init
 from lightning_lora.strategies import Options
 from lightning_lora.training.hooks import MethodCallback
@@ -52,7 +52,6 @@ class LoRA(MethodCallback):
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
-        UnsupportedError: For an argument whose feature is not built yet.
 
     Example:
         >>> LoRA(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).config.r
@@ -95,10 +94,10 @@ class LoRA(MethodCallback):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         own = {name: given.pop(name) for name in list(given) if name not in LoRAConfig.__dataclass_fields__}
-        error: LightningLoRAError | None = None
+        error: ConfigError | None = None
         try:
             config = LoRAConfig(**given)
-        except (ConfigError, UnsupportedError) as raised:
+        except ConfigError as raised:
             error = raised
         check_arguments(own, error)
         super().__init__(

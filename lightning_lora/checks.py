@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,6 +56,13 @@ def choice_problems(name: str, value: Any, choices: tuple[Any, ...]) -> Iterable
     if value not in choices:
         hint = did_you_mean(value, [c for c in choices if c]) if isinstance(value, str) else ""
         yield f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}"
+
+
+def flag_problems(**flags: Any) -> Iterable[str]:
+    """What is wrong with values that must be true or false, by name."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            yield f"{name} must be true or false, got {value!r}"
 
 
 def regex_problems(name: str, regex: str) -> Iterable[str]:
@@ -118,7 +126,7 @@ def token_problems(tokens: Any) -> Iterable[str]:
             yield from regex_problems("trainable_token_indices", table[3:])
         if not isinstance(indices, list) or not indices or not all(is_int(i) and i >= 0 for i in indices):
             yield f"{where} must hold tokens (0, 1, ...), got {indices!r}"
-        elif twice := sorted({i for i in indices if indices.count(i) > 1}):
-            yield f"{where} holds {twice[0]} twice"
+        elif twice := [i for i, count in Counter(indices).items() if count > 1]:
+            yield f"{where} holds {min(twice)} twice"
     if not tables:
         yield "trainable_token_indices is empty"

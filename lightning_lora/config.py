@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from lightning_lora.checks import (
     MODES,
     choice_problems,
+    flag_problems,
     index_problems,
     is_alpha,
     is_int,
@@ -181,9 +182,7 @@ class LoRAConfig:
         elif getattr(self._init, "name", None) == "loftq":
             yield "rank_pattern='auto' needs a base that computes, and 'loftq' the ranks before it is packed: drop one"
         yield from mapping_problems("alpha_pattern", self.alpha_pattern, "finite and not 0", is_alpha)
-        for flag in ("use_rslora", "use_dora", "train_norms"):
-            if not isinstance(getattr(self, flag), bool):
-                yield f"{flag} must be true or false, got {getattr(self, flag)!r}"
+        yield from flag_problems(use_rslora=self.use_rslora, use_dora=self.use_dora, train_norms=self.train_norms)
         yield from choice_problems("dora_dropout", self.dora_dropout, ("input", "lora"))
         yield from choice_problems("dropout_mask", self.dropout_mask, ("joint", "module"))
         if self.dora_dropout == "lora" and not self.use_dora:

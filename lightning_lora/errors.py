@@ -64,3 +64,8 @@ def listing(names: Iterable[str], limit: int = 6) -> str:
     """The first names of a long list, and how many more there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another package says, or what kind of error it is where that says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.analysis.factor_grams import measure
-from lightning_lora.checks import is_int
+from lightning_lora.checks import flag_problems, is_int
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.lightning_packages import CallbackBase
@@ -178,9 +178,7 @@ def _argument_problems(every_n_steps: Any, adapter_names: Any, flags: Mapping[st
     names = adapter_names if isinstance(adapter_names, list) else []
     if adapter_names is not None and not (names and all(isinstance(name, str) for name in names)):
         yield f"adapter_names must be a list of names or null, got {adapter_names!r}"
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            yield f"{name} must be true or false, got {flag!r}"
+    yield from flag_problems(**flags)
 
 
 def _sites(model: nn.Module, adapter_names: list[str] | None) -> dict[str, list[_Site]]:

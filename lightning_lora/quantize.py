@@ -36,14 +36,14 @@ def quantize(
     linears with a forward of their own, and what a transformers model asks to keep in float32. Layers that are
     quantised already in this mode stay as they are.
 
+    Where adapters start with a part of the weight (``init_lora_weights="pissa"``, ``"olora"`` or ``"loftq"``), what is
+    left without it is packed.
+
     Args:
         model: A LightningModule or any other module; its weights are on a real device.
         quantization: A mode (``"nf4"``, ``"nf4-dq"``, ``"fp4"``, ``"fp4-dq"``, ``"int8"``) or a `Quantization`.
         device: Where the packed weights shall be; where the dense ones are by default.
         release: Free dense weights that something outside the model still holds (an optimizer that was built before).
-
-    Where adapters start with a part of the weight (``init_lora_weights="pissa"``, ``"olora"`` or ``"loftq"``), what is
-    left without it is packed.
 
     Raises:
         ConfigError: For an unknown mode, or if adapters are merged.

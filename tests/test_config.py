@@ -78,6 +78,14 @@ def test_callback_reports_its_own_problems_together_with_those_of_the_config():
     assert "Did you mean 'float32'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "flag", ["gradient_checkpointing", "save_peft", "sync_base", "shard_adapters", "save_sharded", "use_dora"]
+)
+def test_flags_are_no_texts(flag):
+    with pytest.raises(ll.ConfigError, match=f"{flag} must be true or false, got 'no'"):
+        ll.LoRA(**{flag: "no"})
+
+
 def test_configs_share_nothing_with_what_they_came_from_or_give():
     towers, patterns = {"vision": (0, 1)}, {"q": 2}
     config = ll.LoRAConfig(layers_to_transform=towers, rank_pattern=patterns, target_modules=["q"])

@@ -17,7 +17,7 @@ from lightning_lora.analysis.memory_count import Step, counted, frozen_bytes
 from lightning_lora.analysis.memory_inputs import as_shapes, likely_batch, loss_of, one_text_per_row, transformers_model
 from lightning_lora.analysis.memory_trace import on_shapes, trace
 from lightning_lora.config import LoRAConfig, Quantization
-from lightning_lora.errors import ConfigError, LightningLoRAError, TargetError, UnsupportedError, raise_all
+from lightning_lora.errors import ConfigError, LightningLoRAError, TargetError, UnsupportedError, first_line, raise_all
 from lightning_lora.injection.freeze import train_mode
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.layers import lora_layers
@@ -116,7 +116,7 @@ def _follow(model: nn.Module, way: Way, example_inputs: Any, mode: FakeTensorMod
     except Exception as error:  # whatever a forward may raise
         raise UnsupportedError(
             f"a forward and backward pass of {type(run).__name__} could not be followed on shapes "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give "
+            f"({type(error).__name__}: {first_line(error)}): give "
             "example_inputs that fit it; a forward that looks at values can't be followed"
         ) from error
     finally:

@@ -36,14 +36,6 @@ class Trace:
     backward_peak: int
     gradients: int
 
-    @property
-    def temporary(self) -> int:
-        """What the peak of a step has beyond inputs, held bytes and gradients.
-
-        Lightning gives the gradients of the step before free between the two passes.
-        """
-        return max(self.forward_peak + self.gradients, self.backward_peak) - self.held - self.gradients
-
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that comes up in it: how many bytes are there, and how many were at most.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import Commands, existing, existing_folder, positive_int
 from lightning_lora.commands.models import add_adapter_options, config_of
+from lightning_lora.errors import first_line
 
 if TYPE_CHECKING:
     from lightning_lora.analysis.latency import Latency
@@ -80,7 +81,7 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ConfigError(f"--device {device} can't be used ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"--device {device} can't be used ({first_line(error)})") from error
     return cls.from_pretrained(base, dtype=getattr(torch, dtype)).to(place).eval()
 
 

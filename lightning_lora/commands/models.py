@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import positive_int
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,6 +98,5 @@ def _configuration(model: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(str(file) if path.exists() else model)
     except Exception as error:  # whatever a file, a hub, a proxy or a missing network may answer
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         where = "is no configuration of a transformers model" if path.exists() else "is neither here nor on the hub"
-        raise ConfigError(f"{model} {where} ({first}): give {_MODEL}") from error
+        raise ConfigError(f"{model} {where} ({first_line(error)}): give {_MODEL}") from error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.checks import is_rank
+from lightning_lora.checks import flag_problems, is_rank
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.cache import (
     CacheShape,
@@ -63,9 +63,7 @@ class PrefixTuningConfig(MethodConfig):
     @override
     def problems(self) -> Iterable[str]:
         yield from token_problems(self.num_virtual_tokens)
-        projection: Any = self.prefix_projection
-        if not isinstance(projection, bool):
-            yield f"prefix_projection must be true or false, got {projection!r}"
+        yield from flag_problems(prefix_projection=self.prefix_projection)
         if self.encoder_hidden_size is not None and not is_rank(self.encoder_hidden_size):
             yield f"encoder_hidden_size must be a positive integer, got {self.encoder_hidden_size!r}"
         elif self.encoder_hidden_size is not None and not self.prefix_projection:

@@ -11,8 +11,9 @@ from lightning_lora.files.skeleton import names_in_files, skeleton
 from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpack
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.peft_parameters import with_parameters
-from lightning_lora.formats.shards import FLOATS, Shard
+from lightning_lora.formats.shards import Shard
 from lightning_lora.formats.stored import StoredAdapter
+from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.layers import Part, kind_of_layer
 from lightning_lora.loading.misfits import Misfits
 from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie

@@ -1,1 +1,1 @@
-"""What lies on disk: the adapter checkpoint."""
+"""What lies on disk: checkpoints of adapters, PEFT folders, and the folders of models."""

@@ -175,7 +175,12 @@ def leave_out_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:
-    return {key for key in adapter_state_dict(model) if ".lora." in key}
+    return {
+        clean(f"{name}.lora.{adapter_name}.{key}".lstrip("."))
+        for name, layer in lora_layers(model)
+        for adapter_name, adapter in layer.lora_adapters().items()
+        for key in adapter.state_dict()
+    } & adapter_state_dict(model).keys()
 
 
 def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:

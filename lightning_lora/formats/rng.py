@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from lightning_lora.ops.sharded import all_objects
 
 
 def collect_rng() -> dict[str, Any]:
@@ -22,11 +24,7 @@ def collect_rng() -> dict[str, Any]:
 
 def gather_rng() -> list[dict[str, Any]]:
     """The states of all ranks, in their order. A collective: every rank calls it."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [collect_rng()]
-    states: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, collect_rng())
-    return states
+    return all_objects(collect_rng())
 
 
 def own_rng(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.folder import sync
+from lightning_lora.formats.tensors import FLOATS
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "C64": 64}
 _BITS |= {name: dtype.itemsize * 8 for name, dtype in FLOATS.items()}
 _MOST = 1 << 30  # bytes of a header; one of 100,000 tensors has 10 MB

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.checks import is_number, is_rank
+from lightning_lora.checks import flag_problems, is_number, is_rank
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.inits.base import Init, init
 
@@ -61,11 +61,7 @@ class EVA(Init):
             problems.append(f"tau must be a cosine in [0, 1], got {tau!r}")
         if not is_rank(batches):
             problems.append(f"batches must be a positive integer, got {batches!r}")
-        problems += [
-            f"{name} must be true or false, got {value!r}"
-            for name, value in (("whiten", whiten), ("use_label_mask", use_label_mask))
-            if not isinstance(value, bool)
-        ]
+        problems += flag_problems(whiten=whiten, use_label_mask=use_label_mask)
         if not isinstance(step, str) or not step.isidentifier():
             problems.append(f"step must be the name of a method, got {step!r}")
         raise_all(ConfigError, problems, "EVA")

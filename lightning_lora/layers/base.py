@@ -1,4 +1,4 @@
-"""What a layer with adapters is, and which layer types there are."""
+"""What a layer with adapters is."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -90,8 +90,9 @@ class LoRALayer(Base):
         """The forward of the layer as it was, with what was taken out of the stored weight."""
         out = self.lora_stored_forward(x, *args, **kwargs)
         for name in self.lora_absorbed:
-            adapter = self.lora_pairs()[name]
-            out = self.lora_add(out, x, *adapter.start(x), adapter.scaling)
+            adapter: Any = self.lora[name]
+            A, B = adapter.start(x)
+            out = self.lora_add(out, x, A, B, adapter.scaling)
         return out
 
     def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -143,7 +144,7 @@ class LoRALayer(Base):
         """The weight as that matrix, with what was taken out of the stored one: then a copy, in float32 at least."""
         W = self.lora_stored_matrix()
         for name in self.lora_absorbed:
-            adapter = self.lora_pairs()[name]
+            adapter: Any = self.lora[name]
             W = W.to(accumulation_dtype(W, adapter.A))
             A, B = adapter.start(W)
             W = add_product(W, B, A, adapter.scaling)
@@ -251,7 +252,8 @@ class LoRALayer(Base):
             if keys[0] in state_dict and (why := start_misfit(self, name, *map(state_dict.get, keys[1:]))) is not None:
                 args[-1].append(f"{prefix.rstrip('.')}: {why}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if "weight" in loads and not self.lora_matrix().is_meta:
+        weight: Any = self.weight
+        if "weight" in loads and not weight.is_meta:
             self.lora_follow()
 
     def lora_follow(self) -> None:

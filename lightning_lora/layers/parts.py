@@ -70,8 +70,7 @@ class LoRAPart(LoRALayer):
             **kwargs: None.
         """
         out: Tensor = args[0]
-        adapters = self.lora_adapters()
-        if self.lora_mixture is None and all(isinstance(adapters[name], LoRAAdapter) for name in self.lora_active):
+        if self.lora_mixture is None and all(isinstance(self.lora[name], LoRAAdapter) for name in self.lora_active):
             for name in self.lora_active:
                 out = self.lora[name](self, input, out, out)
             return out

@@ -20,6 +20,7 @@ from lightning_lora.layers.source import syntax_of
 from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
+_GROUPS = "_lora_groups"  # on a module: names of its layers with adapters that it calls with the same input
 _APART = "_lora_apart"  # on a module whose layers were not called as its source says
 _RUNNING = threading.local()
 
@@ -102,7 +103,9 @@ def arrange(model: nn.Module) -> None:
     for module in model.modules():
         keep_to_layers(module)
         keep_tables(module)
-        wanted = not isinstance(module, LoRALayer) and bool(_groups(module))
+        vars(module).pop(_GROUPS, None)
+        if wanted := not isinstance(module, LoRALayer) and bool(groups := _groups(module)):
+            vars(module)[_GROUPS] = groups
         if wanted and _KEY not in module._forward_pre_hooks:
             module._forward_pre_hooks[_KEY] = _enter
             module._forward_hooks[_KEY] = _leave
@@ -127,7 +130,7 @@ def _enter(module: nn.Module, args: Any) -> None:
         return
     if not module.training and not torch.is_grad_enabled():
         return  # each layer computes its own, in fewer operations
-    groups = () if _APART in vars(module) else _groups(module)
+    groups = () if _APART in vars(module) else vars(module).get(_GROUPS, ())
     stack = vars(_RUNNING).setdefault("stack", [])
     for i, other in enumerate(stack):
         if other.is_of(module):  # left by an interrupt, with which torch calls no hooks

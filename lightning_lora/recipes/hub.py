@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, first_line
 
 HUB = "hf://"
 
@@ -45,5 +45,6 @@ def _called(function: str, source: str, *arguments: Any, **options: Any) -> Any:
     try:
         return getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # its errors are those of the hub, of file systems and of file formats
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source}: {type(error).__name__}: {reason}: check name, split and access") from error
+        raise ConfigError(
+            f"{source}: {type(error).__name__}: {first_line(error)}: check name, split and access"
+        ) from error

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.checks import DTYPES, choice_problems, is_number
-from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.errors import ConfigError, first_line, raise_all
 from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
@@ -139,8 +139,7 @@ class Recipe(LightningModule):
         try:
             model = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {reason}") from error
+            raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {first_line(error)}") from error
         return model.train()
 
     def adjust(self, config: Any) -> None:

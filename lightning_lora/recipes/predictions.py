@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.formats.files import whole_file
+from lightning_lora.ops.sharded import all_objects
 from lightning_lora.recipes.data import TextDataModule
 
 
@@ -57,10 +57,7 @@ class Predictions(BasePredictionWriter):
         numbers = [number for batches in batch_indices for batch in batches for number in batch]
         rows = [row for batch in predictions for row in batch]
         found = dict(zip(numbers, rows, strict=True))
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, found)
-            found = {number: row for part in parts for number, row in part.items()}
+        found = {number: row for part in all_objects(found) for number, row in part.items()}
         if trainer.is_global_zero:
             path = self._target(trainer)
             with whole_file(path) as file:

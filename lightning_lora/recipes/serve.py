@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError, UnsupportedError, first_line
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
@@ -42,8 +42,9 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
     try:
         model = auto.from_pretrained(place)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{named}, the base of {source}, can't be loaded: {reason}: give --base") from error
+        raise ConfigError(
+            f"{named}, the base of {source}, can't be loaded: {first_line(error)}: give --base"
+        ) from error
     load_adapter(model, source, adapter_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.files.skeleton import names_in_files
 from lightning_lora.formats.model_folder import CONFIG, INDEX, WEIGHTS, ModelFolder
-from lightning_lora.formats.shards import FLOATS
+from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.recipes.tokens import resolve
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -15,12 +15,6 @@ _WHAT = {
     "classification": "texts with labels",
     "preference": "prompts with a chosen and a rejected response",
 }
-_MONITOR = {
-    "CausalLM": ("val/loss", "min"),
-    "DPO": ("val/loss", "min"),
-    "Seq2SeqLM": ("val/loss", "min"),
-    "SequenceClassifier": ("val/loss", "min"),
-}
 
 
 def write_yaml(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -> str:
@@ -57,10 +51,9 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "  # precision: bf16-mixed               # on a GPU: faster, in half the memory for activations"
     yield "  callbacks:"
     yield "    - class_path: lightning.pytorch.callbacks.ModelCheckpoint"
-    monitor, mode = _MONITOR[seen.recipe]
-    yield f"      init_args: {{monitor: {monitor}, mode: {mode}, save_last: true, filename: best}}"
+    yield "      init_args: {monitor: val/loss, mode: min, save_last: true, filename: best}"
     yield "    - class_path: lightning.pytorch.callbacks.EarlyStopping"
-    yield f"      init_args: {{monitor: {monitor}, mode: {mode}, patience: 3}}"
+    yield "      init_args: {monitor: val/loss, mode: min, patience: 3}"
     yield "model:"
     yield f"  class_path: lightning_lora.recipes.{seen.recipe}"
     yield "  init_args:"

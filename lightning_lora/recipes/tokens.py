@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import ConfigError, listing, raise_all
+from lightning_lora.errors import ConfigError, first_line, listing, raise_all
 
 DEMO = Path(__file__).parents[1] / "demo" / "base"  # a language model of 1 M parameters, over bytes
 LONGEST = 2048  # tokens of an example, where neither the user nor the model says less
@@ -116,7 +116,7 @@ def check_length(max_length: int | None, context: int | None, base: str) -> int:
 
 
 def _absent(what: str, base: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     folder = Path(base)
     if folder.is_dir():
         held = listing(sorted(p.name for p in folder.iterdir()), 12) or "nothing"

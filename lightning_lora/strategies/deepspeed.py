@@ -47,7 +47,6 @@ class DeepSpeedAdapter(StrategyAdapter):
     REPLACED = (
         *StrategyAdapter.REPLACED,
         "_init_optimizers",
-        "load_checkpoint",
         "optimizer_state",
     )
 
@@ -159,6 +158,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         if self.strategy.is_global_zero:
             portable_file(filepath).unlink(missing_ok=True)
 
+    @override
     def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Reads DeepSpeed's folder into the engine, or a file of adapters.
 

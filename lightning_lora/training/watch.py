@@ -3,7 +3,8 @@
 import inspect
 import warnings
 from collections.abc import Collection, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +169,10 @@ class Watch:
                 return None  # it had one before, or what it lies beside has one: a parameter that some batches need
             if self._was_called(owner, optimizer):
                 return f"called, but no gradient came back. {_WAYS_OUT['called']}"
-            if any(self._was_called(parent, optimizer) and _mentions_weight(type(parent)) for parent in parents):
+            if any(
+                self._was_called(parent, optimizer) and _mentions_weight(cast("Any", type(parent)))
+                for parent in parents
+            ):
                 return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
             return None
         self._had_gradient.add(id(parameter))
@@ -191,7 +195,8 @@ def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in [*module._parameters.values(), *adapters] if parameter is not None]
 
 
-def _mentions_weight(cls: type) -> bool:
+@cache
+def _mentions_weight(cls: Any) -> bool:
     """Whether the code of a module reads a weight, of whatever; others call their layers, or choose among them."""
     functions = [
         f

@@ -163,3 +163,20 @@ def test_layers_that_are_never_called():
         "encoder.layers.0.attention.q_proj.bias",
         "encoder.layers.0.feed_forward.intermediate_dense.bias",
     ]
+
+
+def test_a_name_is_of_one_method(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    other = net()
+    ll.inject(other, ll.LoRAConfig(r=2, modules_to_save=None), "a")
+    ll.save_adapter(other, tmp_path / "a", adapter_name="a")
+    model = net()
+    ll.inject(model, BitFitConfig(modules_to_save=None), "both")
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None), "a")
+    with pytest.raises(ll.ConfigError, match="adapter_name='both' is taken"):
+        ll.combine_adapters(model, {"a": 1.0}, "both")
+    with pytest.raises(ll.CheckpointError, match="the model has bitfit called 'both': pass another adapter_name"):
+        ll.load_adapter(model, tmp_path / "a", adapter_name="both")
+    assert {*ll.adapters(model)} == {"both", "a"}

@@ -692,3 +692,12 @@ def test_without_bitsandbytes(monkeypatch, missing):
         monkeypatch.setattr(bitsandbytes, "__version__", "0.44.1")
     with pytest.raises(ll.UnsupportedError, match="needs bitsandbytes 0.48 or newer .pip install -U bitsandbytes"):
         ll.quantize(build())
+
+
+def test_loading_unpacks_nothing(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    ll.quantize(model, "nf4")
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None))
+    state = model.state_dict()
+    monkeypatch.setattr("lightning_lora.quantization.four_bit._unpacked", None)
+    model.load_state_dict(state, strict=False)  # what unpacks the weight is not loaded by such a layer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_lora as ll
 from lightning_lora import ConfigError
 from lightning_lora.demo.data import manual_prose
 from lightning_lora.recipes import TextDataModule
@@ -78,6 +79,17 @@ def test_several_processes_make_the_same_tokens(llama, tmp_path, monkeypatch):
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert f"{path}:1: " in said[0]
+
+
+@pytest.mark.parametrize(("error", "words"), [(OSError(), "OSError: OSError"), (OSError("no\nway"), "OSError: no:")])
+def test_what_the_hub_says_is_passed_on(monkeypatch, error, words):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    data = TextDataModule("hf://a/set:train", base="demo", kind="text", max_length=8)
+    with pytest.raises(ll.ConfigError, match=words):
+        data.setup("fit")
 
 
 def test_a_dataset_of_the_hub_is_streamed_into_the_cache(bert, tmp_path, monkeypatch):

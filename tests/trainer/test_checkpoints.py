@@ -14,11 +14,13 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric
 
 import lightning_lora as ll
+from lightning_lora.formats.checkpoint import is_base_checkpoint
 from lightning_lora.layers import lora_layers
 from tests.helpers.modules import needs_muon, trainer
 from tests.helpers.toy import Lit, build, data
@@ -754,3 +756,18 @@ def test_those_are_active_that_were(tmp_path):
     torch.save(saved, tmp_path / "b.ckpt")
     with pytest.raises(ll.CheckpointError, match="the adapters that were active can't be.*there is no adapter 'other'"):
         ll.load_from_checkpoint(Lit, tmp_path / "b.ckpt")
+
+
+def test_a_module_called_lora_is_no_adapter():
+    """A checkpoint of the model without adapters is told from one of adapters by what is an adapter."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora, self.body = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model = nn.ModuleDict({"net": Net()})
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["net.lora"]))
+    assert is_base_checkpoint(model, {"state_dict": state})
+    assert not is_base_checkpoint(model, {"state_dict": ll.adapter_state_dict(model)})
