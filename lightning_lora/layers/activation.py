@@ -64,7 +64,8 @@ class LoRALinear(LoRALayer):
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
         layers, sites = [self], [site]
-        if running is not None and not (p > 0 and config.dropout_mask == "module"):
+        alone = torch.is_grad_enabled() and not x.requires_grad  # then each may have a backward pass of its own
+        if running is not None and not alone and not (p > 0 and config.dropout_mask == "module"):
             for other in running.together(self):
                 if isinstance(other, LoRALinear) and (beside := other.lora_sibling(adapter, x, dtype)) is not None:
                     layers.append(other)
@@ -73,7 +74,7 @@ class LoRALinear(LoRALayer):
             return linear_by_operations(x, site, p)
         outs = fused_linears(x.to(dtype), sites, p)
         if running is not None and len(outs) > 1:
-            running.put(x, {id(layer): out for layer, out in zip(layers[1:], outs[1:], strict=True)})
+            running.put(x, zip(layers[1:], outs[1:], strict=True))
         return outs[0]
 
     def lora_alone(self) -> LowRankAdapter | None:

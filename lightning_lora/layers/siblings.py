@@ -7,6 +7,7 @@ that is called computes the others' outputs too, and these take theirs if they a
 
 import ast
 import threading
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,9 @@ from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _GROUPS = "_lora_groups"  # on a module: names of its layers with adapters that it calls with the same input
-_APART = "_lora_apart"  # on a module whose layers were not called as its source says
 _RUNNING = threading.local()
+_LEAVES = (ast.Return, ast.Break, ast.Continue)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class Scope:
@@ -35,8 +37,8 @@ class Scope:
 
     def __init__(self, parent: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None:
         self._parent, self._groups = parent, groups
-        self._input: tuple[Tensor, int] | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._input: tuple[Tensor, int, Any] | None = None
+        self._outputs: dict[int, tuple[Tensor, Any]] = {}
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether this is a call of a module."""
@@ -51,41 +53,43 @@ class Scope:
                 return [other for other in layers if other is not layer]
         return []
 
-    def put(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
-        """Keeps outputs, by the ids of their layers, for those that will be called with x."""
-        self._give_up()
-        self._input, self._outputs = (x, x._version), outputs
+    def put(self, x: Tensor, outputs: Iterable[tuple[LoRALayer, Tensor]]) -> None:
+        """Keeps the outputs of layers that will be called with x."""
+        self._input = (x, x._version, _mode(x))
+        self._outputs = {id(layer): (out, _state_of(layer)) for layer, out in outputs}
 
     def take(self, layer: LoRALayer, x: Tensor) -> Tensor | None:
-        """The output of a layer for x, if it is there."""
+        """The output of a layer for x, if it is there and is what the layer would compute now.
+
+        If not, nothing is computed together any more in this call.
+        """
         if id(layer) not in self._outputs or self._input is None:
             return None
-        if self._input[0] is not x or self._input[1] != x._version:
-            self._give_up()
-            return None
-        return self._outputs.pop(id(layer))
+        out, state = self._outputs.pop(id(layer))
+        same, version, mode = self._input
+        if same is x and version == x._version and mode == _mode(x) and state == _state_of(layer):
+            return out
+        self._groups, self._outputs = (), {}
+        return None
 
-    def close(self, broken_off: bool) -> None:
-        """The call ends; what was not called in one that was broken off, by a checkpoint say, says nothing."""
-        if not broken_off:
-            self._give_up()
+    def close(self) -> None:
+        """The call ends."""
         self._input, self._outputs = None, {}
 
-    def _give_up(self) -> None:
-        """Outputs that nobody took were computed for nothing: from now on each layer computes its own.
 
-        Not where this call may be run again: an activation checkpoint has to find the same operations then.
-        """
-        if self._outputs:
-            if not _may_run_again():
-                vars(self._parent)[_APART] = True
-            self._outputs, self._groups = {}, ()
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What else than its input and its tensors a product depends on."""
+    device = x.device.type
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _may_run_again() -> bool:
-    """Whether what is saved for the backward pass goes through hooks, as in a checkpoint."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-    return hooks(False) is not None
+def _state_of(layer: LoRALayer) -> tuple[Any, ...]:
+    """What of a layer may be another by the time that it is called itself."""
+    adapters: Any = layer._modules["lora"]._modules  # type: ignore[union-attr]
+    active = [adapters[name] for name in layer.lora_active]
+    tensors = [p for adapter in active for p in adapter._parameters.values() if p is not None]
+    state = layer.lora_active, layer.lora_mixture, [adapter.training for adapter in active]
+    return *state, [(id(tensor), tensor._version) for tensor in tensors]
 
 
 def scope() -> Scope | None:
@@ -113,7 +117,6 @@ def arrange(model: nn.Module) -> None:
         elif not wanted and _KEY in module._forward_pre_hooks:
             for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
                 hooks.pop(_KEY, None)
-            vars(module).pop(_APART, None)
 
 
 def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -130,7 +133,7 @@ def _enter(module: nn.Module, args: Any) -> None:
         return
     if not module.training and not torch.is_grad_enabled():
         return  # each layer computes its own, in fewer operations
-    groups = () if _APART in vars(module) else vars(module).get(_GROUPS, ())
+    groups = vars(module).get(_GROUPS, ())
     stack = vars(_RUNNING).setdefault("stack", [])
     for i, other in enumerate(stack):
         if other.is_of(module):  # left by an interrupt, with which torch calls no hooks
@@ -144,7 +147,7 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         return
     stack = vars(_RUNNING).get("stack")
     if stack and stack[-1].is_of(module):
-        stack.pop().close(broken_off=output is None)
+        stack.pop().close()
 
 
 @cache
@@ -156,8 +159,7 @@ def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
     if (function := syntax_of(cls.forward)) is None:
         return ()  # there is no source: each layer computes its own
     calls = _Calls(function.args.args[0].arg)
-    for statement in function.body:
-        calls.visit(statement)
+    calls.visit_block(function.body)
     groups: dict[Any, list[str]] = {}
     elsewhere = used_beside_forward(cls)
     for name, inputs in calls.inputs.items():
@@ -167,12 +169,46 @@ def called_alike(cls: Any) -> tuple[tuple[str, ...], ...]:
 
 
 class _Calls(ast.NodeVisitor):
-    """Calls ``self.name(variable)``, with which value of the variable, in the order of evaluation."""
+    """Calls ``self.name(variable)``, with which value of the variable, in the order of evaluation, and in which block.
+
+    What is in a block by itself (a branch, a loop, a ``with``) may not run, or without gradients, or in another dtype.
+    """
 
     def __init__(self, owner: str) -> None:
-        self.inputs: dict[str, list[tuple[str, int]]] = {}
+        self.inputs: dict[str, list[tuple[str, int, int]]] = {}
         self._owner = owner
         self._values: dict[str, int] = {}  # how often a variable was assigned to
+        self._block, self._blocks = 0, 0
+
+    def visit_block(self, nodes: Sequence[ast.AST]) -> None:
+        """Visits what runs as a whole or not at all; behind what may leave it begins another block."""
+        around = self._block
+        self._begin()
+        for node in nodes:
+            self.visit(node)
+            if not isinstance(node, _LEAVES) and any(isinstance(inner, _LEAVES) for inner in ast.walk(node)):
+                self._begin()
+        self._block = around
+
+    def _begin(self) -> None:
+        self._blocks += 1
+        self._block = self._blocks
+
+    def generic_visit(self, node: ast.AST) -> None:
+        """Statements in statements, and operands that may not be evaluated, are blocks."""
+        for _, value in ast.iter_fields(node):
+            if (
+                isinstance(value, list)
+                and value
+                and isinstance(value[0], (ast.stmt, ast.excepthandler, ast.match_case))
+            ):
+                self.visit_block(value)
+            elif isinstance(node, (ast.IfExp, ast.BoolOp, *_COMPREHENSIONS)) and isinstance(value, ast.AST):
+                self.visit_block([value])
+            else:
+                for each in value if isinstance(value, list) else [value]:
+                    if isinstance(each, ast.AST):
+                        self.visit_block([each]) if isinstance(node, ast.BoolOp) else self.visit(each)
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
@@ -180,7 +216,8 @@ class _Calls(ast.NodeVisitor):
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == self._owner:
             if len(args) == 1 and isinstance(args[0], ast.Name) and not node.keywords:
                 variable = args[0].id
-                self.inputs.setdefault(called.attr, []).append((variable, self._values.get(variable, 0)))
+                value = variable, self._values.get(variable, 0), self._block
+                self.inputs.setdefault(called.attr, []).append(value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import suppress
 
 import pytest
 import torch
@@ -148,10 +149,10 @@ def test_an_input_that_is_another_one_after_all(monkeypatch, sizes):
     )
     try:
         same(outcome(model, X), plain(model, X, monkeypatch))
-        assert sizes[:4] == [3, 1, 1, 1]
+        assert sizes[:6] == [3, 1, 1, 1, 3, 1]
         sizes.clear()
         same(outcome(model, X), plain(model, X, monkeypatch))
-        assert sizes == [1, 1, 1, 1, 3, 1]
+        assert sizes == [3, 1, 1, 1, 3, 1]
     finally:
         handle.remove()
 
@@ -343,3 +344,101 @@ def test_autocast(sizes):
     out.float().sum().backward()
     assert (out.float() - exact).norm() <= 0.05 * exact.norm()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+class InBlocks(nn.Module):
+    """Calls with one input of which not all have to run, or in the same way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g, self.h, self.i = (
+            nn.Linear(WIDTH, WIDTH) for _ in range(9)
+        )
+        self.flag = True
+
+    def forward(self, x):
+        y = self.a(x) + (self.b(x) if self.flag else 0)
+        with torch.no_grad():
+            y = y + self.c(x) + self.d(x)
+        if self.flag:
+            y = y + self.e(x) * self.f(x)
+        else:
+            return y
+        for _ in range(2):
+            y = y + self.g(x)
+        return y + self.h(x) * self.i(x)
+
+
+def test_groups_are_within_a_block():
+    assert set(called_alike(InBlocks)) == {("c", "d"), ("e", "f"), ("h", "i")}
+
+
+def test_a_target_network_gets_no_gradients(monkeypatch):
+    """Without a block that says so: a call by hand."""
+
+    class Target(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.online, self.target = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, first):
+            torch.set_grad_enabled(first)
+            online = self.online(x)
+            torch.set_grad_enabled(not first)
+            target = self.target(x)
+            torch.set_grad_enabled(True)
+            return online, target
+
+    model = nn.ModuleList([Target()])
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None))
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    for first in (True, False):
+        outs = model[0](x, first)
+        assert [out.requires_grad for out in outs] == [first, not first]
+
+
+CHANGES = {
+    "autocast": lambda self: torch.set_autocast_enabled("cpu", False),
+    "mode": lambda self: self.k.lora["default"].eval(),
+    "adapter": lambda self: ll.set_adapter(self.root[0], "second"),
+    "values": lambda self: self.k.lora["default"].B.detach().add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_two_calls(change, monkeypatch):
+    """A layer gives what it would give by itself."""
+    model = adapted(dtype=torch.float32, lora_dropout=0.5 if change is CHANGES["mode"] else 0.0)
+    ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None), "second")
+    randomise(model)
+    ll.set_adapter(model, "default")
+    block, seen = model[0], []
+    block.root = [model]
+    block.between = lambda self, x: change(self)
+    block.k.register_forward_hook(lambda module, args, out: seen.append((args[0].detach(), out.detach())))
+    with torch.autocast("cpu", torch.bfloat16, enabled=change is CHANGES["autocast"]), suppress(RuntimeError):
+        block(X.float().requires_grad_())  # v is in bfloat16 and the others are not
+    (x, out), *_ = seen
+    with torch.no_grad():
+        block.k._forward_hooks.clear()
+        wanted = block.k(x)
+    assert out.dtype == wanted.dtype
+    torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_a_backward_pass_for_each_of_several_losses(variant):
+    """Heads on the same features, of which nothing before needs gradients."""
+    model = adapted(**variant)[0]
+    h = X.clone()
+    q, k = model.q, model.k
+    for layer in (q, k):
+        layer.lora["default"].requires_grad_(True)
+    model.between = None
+    outs = {}
+    for name in "qkv":
+        getattr(model, name).register_forward_hook(lambda m, a, out, name=name: outs.setdefault(name, out))
+    model(h)
+    for out in outs.values():
+        out.sum().backward()
+    assert all(getattr(model, name).lora["default"].B.grad is not None for name in "qkv")
