@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
@@ -132,8 +133,8 @@ class DoRAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def norms_now(self, host: Host) -> Tensor:
-        """The norms, taken anew."""
-        return merged_row_norms(*self.normed(host), exact=False)
+        """The norms, taken anew: constants in forward-mode AD too, which no_grad does not stop."""
+        return merged_row_norms(*self.normed(host), exact=False).detach()
 
     def normed(self, host: Host) -> Normed:
         """What they are the norms of."""
@@ -143,18 +144,22 @@ class DoRAAdapter(LowRankAdapter):
     def _keep(self, norms: Tensor) -> None:
         if not is_plain(norms) or not is_plain(self.A) or norms.is_inference() or self.A.is_inference():
             return
-        if self.known.norms is None:
-            self.known.norms = norms
-        else:
-            self.known.norms.copy_(norms)
+        if not all(isinstance(tensor, nn.Parameter) for tensor in self._values()):
+            return  # values of a moment, by torch.func.functional_call: others may come where they were
+        self.known.norms = norms  # no copy to where they were: a backward pass may need these
         self.keep_rows(row_gain_of(self.magnitude.detach(), norms))
 
     def keep_rows(self, rows: RowGain) -> None:
         """Keeps what follows from the norms that are kept: all of it counts until values change."""
         self.known.rows, self.known.versions = rows, self._now()
 
-    def _now(self) -> tuple[int, ...]:
-        return self.A._version, self.B._version, self.magnitude._version
+    def _values(self) -> tuple[Tensor, Tensor, Tensor]:
+        own = self._parameters
+        return own["A"], own["B"], own["magnitude"]  # type: ignore[return-value]
+
+    def _now(self) -> tuple[Any, ...]:
+        """Which tensors these are, where, and how often changed: what is written past torch does not show."""
+        return tuple([part for t in self._values() for part in (id(t), t._version, _address(t))])
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
         r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""
@@ -190,7 +195,7 @@ class DoRAAdapter(LowRankAdapter):
         if (rest := self._at_rest(host)) is not None:
             return LowRank(*self.update(), self.scaling, self.magnitude, rest.norms, rest.rows)
         norms = self.norms(host)
-        rows = known.rows if self.training and known.versions is not None else None
+        rows = known.rows if norms is known.norms else None
         return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
 
     @override
@@ -210,3 +215,7 @@ class DoRAAdapter(LowRankAdapter):
         update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
         update = update * host.lora_per_row(of_update.to(out.dtype))
         return out + (update + product * host.lora_per_row(of_base.to(out.dtype)))  # the small parts first
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if type(tensor) is FakeTensor else tensor.data_ptr()

@@ -1,6 +1,6 @@
 """What is known of a DoRA adapter, for as long as its values are what they were."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,14 +18,14 @@ class Rest(NamedTuple):
 
     norms: Tensor
     rows: RowGain
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
 
 
 class Known:
     """The same while an optimizer changes values and says so, and what else is known of them.
 
     A plain object, since to set an attribute of a module takes as long as a small product. The norms stay where they
-    are when they are taken anew: compiled graphs read them there. They count as long as there are versions.
+    are when an optimizer has made a step: compiled graphs read them there. They count as long as there are versions.
     """
 
     __slots__ = ("at_zero", "norms", "rest", "rows", "versions")
@@ -33,7 +33,7 @@ class Known:
     def __init__(self) -> None:
         self.norms: Tensor | None = None
         self.rows: RowGain | None = None
-        self.versions: tuple[int, ...] | None = None
+        self.versions: tuple[Any, ...] | None = None
         self.rest: Rest | None = None
         self.at_zero: bool | None = None  # whether a magnitude is 0
 

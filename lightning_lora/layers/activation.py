@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -154,7 +153,6 @@ def _is_usual(x: Any) -> bool:
         and not x.is_meta
         and not (x.is_inference() and torch.is_grad_enabled())
         and not in_transform()
-        and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.ops.transforms import in_transform
+from lightning_lora.ops.transforms import in_transform, is_plain_backward
 
 _STEPS = 1 << 16  # probabilities are multiples of 1/_STEPS
 _BITS = {
@@ -91,4 +91,6 @@ class _Dropout(torch.autograd.Function):
     @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
+        if not is_plain_backward(dy):  # bits have no gradient
+            return dy * (keep != 0) * ctx.scale, None
         return masked(dy, keep).mul_(ctx.scale), None

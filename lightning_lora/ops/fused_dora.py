@@ -13,6 +13,7 @@ from lightning_lora.ops.products import low_rank_into
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import Site
 from lightning_lora.ops.together import down_together, joined, parted, plain_outputs, with_tensors
+from lightning_lora.ops.transforms import is_plain_backward
 from lightning_lora.ops.twice import gradients
 
 _BEFORE, _PER_SITE = 3, 6  # arguments of the function before those of the sites, and for each of them
@@ -61,7 +62,7 @@ class FusedDoRA(torch.autograd.Function):
         x, mask, h, A, *rest = ctx.saved_tensors
         ups, ys, changes, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         sites = with_tensors(ctx.sites, tensors)
-        if torch.is_grad_enabled():
+        if not is_plain_backward(*grads):
             plain = functools.partial(plain_outputs, x, mask, sites, scales)
             dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[_BEFORE:]], grads)
             return dx, None, None, *others

@@ -19,7 +19,7 @@ from lightning_lora.ops.dropout import masked, masked_
 from lightning_lora.ops.operand import Packed, operand
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import LowRank, RowGain, Site
-from lightning_lora.ops.transforms import without_autocast
+from lightning_lora.ops.transforms import is_plain_backward, without_autocast
 from lightning_lora.ops.twice import gradients
 
 
@@ -84,7 +84,7 @@ class _FusedDropout(torch.autograd.Function):
         x, mask, h, a, up, product, more, dense, bias, A, B, magnitude, norms = ctx.saved_tensors
         adapter = LowRank(A, B, ctx.scale, magnitude, norms, ctx.rows)
         needs_x, *_, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if not is_plain_backward(dy):
             site = Site(ctx.unpack or dense, bias, adapter)
             inputs, needed = [x, bias, A, B, magnitude], [needs_x, needs_bias, needs_A, needs_B, needs_magnitude]
             plain = functools.partial(_plain, x, mask, ctx.factor, site)

@@ -13,6 +13,7 @@ from lightning_lora.ops.products import gradient_like, low_rank_into, product_in
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import Site
 from lightning_lora.ops.together import down_together, joined, parted, plain_outputs, with_tensors
+from lightning_lora.ops.transforms import is_plain_backward
 from lightning_lora.ops.twice import gradients
 
 _BEFORE, _PER_SITE = 3, 4  # arguments of the function before those of the sites, and for each of them
@@ -51,7 +52,7 @@ class FusedLoRA(torch.autograd.Function):
         n, needed, ranks = len(grads), ctx.needs_input_grad, ctx.ranks
         x, mask, h, A, *rest = ctx.saved_tensors
         ups, tensors = rest[:n], rest[n:]
-        if torch.is_grad_enabled():
+        if not is_plain_backward(*grads):
             plain = functools.partial(plain_outputs, x, mask, with_tensors(ctx.sites, tensors), ctx.scales)
             dx, *others = gradients(plain, [x, *tensors], [needed[0], *needed[_BEFORE:]], grads)
             return dx, None, None, *others

@@ -1,4 +1,4 @@
-"""Gradients that can be differentiated again, of steps that are written without them."""
+"""Gradients of steps that are written without them, by operations that autograd knows."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ def gradients(
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """What autograd makes of plain operations: for ``create_graph=True`` alone, since these keep more for themselves.
+    """What autograd makes of plain operations, which keep more for themselves: for what is no plain backward pass.
 
     Args:
         outputs: Computes the outputs from the inputs.
