@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
@@ -320,3 +322,80 @@ def test_an_optimizer_without_the_adapters_comes_late():
 
     with pytest.raises(ll.DeadAdapterError, match="trainable parameters are in no optimizer"):
         trainer(ll.LoRA(r=2), max_epochs=2).fit(Loses(), data())
+
+
+def test_values_of_a_moment():
+    """By torch.func.functional_call: an inner loop of meta-learning, whose tensors come where others were."""
+    model, parameters = build()
+    ll.attach_optimizer(model, torch.optim.AdamW(parameters))
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fast = dict(own)
+    for _ in range(4):
+        out = functional_call(model, fast, (X,))
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                parameter.copy_(fast.get(name, parameter))
+        torch.testing.assert_close(out.detach(), wanted(twin), rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(out.square().sum(), list(fast.values()))
+        fast = {name: value - 0.05 * g for (name, value), g in zip(fast.items(), gradients, strict=True)}
+    torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+def test_values_in_other_memory():
+    model, parameters = build()
+    ll.attach_optimizer(model, torch.optim.AdamW(parameters))
+    model(X)
+    values = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(values + 0.3, parameters)
+    torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    nn.utils.vector_to_parameters(values, parameters)
+    torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_look_in_eval_mode_between_forward_and_backward():
+    model, parameters = build()
+    optimizer = torch.optim.AdamW(parameters)
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(2):
+        first = model(X).square().sum()
+        model.eval()
+        with torch.no_grad():
+            model(X)
+        model.train()
+        (first + model(X).square().sum()).backward()
+        optimizer.step()
+
+
+def test_an_optimizer_within_another():
+    """SAM by hand: the one within makes the step, fused, and the one around it is never called."""
+
+    class SAM(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            self.base = torch.optim.AdamW(parameters, lr=0.05, fused=True)
+            super().__init__(self.base.param_groups, {})
+
+    model, parameters = build()
+    sam = SAM(parameters)
+    attached = ll.attach_optimizer(model, sam)
+    for _ in range(3):
+        model(X).square().sum().backward()
+        sam.base.step()
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+    attached.remove()
+    assert not _global_optimizer_post_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_norms_are_constants_in_forward_mode_too():
+    model, _ = build()
+    model.double()
+    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    along = {name: torch.randn_like(value) for name, value in own.items()}
+
+    def loss(values):
+        return functional_call(model, values, (X.double(),)).square().sum()
+
+    _, forward = torch.func.jvp(loss, (own,), (along,))
+    backward = torch.func.grad(loss)(own)
+    torch.testing.assert_close(forward, sum((g * along[name]).sum() for name, g in backward.items()))

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.adapters.refresh import refresh
@@ -28,6 +30,7 @@ class Attached:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         trained = held_by([optimizer] if tells_steps(optimizer) else [])
+        self._optimizer, self._held = optimizer, set[int]()
         self._adapters: list[tuple[LoRALayer, DoRAAdapter]] = []
         for _, layer in lora_layers(model):
             for adapter in layer.lora_adapters().values():
@@ -37,12 +40,16 @@ class Attached:
                 if own and all(id(p) in trained for p in own):
                     adapter.attended = True
                     self._adapters.append((layer, adapter))
-        self._handle = optimizer.register_step_post_hook(self._after_step) if self._adapters else None
+                    self._held |= {id(parameter) for parameter in own}
+        self._handles: list[RemovableHandle] = []
+        if self._adapters:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(register_optimizer_step_post_hook(self._after_another))
 
     def remove(self) -> None:
         """Takes the hook off: norms are taken in every forward again."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         for _, adapter in self._adapters:
             adapter.attended = False
             adapter.forget()
@@ -50,6 +57,11 @@ class Attached:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refresh(self._adapters)
+
+    def _after_another(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Of one within the optimizer, as SAM has it, or beside it."""
+        if optimizer is not self._optimizer and not self._held.isdisjoint(held_by([optimizer])):
+            refresh(self._adapters)
 
 
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:

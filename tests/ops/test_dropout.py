@@ -50,3 +50,20 @@ def test_nothing_to_drop():
     assert dropout(x, 0.0, True) is x
     assert torch.isfinite(dropout(x, 1e-9, True)).all()
     assert dropout(torch.empty(0), 0.5, True).shape == (0,)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_derivatives_of_any_kind():
+    """By operations, since bits have none."""
+
+    def dropped(x):
+        torch.manual_seed(1)
+        return dropout(x, 0.5, True)
+
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: dropped(x).square(), x, check_forward_ad=False, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: dropped(x).square(), x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        out, tangent = torch.autograd.forward_ad.unpack_dual(dropped(dual))
+    torch.testing.assert_close(tangent, 2.0 * (out != 0))

@@ -96,7 +96,7 @@ def test_the_equation_and_all_gradients(fixed_mask, variant, bias, packed, token
     def function(x, *values):
         return fused_linears(x, with_values(sites, values), p)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -138,7 +138,7 @@ def test_dora_that_drops_the_input_of_the_frozen_product_too(fixed_mask, bias, p
     def function(x, *values):
         return fused_dora_dropout(x, with_values([site], values)[0], 0.4)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
