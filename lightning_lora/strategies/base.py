@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError, DeadAdapterError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
     META,
@@ -27,6 +27,7 @@ from lightning_lora.formats.peft import check_exportable, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
 from lightning_lora.from_data.settle import adopt_ranks
+from lightning_lora.names import clean
 from lightning_lora.ops.sharded import failing_together, gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
@@ -140,6 +141,11 @@ class StrategyAdapter:
 
     def _call(self, replacement: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not adapters(self.model):
+            if "check_base" in vars(self):  # while training goes on
+                raise DeadAdapterError(
+                    "the model has lost its adapters in the run: replace modules before they are added, and eject them "
+                    "behind a run"
+                )
             return original(*args, **kwargs)
         return replacement(original, *args, **kwargs)
 
@@ -165,8 +171,14 @@ class StrategyAdapter:
                 self._write_folders(filepath, checkpoint)
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
-        """Makes a checkpoint what this package writes."""
+        """Makes a checkpoint what this package writes. Warns about adapters that the user's hooks took out of it."""
         self.check_base()
+        kept = {clean(key) for key in checkpoint.get("state_dict", ())}
+        if lost := [key for key in adapter_state_dict(self.model) if key not in kept]:
+            rank_zero_warn(
+                f"on_save_checkpoint took {listing(lost, 4)} out of the checkpoint: it can't be loaded unless "
+                "on_load_checkpoint puts them back"
+            )
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
         if checkpoint.get("optimizer_states"):
             checkpoint[META]["optimized"] = pack(names_of(self.model, self.optimizers()))

@@ -58,6 +58,11 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
             unsupported.append(
                 f"{type(callback).__name__} can't be used with adapters: AdapterAveraging(decay=None) does it"
             )
+        if "ModelPruning" in bases:
+            unsupported.append(
+                f"{type(callback).__name__} changes the frozen base, which no checkpoint of adapters has: prune it "
+                "before adapters are trained"
+            )
         if "BackboneFinetuning" in bases:
             unsupported.append(
                 f"{type(callback).__name__} trains the backbone after some epochs, and adapters leave it frozen: leave "

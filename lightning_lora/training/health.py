@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import added_modules
 from lightning_lora.optim import held_by, require_trained
 from lightning_lora.state import trained_parameters
@@ -30,13 +31,16 @@ _NOTES = {
 }
 
 
-def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
+def check_before(
+    model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str], switches: bool = False
+) -> None:
     """Refuses a run in which something could not train.
 
     Args:
         model: The model.
         optimizers: Its optimizers.
         adapter_names: The adapters that the run trains; others may be there, frozen.
+        switches: Whether the run itself makes adapters active: then not all of them are at any moment.
 
     Raises:
         DeadAdapterError: Naming the layers and the way out.
@@ -49,14 +53,14 @@ def check_before(model: nn.Module, optimizers: list[Optimizer], adapter_names: C
         if adapter_name in adapter_names:
             if adapter.scaling == 0:
                 problems.append(f"adapter {adapter_name!r} on {name} has scaling 0")
-            if adapter_name not in layer.lora_active and MERGED not in vars(layer):
+            if not switches and adapter_name not in layer.lora_active and MERGED not in vars(layer):
                 problems.append(f"adapter {adapter_name!r} on {name} is not active and would get no gradient")
     idle = [added for added in added_modules(model) if added.adapter_name in adapter_names and not added.module.active]
     problems += [f"adapter {added.adapter_name!r} is not active and would get no gradient" for added in idle[:1]]
     adapted = [node for node in nodes(model).values() if isinstance(node.module, LoRALayer)]
     problems += [f"{node.name}: {why}" for node in adapted if (why := bypass(node))]
-    frozen = [name for name, p in trained_parameters(model, adapter_names) if not p.requires_grad]
-    if frozen:
+    active = [name for name in adapter_names if not switches or name in active_adapters(model)]
+    if frozen := [name for name, p in trained_parameters(model, active) if not p.requires_grad]:
         problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
     raise_all(DeadAdapterError, problems, "the adapters could not train")
     require_trained(model, optimizers)
@@ -82,7 +86,10 @@ def check_again(
     if gone := [name for name in began_with if name not in trained]:
         problems.append(f"{listing(gone, 4)}: not in the model any more. Replace layers before adapters are added")
     if new := [name for name, p in trained.items() if p.requires_grad and id(p) not in held]:
-        problems.append(f"{listing(new, 4)}: another tensor than the optimizer has. Copy values into what is there")
+        problems.append(
+            f"{listing(new, 4)}: taken out of the optimizer, or another tensor than the optimizer has. Copy values "
+            "into what is there, and turn requires_grad off on what is to rest"
+        )
     raise_all(DeadAdapterError, problems, "what was trained can't be trained any more")
 
 

@@ -21,6 +21,7 @@ from lightning_lora.formats.rng import gather_rng
 from lightning_lora.injection.create import default_seed
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapters
@@ -81,6 +82,7 @@ class MethodCallback(CallbackBase):
         self._training: Training | None = None
         self._buffers: BaseBuffers | None = None
         self._finders: Finders | None = None
+        self._began_active: list[str] = []
         bring_adapters_back(_requests)
 
     @override
@@ -121,6 +123,7 @@ class MethodCallback(CallbackBase):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when fit begins, behind the strategy's setup. Says what will be trained."""
+        self._began_active = active_adapters(pl_module)
         if self._phases is not None:
             announce(self._phases.plans, self._phases.counts or summary(pl_module), trainer)
 
@@ -131,7 +134,8 @@ class MethodCallback(CallbackBase):
             return
         strategy.rest()
         optimizers, names = strategy.optimizers(), self._phases.plans.keys()
-        check_before(pl_module, optimizers, names)
+        switches = strategy.restored or active_adapters(pl_module) != self._began_active  # by a sanity check
+        check_before(pl_module, optimizers, names, switches)
         strategy.check_folders()
         self._training = Training(pl_module, optimizers, names, trainer.optimizers)
         strategy.check_base = self._training.check_base  # type: ignore[method-assign]

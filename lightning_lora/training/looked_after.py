@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.errors import listing
+from lightning_lora.methods.active import active_adapters
 from lightning_lora.names import clean
 from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.state import trained_parameters
@@ -34,7 +35,7 @@ class Training:
     ) -> None:
         self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names)
-        self._watch: Watch | None = None
+        self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
         self._looked: int | None = None  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
         self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
@@ -50,7 +51,7 @@ class Training:
                 "what it holds is trained is not watched in this run",
                 stacklevel=2,
             )
-        self._watch = Watch(self._model, optimizers, self._names)
+        self._watches = [Watch(self._model, optimizers, self._names)]
         self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
         self._base.optimizers = optimizers
 
@@ -74,12 +75,14 @@ class Training:
                 f"loraplus_lr_ratio has no effect: something gave all groups of the optimizer one learning rate "
                 f"({alike[0]['lr']:g}). Where you set group['lr'], multiply it by group.get({RATIO!r}, 1)"
             )
+        if self._looked is None:  # what hooks did as training began
+            self._looked = step
+            self._check_again(optimizers())
         self._base.check_optimizers()
-        self._looked = step if self._looked is None else self._looked
-        if self._due and self._watch is None and step - self._looked >= min(max(self._looked, 1), PATIENCE):
+        if self._due and step - self._looked >= min(max(self._looked, 1), PATIENCE):
             self._look_again(optimizers(), step)
-        if self._watch is not None:
-            self._watch.training = True
+        for watch in self._watches:
+            watch.training = True
 
     def look_again(self) -> None:
         """An epoch began, or a validation ended: what is done there may leave a model that does not train.
@@ -88,15 +91,22 @@ class Training:
         """
         self._due = True
 
-    def _look_again(self, optimizers: list[Optimizer], step: int) -> None:
-        self._due, self._looked = False, step
+    def _check_again(self, optimizers: list[Optimizer]) -> dict[str, nn.Parameter]:
         trained = dict(trained_parameters(self._model, self._names))
         check_again(self._model, optimizers, trained, self._began_with)
-        self._look_at_flags(trained)
-        self._watch = SecondLook(self._model, optimizers, self._names)
+        return trained
+
+    def _look_again(self, optimizers: list[Optimizer], step: int) -> None:
+        self._due, self._looked = False, step
+        self._look_at_flags(self._check_again(optimizers))
+        if not any(isinstance(watch, SecondLook) for watch in self._watches):
+            waiting = [key for watch in self._watches for key in watch.waiting]
+            self._watches.append(SecondLook(self._model, optimizers, self._names, without=waiting))
 
     def _look_at_flags(self, trained: dict[str, nn.Parameter]) -> None:
-        rest, known = {name for name, p in trained.items() if not p.requires_grad}, {id(p) for p in trained.values()}
+        active = {key for key, _ in trained_parameters(self._model, active_adapters(self._model))}
+        rest = {name for name, p in trained.items() if name in active and not p.requires_grad}
+        known = {id(p) for p in trained.values()}
         thawed = {clean(n) for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in known}
         if new := rest - self._rest:
             rank_zero_warn(
@@ -111,26 +121,24 @@ class Training:
 
     def end_batch(self) -> None:
         """A training batch ends."""
-        if self._watch is not None:
-            self._watch.training = False
-            if self._watch.done:
-                self._stop_watching()
+        for watch in self._watches:
+            watch.training = False
+            if watch.done:
+                watch.close()
+        self._watches = [watch for watch in self._watches if not watch.done]
 
     def end(self) -> None:
         """Training ends. Warns about what never moved, and about what moved and should not."""
-        if self._watch is not None:
-            self._watch.close(finished=True)
+        for watch in self._watches:
+            watch.close(finished=True)
         if (problem := self._base.changed()) is not None:
             rank_zero_warn(problem)
 
     def close(self) -> None:
         """Takes all hooks off."""
-        self._stop_watching()
+        for watch in self._watches:
+            watch.close()
+        self._watches = []
         for attached in self._attached:
             attached.remove()
         self._attached = []
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-        self._watch = None

@@ -1,14 +1,15 @@
 """Looks again, later in a run, at what is trained."""
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.adapters import Adapter
 from lightning_lora.errors import DeadAdapterError, listing
-from lightning_lora.layers import LoRALayer
 from lightning_lora.methods.added import Added
 from lightning_lora.training.watch import DIVERGED, Watch
 
@@ -23,9 +24,9 @@ class SecondLook(Watch):
     loss that is not taken any more.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._heads = {id(owner) for owner, _ in self._owners.values() if not _has_adapter(owner)}
+    def __init__(self, *args: Any, without: Collection[int] = ()) -> None:
+        super().__init__(*args, without=without)
+        self._heads = {id(holder) for holder in self._holders.values() if not _is_adapter(holder)}
         self._without: dict[int, list[str]] = {}  # a gradient, in all steps of an optimizer
 
     @override
@@ -63,5 +64,5 @@ def _unreached(names: list[str], steps: int) -> str:
     )
 
 
-def _has_adapter(owner: nn.Module) -> bool:
-    return isinstance(owner, (LoRALayer, Added))
+def _is_adapter(holder: nn.Module) -> bool:
+    return isinstance(holder, (Adapter, Added))

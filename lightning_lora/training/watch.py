@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
@@ -31,6 +32,10 @@ _WAYS_OUT = {
     "what is done to gradients before its step",
     "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step. In "
     "float16 Adam needs a larger eps: 1e-8 is 0 there",
+    "inactive": "ll.set_adapter made another adapter active before the backward pass, so that no gradient is kept for "
+    "this one: switch back behind that",
+    "nothing": "The loss does not depend on what is trained: look for torch.no_grad, detach, argmax, and a loss that "
+    "was told to require gradients",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
@@ -45,22 +50,33 @@ class Watch:
     LayerDrop), for `PATIENCE` steps. It is dead at once if its layer was called since the optimizer's last step and no
     gradient ever came, or if the module around its layer was called, the layer itself was not, and that module's code
     reads a weight. Steps in which nothing has a gradient do not count; nor is it known what is called inside a
-    compiled module.
+    compiled module. Steps count of any optimizer that holds some of the tensors, such as the one within SAM.
 
     Args:
         model: The model.
         optimizers: Its optimizers, each of which is watched from its own first step on, if it tells when it steps.
         adapter_names: The adapters that the run trains.
+        without: Ids of parameters that are not looked at.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        adapter_names: Collection[str],
+        *,
+        without: Collection[int] = (),
+    ) -> None:
         self.training = False  # a batch is being trained; what other loops call says nothing about gradients
         self._names = {id(p): name for name, p in trained_parameters(model, adapter_names) if p.requires_grad}
-        for key in held_by(each for each in optimizers if not tells_steps(each)):
+        for key in (*held_by(each for each in optimizers if not tells_steps(each)), *without):
             self._names.pop(key, None)
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+        self._holders: dict[int, nn.Module] = {}  # the adapter, or the module that is trained in full
+        self._flowed: set[int] = set()  # where a gradient came since the last step, which may have taken it away again
+        self._empty: dict[int, int] = {}  # steps of an optimizer without any gradient, one after another
         self._clock = 0  # counts the steps of all optimizers
         self._called_at: dict[int, int] = {}  # by module
         self._stepped_at: dict[int, int] = {}  # by optimizer
@@ -71,21 +87,26 @@ class Watch:
         parents_of = {n.module: n.parents if isinstance(n.module, LoRALayer) else [] for n in nodes(model).values()}
         for owner, above in [*parents_of.items(), *((found.module, []) for found in added_modules(model))]:
             parents = [parent for parent in above if parent is not model]
-            for parameter in self._watched_of(owner):
-                self._owners[id(parameter)] = owner, parents
+            for parameter, holder in self._watched_of(owner):
+                self._owners[id(parameter)], self._holders[id(parameter)] = (owner, parents), holder
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._handles.append(register(self._note_gradient))
                 for module in (owner, *parents):
                     if id(module) not in compiled:  # there a hook would be traced into the graph: its layers may wait
                         self._handles.append(module.register_forward_pre_hook(self._note_call))
+        self._listed = {id(optimizer) for optimizer in optimizers}
         for optimizer in filter(tells_steps, optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._handles.append(register_optimizer_step_pre_hook(self._before_another))
+        self._handles.append(register_optimizer_step_post_hook(self._after_another))
 
     def close(self, finished: bool = False) -> None:
         """Takes all hooks off. If the run is over, warns about layers of which nothing has moved yet."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        still = [name for key, name in self._names.items() if id(self._owners[key][0]) not in self._moved]
+        still = [name for key, name in self._names.items() if id(self._holders[key]) not in self._moved]
         if finished and still:
             warnings.warn(
                 f"{len(still)} trainable tensors never moved in this run: {listing(still, 4)}. Their learning rate or "
@@ -95,18 +116,39 @@ class Watch:
         self._names, self._before = {}, {}
 
     @property
+    def waiting(self) -> Collection[int]:
+        """Ids of the parameters that are still looked at."""
+        return self._names.keys()
+
+    @property
     def done(self) -> bool:
         """Whether nothing is left to watch, so that it can be closed (not by itself: hooks can't remove hooks)."""
         return not self._names
 
-    def _watched_of(self, module: nn.Module) -> list[nn.Parameter]:
-        return [parameter for parameter in _parameters_of(module) if id(parameter) in self._names]
+    def _watched_of(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Module]]:
+        holders = [module, *(module.lora.children() if isinstance(module, LoRALayer) else ())]
+        return [(p, h) for h in holders for p in h._parameters.values() if p is not None and id(p) in self._names]
 
     def _note_call(self, module: nn.Module, args: Any) -> None:
         if self.training:
             self._called_at[id(module)] = self._clock
+            if isinstance(module, LoRALayer):
+                adapters = module.lora_adapters()
+                self._called_at |= {id(adapters[name]): self._clock for name in module.lora_active}
 
     _note_call.lora_only_looks = True  # type: ignore[attr-defined]  # layers can still be computed together
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        if parameter.requires_grad:  # autograd calls the hook where it keeps nothing, too
+            self._flowed.add(id(parameter))
+
+    def _before_another(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._listed:
+            self._before_step(optimizer, args, kwargs)
+
+    def _after_another(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._listed and any(True for _ in self._waiting(optimizer)):
+            self._after_step(optimizer, args, kwargs)
 
     def _was_called(self, module: nn.Module, optimizer: Optimizer) -> bool:
         """Whether it was called since the optimizer's last step."""
@@ -117,20 +159,34 @@ class Watch:
             self._before[id(parameter)] = mark_of(parameter, optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(gradient_of(p, optimizer) is not None for group in optimizer.param_groups for p in group["params"]):
-            return  # a step that was skipped, by a training_step that returned None: it says nothing
+        flowed, self._flowed = self._flowed, set()
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in flowed or gradient_of(p, optimizer) is not None for p in held):
+            self._count_empty(optimizer)
+            return
+        self._empty[id(optimizer)] = 0
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         dead: dict[str, list[str]] = {}
         for parameter, lr in list(self._waiting(optimizer)):
             before = self._before.pop(id(parameter), None)
-            verdict = None if before is None else self._verdict(parameter, optimizer, lr, before)
+            verdict = None if before is None else self._verdict(parameter, optimizer, lr, before, flowed)
             if verdict is True:
-                self._moved[id(self._owners[id(parameter)][0])] = self._names.pop(id(parameter))
+                self._moved[id(self._holders[id(parameter)])] = self._names.pop(id(parameter))
             elif verdict:
                 dead.setdefault(verdict, []).append(self._names[id(parameter)])
         self._clock += 1
         self._stepped_at[id(optimizer)] = self._clock
         self._conclude(optimizer, self._steps[id(optimizer)], dead)
+
+    def _count_empty(self, optimizer: Optimizer) -> None:
+        """A step without any gradient, by a training_step that returned None say. One says nothing, and many do."""
+        self._empty[id(optimizer)] = steps = self._empty.get(id(optimizer), 0) + 1
+        called = [p for p, _ in self._waiting(optimizer) if self._was_called(self._holders[id(p)], optimizer)]
+        if steps >= PATIENCE and called:
+            names = listing([self._names[id(p)] for p in called], 4)
+            raise DeadAdapterError(
+                f"{names}: called in {steps} steps in which nothing had a gradient. {_WAYS_OUT['nothing']}"
+            )
 
     def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
         """Raises for what is dead after a step, by the reason."""
@@ -159,15 +215,22 @@ class Watch:
         for group in optimizer.param_groups:
             yield from ((p, group.get("lr")) for p in group["params"] if id(p) in self._names)
 
-    def _verdict(self, parameter: nn.Parameter, optimizer: Optimizer, lr: Any, before: Tensor) -> bool | str | None:
+    def _verdict(
+        self, parameter: nn.Parameter, optimizer: Optimizer, lr: Any, before: Tensor, flowed: Collection[int]
+    ) -> bool | str | None:
         """True: well. None: it may wait. Otherwise why it is dead."""
-        owner, parents = self._owners[id(parameter)]
+        (_, parents), holder = self._owners[id(parameter)], self._holders[id(parameter)]
         gradient = gradient_of(parameter, optimizer)
+        if gradient is None and id(parameter) in flowed:  # an optimizer that took it away
+            return True if not torch.equal(mark_of(parameter, optimizer), before) else None
         if gradient is None:
-            beside = _parameters_of(owner)
-            if any(id(p) in self._had_gradient or gradient_of(p, optimizer) is not None for p in beside):
+            beside = [p for p in holder._parameters.values() if p is not None]
+            known = self._had_gradient | {*flowed}
+            if any(id(p) in known or gradient_of(p, optimizer) is not None for p in beside):
                 return None  # it had one before, or what it lies beside has one: a parameter that some batches need
-            if self._was_called(owner, optimizer):
+            if self._was_called(holder, optimizer) and not parameter.requires_grad:
+                return f"called, but no gradient came back. {_WAYS_OUT['inactive']}"
+            if self._was_called(holder, optimizer):
                 return f"called, but no gradient came back. {_WAYS_OUT['called']}"
             if any(
                 self._was_called(parent, optimizer) and _mentions_weight(cast("Any", type(parent)))
@@ -187,12 +250,6 @@ class Watch:
         if waits or before.any():
             return None
         return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
-
-
-def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """A module's own parameters and those of its adapters."""
-    adapters = list(module.lora.parameters()) if isinstance(module, LoRALayer) else []
-    return [parameter for parameter in [*module._parameters.values(), *adapters] if parameter is not None]
 
 
 @cache
