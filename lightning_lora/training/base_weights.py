@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from lightning_lora.errors import CheckpointError, DeadAdapterError, listing
 from lightning_lora.formats.fingerprint import changed, fingerprint
 from lightning_lora.names import clean
-from lightning_lora.optim import require_trained
 from lightning_lora.state import trained_parameters
 
 _WAY_OUT = "It would be in no checkpoint: name it in modules_to_save, so that it is trained and saved in full"
@@ -34,7 +33,7 @@ class BaseWeights:
         """To be called before each batch: looks only if the optimizers got something.
 
         Raises:
-            DeadAdapterError: If they got weights of the base, as BackboneFinetuning gives them, or lost others.
+            DeadAdapterError: If they got weights of the base, as BackboneFinetuning gives them.
         """
         groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
         if (held := sum(map(len, groups))) != self._held:
@@ -42,7 +41,6 @@ class BaseWeights:
             foreign = {id(p) for group in groups for p in group} - self._trained
             if names := [clean(name) for name, p in self._model.named_parameters() if id(p) in foreign]:
                 raise DeadAdapterError(f"an optimizer got weights of the frozen base: {listing(names, 4)}. {_WAY_OUT}")
-            require_trained(self._model, self.optimizers)
 
     def changed(self) -> str | None:
         """What to say if the base is not what it was: a few sampled values of each weight are compared."""
