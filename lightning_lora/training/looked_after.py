@@ -106,7 +106,7 @@ class Training:
     def _look_at_flags(self, trained: dict[str, nn.Parameter]) -> None:
         active = {key for key, _ in trained_parameters(self._model, active_adapters(self._model))}
         rest = {name for name, p in trained.items() if name in active and not p.requires_grad}
-        known = {id(p) for p in trained.values()}
+        known = {id(p) for _, p in trained_parameters(self._model)}
         thawed = {clean(n) for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in known}
         if new := rest - self._rest:
             rank_zero_warn(
