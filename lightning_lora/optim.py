@@ -1,6 +1,6 @@
 """Optimizers that hold exactly what is trained, whoever built them and when."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -72,9 +72,9 @@ def held_by(optimizers: Iterable[Any]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def require_trained(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer."""
-    held = held_by(optimizers)
+def require_trained(model: nn.Module, optimizers: list[Optimizer], without: Collection[int] = ()) -> None:
+    """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer, but for some by their ids."""
+    held = held_by(optimizers) | {*without}
     lost = {clean(name): p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     if lost:
         way_out = "an optimizer over self.parameters() from configure_optimizers, or over a list that contains them"

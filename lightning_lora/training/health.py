@@ -14,6 +14,7 @@ from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import MERGED, merged_layers
 from lightning_lora.methods.active import active_adapters
+from lightning_lora.methods.active import adapter_names as names_of
 from lightning_lora.methods.added import added_modules
 from lightning_lora.optim import held_by, require_trained
 from lightning_lora.state import trained_parameters
@@ -63,7 +64,8 @@ def check_before(
     if frozen := [name for name, p in trained_parameters(model, active) if not p.requires_grad]:
         problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
     raise_all(DeadAdapterError, problems, "the adapters could not train")
-    require_trained(model, optimizers)
+    others = [name for name in names_of(model) if switches and name not in adapter_names]
+    require_trained(model, optimizers, [id(p) for _, p in trained_parameters(model, others)])
 
 
 def check_again(

@@ -371,3 +371,20 @@ def test_adapters_that_a_hook_takes_out_of_a_checkpoint(tmp_path):
     run.fit(Module(("", 0), cut), data)
     with pytest.warns(UserWarning, match=r"on_save_checkpoint took net.0.lora.default.A out of the checkpoint"):
         run.save_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_sanity_check_that_leaves_an_adapter_of_another_kind_active():
+    class Averaged(Two):
+        def training_step(self, batch, index):
+            ll.set_adapter(self, "default")
+            return self.net(batch).square().mean()
+
+        def validation_step(self, batch, index):
+            ll.set_adapter(self, "ema")
+
+    module = Averaged(back=False)
+    ll.inject(module, ll.LoRAConfig(r=2, modules_to_save=None), "ema")
+    data = DataLoader(torch.randn(24, 8))
+    trainer(ll.LoRA(r=2, modules_to_save=None), max_epochs=3, num_sanity_val_steps=1).fit(module, data, data)
+    assert module.net[0].lora["default"].B.any()
+    assert not module.net[0].lora["ema"].B.any()
