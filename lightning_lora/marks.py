@@ -1,6 +1,6 @@
 """What adapters leave on the modules themselves, so that it holds for any part of a model, copies and pickles."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,14 +77,6 @@ def known_weights(layer: nn.Module) -> list[nn.Parameter | None]:
     dense: Dense | None = vars(layer).get(DENSE)
     weight: Any = getattr(layer, "weight", None)
     return [weight, dense and dense.weight, layer._parameters.get("bias")]
-
-
-def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters as they are without merged adapters."""
-    kept = vars(module).get(MERGED)
-    for key, parameter in {**module._parameters, **(kept._parameters if kept is not None else {})}.items():
-        if parameter is not None:
-            yield key, parameter
 
 
 def merged_layers(model: nn.Module) -> list[str]:

@@ -155,6 +155,15 @@ def test_deleting_all_adapters_gives_the_model_back():
         ll.delete_adapter(model, "korean")
 
 
+@pytest.mark.parametrize("adapters", [None, 3, [["korean"]], ["korean", None], b"korean"], ids=str)
+def test_what_is_no_name_of_an_adapter(adapters):
+    model = several()
+    before = model(X)
+    with pytest.raises(ll.ConfigError, match=r"set_adapter: it takes a name, .*, got .*ll.disable_adapters"):
+        ll.set_adapter(model, adapters)
+    assert torch.equal(model(X), before)
+
+
 # ---- mixed batches --------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +452,32 @@ def test_nothing_is_changed_under_a_context(act, context):
     ll.set_adapter(model, "coding")
 
 
+@pytest.mark.parametrize("context", ["disable_adapters", "mixed_batch"])
+def test_no_adapters_come_to_a_bare_model_under_a_context(context, tmp_path):
+    ll.save_adapter(several(), tmp_path / "korean", "korean")
+    model = build().double().eval()
+    arguments = ([None] * 5,) if context == "mixed_batch" else ()
+    with getattr(ll, context)(model, *arguments):
+        for act in (ACTS["LoRA"], lambda m: ll.load_adapter(m, tmp_path / "korean")):
+            with pytest.raises(ll.ConfigError, match=rf"in `with ll.{context}\(...\)`: leave that first"):
+                act(model)
+    assert not list(lora_layers(model))
+    ACTS["LoRA"](model)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabling_twice(merged):
+    model, base = several(), build().double().eval()(X)
+    if merged:
+        ll.merge(model)
+    before = model(X)
+    with ll.disable_adapters(model):
+        with ll.disable_adapters(model):
+            assert torch.equal(model(X), base)
+        assert torch.equal(model(X), base)
+    assert torch.equal(model(X), before)
+
+
 def test_unmerging_while_disabled_would_lose_the_base():
     model = several()
     before = model(X).detach()
@@ -453,10 +488,15 @@ def test_unmerging_while_disabled_would_lose_the_base():
     assert torch.equal(model(X), before)
 
 
-def test_a_copy_that_is_made_in_a_context_is_in_none():
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_that_is_made_in_a_context_is_in_none(merged):
     model = several()
+    if merged:
+        ll.merge(model)
     with ll.disable_adapters(model):
         twin = copy.deepcopy(model)
+    for each in (twin, model) if merged else ():
+        ll.unmerge(each)
     ll.set_adapter(twin, "korean")
     ll.set_adapter(model, "korean")
     assert torch.equal(twin(X), model(X))

@@ -1,5 +1,6 @@
 """``lightning-lora init``: a YAML to begin with."""
 
+import shlex
 from pathlib import Path
 
 from lightning_lora.commands.arguments import Commands
@@ -34,4 +35,4 @@ def run(data: str, model: str, output: Path, runs: str | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(write_yaml(data, model, seen, memory, runs or f"runs/{output.stem}"), encoding="utf-8")
     print(f"{data}: {seen.records:,} records, {seen.schema.kind}; recipe {seen.recipe}")
-    print(f"wrote {output}; next: lightning-lora fit --config {output}")
+    print(f"wrote {output}; next: lightning-lora fit --config {shlex.quote(str(output))}")

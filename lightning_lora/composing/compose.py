@@ -75,7 +75,8 @@ def combine_adapters(
 
     The last three act as in PEFT: without a rank on the As and on the Bs, each by themselves and with the weights of
     ``"linear"``; with a rank on the :math:`\Delta W_i` (PEFT's ``"ties_svd"`` and so on), whose result is then reduced
-    to that rank. DoRA adapters have dense updates: they need a rank. Dense updates are formed layer by layer.
+    to that rank. DoRA adapters have dense updates: they need a rank. Dense updates are formed layer by layer. One
+    adapter alone is pruned as several are; PEFT leaves it whole, and takes ``"linear"`` whatever it was asked for.
 
     A and B are those that a PEFT folder has, so that files alone give the same; of a stack of matrices (experts) each
     is combined by itself. PEFT takes A for B in Llama 4, whose experts are stored transposed and do not say so.

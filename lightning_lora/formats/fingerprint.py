@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.injection.copies import trained_by_others
-from lightning_lora.layers import base_modules, named_base_modules
-from lightning_lora.marks import base_parameters, trained_in_full
+from lightning_lora.layers import base_modules, lora_layers, named_base_modules
+from lightning_lora.marks import trained_in_full
 from lightning_lora.names import clean
 from lightning_lora.ops.samples import SAMPLES, sample_each
 from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
+from lightning_lora.switching.merged import base_in_place
 
 
 @torch.no_grad()
@@ -51,19 +52,22 @@ def fingerprint(
     weights, known = list[Tensor](), dict[int, Tensor]()
     others = {} if adapter_name is None else trained_by_others(model, adapter_name)
     seen = trained_in_full(base_modules(model)) - others.keys()
-    for name, module in named_base_modules(model):
-        for key, parameter in base_parameters(module):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                shape, dtype = list(shape_of(parameter)), parameter.dtype
-                if key == "weight" and (quantizer := quantizer_of(module)) is not None:
-                    shape, dtype, values = dense_record(module)
-                    modes.append(quantizer.mode(module))
-                    known[len(weights)] = values
-                described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
-                seen_here = len(weights) in known  # of a packed weight what it was is known
-                now = others.get(id(parameter), parameter)
-                weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
+    with base_in_place([layer for _, layer in lora_layers(model)]):
+        for name, module in named_base_modules(model):
+            for key, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    shape, dtype = list(shape_of(parameter)), parameter.dtype
+                    if key == "weight" and (quantizer := quantizer_of(module)) is not None:
+                        shape, dtype, values = dense_record(module)
+                        modes.append(quantizer.mode(module))
+                        known[len(weights)] = values
+                    described.append(
+                        (clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch."))
+                    )
+                    seen_here = len(weights) in known  # of a packed weight what it was is known
+                    now = others.get(id(parameter), parameter)
+                    weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
     samples = [known.get(i, values) for i, values in enumerate(sample_each(weights))]
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)

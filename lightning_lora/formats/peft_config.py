@@ -34,6 +34,8 @@ _CONSTANT = {  # what is written of every adapter: nothing that PEFT up to 0.13 
     "revision": None,
 }
 _STARTS = {"pissa", "olora"}  # initialisations that take a part out of the weight, always the same one
+_TYING = "ensure_weight_tying"  # has the ends of a tied table trained as one ...
+_EMBEDDINGS = {"embed_tokens", "lm_head"}  # ... where PEFT finds that there is one, which it does by these names
 _LOSSY_STARTS = ("pissa_niter", "corda", "lora_ga", "loftq")  # ... and those that can't be done again
 
 
@@ -131,8 +133,9 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
+    known = _KNOWN | _IRRELEVANT if _names_embeddings(config) else {*_KNOWN, *_IRRELEVANT, _TYING}
     for name, value in config.items():
-        if name not in _KNOWN | _IRRELEVANT and value not in (None, False, [], {}, ""):
+        if name not in known and value not in (None, False, [], {}, ""):
             yield f"{name[:80]}={shown(value)} is not supported, and would change what the adapter computes"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_LOSSY_STARTS):
@@ -140,6 +143,15 @@ def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
             f"init_lora_weights={shown(init)} changed the base in a way that can't be done again: save it in PEFT with "
             "path_initial_model_for_weight_conversion, so that it fits the clean base"
         )
+
+
+def _names_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a table may be adapted or saved. Rows of tied tables are tied in PEFT, whatever it is told."""
+    named = [config.get(field) or [] for field in ("modules_to_save", "target_modules")]
+    return any(
+        isinstance(names, str) or not _EMBEDDINGS.isdisjoint(name.rpartition(".")[2] for name in names)
+        for names in named
+    )
 
 
 def edited(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterable[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack, within
+from lightning_lora.formats.model_folder import CONFIG as MODEL_CONFIG
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
 from lightning_lora.formats.peft_parts import joined_from
@@ -20,6 +21,7 @@ from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 
+_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 _TABLE_ENDS = {**_ENDS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
 
@@ -41,9 +43,10 @@ def export_checkpoint(
         FileNotFoundError: If there is no such checkpoint.
         CheckpointError: If it is damaged, holds no such adapter, or values that are not finite.
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
-        ConfigError: If the folder can't be replaced, or there is no adapter of that name.
+        ConfigError: If the folder can't be replaced or holds a model, or there is no adapter of that name.
     """
     path = Path(checkpoint)
+    raise_all(ConfigError, _model_problems(Path(folder)), "export")
     whole = read_checkpoint(path)
     stored = checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name), "export")
@@ -52,13 +55,26 @@ def export_checkpoint(
     raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
     tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
     base = within(meta["base"], prefix) if prefix else meta["base"]
-    starts = [_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors]
+    on_parts = {
+        f"{owner}.{part}" for owner, parts in record["parts"].items() for part, *_ in parts
+    }  # "noted" has those
+    started = (_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors)
+    starts = [name for name in started if name not in on_parts]
     entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}
     entry["step"] = whole.get("global_step")
     entry |= {"parts": record["noted"]} if record["noted"] else {}
     joined = sum(len(parts) - 1 for parts in record["parts"].values())
     write_peft_folder(folder, tensors, fields, entry, len(stored.layers) - joined, record["notes"])
     return name
+
+
+def _model_problems(folder: Path) -> Iterator[str]:
+    weights = sorted(path.name for kind in _MODEL_WEIGHTS for path in folder.glob(kind))
+    if weights and (folder / MODEL_CONFIG).is_file():
+        yield (
+            f"{folder} holds a model ({listing([MODEL_CONFIG, *weights], 4)}), which transformers would load with this "
+            "adapter from then on: give another folder"
+        )
 
 
 def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:

@@ -104,11 +104,16 @@ class ExportedParts:
                 yield f"{owner}.lora_magnitude_vector.weight", _magnitude(held)
 
     def noted(self) -> dict[str, dict[str, list[float]]]:
-        """What `with_parts` needs: rank and alpha of each part. Of adapters that started with a part of W nothing."""
+        """What `with_parts` needs: rank and alpha of each part, and True behind these if it started with a part of W.
+
+        Then as many ranks as it has are followed by those of its first factors.
+        """
         return {
-            owner: {part.name: [part.r, part.lora_alpha] for part in self.whole[owner].parts}
+            owner: {
+                part.lora_name: [adapter.r, adapter.lora_alpha, *([] if adapter.start_A is None else [True])]
+                for part, adapter in held
+            }
             for owner, held in self._held.items()
-            if all(adapter.start_A is None for _, adapter in held)
         }
 
     def problems(self) -> Iterator[str]:
@@ -168,40 +173,54 @@ def with_parts(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter
 
 
 def _apart(
-    stored: StoredAdapter, owner: str, parts: dict[str, Sequence[Any]], tree: Mapping[str, Node]
+    stored: StoredAdapter, owner: str, noted: dict[str, Sequence[Any]], tree: Mapping[str, Node]
 ) -> Iterator[tuple[str, StoredLayer]]:
     whole, at = stored.layers[owner], 0
     root = math.sqrt if stored.options["use_rslora"] else float
-    if sum(r for r, _ in parts.values()) != whole.r:
+    if sum(r * (2 if started else 1) for r, _, *started in noted.values()) != whole.r:
         raise ValueError(whole.r)
     scale = whole.lora_alpha / root(whole.r)
-    for name, (r, alpha) in parts.items():
-        part = tree[f"{owner}.{name}"].module
-        if not isinstance(part, Part):
-            raise TypeError(name)
-        columns, factor = slice(at, at := at + r), alpha / root(r) / scale
-        tensors = {
-            "A": _piece(whole.tensors["A"], (r, part.lora_shape[1]), lambda A, c=columns: A[c]),
-            "B": _piece(
-                whole.tensors["B"],
-                (part.lora_shape[0], r),
-                lambda B, c=columns, f=factor, p=part: _unscaled(p.lora_layout.of_rows(B[:, c]).flatten(0, 1), f),
-            ),
-        }
+    parts: dict[str, Any] = {name: tree[f"{owner}.{name}"].module for name in noted}
+    if not all(isinstance(part, Part) for part in parts.values()):
+        raise TypeError(owner)
+    for name in sorted(parts, key=lambda name: parts[name].lora_layout.start):  # as they were joined
+        (r, alpha, *started), part = noted[name], parts[name]
+        factor = alpha / root(r) / scale
+        tensors = _factors(whole, part, slice(at, at := at + r), factor)
+        if started:
+            start = _factors(whole, part, slice(at, at := at + r), -factor)
+            tensors |= {f"start_{key}": tensor for key, tensor in start.items()}
         if (m := whole.tensors.get("magnitude")) is not None:
             rows = lambda values, p=part: p.lora_layout.of_rows(values.flatten()).flatten()  # noqa: E731
             tensors["magnitude"] = _piece(m, (part.lora_shape[0],), rows)
         yield f"{owner}.{name}", StoredLayer(r, float(alpha), tensors)
 
 
+def _factors(whole: StoredLayer, part: Any, ranks: slice, factor: float) -> dict[str, StoredTensor]:
+    """A and B of some of a layer's ranks, as a part of it has them; its B was multiplied by the factor."""
+    (rows, columns), r = part.lora_shape, ranks.stop - ranks.start
+    of_part = lambda B: _unscaled(part.lora_layout.of_rows(B[:, ranks]).flatten(0, 1), factor)  # noqa: E731
+    A, B = whole.tensors["A"], whole.tensors["B"]
+    return {"A": _piece(A, (r, columns), lambda A: A[ranks]), "B": _piece(B, (rows, r), of_part)}
+
+
 def noted_problems(noted: Any) -> Iterator[str]:
-    """What is wrong with what a file says of parts: ``{layer: {part: [rank, alpha]}}``."""
+    """What is wrong with what a file says of parts, which is what `ExportedParts.noted` gives."""
     layers = noted.values() if isinstance(noted, dict) else [noted]
     for parts in layers:
-        pairs = list(parts.values()) if isinstance(parts, dict) else []
-        right = (isinstance(pair, list) and len(pair) == 2 and is_rank(pair[0]) and is_alpha(pair[1]) for pair in pairs)
-        if not pairs or not all(right):
+        values = list(parts.values()) if isinstance(parts, dict) else []
+        if not values or not all(map(_is_note, values)):
             yield f"says {shown(parts)} of the parts of a layer, which is no mapping to ranks and alphas"
+
+
+def _is_note(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= 2
+        and is_rank(value[0])
+        and is_alpha(value[1])
+        and value[2:] in ([], [True])
+    )
 
 
 def _unscaled(B: Tensor, factor: float) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_lora.errors import UnsupportedError
-from lightning_lora.layers.base import Base, LoRALayer, Mixture
+from lightning_lora.layers.base import Base, LoRALayer
 from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.lazy import lazily
 from lightning_lora.layers.reading import weights_read
@@ -136,12 +135,6 @@ class LoRARead(LoRALayer):
     @override
     def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         return x
-
-    @override
-    def lora_mixed(self, mixture: Mixture, input: Tensor, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise UnsupportedError(
-            f"mixed_batch: {self.lora_name} is read as a whole, for all samples at once: run one batch for each adapter"
-        )
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -19,6 +19,7 @@ from lightning_lora.loading.heads import head_hint, size_hint
 from lightning_lora.loading.missing import missing
 from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors
+from lightning_lora.targets.choice import whole_and_parts
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
 from lightning_lora.targets.tokens import tied_tables
@@ -72,6 +73,11 @@ class Misfits:
             hint = did_you_mean(unknown[0], self.by_name) if self.found else " It is of another model: give its base"
             yield f"the model has no {listing(unknown, 3)}.{hint}"
         yield from self._shared()
+        if both := whole_and_parts([found.node for found in self.found.values()]):
+            yield (
+                f"{listing(both, 3)} would have adapters as a whole and in parts: take the others off by "
+                "ll.delete_adapter, or load it into another copy of the base"
+            )
         for name, found in self.found.items():
             yield from (f"{name}: {problem}" for problem in self._of_layer(found))
         held = {node.name: stored for node, stored in self.found.values()}
@@ -179,16 +185,20 @@ class Misfits:
             yield f"modules_to_save names {names}, and the file has no {listing(missing, 3)}"
 
     def tied(self) -> Iterator[dict[str, bool]]:
-        """For tensors with several names in the model, of which the file has one in full: those, and which it has."""
+        """For tensors with several names in the model, of which the file has one in full: those, and which it has.
+
+        But for those of which it has nothing but the frozen tables that PEFT writes beside adapters on embeddings.
+        """
         groups: dict[int, dict[str, bool]] = {}
         for node in self.tree.values() if self.stored.in_full else ():
             for key, tensor in tensors_of(node.module).items():
                 names = [f"{name}.{key}".lstrip(".") for name in node.names]
                 held = next((name for name in names if name in self.stored.in_full), None)
                 groups.setdefault(id(tensor), {})[held or names[0]] = held is not None
-        frozen = {f"{name}.weight" for name in self.found}  # the tables that PEFT writes beside adapters on embeddings
+        saved = self.saved_modules()
+        frozen = {key for key in self.stored.tables if key.rpartition(".")[0] not in saved}
         for group in groups.values():
-            if len(group) > 1 and any(group.values()) and frozen.isdisjoint(group):
+            if len(group) > 1 and not frozen.issuperset(key for key, held in group.items() if held):
                 yield group
 
     def tied_problems(self, in_full: Mapping[str, Tensor]) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Originals(nn.Module):
         super().__init__()
         self.active, self.merged = layer.lora_active, merged
         self.absorbed = () if merged else layer.lora_absorbed  # a merged weight lacks nothing
+        self.keeps_base = False  # those are here, and the layer has the merged ones: not before the first swap
         for key, parameter in parameters.items():
             self.register_parameter(key, parameter)
 
@@ -52,6 +53,7 @@ class Originals(nn.Module):
             holder, own = layer.lora_parameter(key)
             holder._parameters[own], self._parameters[key] = self._parameters[key], holder._parameters[own]
         layer.lora_absorbed, self.absorbed = self.absorbed, layer.lora_absorbed
+        self.keeps_base = not self.keeps_base
         if quantizer is not None:
             quantizer.put_in(layer)
 
@@ -148,7 +150,8 @@ def unmerge(model: nn.Module) -> None:
     raise_all(ConfigError, problems, "unmerge")
     for layer in reversed(merged):  # parts of one layer were merged one after the other
         originals = vars(layer).pop(MERGED)
-        originals.swap(layer)
+        if originals.keeps_base:  # a copy that was made while adapters were disabled has the base's
+            originals.swap(layer)
         layer.lora_active = originals.active
     put_in_place(base_modules(model), active_adapters(model))
 

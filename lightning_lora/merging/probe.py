@@ -1,6 +1,6 @@
 """What a merge changes in the outputs for a batch: of the model, and of each layer by itself."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.marks import MERGED
+from lightning_lora.switching.merged import base_in_place
 
 
 def differences(model: nn.Module, layers: Mapping[str, LoRALayer], batch: Any) -> tuple[float, dict[str, float]]:
@@ -20,7 +21,7 @@ def differences(model: nn.Module, layers: Mapping[str, LoRALayer], batch: Any) -
 
     Args:
         model: The model.
-        layers: Its merged layers by name.
+        layers: Its merged layers by name, in the order in which they were merged.
         batch: The model's keyword arguments as a mapping, its arguments as a tuple or list, or its one argument.
 
     Returns:
@@ -31,7 +32,7 @@ def differences(model: nn.Module, layers: Mapping[str, LoRALayer], batch: Any) -
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_hook(_compare(found, name), with_kwargs=True).remove)
         merged = _outputs(model, batch)
-    with _unmerged(layers.values()):
+    with _unmerged([*layers.values()]):
         expected = _outputs(model, batch)
     pairs = zip(merged, expected, strict=True)
     return max((_largest_difference(*pair) for pair in pairs), default=0.0), found
@@ -47,18 +48,16 @@ def _compare(found: dict[str, float], name: str) -> Callable[..., None]:
 
 
 @contextmanager
-def _unmerged(layers: Iterable[LoRALayer]) -> Iterator[None]:
+def _unmerged(layers: Sequence[LoRALayer]) -> Iterator[None]:
     """Within this context merged layers have the base's weight again, and the adapters that were merged are active."""
-    kept = [(layer, vars(layer)[MERGED]) for layer in layers]
-    for layer, originals in kept:
-        originals.swap(layer)
-        layer.lora_active = originals.merged
-    try:
-        yield
-    finally:
-        for layer, originals in kept:
-            originals.swap(layer)
-            layer.lora_active = ()
+    with base_in_place(layers):
+        try:
+            for layer in layers:
+                layer.lora_active = vars(layer)[MERGED].merged
+            yield
+        finally:
+            for layer in layers:
+                layer.lora_active = ()
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:

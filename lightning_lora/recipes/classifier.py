@@ -55,8 +55,11 @@ class SequenceClassifier(Recipe):
     @override
     def configure_model(self) -> None:
         """Builds model and measures, with the classes of the data if none were given; a checkpoint remembers them."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._begin()
+        self._fill_as_the_data()
+
+    def _begin(self) -> None:
         if self.labels is None and not self.regression:
             data = getattr(self._trainer, "datamodule", None)
             if (labels := getattr(data, "labels", None)) is None:
@@ -71,6 +74,16 @@ class SequenceClassifier(Recipe):
             self.head = nn.Linear(width, count, dtype=base.dtype)
             if getattr(base, "pooler", None) is not None:
                 base.pooler = None  # what it makes of the first token would go nowhere
+
+    def _fill_as_the_data(self) -> None:
+        """Tells the model what texts are filled up with: a decoder's head looks for the last token that is another.
+
+        Only once it is built, because RoBERTa counts positions from the token that its files name.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
+        if tokenizer.pad_token_id is not None:
+            self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -90,14 +103,12 @@ class SequenceClassifier(Recipe):
 
     @override
     def adjust(self, config: Any) -> None:
-        """Gives the head its size, its classes their names, and the model what texts are filled up with."""
+        """Gives the head its size, and its classes their names."""
         config.num_labels = 1 if self.regression else len(self.labels or ())
         config.problem_type = "regression" if self.regression else "single_label_classification"
         if self.labels:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: i for i, name in enumerate(self.labels)}
-        if config.get_text_config().pad_token_id is None:
-            config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits (n, classes), or numbers (n,), in float32 at least."""

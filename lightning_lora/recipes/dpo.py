@@ -54,7 +54,7 @@ class DPO(Recipe):
         beta: How much leaving the reference costs.
         max_new_tokens: Of a generated text, at most.
         generation: More arguments of ``generate``.
-        **options: See `Recipe`.
+        **options: See `Recipe`. There is no ``compare_base``: every value is one against the base.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("preference",)
@@ -71,6 +71,11 @@ class DPO(Recipe):
         super().__init__(base, **options)
         if not is_number(beta) or beta <= 0:
             raise ConfigError(f"DPO: beta must be a positive number, got {beta!r}")
+        if self.compare_base:
+            raise ConfigError(
+                "DPO: compare_base=True would tell nothing: the base is the reference, so its margin is 0 and its loss "
+                "log 2 on any data: leave compare_base out"
+            )
         self.beta, self.max_new_tokens, self.generation = beta, max_new_tokens, generation or {}
 
     @override

@@ -11,7 +11,9 @@ from lightning_lora.recipes.tokens import context_of
 
 
 def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options: Any) -> list[dict[str, Any]]:
-    """Prompts and what follows them, as text.
+    """Prompts and what follows them, as text: of each row no more than fits behind its own prompt.
+
+    Rows with as much room are continued together, so that most batches are one call.
 
     Args:
         recipe: With its model.
@@ -22,18 +24,28 @@ def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options:
     Returns:
         ``{"prompt": ..., "prediction": ...}`` for each row.
     """
-    tokenizer, prompts = recipe.tokenizer, batch["input_ids"]
-    own = generation_options(tokenizer, options)
-    if not recipe.separate and (context := context_of(recipe.model.config, tokenizer)) is not None:
-        max_new_tokens = max(1, min(max_new_tokens, context - prompts.shape[1]))
+    tokenizer, prompts, masks = recipe.tokenizer, batch["input_ids"], batch["attention_mask"]
+    own = generation_options(recipe.model, tokenizer, options)
+    room, made = _room(recipe, masks, max_new_tokens), dict[int, Tensor]()
     with recipe.evaluated() as model:
-        inputs = {"input_ids": prompts, "attention_mask": batch["attention_mask"]}
-        made: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, **own)  # type: ignore[operator]
-    if not recipe.separate:
-        made = made[:, prompts.shape[1] :]
-    masked = [row[mask.bool()] for row, mask in zip(prompts, batch["attention_mask"], strict=True)]
-    texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (masked, made)]
+        for limit in sorted(set(room)):
+            rows = [i for i, left in enumerate(room) if left == limit]
+            filled = masks[rows].any(0)  # padding for longer rows of other calls would only take from the context
+            inputs = {"input_ids": prompts[rows][:, filled], "attention_mask": masks[rows][:, filled]}
+            found: Tensor = model.generate(**inputs, max_new_tokens=limit, **own)  # type: ignore[operator]
+            start = 0 if recipe.separate else inputs["input_ids"].shape[1]
+            made |= dict(zip(rows, found[:, start:], strict=True))
+    masked = [row[mask.bool()] for row, mask in zip(prompts, masks, strict=True)]
+    behind = [made[i] for i in range(len(prompts))]
+    texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (masked, behind)]
     return [{"prompt": prompt, "prediction": text} for prompt, text in zip(*texts, strict=True)]
+
+
+def _room(recipe: Recipe, masks: Tensor, wanted: int) -> list[int]:
+    """How many tokens each row may get, of those wanted."""
+    context = None if recipe.separate else context_of(recipe.model.config, recipe.tokenizer)
+    lengths: list[int] = masks.sum(1).tolist()
+    return [wanted if context is None else max(1, min(wanted, context - length)) for length in lengths]
 
 
 def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, special: bool = True, **options: Any) -> str:
@@ -47,8 +59,13 @@ def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, special: b
     return text
 
 
-def generation_options(tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What ``generate`` is told: where texts end, what to fill with, and greedy search unless asked otherwise."""
-    end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {"do_sample": False, "eos_token_id": end, "pad_token_id": pad or 0, **options}
+def generation_options(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate`` is told: where texts end, what to fill with, and greedy search unless asked otherwise.
+
+    Texts end where the tokenizer says, and where the model does: its turns may have an end of their own.
+    """
+    named = model.generation_config.eos_token_id
+    listed = named if isinstance(named, list) else [named]
+    ends = [end for end in dict.fromkeys([tokenizer.eos_token_id, *listed]) if end is not None]
+    pad = next(iter(ends), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"do_sample": False, "eos_token_id": ends or None, "pad_token_id": pad, **options}

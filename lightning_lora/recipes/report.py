@@ -124,10 +124,21 @@ def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     if saved.is_dir():
         yield f"PEFT folder: {saved}"
         folder = str(saved)
-    elif Path(path).is_file():
+    elif Path(path).is_file() and _is_exported(recipe):
         yield f"as a PEFT folder: lightning-lora export {shlex.quote(path)} {shlex.quote(folder)}"
     if "classification" not in recipe.kinds and not recipe.separate:
         yield f"use it: lightning-lora generate {shlex.quote(path)} --prompt '...'"
-    if Path(recipe.base).is_dir():
+    if Path(recipe.base).is_dir() and _is_merged(recipe):
         merged = shlex.join(["--base", recipe.base, path, f"{Path(path).with_suffix('')}-merged"])
         yield f"merge it: lightning-lora merge {merged}"
+
+
+def _is_exported(recipe: Recipe) -> bool:
+    """Whether PEFT has a place for all that is trained: for a head outside of the transformers model it has none."""
+    return getattr(recipe, "head", None) is None
+
+
+def _is_merged(recipe: Recipe) -> bool:
+    """Whether the base's files have a place for all that is trained: for a classifier's new head they have none."""
+    has_head = any("SequenceClassification" in name for name in recipe.model.config.architectures or ())
+    return _is_exported(recipe) and (has_head or "classification" not in recipe.kinds)

@@ -23,7 +23,8 @@ class Samples(Callback):
         max_new_tokens: Of each text, at most.
 
     Raises:
-        ConfigError: If ``every_n_steps`` is not positive.
+        ConfigError: If ``every_n_steps`` is not positive; at the start of a run if a prompt can't be put so.
+        UnsupportedError: At the start of a run, if the module makes no texts.
     """
 
     def __init__(self, prompts: list[str] | None = None, every_n_steps: int = 100, max_new_tokens: int = 64) -> None:
@@ -31,13 +32,26 @@ class Samples(Callback):
             raise ConfigError(f"samples: every_n_steps must be a positive integer, got {every_n_steps!r}")
         self.prompts, self.every_n_steps, self.max_new_tokens = prompts or [], every_n_steps, max_new_tokens
         self._last = 0
+        self._shown: list[tuple[str, bool]] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a stage begins. What can't be said is known now, and not after steps that would be lost."""
+        if stage != "fit" or not self.prompts:
+            return
+        if not isinstance(pl_module, Recipe) or "classification" in pl_module.kinds:
+            raise UnsupportedError(f"samples: {type(pl_module).__name__} makes no texts: leave samples.prompts out")
+        template = getattr(getattr(trainer, "datamodule", None), "prompt_template", None)
+        try:
+            self._shown = [render_prompt({"prompt": text}, template, pl_module.tokenizer) for text in self.prompts]
+        except ConfigError as error:
+            raise ConfigError(
+                f"samples: a prompt alone can't be put as those of the data are: {error}. Leave samples.prompts out"
+            ) from error
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when a fit begins."""
-        generates = isinstance(pl_module, Recipe) and "classification" not in pl_module.kinds
-        if self.prompts and not generates:
-            raise UnsupportedError(f"samples: {type(pl_module).__name__} makes no texts: leave samples.prompts out")
         self._last = trainer.global_step
 
     @override
@@ -50,10 +64,8 @@ class Samples(Callback):
             return
         self._last = step
         assert isinstance(pl_module, Recipe)
-        template = getattr(getattr(trainer, "datamodule", None), "prompt_template", None)
         rows = []
-        for prompt in self.prompts:
-            shown, complete = render_prompt({"prompt": prompt}, template, pl_module.tokenizer)
+        for prompt, (shown, complete) in zip(self.prompts, self._shown, strict=True):
             text = generate_behind(pl_module, shown, self.max_new_tokens, special=not complete)
             rows.append({"step": step, "prompt": prompt, "text": text})
         if trainer.is_global_zero:

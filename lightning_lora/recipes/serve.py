@@ -9,6 +9,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, first_line
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.model_folder import ADAPTER
 from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import render_prompt
 from lightning_lora.recipes.generation import generation_options
@@ -26,7 +27,7 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
 
     Raises:
         ConfigError: If there is no base, or none is on record.
-        UnsupportedError: If the adapter is one for classes.
+        UnsupportedError: If the adapter is one for classes, or the base's folder holds an adapter too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -38,6 +39,11 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
         raise UnsupportedError(f"{source} is an adapter for {task}, which makes no texts: use lightning-lora predict")
     tokenizer = load_tokenizer(named)
     place = resolve(named)
+    if (Path(place) / ADAPTER).is_file():
+        raise UnsupportedError(
+            f"{named}, the base of {source}, holds {ADAPTER}, with which transformers loads an adapter beside the "
+            "model: give the model alone (--base)"
+        )
     auto: Any = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
     try:
         model = auto.from_pretrained(place)
@@ -67,7 +73,7 @@ def stream(
                 raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model sees {context}: shorten it")
             max_new_tokens = min(max_new_tokens, context - ids.shape[1])
     printer = TextStreamer(tokenizer, skip_prompt=not is_separate, skip_special_tokens=True)
-    own = generation_options(tokenizer, options)
+    own = generation_options(model, tokenizer, options)
     with torch.inference_mode(), dora_caching(model):
         made = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=printer, **own

@@ -32,7 +32,7 @@ def write_yaml(data: str, base: str, seen: Look, memory: Memory | None, runs: st
 
 def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -> Iterator[str]:
     median = seen.lengths[len(seen.lengths) // 2]
-    yield f"# {Path(data).name}: {seen.records:,} records, {_WHAT[seen.schema.kind]}."
+    yield f"# {_quoted(Path(data).name)[1:-1]}: {seen.records:,} records, {_WHAT[seen.schema.kind]}."
     yield f"# Lengths: {median} tokens in the middle, {seen.lengths[-1]} at most (of the first {len(seen.lengths)})."
     if memory is not None:
         yield (
@@ -44,7 +44,7 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "seed_everything: 1"
     yield "trainer:"
     yield "  max_epochs: 3"
-    yield f"  default_root_dir: {json.dumps(runs):<18} # checkpoints, metrics, this configuration"
+    yield f"  default_root_dir: {_quoted(runs):<18} # checkpoints, metrics, this configuration"
     yield "  accumulate_grad_batches: 4            # rows of a step: batch_size x this x devices"
     yield "  gradient_clip_val: 1.0"
     yield "  log_every_n_steps: 10"
@@ -57,7 +57,7 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "model:"
     yield f"  class_path: lightning_lora.recipes.{seen.recipe}"
     yield "  init_args:"
-    yield f"    base: {json.dumps(folder_of(base))}"
+    yield f"    base: {_quoted(folder_of(base))}"
     yield "    lr: 2.0e-4                          # adapters take ten times that of full fine-tuning"
     yield "    warmup: 0.03                        # of all steps"
     if seen.recipe in ("CausalLM", "SequenceClassifier", "Seq2SeqLM"):
@@ -67,10 +67,10 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     if seen.recipe == "SequenceClassifier" and not seen.classes:
         yield "    regression: true                    # labels are numbers"
     yield "data:"
-    yield f"  train: {json.dumps(str(Path(data).resolve()) if Path(data).exists() else data)}"
+    yield f"  train: {_quoted(str(Path(data).resolve()) if Path(data).exists() else data)}"
     yield "  val_split: 0.05                       # or val: another file; the callbacks above watch it"
     if seen.renamed:
-        yield f"  columns: {{{', '.join(f'{role}: {json.dumps(name)}' for role, name in seen.renamed.items())}}}"
+        yield f"  columns: {{{', '.join(f'{role}: {_quoted(name)}' for role, name in seen.renamed.items())}}}"
     if seen.schema.kind == "prompt" and not seen.chat and seen.recipe != "Seq2SeqLM":
         yield '  # prompt_template: "Question: {prompt}\\nAnswer:"   # the tokenizer has no chat template'
     yield f"  max_length: {seen.max_length:<25} # tokens; the model sees {seen.context}"
@@ -79,7 +79,7 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
         yield f"  packing: {str(packs).lower():<28} # short examples share a row, and don't see each other"
     yield f"  batch_size: {BATCH}"
     if seen.pad is not None:
-        yield f"  pad_token: {json.dumps(seen.pad)}                    # the tokenizer names none"
+        yield f"  pad_token: {_quoted(seen.pad)}                    # the tokenizer names none"
     yield "lora:"
     yield "  r: 16                                 # more can learn more, and costs memory"
     yield "  lora_alpha: 32                        # the update is scaled by lora_alpha / r"
@@ -93,3 +93,9 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
         yield "  quantization: null                    # nf4-dq: the base in 4 bits, where memory is short"
     if seen.recipe in ("CausalLM", "DPO"):
         yield "# samples: {every_n_steps: 100, prompts: ['...']}   # what it says while it learns"
+
+
+def _quoted(text: str) -> str:
+    """A text as a YAML has it, in one line: JSON without what YAML refuses: surrogates, and what is not seen."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08X}" for char in shown)

@@ -1,6 +1,7 @@
 """Adapters that are asked for by name, and what is wrong with what was asked."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -13,18 +14,29 @@ from lightning_lora.targets.kinds import is_inside, is_pretrained
 from lightning_lora.targets.roles import ask
 
 
-def weights_of(adapters: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The weights that a name, several, or a mapping stand for. Raises ConfigError if there are none."""
+def weights_of(adapters: object) -> dict[str, float]:
+    """The weights that a name, several, or a mapping stand for. Raises ConfigError if it is none of these, or empty."""
     if isinstance(adapters, Mapping):
         weights = dict(adapters)
     else:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = _names_in(adapters)
         weights = dict.fromkeys(names, 1.0)
         if len(weights) < len(names):
             raise ConfigError(f"set_adapter: a name is there twice in {names}: give it a weight instead")
     if not weights:
         raise ConfigError("set_adapter: no adapter is named; `with ll.disable_adapters(model)` gives the base")
     return weights
+
+
+def _names_in(adapters: Any) -> list[str]:
+    are_several = isinstance(adapters, Iterable) and not isinstance(adapters, str)
+    names: list[Any] = list(adapters) if are_several else [adapters]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"set_adapter: it takes a name, a list of names, or a mapping from names to weights, got {adapters!r}; "
+            "`with ll.disable_adapters(model)` gives the base"
+        )
+    return names
 
 
 def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:

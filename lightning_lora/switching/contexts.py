@@ -1,6 +1,6 @@
 """For a while: the base without adapters, or a batch whose samples have different ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,10 +9,11 @@ from torch import nn
 from lightning_lora.adapters import unweighted
 from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.injection.copies import put_in_place, values_of
-from lightning_lora.layers import LoRALayer, Mixture
+from lightning_lora.layers import LoRALayer, Mixture, ReadWeight, lora_layers
 from lightning_lora.marks import MERGED, SUSPENDED, Context, merged_layers
 from lightning_lora.methods.added import added_to
 from lightning_lora.switching.chosen import other_tables, unknown_names
+from lightning_lora.switching.merged import base_in_place
 from lightning_lora.switching.parts import marked_modules, parts_of
 
 
@@ -40,26 +41,23 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     marked = marked_modules(model) if parts.are_marked else []
     taking_part = [(layer, layer.lora_active, layer.lora_mixture) for layer in parts.layers]
     added = [(module, module.active) for _, module in parts.added()]
-    merged, swapped = [layer for layer in parts.layers if MERGED in vars(layer)], list[LoRALayer]()
-    in_place = [*parts.active(), *dict.fromkeys(n for layer in merged for n in vars(layer)[MERGED].merged)]
+    kept = [vars(layer)[MERGED] for layer in parts.layers if MERGED in vars(layer)]
+    merged = [layer for _, layer in lora_layers(model)] if kept else []
+    in_place = [*parts.active(), *dict.fromkeys(n for each in kept if each.keeps_base for n in each.merged)]
     try:
-        for layer in merged:
-            vars(layer)[MERGED].swap(layer)
-            swapped.append(layer)
-        for layer in parts.layers:
-            layer.lora_active, layer.lora_mixture = (), None
-        for module, _ in added:
-            module.active = False
-        put_in_place(marked, ())
-        with _suspended(parts.layers, "disable_adapters"):
-            yield
+        with base_in_place(merged):
+            for layer in parts.layers:
+                layer.lora_active, layer.lora_mixture = (), None
+            for module, _ in added:
+                module.active = False
+            put_in_place(marked, ())
+            with _suspended([model, *parts.layers], "disable_adapters"):
+                yield
     finally:
         for layer, names, mixture in taking_part:
             layer.lora_active, layer.lora_mixture = names, mixture
         for module, was in added:
             module.active = was
-        for layer in swapped:
-            vars(layer)[MERGED].swap(layer)
         put_in_place(marked, in_place)
 
 
@@ -77,8 +75,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         adapter_names: For each sample an adapter, or None for the base.
 
     Raises:
-        ConfigError: For unknown names, merged adapters, adapters that train modules in full, or (in the forward) if a
-            layer gets another number of samples.
+        ConfigError: For unknown names, merged adapters, adapters that train modules in full, adapters on parameters
+            that are read, or (in the forward) if a layer gets another number of samples.
 
     Example:
         >>> import torch
@@ -108,6 +106,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         if module.active and module._parameters
     ][:1]
     problems += other_tables(model, names)
+    problems += _read_problems(layers, names)
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
     before = [layer.lora_mixture for layer in layers]
@@ -117,23 +116,39 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
                 held = {name: a.master.device for name, a in layer.lora_adapters().items() if name in samples}
                 rows = {name: torch.tensor(samples[name], device=device) for name, device in held.items()}
                 layer.lora_mixture = Mixture(len(adapter_names), rows)
-            with _suspended(layers, "mixed_batch"):
+            with _suspended([model, *layers], "mixed_batch"):
                 yield
         finally:
             for layer, mixture in zip(layers, before, strict=True):
                 layer.lora_mixture = mixture
 
 
+def _read_problems(layers: Iterable[LoRALayer], names: Collection[str]) -> list[str]:
+    """That one of these adapters is on a parameter that is read: as one weight for all samples."""
+    read = [layer for layer in layers if isinstance(layer, ReadWeight)]
+    found = {name: layer.lora_name for layer in read for name in names if name in layer.lora}
+    return [
+        f"adapter {name!r} is on {parameter}, which is read as a whole, for all samples at once: run one batch for "
+        "each adapter"
+        for name, parameter in found.items()
+    ]
+
+
 @contextmanager
-def _suspended(layers: Sequence[nn.Module], name: str) -> Iterator[None]:
-    """Within this context nothing but contexts may change which adapters there are and which are active."""
-    before = [vars(layer).get(SUSPENDED) for layer in layers]
+def _suspended(modules: Sequence[nn.Module], name: str) -> Iterator[None]:
+    """Within this context nothing but contexts may change which adapters there are and which are active.
+
+    Args:
+        modules: The model, which may have no adapters, and the layers that do: a part of it finds these.
+        name: Of the function that makes the context.
+    """
+    before = [vars(module).get(SUSPENDED) for module in modules]
     try:
-        for layer in layers:
-            vars(layer)[SUSPENDED] = Context(name)
+        for module in modules:
+            vars(module)[SUSPENDED] = Context(name)
         yield
     finally:
-        for layer, context in zip(layers, before, strict=True):
-            vars(layer)[SUSPENDED] = context
+        for module, context in zip(modules, before, strict=True):
+            vars(module)[SUSPENDED] = context
             if context is None:
-                del vars(layer)[SUSPENDED]
+                del vars(module)[SUSPENDED]

@@ -74,7 +74,8 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     if config.target_parameters is not None:
         choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
-    choice.problems += [*blocks.problems(), *_half(choice.chosen)]
+    both = whole_and_parts(choice.chosen)
+    choice.problems += [*blocks.problems(), *(f"{n} gets adapters as a whole and in parts: choose one" for n in both)]
     rows_alone = config.trainable_token_indices is not None and not config.target_modules
     if not choice.chosen and not choice.problems and not rows_alone:
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
@@ -101,14 +102,14 @@ def _outermost(nodes: list[Node]) -> list[Node]:
     return [n for n in nodes if not (isinstance(n.module, Part) and id(n.module.lora_place[0]) in whole)]
 
 
-def _half(chosen: list[Node]) -> list[str]:
-    """Layers that are to have adapters as a whole and in parts."""
-    whole = {id(node.module): node.name for node in chosen}
-    owners = [(n.name, n.module.lora_place[0]) for n in chosen if isinstance(n.module, Part)]
+def whole_and_parts(wanted: list[Node]) -> list[str]:
+    """Layers that would have adapters as a whole and in parts, with those that are there."""
+    whole = {id(node.module): node.name for node in wanted}
+    owners = [(n.name, n.module.lora_place[0]) for n in wanted if isinstance(n.module, Part)]
     both = [whole[id(owner)] for _, owner in owners if id(owner) in whole]
-    both += [n.name for n in chosen if isinstance(n.module, Fused)]
+    both += [n.name for n in wanted if isinstance(n.module, Fused)]
     both += [name for name, owner in owners if isinstance(owner, LoRALayer)]
-    return [f"{name} gets adapters as a whole and in parts: choose one" for name in dict.fromkeys(both)]
+    return list(dict.fromkeys(both))
 
 
 def _is_read(node: Node) -> bool:

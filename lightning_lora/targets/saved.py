@@ -127,13 +127,13 @@ def _saved(
         module = tree[name].module
         owned = list({id(p): p for m in base_modules(module) for _, p in own_parameters(m)}.values())
         kind, aliases = original_type(module).__name__, tuple(tree[name].aliases)
-    if not owned:
+    inside = list(base_modules(tree[name].module)) if name in tree else []
+    if not owned and not any({*m._buffers} - m._non_persistent_buffers_set for m in inside):  # a codebook has buffers
         problems.append(f"modules_to_save: {name} ({kind}) has no parameters to train")
         return None
     if any(is_lazy(p) for p in owned):
         problems.append(f"modules_to_save: {name} ({kind}) is a lazy layer without a shape: run one forward before")
         return None
-    inside = list(base_modules(tree[name].module)) if name in tree else []
     if packed := [type(m).__name__ for m in inside if is_quantized(m)]:
         problems.append(f"modules_to_save: {name} ({packed[0]}) is quantised, and can't be trained in full")
         return None

@@ -24,6 +24,8 @@ from lightning_lora.targets.walk import nodes
 _NOTES = {
     "does not require grad": "only the adapters need gradients, and none reached the loss. If the layers lie in a "
     "reentrant activation checkpoint, use torch.utils.checkpoint with use_reentrant=False.",
+    "backward through the graph a second time": "layers that a module calls with the same input are one step for "
+    "autograd: give all backward passes over them but the last retain_graph=True.",
     "Muon only supports 2D parameters": "parameters() has what is frozen too: give Muon [p for p in self.parameters() "
     "if p.requires_grad and p.ndim == 2]. Vectors that are trained (DoRA's magnitudes, biases, norms) need a second "
     "optimizer.",

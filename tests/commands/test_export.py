@@ -123,3 +123,21 @@ def test_damaged_files_and_bad_usage(tmp_path, capsys):
     assert "is a file: give a folder" in fails(2, capsys, "export", tmp_path / "run.ckpt", tmp_path / "file")
     said = fails(2, capsys, "export", tmp_path / "run.ckpt", tmp_path / "out", "--adapter", "defualt")
     assert "has no adapter 'defualt'. Did you mean 'default'" in said
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_model_gets_no_adapter_beside_it(weights, tmp_path, capsys):
+    """Transformers loads an adapter with the model that lies in its folder, from then on and unasked."""
+    fitted(tmp_path, "llama")
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", weights, "tokenizer.json"):
+        (model / name).write_text("{}")
+    said = fails(2, capsys, "export", tmp_path / "run.ckpt", model)
+    assert f"export: {model} holds a model (config.json, {weights})" in said
+    assert "give another folder" in said
+    assert not (model / "adapter_config.json").exists()
+    (model / weights).unlink()
+    run("export", tmp_path / "run.ckpt", model)
+    run("export", tmp_path / "run.ckpt", model)
+    assert (model / "tokenizer.json").exists()

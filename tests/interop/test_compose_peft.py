@@ -86,6 +86,18 @@ def test_as_in_peft(both, family, ours, theirs):
     compare(model, other)
 
 
+def test_one_adapter_alone_is_pruned_here_and_not_in_peft(both):
+    model, other = both()
+    other.add_weighted_adapter(["korean"], [0.7], "both", combination_type="ties", density=0.4)
+    ll.combine_adapters(model, {"korean": 0.7}, "pruned", method="ties", density=0.4)
+    ll.combine_adapters(model, {"korean": 0.7}, "both", method="linear")
+    compare(model, other)
+    for _, layer in lora_layers(model):
+        pruned, whole = layer.lora["pruned"], layer.lora["both"]
+        assert (pruned.A != 0).sum() == int(0.4 * pruned.A.numel())
+        assert torch.equal(pruned.A[pruned.A != 0], whole.A[pruned.A != 0])
+
+
 def test_what_is_combined_here_is_the_same_in_peft(both, tmp_path):
     model, other = both(ranks=(2, 4), rank_pattern={"q_proj": 5}, use_rslora=True)
     ll.combine_adapters(model, WEIGHTS, "both")

@@ -379,14 +379,17 @@ def test_what_diverged_is_not_saved(tmp_path):
         {"modules_to_save": ["lm_head", "embed_tokens"]},
         {"trainable_token_indices": {"lm_head": [5, 7]}},
         {"trainable_token_indices": {"lm_head": [5, 7], "embed_tokens": [7, 9]}},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
     ],
-    ids=["head", "embedding", "both", "rows-of-the-head", "rows-of-both"],
+    ids=["head", "embedding", "both", "rows-of-the-head", "rows-of-both", "head-beside-lora", "embedding-beside-lora"],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, options, wrapped):
     """What the error says to do helps: the model is the same one, untied, and stays so in files."""
     base = FAMILIES["qwen2-tied"].make().eval()
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], **options)).eval()
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()
     with torch.no_grad():
         for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
             parameter.add_(0.1 * (i + 1))
@@ -402,6 +405,35 @@ def test_what_peft_untied_is_not_loaded_into_what_is_tied(tmp_path, options, wra
     assert_equal(logits(net, batch), logits(theirs, batch))
     ll.merge_and_unload(net).save_pretrained(tmp_path / "merged")
     assert_equal(logits(type(net).from_pretrained(tmp_path / "merged"), batch), logits(theirs, batch))
+
+
+TYING = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["model.embed_tokens"]},
+    {"target_modules": ".*embed_tokens"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules")
+@pytest.mark.parametrize("options", TYING, ids=str)
+def test_tying_that_is_asked_for_where_nothing_is_to_be_tied(tmp_path, options):
+    base = FAMILIES["qwen2-tied"].make().double().eval()
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, ensure_weight_tying=True, **options)).double().eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
+            parameter.add_(0.1 * (i + 1))
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    if TYING.index(options) > 2:
+        with pytest.raises(ll.UnsupportedError, match="ensure_weight_tying=True is not supported"):
+            ll.load_adapter(model, tmp_path)
+        return
+    ll.load_adapter(model, tmp_path)
+    batch = FAMILIES["qwen2-tied"].batch(base)
+    torch.testing.assert_close(logits(model, batch), logits(theirs, batch), rtol=1e-9, atol=1e-9)
 
 
 ROWS = {"embed_tokens": [5, 7], "lm_head": [5, 7]}

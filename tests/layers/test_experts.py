@@ -273,3 +273,22 @@ def test_a_stack_of_a_users_own(dora):
     if dora:
         W = W * (adapter.magnitude / W.norm(dim=-1))[..., None]
     torch.testing.assert_close(out, x @ W.mT)
+
+
+@pytest.mark.parametrize("active", ["experts", "queries"])
+def test_a_mixed_batch_is_not_of_experts(active):
+    model = model_of("mixtral")
+    base = model(IDS).logits
+    ll.inject(model, ll.LoRAConfig(**LORA, target_modules=[], modules_to_save=None), "experts")
+    noise(model)
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3.0, target_modules=["q_proj"], modules_to_save=None), "queries")
+    ll.set_adapter(model, "queries")
+    noise(model)
+    queries = model(IDS).logits
+    ll.set_adapter(model, active)
+    with pytest.raises(ll.ConfigError, match="adapter 'experts' is on .*, which is read as a whole, for all samples"):
+        ll.mixed_batch(model, ["experts", None]).__enter__()
+    with ll.mixed_batch(model, ["queries", None]):
+        out = model(IDS).logits
+    assert (queries - base).abs().max() > 1e-3
+    torch.testing.assert_close(out, torch.stack([queries[0], base[1]]))

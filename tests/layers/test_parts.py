@@ -16,6 +16,7 @@ import lightning_lora as ll
 from lightning_lora.files.combine import combine_files
 from lightning_lora.files.merge import merge_files
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.merging.merge import Originals
 from tests.helpers.modules import Wrapped, one_batch, trainer
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -230,6 +231,80 @@ def test_merging(name, use_dora):
     assert [type(m) for m in model.modules()] == [type(m) for m in make(name).modules()]
 
 
+def three_parts(name, use_dora=False):
+    """A model with adapters on all parts of its layers, and what there is to compare."""
+    model, _ = adapted(name, target_modules=["q", "k", "v"], use_dora=use_dora)
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    return model, base, model(ids()).logits.detach()
+
+
+def is_base(model, base):
+    return all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_disabling_merged_parts(name):
+    """They were merged one after the other into one weight, and each knows what it found."""
+    model, base, logits = three_parts(name)
+    ll.merge(model)
+    merged = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not is_base(model, base)
+    for _ in range(2):
+        with ll.disable_adapters(model), ll.disable_adapters(model):
+            assert is_base(model, base)
+            assert torch.equal(model(ids()).logits, make(name)(ids()).logits)
+        assert is_base(model, merged)
+    torch.testing.assert_close(model(ids()).logits, logits)
+    ll.unmerge(model)
+    assert is_base(model, base)
+    assert torch.equal(model(ids()).logits, logits)
+
+
+@pytest.mark.parametrize("broken_off", range(1, 7))
+def test_disabling_merged_parts_that_is_broken_off(broken_off, monkeypatch):
+    model, base, _ = three_parts("phi3")
+    ll.merge(model)
+    merged = {key: value.clone() for key, value in model.state_dict().items()}
+    swap, calls = Originals.swap, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == broken_off:
+            raise KeyboardInterrupt
+        swap(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Originals, "swap", interrupted)
+        with pytest.raises(KeyboardInterrupt), ll.disable_adapters(model):
+            raise AssertionError("six swaps are those of two layers")
+    assert is_base(model, merged)
+    ll.unmerge(model)
+    assert is_base(model, base)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", ["phi3", "gpt-neox", "gpt2"])
+def test_probing_merged_parts(name, use_dora):
+    model, base, logits = three_parts(name, use_dora)
+    report = ll.merge(model, probe={"input_ids": ids()})
+    assert 0 <= report.difference < 1e-12
+    assert {layer.difference for layer in report.layers.values()} == {None}
+    assert "differ by at most" in str(report)
+    torch.testing.assert_close(model(ids()).logits, logits)
+    ll.unmerge(model)
+    assert is_base(model, base)
+    assert torch.equal(model(ids()).logits, logits)
+
+
+def test_a_folder_that_is_saved_while_parts_are_merged_is_of_the_base(tmp_path):
+    model, _, logits = three_parts("phi3")
+    ll.merge(model)
+    ll.save_adapter(model, tmp_path / "adapter")
+    again = make("phi3")
+    ll.load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(ids()).logits, logits)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folders(name, options, tmp_path):
@@ -251,18 +326,46 @@ def test_folders(name, options, tmp_path):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
     config = ll.adapters(again)["default"]
-    if "init_lora_weights" in options:  # what it started with is a part of B: it is one adapter on the layer now
-        assert config.target_modules == [FAMILIES[name][1].rpartition(".")[2]]
-    else:
-        assert (config.target_modules, config.rank_pattern) == (["q", "v"], {"v": 6})
+    assert (config.target_modules, config.rank_pattern) == (["q", "v"], {"v": 6})
 
 
-def test_folders_keep_what_float64_adapters_are(tmp_path):
-    model, _ = adapted("phi3", use_dora=True)
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_rslora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_folders_keep_what_float64_adapters_are(options, tmp_path):
+    model, _ = adapted("phi3", **options)
+    logits = model(ids()).logits
     ll.save_adapter(model, tmp_path / "adapter")
     again = make("phi3")
+    for name in ("default", "default"):  # the second time into what is there
+        ll.load_adapter(again, tmp_path / "adapter", adapter_name=name)
+        torch.testing.assert_close(ll.adapter_state_dict(again), ll.adapter_state_dict(model), rtol=1e-14, atol=0)
+    ll.load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(ids()).logits, logits)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("phi3", ["q", "k"]),
+        ("phi3", ["up", "gate"]),
+        ("gpt2", ["k", "q"]),
+        ("gpt2", ["q", "k", "v"]),
+        ("bloom", ["v", "k"]),
+    ],
+)
+def test_folders_have_parts_in_their_own_order(name, targets, use_dora, tmp_path):
+    """Of one rank, so that shapes alone would not tell."""
+    model, _ = adapted(
+        name, target_modules=targets, rank_pattern=None, alpha_pattern={targets[0]: 2.0}, use_dora=use_dora
+    )
+    logits = model(ids()).logits
+    ll.save_adapter(model, tmp_path / "adapter")
+    again = make(name)
     ll.load_adapter(again, tmp_path / "adapter")
     torch.testing.assert_close(ll.adapter_state_dict(again), ll.adapter_state_dict(model), rtol=1e-14, atol=0)
+    torch.testing.assert_close(again(ids()).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt-neox", "gpt2"])
@@ -284,13 +387,13 @@ def test_combining_files(tmp_path):
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_run_goes_on_bit_for_bit_and_is_exported(use_dora, tmp_path):
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_run_goes_on_bit_for_bit_and_is_exported(variant, tmp_path):
     def fit(folder, epochs, resume=None):
         module = Wrapped(lambda: make("phi3", torch.float32))
         options = {**OPTIONS, "target_modules": ["qkv_proj.q", "qkv_proj.v", "up"], "lora_dropout": 0.1}
         checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        run = trainer(ll.LoRA(**options, use_dora=use_dora), checkpoint, max_epochs=epochs)
+        run = trainer(ll.LoRA(**options, **variant), checkpoint, max_epochs=epochs)
         torch.manual_seed(5)
         run.fit(module, one_batch({"input_ids": ids(), "labels": ids()}, 3), ckpt_path=resume, weights_only=True)
         return module
@@ -306,7 +409,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_exported(use_dora, tmp_path):
     other = Wrapped(lambda: make("phi3", torch.float32))
     ll.load_adapter(other, file)
     assert torch.equal(other.net.eval()(ids()).logits, whole.net.eval()(ids()).logits)
-    if use_dora:
+    if variant.get("use_dora"):
         with pytest.raises(ll.UnsupportedError, match="needs the norms of the other rows"):
             export_checkpoint(file, tmp_path / "exported")
         return
@@ -413,6 +516,24 @@ def test_two_adapters_are_not_on_a_layer_and_its_parts(first):
         ll.inject(model, ll.LoRAConfig(target_modules=[second]), "other")
 
 
+@pytest.mark.parametrize("first", ["query_key_value", "q"])
+def test_no_adapter_is_loaded_onto_a_layer_and_its_parts(first, tmp_path):
+    second = {"query_key_value": "q", "q": "query_key_value"}[first]
+    plain = {"rank_pattern": None, "alpha_pattern": None}
+    other, _ = adapted("gpt-neox", target_modules=[second], **plain)
+    ll.save_adapter(other, tmp_path / "adapter")
+    model, _ = adapted("gpt-neox", target_modules=[first], **plain)
+    logits, names = model(ids()).logits, [name for name, _ in model.named_parameters()]
+    message = r"as a whole and in parts: take the others off by ll\.delete_adapter"
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.load_adapter(model, tmp_path / "adapter", "other")
+    assert torch.equal(model(ids()).logits, logits)
+    assert [name for name, _ in model.named_parameters()] == names
+    ll.delete_adapter(model, "default")
+    ll.load_adapter(model, tmp_path / "adapter", "other")
+    torch.testing.assert_close(model(ids()).logits, other(ids()).logits)
+
+
 def test_patterns_that_mean_the_whole_layer_still_do():
     plan = ll.plan(make("gpt2"), ll.LoRAConfig(target_modules=r".*\.attn\..*"))
     assert {target.name.rpartition(".")[2] for target in plan.targets} == {"c_attn", "c_proj"}
@@ -438,6 +559,9 @@ def test_checkpoints_merge_by_way_of_a_folder(tmp_path):
         {"q": [-3, 5.0], "v": [12, 2.0]},
         {"q": [3, 0.0], "v": [6, 2.0]},
         {"w": [9, 5.0]},
+        {"q": [3, 5.0, True], "v": [6, 2.0]},
+        {"q": [3, 5.0, 2], "v": [6, 2.0]},
+        {"q": [3, 5.0, True, True], "v": [6, 2.0]},
     ],
     ids=str,
 )

@@ -282,10 +282,30 @@ def test_dropout_that_has_nothing_to_drop_is_told():
     assert "in_proj_weight, out_proj.weight: read as a whole" in plan.notes[0]
 
 
-def test_a_mixed_batch_is_refused():
-    model, call = adapted("attention")
-    with ll.mixed_batch(model, ["default", None, None]), pytest.raises(ll.UnsupportedError, match="read as a whole"):
-        call(model)
+@pytest.mark.parametrize("active", ["default", "second"])
+def test_a_mixed_batch_is_refused(active):
+    """For adapters on a parameter, whether they are active or not; with the others none of them takes part."""
+    model, _ = adapted("encoder")
+    ll.inject(model, ll.LoRAConfig(r=3, lora_alpha=5.0, target_modules=["linear1"]), "second")
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            if "second" in layer.lora:
+                layer.lora["second"].B.normal_()
+        ll.set_adapter(model, "second")
+        second = model(X)
+        with ll.disable_adapters(model):
+            base = model(X)
+        ll.set_adapter(model, active)
+        with pytest.raises(
+            ll.ConfigError, match="'default' is on in_proj_weight, which is read as a whole, .*: run one"
+        ):
+            ll.mixed_batch(model, ["default", None, None]).__enter__()
+        before = model(X)
+        with ll.mixed_batch(model, ["second", None, "second"]):
+            out = model(X)
+        torch.testing.assert_close(out, torch.stack([second[0], base[1], second[2]]))
+        assert (second - base).abs().max() > 1e-3
+        assert torch.equal(model(X), before)
 
 
 class Holds(nn.Module):

@@ -257,6 +257,12 @@ def test_dpo_without_adapters_has_no_reference(llama, tmp_path):
         fit(DPO(llama), TextDataModule(path), lora=False)
 
 
+def test_dpo_has_no_base_to_compare_with(llama):
+    """The base is the reference: what was asked for would be silently left out."""
+    with pytest.raises(ll.ConfigError, match=r"DPO: compare_base=True would tell nothing: .*: leave compare_base out"):
+        DPO(llama, compare_base=True)
+
+
 def test_options_of_the_model(llama, tmp_path):
     path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
     module = CausalLM(

@@ -677,3 +677,67 @@ def test_plugins_that_replace_layers_are_refused(plugin):
 
 def test_plain_model_is_not_touched_by_import():
     assert type(Net().head) is nn.Linear
+
+
+class Codebook(nn.Module):
+    """Vectors that follow what comes by, without gradients: it has buffers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(16))
+
+    def forward(self, x):
+        if self.training:
+            self.codes.lerp_(x.detach().mean(0), 0.1)
+        return x + self.codes
+
+
+def test_a_module_of_buffers_alone_is_saved(tmp_path):
+    class Module(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(16, 16), Codebook(), nn.Linear(16, 4))
+
+    def fit(epochs, ckpt=None):
+        torch.manual_seed(1)
+        module = Module()
+        saver = ModelCheckpoint(tmp_path, filename=f"{epochs}")
+        lora = ll.LoRA(r=2, target_modules=["net.0"], modules_to_save=["net.1"])
+        trainer(lora, saver, max_epochs=epochs).fit(module, data(), ckpt_path=ckpt)
+        return module
+
+    whole, half = fit(2), fit(1)
+    assert half.net[1].codes.any()
+    saved = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.1.codes"], half.net[1].codes)
+    again = fit(2, tmp_path / "1.ckpt")
+    assert torch.equal(again.net[1].codes, whole.net[1].codes)
+    torch.manual_seed(1)
+    loaded = ll.load_from_checkpoint(Module, tmp_path / "2.ckpt")
+    assert torch.equal(loaded.net[1].codes, whole.net[1].codes)
+
+
+def test_two_backward_passes_over_layers_that_are_one_step(tmp_path):
+    """What autograd says is not all there is to say."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = torch.tanh(self.below(x)).detach().requires_grad_()
+            return self.a(x), self.b(x)
+
+    class Module(Lit):
+        def __init__(self):
+            super().__init__()
+            self.net, self.automatic_optimization = Heads(), False
+
+        def training_step(self, batch, index):
+            for out in self.net(batch[0]):
+                self.manual_backward(out.sum())
+
+    with pytest.raises(RuntimeError, match="second time") as raised:
+        trainer(ll.LoRA(r=2, target_modules=["a", "b"], modules_to_save=None)).fit(Module(), data())
+    assert "retain_graph=True" in raised.value.__notes__[0]

@@ -1,0 +1,135 @@
+"""What is put behind prompts: where it ends, and that a row's text is its own, whatever else is in its batch."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers as tf
+
+import lightning_lora as ll
+from lightning_lora.cli import main
+from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.generation import generate_texts
+from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.samples import Samples
+from lightning_lora.recipes.serve import open_adapter, stream
+from tests.recipes import files
+
+
+def gpt2(folder: Path) -> str:
+    """A model whose positions are learnt: it fails at the first one that it does not have."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 320}
+    return files.saved(folder, tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **files.IDS)), files.make_tokenizer())
+
+
+def ids_of(tokenizer, text: str) -> dict:
+    return dict(tokenizer(text, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("where", ["one", "several", "tokenizer", "nowhere"])
+def test_texts_end_where_the_model_or_the_tokenizer_says(where, llama, tmp_path):
+    """Gemma's turns end with another token than its texts, and only generation_config.json names it."""
+    base, tokenizer = tf.AutoModelForCausalLM.from_pretrained(llama), files.make_tokenizer()
+    inputs, options = ids_of(tokenizer, "delta"), {"max_new_tokens": 8, "do_sample": False}
+    width = inputs["input_ids"].shape[1]
+    free = base.generate(**inputs, **options, eos_token_id=None)[0, width:].tolist()
+    end = free[3]
+    assert end not in free[:3]
+    base.generation_config.eos_token_id = {"one": end, "several": [2, end], "tokenizer": [319]}.get(where)
+    if where == "tokenizer":
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    folder = files.saved(tmp_path / "base", base, tokenizer)
+
+    module = CausalLM(folder)
+    module.configure_model()
+    (made,) = generate_texts(module, ids_of(module.tokenizer, "delta"), 8)
+    expected = module.tokenizer.decode(free if where == "nowhere" else free[:4], skip_special_tokens=True)
+    assert made["prediction"] == expected
+    if where in ("one", "several"):
+        again = tf.AutoModelForCausalLM.from_pretrained(folder)
+        own = again.generate(**inputs, **options)[0, width:]
+        assert tokenizer.decode(own, skip_special_tokens=True) == expected
+
+    adapted = copy.deepcopy(module.model)
+    ll.inject(adapted, ll.LoRAConfig(r=2))
+    ll.save_adapter(adapted, tmp_path / "adapter")
+    opened = open_adapter(str(tmp_path / "adapter"), folder)
+    assert stream(*opened, "delta", max_new_tokens=8) == expected
+    (other,) = generate_texts(module, ids_of(module.tokenizer, "delta"), 8, eos_token_id=free[1])
+    assert other["prediction"] == tokenizer.decode(free[:2], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_text_does_not_depend_on_the_batch_of_its_prompt(family, llama, tmp_path):
+    """In float64; prompts that leave room for all, for some and for hardly any of what is asked for."""
+    base = llama if family == "llama" else gpt2(tmp_path / "gpt2")
+    tokenizer = files.make_tokenizer()
+    records = [{"prompt": "Say"}, *({"prompt": "a " * n} for n in (200, 246, 250, 300)), {"prompt": "Say beta"}]
+    lengths = [len(tokenizer(record["prompt"])["input_ids"]) for record in records]
+    assert lengths[1] + 12 < 256 > lengths[3] > lengths[2] > 256 - 12
+    path, texts = files.jsonl(tmp_path / "a.jsonl", records), []
+    for size in (1, len(records)):
+        module, calls = CausalLM(base, dtype="float64", max_new_tokens=12), []
+        module.configure_model()
+        own = module.model.generate
+        module.model.generate = lambda *args, own=own, calls=calls, **options: (
+            calls.append(options["input_ids"].shape) or own(*args, **options)
+        )
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        found = trainer.predict(module, datamodule=TextDataModule(predict=path, batch_size=size))
+        texts.append([row for batch in found for row in batch])
+    assert texts[0] == texts[1]
+    assert [row["prompt"] for row in texts[1][:4]] == [record["prompt"] for record in records[:4]]
+    assert [len(shape) and shape[0] for shape in sorted(calls, key=lambda shape: shape[1])] == [3, 1, 1, 1]
+    shown = tokenizer(texts[1][0]["prediction"], add_special_tokens=False)["input_ids"]
+    assert len(shown) >= 10  # not cut by the longest prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "message"),
+    [
+        ("{context}: {prompt}", ["hi"], r"samples: a prompt alone .*'context' is no column; there are prompt.* Leave"),
+        (None, ["hi", "there"], None),
+        ("{context}: {prompt}", None, None),
+    ],
+)
+def test_samples_that_can_not_be_put_are_refused_before_the_model_is_built(
+    template, prompts, message, llama, tmp_path, monkeypatch
+):
+    rows = [{"context": f"c {i}", **record} for i, record in enumerate(files.prompts(8))]
+    path = files.jsonl(tmp_path / "a.jsonl", rows)
+    samples = Samples(prompts, every_n_steps=1, max_new_tokens=2)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=2, callbacks=[ll.LoRA(r=2), samples], default_root_dir=tmp_path, **options)
+    module, data = CausalLM(llama), TextDataModule(path, val=path, batch_size=4, prompt_template=template)
+    if message is None:
+        trainer.fit(module, datamodule=data)
+        said = tmp_path / "samples.jsonl"
+        found = [json.loads(line)["prompt"] for line in said.read_text().splitlines()] if said.exists() else []
+        assert found == 2 * (prompts or [])
+        return
+    monkeypatch.setattr(Recipe, "configure_model", None)
+    with pytest.raises(ll.ConfigError, match=message):
+        trainer.fit(module, datamodule=data)
+
+
+def test_a_base_that_holds_an_adapter_is_refused(llama, tmp_path, capsys):
+    """Transformers would load both: what was said would be neither's."""
+    model = tf.AutoModelForCausalLM.from_pretrained(llama)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.save_adapter(model, tmp_path / "adapter")
+    shutil.copytree(llama, tmp_path / "both")
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.copy(file, tmp_path / "both")
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "adapter", "--base", "both", "--prompt", "hi"])
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "both, the base of adapter, holds adapter_config.json" in said
+    assert "give the model alone (--base)" in said
+    main(["generate", "both", "--base", llama, "--prompt", "hi", "--max-new-tokens", "2"])

@@ -1,0 +1,31 @@
+"""The commands that a run names at its end work."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from lightning_lora.cli import main
+from tests.recipes import files
+from tests.recipes.test_cli import CONFIGS, SHORT, pytestmark  # noqa: F401
+
+
+@pytest.mark.parametrize(("case", "named"), [("new head", ["export"]), ("mean", []), ("own head", ["export", "merge"])])
+def test_what_can_be_done_with_a_classifier(case, named, bert, tmp_path, capsys):
+    """A head that the base's files don't have can't be merged into them, nor exported from outside of the model."""
+    base = bert
+    if case == "own head":
+        model = tf.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+        base = files.saved(tmp_path / "base", model, files.make_tokenizer("bert"))
+    path = files.jsonl(tmp_path / "c.jsonl", files.classes())
+    config = ["--config", str(CONFIGS / "classification.yaml"), f"--model.base={base}", f"--data.train={path}"]
+    more = ["--model.pooling=mean"] if case == "mean" else []
+    main(["fit", *config, *SHORT, *more])
+    said = capsys.readouterr().out
+    commands = dict(re.findall(r": lightning-lora (\w+) (.*)", said))
+    assert list(commands) == named
+    for name, rest in commands.items():
+        main([name, *shlex.split(rest)])
+        assert (Path(shlex.split(rest)[-1]) / ("config.json" if name == "merge" else "adapter_config.json")).exists()
