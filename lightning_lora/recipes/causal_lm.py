@@ -1,5 +1,6 @@
 """Fine-tuning of a causal language model: on responses, conversations, or plain text."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from lightning_lora.recipes.chat import IGNORED
 from lightning_lora.recipes.generation import generate_texts
 from lightning_lora.recipes.measures import TokenMeasures, hits
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.packing import in_one_row
 
 LARGE = 1 << 14  # tokens of a vocabulary whose logits are not made all at once
 
@@ -46,16 +48,19 @@ class CausalLM(Recipe):
         self.max_new_tokens, self.generation = max_new_tokens, generation or {}
         self.measures = nn.ModuleDict({name: TokenMeasures() for name in ("val", "val_base", "test")})
         self._by_parts: bool | None = None
+        self._one_row: bool | None = None
 
     @override
     def on_fit_start(self) -> None:
-        """Called when a fit begins. Looks whether the model keeps the examples of a row apart."""
+        """Called when a fit begins. Looks in which shape of a batch the model keeps packed examples apart."""
         data = getattr(self.trainer, "datamodule", None)
         if getattr(data, "packing", False):
-            check_isolation(self)
+            self._one_row = check_isolation(self)
 
     def loss(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor | None, int]:
         """The loss of a batch, how many tokens were the most likely ones if asked for, and how many there are."""
+        if "position_ids" in batch and self._in_one_row():
+            batch = in_one_row(batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         count = int((targets != IGNORED).sum())
@@ -67,6 +72,12 @@ class CausalLM(Recipe):
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return loss, hits(logits, nn.Identity(), targets) if measure else None, count
+
+    def _in_one_row(self) -> bool:
+        """Whether the rows of a packed batch go behind each other; tried here where there is a batch before a fit."""
+        if self._one_row is None:
+            self._one_row = check_isolation(self)
+        return self._one_row
 
     def _in_parts(self) -> bool:
         """Whether hidden states and head are had apart, which is tried once: some models do more to their logits."""
@@ -108,24 +119,37 @@ def is_plain(recipe: Recipe, head: nn.Module) -> bool:
     return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
-def check_isolation(recipe: Recipe) -> None:
-    """Looks whether an example in a row changes with the one before it.
+def check_isolation(recipe: Recipe) -> bool:
+    """Looks in which shape of a batch the examples in its rows don't see each other, and whether that is one row.
+
+    So it is with flash attention: transformers looks where positions begin anew in a batch of one row, and in no other.
 
     Raises:
-        UnsupportedError: If it does: what the model would learn would depend on what it is packed with.
+        UnsupportedError: If they see each other either way: what the model would learn would depend on what it is
+            packed with.
     """
-    positions = torch.cat([torch.arange(6), torch.arange(6)])[None].to(recipe.device)
+    shapes: list[tuple[bool, Callable[[Batch], Batch]]] = [(False, dict), (True, in_one_row)]
+    for is_one_row, shaped in shapes:
+        difference, size = leak(recipe, shaped)
+        if difference <= 1e-3 * size:
+            return is_one_row
+    raise UnsupportedError(
+        f"packing: in {type(recipe.model).__name__} an example sees the one that is packed before it (logits "
+        f"change by {difference:.2g} of {size:.2g}): leave data.packing out"
+    )
+
+
+def leak(recipe: Recipe, shaped: Callable[[Batch], Batch]) -> tuple[float, float]:
+    """By how much logits change with the example that is packed before theirs, and how large they are.
+
+    Tried in two rows, as a batch has them.
+    """
     first, second, rest = torch.arange(1, 7), torch.arange(7, 13), torch.arange(1, 7)
+    outputs = []
     with recipe.evaluated() as model:
-        outputs = [
-            model(
-                input_ids=torch.cat([own, rest])[None].to(recipe.device), position_ids=positions, use_cache=False
-            ).logits[0, 6:]
-            for own in (first, second)
-        ]
-    difference, size = float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].abs().max())
-    if not difference <= 1e-3 * size:
-        raise UnsupportedError(
-            f"packing: in {type(recipe.model).__name__} an example sees the one that is packed before it (logits "
-            f"change by {difference:.2g} of {size:.2g}): leave data.packing out"
-        )
+        for own in (first, second):
+            rows = {"input_ids": torch.cat([own, rest]), "position_ids": torch.arange(6).repeat(2)}
+            batch = shaped({key: row.repeat(2, 1).to(recipe.device) for key, row in rows.items()})
+            logits = model(**batch, use_cache=False).logits
+            outputs.append(logits.reshape(2, 12, -1)[:, 6:])
+    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].abs().max())

@@ -240,6 +240,7 @@ class TextDataModule(LightningDataModule):
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             collate_fn=self._collate(left=name == "predict" and continues),
+            generator=torch.Generator().manual_seed(self.seed),  # training goes on as if there had been none of it
         )
 
     @override

@@ -38,6 +38,13 @@ class EpochSampler(DistributedSampler[Any]):
         return self._order[1]
 
     @override
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch is begun at its first example."""
+        if epoch != self.epoch:
+            self._begin = 0
+        super().set_epoch(epoch)
+
+    @override
     def __iter__(self) -> Iterator[int]:
         begin, self._begin = self._begin, 0
         self._yielded = begin

@@ -70,7 +70,7 @@ class Packed(Dataset[Batch]):
     """Rows of several examples: positions begin at 0 with each, and no token predicts one of the next example.
 
     Attention layers of transformers tell the examples in a row apart by these positions, when no mask is given: each
-    sees itself only, by whatever implementation.
+    sees itself only. Those of flash attention do so in a batch of one row (see `in_one_row`).
     """
 
     def __init__(self, dataset: Dataset[Batch], rows: Rows) -> None:
@@ -90,3 +90,11 @@ class Packed(Dataset[Batch]):
             "labels": torch.cat(labels),
             "position_ids": torch.cat([torch.arange(len(own)) for own in labels]),
         }
+
+
+def in_one_row(batch: Batch) -> Batch:
+    """A batch of packed rows with each row behind the one before it: its examples are as far apart as they were.
+
+    (rows, tokens) → (1, rows * tokens). A row's first token has no label, so that none predicts one of the next row.
+    """
+    return {key: value.reshape(1, -1) for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Going on with the random numbers of a checkpoint, from where the run that wrote it went on."""
+"""Going on from a checkpoint as the run that wrote it went on: with its random numbers, in the epoch that was due."""
 
 from typing import Any
 
@@ -11,8 +11,7 @@ class RandomStates:
     """Restores random states as often as Lightning draws from them on its way back into a run.
 
     A checkpoint has the states as they were when it was saved. Before the run goes on from there, Lightning makes
-    iterators, which draw: one for the epoch that goes on (or for the next one, if the saved one was complete), and
-    another one where an epoch's last batch, but not its end, was reached.
+    iterators, which draw: one before it says in which epoch that is, and another one when the next epoch begins.
     """
 
     def __init__(self) -> None:
@@ -29,7 +28,9 @@ class RandomStates:
     def on_train_start(self, trainer: Any) -> None:
         """The iterator for the rest of an epoch was made, and drew: its batches go on from what was saved."""
         loop = trainer.fit_loop
-        if self._state is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
+        if is_behind_an_epoch(loop):
+            finish_epoch(loop)
+        elif self._state is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
             restore_rng(self._state)
             self._state = None
 
@@ -40,3 +41,29 @@ class RandomStates:
             if not loop.is_resuming and not loop.epoch_loop.restarting:
                 restore_rng(self._state)
         self._state = None
+
+
+def is_behind_an_epoch(loop: Any) -> bool:
+    """Whether a run was resumed from a file that was saved behind the last batch of an epoch, or at its end.
+
+    One that was saved by the validation in between is none of these: Lightning itself goes on to that epoch's end.
+    """
+    batches = loop.epoch_loop
+    is_last = loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch
+    return bool(is_last or loop.restarted_on_epoch_end or loop.resumed_on_epoch_end)
+
+
+def finish_epoch(loop: Any) -> None:
+    """Lets the next epoch begin as any other one, with its own iterator.
+
+    Lightning (2.6) would go on as if it were within that epoch. The iterator that it made ahead is one of no epoch in
+    particular, or at its end if it comes from a loader that saves its state, so that an epoch would have no batches.
+    And an epoch that isn't counted as begun is trained on twice when this run is resumed in its turn; or, with
+    ``max_steps``, the one that was over ends twice.
+    """
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+    loop.epoch_loop.reset()  # counts the last batch
+    loop.epoch_loop.restarting = False
+    loop.epoch_loop.on_iteration_done()
+    loop.on_iteration_done()

@@ -2,10 +2,12 @@
 
 import lightning.pytorch as pl
 import pytest
+import torch
 
 import lightning_lora as ll
 from lightning_lora.recipes import CausalLM, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
+from tests.helpers.modules import trainer
 from tests.recipes import files
 
 
@@ -22,6 +24,15 @@ def test_a_place_in_the_order_is_the_same_for_other_devices():
     assert (alone.epoch, [*alone]) == (1, [*before])
 
 
+def test_another_epoch_begins_at_its_first_example():
+    """Where an epoch has fewer batches than the loader, the place that was loaded is in the one before."""
+    resumed, other = EpochSampler(range(24), 1, 0, seed=3), EpochSampler(range(24), 1, 0, seed=3)
+    resumed.load_state_dict({**other.state_dict(), "yielded": 12})
+    for sampler in (resumed, other):
+        sampler.set_epoch(1)
+    assert [*resumed] == [*other]
+
+
 @pytest.mark.parametrize(("size", "seed"), [(16, 0), (64, 0), (32, 1)])
 def test_the_order_of_other_examples_is_refused(size, seed):
     sampler = EpochSampler(range(32), 1, 0, seed=0)
@@ -36,21 +47,37 @@ def test_the_order_of_other_examples_is_refused(size, seed):
     assert len([*other]) == size - 5
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_runs_that_are_broken_off_twice_take_the_steps_of_one(llama, tmp_path, workers):
+    """At the last batch of an epoch, ahead of its validation, which draws nothing that the next epoch would."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts(40))
+
+    def run(name, ckpt_path=None, seed=1):
+        pl.seed_everything(seed, verbose=False)
+        own = {"every_n_train_steps": 1, "save_on_train_epoch_end": False, "filename": "{step}", "save_top_k": -1}
+        saver = pl.callbacks.ModelCheckpoint(name, **own)
+        module = CausalLM(llama, schedule="constant", lr=1e-2)
+        data = TextDataModule(path, batch_size=4, val_split=0.2, max_length=64, num_workers=workers)
+        options = {"max_epochs": 4, "accumulate_grad_batches": 3, "num_sanity_val_steps": 0}
+        run = trainer(ll.LoRA(r=4, lora_dropout=0.2), saver, **options)
+        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return run.global_step, ll.adapter_state_dict(module)
+
+    steps, weights = run("whole")
+    assert steps == 12
+    run("rest", "whole/step=6.ckpt", seed=9)
+    again = run("again", "rest/step=9.ckpt", seed=5)
+    assert again[0] == steps
+    assert all(torch.equal(again[1][key], weights[key]) for key in weights)
+
+
 def fit(base, path, ckpt_path=None, **options):
     saver = pl.callbacks.ModelCheckpoint(dirpath="saved", every_n_train_steps=4, filename="{step}", save_top_k=-1)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=options.pop("max_epochs", 1),
-        callbacks=[ll.LoRA(r=4), saver],
-        logger=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    run = trainer(ll.LoRA(r=4), saver, max_epochs=options.pop("max_epochs", 1), limit_val_batches=0)
     module = CausalLM(base, schedule="constant")
     data = TextDataModule(path, **{"batch_size": 4, "val_split": 0.2, "max_length": 64, **options})
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return trainer.global_step
+    run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return run.global_step
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path=.*:UserWarning")

@@ -153,8 +153,8 @@ def test_a_broken_off_epoch_goes_on_bit_for_bit(workers, packing, llama, tmp_pat
 
 def test_sequence_classifier(bert, tmp_path):
     path, logger = files.jsonl(tmp_path / "a.jsonl", files.classes()), Kept()
-    module = SequenceClassifier(bert, lr=0.03, compare_base=True)
-    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 24, logger=logger)
+    module = SequenceClassifier(bert, lr=0.01, compare_base=True)
+    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 48, logger=logger)
     assert_falls(logger.losses())
     found = trainer.callback_metrics
     assert found["val/accuracy"] > found["val_base/accuracy"]
