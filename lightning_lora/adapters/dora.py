@@ -159,7 +159,8 @@ class DoRAAdapter(LowRankAdapter):
 
     def _now(self) -> tuple[Any, ...]:
         """Which tensors these are, where, and how often changed: what is written past torch does not show."""
-        return tuple([part for t in self._values() for part in (id(t), t._version, _address(t))])
+        A, B, m = self._values()
+        return id(A), A._version, _address(A), id(B), B._version, _address(B), id(m), m._version, _address(m)
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
         r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""

@@ -80,16 +80,18 @@ class Scope:
 def _mode(x: Tensor) -> tuple[Any, ...]:
     """What else than its input and its tensors a product depends on."""
     device = x.device.type
-    return torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
 
-def _state_of(layer: LoRALayer) -> tuple[Any, ...]:
+def _state_of(layer: LoRALayer) -> list[Any]:
     """What of a layer may be another by the time that it is called itself."""
     adapters: Any = layer._modules["lora"]._modules  # type: ignore[union-attr]
-    active = [adapters[name] for name in layer.lora_active]
-    tensors = [p for adapter in active for p in adapter._parameters.values() if p is not None]
-    state = layer.lora_active, layer.lora_mixture, [adapter.training for adapter in active]
-    return *state, [(id(tensor), tensor._version) for tensor in tensors]
+    state: list[Any] = [layer.lora_active, layer.lora_mixture]
+    for name in layer.lora_active:
+        state.append(adapters[name].training)
+        for tensor in adapters[name]._parameters.values():
+            state += (id(tensor), None if tensor is None else tensor._version)
+    return state
 
 
 def scope() -> Scope | None:
