@@ -1,6 +1,8 @@
 """DoRA's norms are taken once for each step of an optimizer, and are never those of other values."""
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import bitsandbytes as bnb
@@ -377,13 +379,28 @@ def test_an_optimizer_within_another():
 
     model, parameters = build()
     sam = SAM(parameters)
+    before = {*_global_optimizer_post_hooks}
     attached = ll.attach_optimizer(model, sam)
     for _ in range(3):
         model(X).square().sum().backward()
         sam.base.step()
         torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
     attached.remove()
-    assert not _global_optimizer_post_hooks
+    assert {*_global_optimizer_post_hooks} <= before
+
+
+def test_what_is_attached_goes_with_its_optimizer():
+    gc.collect()
+    before = {*_global_optimizer_post_hooks}
+    model, parameters = build()
+    optimizer = OPTIMIZERS["fused AdamW"](parameters)
+    ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    held = weakref.ref(model)
+    del model, parameters, optimizer
+    gc.collect()
+    assert held() is None
+    assert {*_global_optimizer_post_hooks} <= before
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

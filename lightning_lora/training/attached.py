@@ -1,5 +1,6 @@
 """What is kept between the steps of an optimizer, and taken anew when it has made one."""
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,9 @@ class Attached:
         self._handles: list[RemovableHandle] = []
         if self._adapters:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            self._handles.append(register_optimizer_step_post_hook(self._after_another))
+            handle = register_optimizer_step_post_hook(_weak(self._after_another))  # torch holds it for good
+            weakref.finalize(self, handle.remove)
+            self._handles.append(handle)
 
     def remove(self) -> None:
         """Takes the hook off: norms are taken in every forward again."""
@@ -62,6 +65,17 @@ class Attached:
         """Of one within the optimizer, as SAM has it, or beside it."""
         if optimizer is not self._optimizer and not self._held.isdisjoint(held_by([optimizer])):
             refresh(self._adapters)
+
+
+def _weak(method: Any) -> Any:
+    """A function that calls a method as long as its object is held elsewhere."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (found := reference()) is not None:
+            found(*args)
+
+    return call
 
 
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:
