@@ -63,8 +63,8 @@ class LoRALinear(LoRALayer):
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
         layers, sites = [self], [site]
-        alone = torch.is_grad_enabled() and not x.requires_grad  # then each may have a backward pass of its own
-        if running is not None and not alone and not (p > 0 and config.dropout_mask == "module"):
+        alone = torch.is_grad_enabled() and not x.requires_grad  # each may have a backward pass of its own then
+        if running is not None and not (config.dropout_mask == "module" if p > 0 else alone):  # one mask, kept once
             for other in running.together(self):
                 if isinstance(other, LoRALinear) and (beside := other.lora_sibling(adapter, x, dtype)) is not None:
                     layers.append(other)
