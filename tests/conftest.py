@@ -18,6 +18,11 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_collection_modifyitems(items):
+    """All architectures go first: at the end one process would be at them, and the others done."""
+    items.sort(key=lambda item: item.path.stem != "test_every_architecture")
+
+
 @pytest.fixture(autouse=True)
 def _reproducible(tmp_path, monkeypatch):
     """The same numbers in every order; Lightning's default folders go to tmp_path."""

@@ -44,7 +44,7 @@ def held_bytes(loss: Callable[[], Tensor]) -> int:
     with Storages() as storages:
         value = loss()
     held = storages.alive()
-    value.backward()
+    del value
     return held
 
 
