@@ -53,21 +53,21 @@ def fingerprint(
     others = {} if adapter_name is None else trained_by_others(model, adapter_name)
     seen = trained_in_full(base_modules(model)) - others.keys()
     with base_in_place([layer for _, layer in lora_layers(model)]):
-        for name, module in named_base_modules(model):
-            for key, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    shape, dtype = list(shape_of(parameter)), parameter.dtype
-                    if key == "weight" and (quantizer := quantizer_of(module)) is not None:
-                        shape, dtype, values = dense_record(module)
-                        modes.append(quantizer.mode(module))
-                        known[len(weights)] = values
-                    described.append(
-                        (clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch."))
-                    )
-                    seen_here = len(weights) in known  # of a packed weight what it was is known
-                    now = others.get(id(parameter), parameter)
-                    weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
+        found = [
+            (name, module, *item) for name, module in named_base_modules(model) for item in module._parameters.items()
+        ]
+    for name, module, key, parameter in found:
+        if parameter is not None and id(parameter) not in seen:
+            seen.add(id(parameter))
+            shape, dtype = list(shape_of(parameter)), parameter.dtype
+            if key == "weight" and (quantizer := quantizer_of(module)) is not None:
+                shape, dtype, values = dense_record(module)
+                modes.append(quantizer.mode(module))
+                known[len(weights)] = values
+            described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
+            seen_here = len(weights) in known  # of a packed weight what it was is known
+            now = others.get(id(parameter), parameter)
+            weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
     samples = [known.get(i, values) for i, values in enumerate(sample_each(weights))]
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)

@@ -55,9 +55,7 @@ def export_checkpoint(
     raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
     tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
     base = within(meta["base"], prefix) if prefix else meta["base"]
-    on_parts = {
-        f"{owner}.{part}" for owner, parts in record["parts"].items() for part, *_ in parts
-    }  # "noted" has those
+    on_parts = {f"{owner}.{part}" for owner, parts in record["parts"].items() for part, *_ in parts}  # noted there
     started = (_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors)
     starts = [name for name in started if name not in on_parts]
     entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}

@@ -76,7 +76,7 @@ def _methods(cls: Any) -> tuple[dict[Any, set[str]], list[Any]]:
     """The methods of a class with all names in them, and which of them its forward may get to."""
     own = [base for base in cls.__mro__ if base is not nn.Module and not base.__module__.startswith("torch.")]
     methods = [(name, method) for base in own for name, method in vars(base).items() if _code(method) is not None]
-    mentioned = {method: {*_names(_code(method))} for _, method in methods}
+    mentioned = {method: {*names_in(_code(method))} for _, method in methods}
     reached, more = set[str](), {"forward"}
     while more:
         reached |= more
@@ -89,13 +89,13 @@ def _code(method: Any) -> types.CodeType | None:
     return getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
 
 
-def _names(code: types.CodeType | None) -> Iterator[str]:
+def names_in(code: types.CodeType | None) -> Iterator[str]:
     """What a function mentions, and functions in it."""
     if code is not None:
         yield from code.co_names
         for constant in code.co_consts:
             if inspect.iscode(constant):
-                yield from _names(constant)
+                yield from names_in(constant)
 
 
 @cache

@@ -24,7 +24,8 @@ _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compil
 _GROUPS = "_lora_groups"  # on a module: names of its layers with adapters that it calls with the same input
 _RUNNING = threading.local()
 _LEAVES = (ast.Return, ast.Break, ast.Continue)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+_PARTLY = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # may leave operands out
 
 
 class Scope:
@@ -199,18 +200,14 @@ class _Calls(ast.NodeVisitor):
     def generic_visit(self, node: ast.AST) -> None:
         """Statements in statements, and operands that may not be evaluated, are blocks."""
         for _, value in ast.iter_fields(node):
-            if (
-                isinstance(value, list)
-                and value
-                and isinstance(value[0], (ast.stmt, ast.excepthandler, ast.match_case))
-            ):
-                self.visit_block(value)
-            elif isinstance(node, (ast.IfExp, ast.BoolOp, *_COMPREHENSIONS)) and isinstance(value, ast.AST):
-                self.visit_block([value])
-            else:
-                for each in value if isinstance(value, list) else [value]:
-                    if isinstance(each, ast.AST):
-                        self.visit_block([each]) if isinstance(node, ast.BoolOp) else self.visit(each)
+            several = isinstance(value, list)
+            nodes = [each for each in (value if several else [value]) if isinstance(each, ast.AST)]
+            if several and nodes and isinstance(nodes[0], _STATEMENTS):
+                self.visit_block(nodes)
+                continue
+            apart = isinstance(node, ast.BoolOp if several else _PARTLY)
+            for each in nodes:
+                self.visit_block([each]) if apart else self.visit(each)
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)

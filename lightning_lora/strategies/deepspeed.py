@@ -53,7 +53,7 @@ class DeepSpeedAdapter(StrategyAdapter):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.groups: Groups | None = None
-        self._seen: list[tuple[Any, ZeroOptimizer]] = []
+        self._seen: dict[Any, ZeroOptimizer] = {}
         self._require_whole(self.model)
 
     @contextmanager
@@ -108,10 +108,10 @@ class DeepSpeedAdapter(StrategyAdapter):
 
     @override
     def optimizers(self) -> list[Any]:
-        known = {id(optimizer): seen for optimizer, seen in self._seen}
-        held = [(each, known.get(id(each))) for each in self.strategy.optimizers]
-        self._seen = [(each, seen or ZeroOptimizer(each, self._held().parameters)) for each, seen in held]
-        return [seen for _, seen in self._seen]  # the same ones each time: each takes the place of a method
+        for optimizer in self.strategy.optimizers:
+            if optimizer not in self._seen:  # the same ones each time: each takes the place of a method
+                self._seen[optimizer] = ZeroOptimizer(optimizer, self._held().parameters)
+        return [self._seen[optimizer] for optimizer in self.strategy.optimizers]
 
     def _init_optimizers(self, original: Callable[..., Any]) -> tuple[Any, Any]:
         """Takes empty groups out of the optimizer and its scheduler: DeepSpeed would, out of the optimizer only."""

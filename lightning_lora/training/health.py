@@ -62,8 +62,8 @@ def check_before(
     problems += [f"adapter {added.adapter_name!r} is not active and would get no gradient" for added in idle[:1]]
     adapted = [node for node in nodes(model).values() if isinstance(node.module, LoRALayer)]
     problems += [f"{node.name}: {why}" for node in adapted if (why := bypass(node))]
-    active = [name for name in adapter_names if not switches or name in active_adapters(model)]
-    if frozen := [name for name, p in trained_parameters(model, active) if not p.requires_grad]:
+    expected = adapter_names if not switches else [name for name in active_adapters(model) if name in adapter_names]
+    if frozen := [name for name, p in trained_parameters(model, expected) if not p.requires_grad]:
         problems.append(f"requires_grad was turned off on {listing(frozen, 4)}: freeze before adapters are added")
     raise_all(DeadAdapterError, problems, "the adapters could not train")
     others = [name for name in names_of(model) if switches and name not in adapter_names]

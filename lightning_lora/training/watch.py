@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.reading import names_in
 from lightning_lora.methods.added import added_modules
 from lightning_lora.names import ancestors
 from lightning_lora.ops.sharded import gathered
@@ -39,6 +40,7 @@ _WAYS_OUT = {
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
     "small ones), or its layer was never reached (exclude_modules)",
 }
+_WEIGHTS = {"weight", "in_proj_weight"}
 DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
 
 
@@ -225,8 +227,8 @@ class Watch:
             return True if not torch.equal(mark_of(parameter, optimizer), before) else None
         if gradient is None:
             beside = [p for p in holder._parameters.values() if p is not None]
-            known = self._had_gradient | {*flowed}
-            if any(id(p) in known or gradient_of(p, optimizer) is not None for p in beside):
+            had = (id(p) in self._had_gradient or id(p) in flowed for p in beside)
+            if any(had) or any(gradient_of(p, optimizer) is not None for p in beside):
                 return None  # it had one before, or what it lies beside has one: a parameter that some batches need
             if self._was_called(holder, optimizer) and not parameter.requires_grad:
                 return f"called, but no gradient came back. {_WAYS_OUT['inactive']}"
@@ -261,10 +263,5 @@ def _mentions_weight(cls: Any) -> bool:
         if not base.__module__.startswith("torch.nn.modules.module")
         for f in vars(base).values()
     ]
-    codes = [code for f in functions if (code := getattr(inspect.unwrap(f), "__code__", None)) is not None]
-    while codes:
-        code = codes.pop()
-        if {"weight", "in_proj_weight"} & {*code.co_names}:
-            return True
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return False
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions)
+    return any(not _WEIGHTS.isdisjoint(names_in(code)) for code in codes)
