@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import known_weights
 from lightning_lora.methods.added import KEY, added_modules
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined
 
 
 class Limit(NamedTuple):
@@ -64,7 +64,7 @@ def adopt_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         known = [*known_weights(layer), *layer.lora.parameters()]  # an earlier run left those of its adapters only
         adopt(known, ((f"{name}.lora.{key}", parameter) for key, parameter in layer.lora.named_parameters()))
     for name, host, adapter_name, module in added_modules(model):
-        found = module.named_parameters(f"{name}.{KEY}.{adapter_name}".lstrip("."))
+        found = module.named_parameters(joined(name, KEY, adapter_name))
         adopt(host.parameters(), found)
 
 

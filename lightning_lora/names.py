@@ -1,6 +1,7 @@
 """Module names as the user knows them, without what wrappers put into them."""
 
 import re
+from collections.abc import Iterable
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_lora_weights)\.")
 
@@ -22,3 +23,63 @@ def ancestors(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def joined(*parts: str) -> str:
+    """A name from its parts, of which some may be empty: the root of a model has no name.
+
+    >>> joined("layers.0", "weight"), joined("", "weight")
+    ('layers.0.weight', 'weight')
+    """
+    return ".".join(filter(None, parts))
+
+
+def last_part(name: str) -> str:
+    """The name of a module in the one that holds it.
+
+    >>> last_part("layers.0.q_proj")
+    'q_proj'
+    """
+    return name.rpartition(".")[2]
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a module lies in another one; everything lies in the root.
+
+    >>> is_inside("layers.10", "layers"), is_inside("layers.10", "layers.1"), is_inside("layers", "layers")
+    (True, False, False)
+    """
+    return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def is_within(name: str, outer: str) -> bool:
+    """Whether a module is another one, or lies in it."""
+    return name == outer or is_inside(name, outer)
+
+
+def relative(name: str, outer: str) -> str:
+    """The name in a module that it lies in; as it is where it doesn't.
+
+    >>> relative("net.layers.0", "net"), relative("net.layers.0", ""), relative("other", "net")
+    ('layers.0', 'net.layers.0', 'other')
+    """
+    return name.removeprefix(f"{outer}.")
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Those that lie in none of the others, in order.
+
+    >>> outermost(["score", "layers.0", "layers.0.mlp", "layers.01"])
+    ['score', 'layers.0', 'layers.01']
+    """
+    known = dict.fromkeys(names)
+    return [name for name in known if not any(outer in known for outer in ["", *ancestors(name)] if outer != name)]
+
+
+def has_end(name: str, end: str) -> bool:
+    """Whether a name is another one, or ends in it.
+
+    >>> has_end("layers.0.q_proj", "q_proj"), has_end("layers.0.q_proj", "proj")
+    (True, False)
+    """
+    return name == end or name.endswith(f".{end}")

@@ -12,10 +12,10 @@ from lightning_lora.injection.inject import eject, initialise
 from lightning_lora.injection.starts import abandon, start_plainly, too_late, without_starts
 from lightning_lora.layers import arrange, base_modules, has_own_forward, original_type, rebase
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
-from lightning_lora.names import clean
+from lightning_lora.names import clean, is_inside
 from lightning_lora.ops.samples import sample
 from lightning_lora.quantization import Quantizer, is_quantized, quantizer_for, quantizer_of
-from lightning_lora.targets.kinds import is_dense_linear, is_inside, is_pretrained
+from lightning_lora.targets.kinds import is_dense_linear, is_pretrained
 from lightning_lora.targets.patterns import modules_within, parse
 from lightning_lora.targets.probe import bypass
 from lightning_lora.targets.roles import find_roles

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers import LoRALayer
+from lightning_lora.names import is_inside, joined
 from lightning_lora.patches import Patches
 from lightning_lora.targets.kinds import is_pretrained
 
@@ -42,7 +43,7 @@ def checkpoint_activations(model: nn.Module, patches: Patches) -> list[str]:
             checkpoint_transformers(module, patches)
         elif isinstance(module, (nn.ModuleList, nn.Sequential)):
             for key, block in _repeated(module):
-                names.append(f"{name}.{key}".lstrip("."))
+                names.append(joined(name, key))
                 inside |= {id(m) for m in block.modules()}
                 patches.wrap(block, "forward", functools.partial(_checkpointed, block))
     if not names:
@@ -175,7 +176,7 @@ def let_gradients_through(model: nn.Module) -> dict[str, Callable[[], None]]:
     """
     helped: dict[str, Callable[[], None]] = {}
     for name, module in model.named_modules():
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in helped)
+        nested = any(is_inside(name, outer) for outer in helped)
         if is_pretrained(module) and not nested and any(_checkpoints_reentrantly(m) for m in module.modules()):
             if not (vars(module).get("_require_grads_hooks") or vars(module).get("_require_grads_hook")):
                 module.enable_input_require_grads()

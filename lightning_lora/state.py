@@ -15,7 +15,7 @@ from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
 from lightning_lora.methods.added import Added, added_to
 from lightning_lora.methods.method import MethodConfig
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined
 from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.quantization import is_quantized
 
@@ -98,9 +98,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
 
 def keys_in_full(model: nn.Module, adapter_name: str) -> list[str]:
     """Names of the parameters and buffers that are trained in full with an adapter."""
-    return [
-        clean(f"{name}.{key}".lstrip(".")) for name, m in model.named_modules() for key, _ in values_of(m, adapter_name)
-    ]
+    return [clean(joined(name, key)) for name, m in model.named_modules() for key, _ in values_of(m, adapter_name)]
 
 
 def trained_parameters(
@@ -133,7 +131,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
     raise_all(CheckpointError, merged_problems(model, "call ll.unmerge before others are loaded"))
     own, extra, problems = adapter_state_dict(model), extra_state(model).keys(), list[str]()
     layers = [(clean(n), layer) for n, layer in lora_layers(model)]
-    held = [(f"{n}.lora.{name}.".lstrip("."), layer, name) for n, layer in layers for name in layer.lora]
+    held = [(f"{joined(n, 'lora', name)}.", layer, name) for n, layer in layers for name in layer.lora]
     for prefix, layer, name in held:  # an adapter starts as that in the file did
         starts = [state.get(f"{prefix}start_{key}") for key in "AB"]
         if (why := start_misfit(layer, name, *starts)) is not None:
@@ -197,7 +195,7 @@ def _trained(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, 
     """Tensors of adapters, parameters that are trained in full, and the buffers beside those."""
     for name, module in model.named_modules():
         for key, tensor in _trained_here(module, adapter_name):
-            yield clean(f"{name}.{key}" if name else key), tensor
+            yield clean(joined(name, key)), tensor
 
 
 def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -222,9 +220,9 @@ def modules_beside_the_base(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not is_lightning_module(model):
         return []
     children = [(n, c) for n, c in model.named_children() if next(c.parameters(), None) is None]
-    return [("", model), *((f"{n}.{m}".rstrip("."), d) for n, c in children for m, d in c.named_modules())]
+    return [("", model), *((joined(n, m), d) for n, c in children for m, d in c.named_modules())]
 
 
 def _own_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in modules_beside_the_base(model):
-        yield from ((clean(f"{name}.{key}".lstrip(".")), buffer) for key, buffer in persistent_buffers(module))
+        yield from ((clean(joined(name, key)), buffer) for key, buffer in persistent_buffers(module))

@@ -15,7 +15,7 @@ from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
-from lightning_lora.names import ancestors, clean
+from lightning_lora.names import ancestors, clean, relative
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import quantizer_of
@@ -205,8 +205,8 @@ def _renaming(names: Sequence[str], theirs: Sequence[str]) -> Mapping[str, str] 
     if known.intersection(theirs):
         return {name: name for name in theirs}
     for outer in _outers(theirs):
-        if any(name.removeprefix(f"{outer}.") in known for name in theirs):
-            return {name: name.removeprefix(f"{outer}.") for name in theirs}
+        if any(relative(name, outer) in known for name in theirs):
+            return {name: relative(name, outer) for name in theirs}
     for outer in _outers(names):
         if any(f"{outer}.{name}" in known for name in theirs):
             return {name: f"{outer}.{name}" for name in theirs}

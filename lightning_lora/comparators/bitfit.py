@@ -15,7 +15,8 @@ from lightning_lora.comparators.places import feed_forward_inputs, host_of
 from lightning_lora.layers import kind_of
 from lightning_lora.methods.added import Added
 from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
-from lightning_lora.targets.kinds import in_attention, last_part
+from lightning_lora.names import is_inside, joined, last_part
+from lightning_lora.targets.kinds import in_attention
 from lightning_lora.training.hooks import MethodCallback
 
 _QUERY = re.compile(r"q|query|q_proj|query_proj|q_lin|to_q")
@@ -47,9 +48,9 @@ class BitFitConfig(MethodConfig):
         wanted = tree if self.bias == "all" else _queries(tree) | feed_forward_inputs(tree)
         for name in wanted:
             for key, parameter in tree[name].module._parameters.items():
-                full = f"{name}.{key}".lstrip(".")
+                full = joined(name, key)
                 if parameter is not None and "bias" in key and parameter.is_floating_point() and parameter.dim() == 1:
-                    if not any(full.startswith(f"{head}.") for head in heads):
+                    if not any(is_inside(full, head) for head in heads):
                         found.in_full[full] = f"bias={self.bias!r}"
         if self.bias == "query_mlp" and not _queries(tree):
             found.problems.append(

@@ -6,20 +6,15 @@ from typing import Any, NamedTuple
 
 from lightning_lora.layers import ReadWeight
 from lightning_lora.methods.method import Place
-from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside, is_pretrained
+from lightning_lora.names import is_inside, last_part, relative
+from lightning_lora.targets.kinds import in_attention, in_mlp, pretrained_models
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def pretrained(tree: Mapping[str, Place]) -> list[Place]:
-    """The outermost transformers models, in order."""
-    found = [place for place in tree.values() if is_pretrained(place.module)]
-    return [place for place in found if not any(is_inside(place.name, other.name) for other in found)]
-
-
 def host_of(tree: Mapping[str, Place]) -> str:
     """The name of the one transformers model, or of the model itself."""
-    models = pretrained(tree)
+    models = pretrained_models(tree)
     return models[0].name if len(models) == 1 else ""
 
 
@@ -46,7 +41,7 @@ def blocks(tree: Mapping[str, Place]) -> list[Block]:
     layers = [place for place in tree.values() if place.kind is not None and place.kind.lora_dense_linear]
     attention = [place for place in layers if in_attention(place, nodes)]  # type: ignore[arg-type]
     feed_forward = [place for place in layers if in_mlp(place, nodes)]  # type: ignore[arg-type]
-    numbered = [place for place in tree.values() if place.name.rpartition(".")[2].isdigit()]
+    numbered = [place for place in tree.values() if last_part(place.name).isdigit()]
     held = {
         place.name: (_within(place, attention), _within(place, feed_forward))
         for place in numbered
@@ -90,7 +85,7 @@ def _gives(layer: Place, size: int) -> bool:
 
 def _attention_around(name: str, block: str) -> str:
     """What of a layer's name leads to the attention that it belongs to."""
-    parts = name.removeprefix(f"{block}.").split(".")
+    parts = relative(name, block).split(".")
     last = next((i for i, part in enumerate(parts) if _ATTENTION.search(part)), 0)
     return ".".join(parts[: last + 1])
 

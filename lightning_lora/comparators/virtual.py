@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.checks import is_rank
-from lightning_lora.comparators.places import pretrained
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.methods.method import Place
+from lightning_lora.targets.kinds import pretrained_models
 
 
 def token_problems(count: Any) -> list[str]:
@@ -21,7 +21,7 @@ def token_problems(count: Any) -> list[str]:
 
 def one_model(tree: Mapping[str, Place]) -> tuple[Any, list[str]]:
     """The transformers model that gets virtual tokens, or what is in the way."""
-    models = pretrained(tree)
+    models = pretrained_models(tree)
     if len(models) == 1 and "input_ids" in forward_names(stack_of(models[0].module)):
         return models[0].module, []
     if len(models) == 1:

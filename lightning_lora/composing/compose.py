@@ -33,10 +33,10 @@ from lightning_lora.layers import attach, lora_layers
 from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.methods.active import adapter_names
+from lightning_lora.names import joined, outermost
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.state import low_rank_adapters
 from lightning_lora.switching.chosen import unknown_names, weight_problems
-from lightning_lora.targets.kinds import is_inside
 from lightning_lora.targets.walk import Node, nodes
 
 _Layers = Mapping[str, tuple[Node, dict[str, LowRankAdapter]]]
@@ -137,7 +137,7 @@ def combine_adapters(
         for each in in_full
         if len(each.owners) > 1
     ]
-    whole = {f"{each.node.name}.{key}".lstrip(".") for each in in_full for key in each.values}
+    whole = {joined(each.node.name, key) for each in in_full for key in each.values}
     if both := [n for n, (node, _) in {**of_tokens, **layers}.items() if layer_of(node).lora_weight_name(n) in whole]:
         problems.append(f"{listing(both, 3)}: trained in full by one of the adapters, and updated by another: take one")
     raise_all(ConfigError, problems, "combine_adapters")
@@ -251,11 +251,9 @@ def _config(
     whole = [each.node.name for each in in_full if each.whole]
     alone = [(each, key) for each in in_full if not each.whole for key in each.values]
     biases = {configs[each.owners[0]].bias for each, key in alone if key == "bias"}
-    saved = [name for name in whole if not any(is_inside(name, other) for other in whole)]
+    saved = outermost(whole)
     saved += [
-        f"{each.node.name}.{key}".lstrip(".")
-        for each, key in alone
-        if key != "bias" or configs[each.owners[0]].bias == "none"
+        joined(each.node.name, key) for each, key in alone if key != "bias" or configs[each.owners[0]].bias == "none"
     ]
     fields: dict[str, Any] = {
         "lora_dropout": max(config.lora_dropout for config in configs.values()),

@@ -24,6 +24,7 @@ from lightning_lora.formats.peft_tasks import HEADS
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.tensors import TensorFile
+from lightning_lora.names import has_end, last_part
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -143,7 +144,7 @@ def _vllm(folder: _Folder) -> Iterator[tuple[str | None, str]]:
         if not key.endswith(tuple(f".{name}.base_layer.weight" for name in _VOCABULARY)):
             yield name, "it refuses folders with such a tensor ('is unsupported LoRA weight')"
     for layer in folder.layers(_FACTORS + _TABLES):
-        if layer.rpartition(".")[2] in _VOCABULARY:
+        if last_part(layer) in _VOCABULARY:
             yield layer, "only models that name it among their embedding_modules have adapters on it: Llama does"
     yield from _not_linear(folder, "adapters on convolutions are refused ('expected target modules')")
     if config.get("target_parameters"):
@@ -170,7 +171,7 @@ def _llama_cpp(folder: _Folder) -> Iterator[tuple[str | None, str]]:
     for layer, wrong in _other_scales(config, ranks, own_rank=True):
         yield layer, f"it has one lora_alpha for all layers, and would scale this one by {wrong}"
     for layer in folder.layers(_FACTORS + _TABLES):
-        if layer.rpartition(".")[2] == "lm_head":
+        if last_part(layer) == "lm_head":
             yield layer, "it is refused where the base's is tied to the embeddings ('is ignored in base model')"
     if config.get("fan_in_fan_out"):
         yield None, "it transposes the factors of GPT-2's Conv1D as if they were its weights: merge the adapter"
@@ -211,7 +212,7 @@ def _peft(folder: _Folder) -> Iterator[tuple[str | None, str]]:
     for key, name in _unread(folder, (*_FACTORS, *_TABLES, ".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
         saved = folder.config.get("modules_to_save") or ()
         inside = any(f".{part}." in f".{name}." for part in saved) or ".base_layer." in key
-        inside = inside or (key.endswith(f".{ROWS}") and bool(folder.config.get("trainable_token_indices")))
+        inside = inside or (has_end(key, ROWS) and bool(folder.config.get("trainable_token_indices")))
         if not inside and not (name.endswith(".bias") and folder.config.get("bias") in ("all", "lora_only")):
             yield name, "no field of the configuration says what it is, so that it is not loaded"
 

@@ -29,7 +29,7 @@ from lightning_lora.formats.peft_export import Export
 from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_weights
 from lightning_lora.methods.method import config_from
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined
 from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state, low_rank_adapters
 from lightning_lora.switching.switch import set_adapter
 from lightning_lora.targets import draft
@@ -176,7 +176,7 @@ def leave_out_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def _adapter_keys(model: nn.Module) -> set[str]:
     return {
-        clean(f"{name}.lora.{adapter_name}.{key}".lstrip("."))
+        clean(joined(name, "lora", adapter_name, key))
         for name, layer in lora_layers(model)
         for adapter_name, adapter in layer.lora_adapters().items()
         for key in adapter.state_dict()

@@ -18,6 +18,7 @@ from lightning_lora.formats.peft_config import CONFIG, shown
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
+from lightning_lora.names import has_end
 
 
 def read_checkpoint_adapter(path: str | os.PathLike[str], adapter_name: str | None = None) -> StoredAdapter:
@@ -147,7 +148,7 @@ def _split(key: str, adapter_name: str) -> tuple[str, str | None]:
     """The module and the name of its adapter's tensor; None for keys that are something else."""
     for part in TENSORS:
         end = f"lora.{adapter_name}.{part}"
-        if key == end or key.endswith(f".{end}"):
+        if has_end(key, end):
             return key[: -len(end)].rstrip("."), part
     return key, None
 

@@ -18,7 +18,7 @@ from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.injection.copies import trained_by_others
 from lightning_lora.layers import base_modules, lora_layers, named_base_modules
 from lightning_lora.marks import trained_in_full
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined
 from lightning_lora.ops.samples import SAMPLES, sample_each
 from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
@@ -64,7 +64,7 @@ def fingerprint(
                 shape, dtype, values = dense_record(module)
                 modes.append(quantizer.mode(module))
                 known[len(weights)] = values
-            described.append((clean(f"{name}.{key}" if name else key), shape, str(dtype).removeprefix("torch.")))
+            described.append((clean(joined(name, key)), shape, str(dtype).removeprefix("torch.")))
             seen_here = len(weights) in known  # of a packed weight what it was is known
             now = others.get(id(parameter), parameter)
             weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_lora.checks import is_alpha, is_int, is_number, is_rank, token_problems
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
+from lightning_lora.names import last_part
 
 CONFIG = "adapter_config.json"
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")  # types that have a reader of their own
@@ -149,8 +150,7 @@ def _names_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether a table may be adapted or saved. Rows of tied tables are tied in PEFT, whatever it is told."""
     named = [config.get(field) or [] for field in ("modules_to_save", "target_modules")]
     return any(
-        isinstance(names, str) or not _EMBEDDINGS.isdisjoint(name.rpartition(".")[2] for name in names)
-        for names in named
+        isinstance(names, str) or not _EMBEDDINGS.isdisjoint(last_part(name) for name in names) for names in named
     )
 
 

@@ -20,10 +20,10 @@ from lightning_lora.formats.tensors import all_finite
 from lightning_lora.injection.copies import values_of
 from lightning_lora.layers import LoRALayer, Part, ReadWeight, has_own_forward, original_type, reaches_base_forward
 from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, is_inside, is_within, joined, outermost
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.state import low_rank_adapters
-from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
 PREFIX = "base_model.model."
@@ -61,9 +61,9 @@ class Export:
         self.config: LoRAConfig = low_rank_adapters(self.root)[adapter_name]
         outside = whole if self.prefix else {}
         self._lost = [
-            f"{name}.{key}".lstrip(".")
+            joined(name, key)
             for name, node in outside.items()
-            if not is_inside(f"{name}.", self.prefix) and f"{name}." != f"{self.prefix}."
+            if not is_within(name, self.prefix)
             for key, _ in values_of(node.module, adapter_name)
         ]
         self.rows = ExportedRows(self.tree, adapter_name)
@@ -158,8 +158,8 @@ class Export:
             yield f"{PREFIX}{key}", tensor
         for key, value in self.in_full.items():
             owner, _, own = key.rpartition(".")
-            middle = "base_layer." if owner in {*self.layers, *self.parts.whole} else ""
-            yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", gathered(value).detach()
+            middle = "base_layer" if owner in {*self.layers, *self.parts.whole} else ""
+            yield f"{PREFIX}{joined(owner, middle, own)}", gathered(value).detach()
 
     def record(self) -> dict[str, Any]:
         """What it takes to write the PEFT folder later, from tensors of the adapter alone."""
@@ -210,7 +210,7 @@ class Export:
         for name, node in self.tree.items():
             for key, value in values_of(node.module, self.adapter_name):
                 parameter = node.module._parameters.get(key)
-                for full in self._owners.get(id(parameter)) or [f"{name}.{key}".lstrip(".")]:
+                for full in self._owners.get(id(parameter)) or [joined(name, key)]:
                     yield full, value
 
     def _task(self) -> str | None:
@@ -218,7 +218,7 @@ class Export:
         task = task_of(self.root)
         ends = HEADS.get(task or "", ())
         heads = [name for name in self.tree if name.endswith(ends)] if ends else []
-        frozen = [n for n in heads if not any(n == whole or is_inside(n, whole) for whole in self.modules_to_save)]
+        frozen = [n for n in heads if not any(is_within(n, whole) for whole in self.modules_to_save)]
         return None if frozen else task
 
     def _tied(self) -> dict[str, list[str]]:
@@ -235,8 +235,8 @@ class Export:
         owners = {key.rpartition(".")[0] for key in self.in_full if not self._is_bias(key)}
         outer = {name for owner in owners - {""} for name in ancestors(owner)}
         outer = {name for name in outer if not issubclass(self.tree[name].cls, (nn.ModuleList, nn.ModuleDict))}
-        whole = [name for name in outer if not any(n == name or is_inside(n, name) for n in in_part)]
-        return sorted(name for name in whole if not any(is_inside(name, other) for other in whole))
+        whole = [name for name in outer if not any(is_within(n, name) for n in in_part)]
+        return sorted(outermost(whole))
 
     def _saving_module(self, key: str) -> str | None:
         return next((name for name in self.modules_to_save if is_inside(key, name)), None)

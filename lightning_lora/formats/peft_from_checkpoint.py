@@ -20,6 +20,7 @@ from lightning_lora.formats.peft_parts import joined_from
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.names import joined, relative
 
 _MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
@@ -56,13 +57,13 @@ def export_checkpoint(
     tensors, fields, prefix = dict(_tensors(stored, record)), record["fields"], record["prefix"]
     base = within(meta["base"], prefix) if prefix else meta["base"]
     on_parts = {f"{owner}.{part}" for owner, parts in record["parts"].items() for part, *_ in parts}  # noted there
-    started = (_inside(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors)
+    started = (relative(layer, prefix) for layer, held in stored.layers.items() if "start_A" in held.tensors)
     starts = [name for name in started if name not in on_parts]
     entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}
     entry["step"] = whole.get("global_step")
     entry |= {"parts": record["noted"]} if record["noted"] else {}
-    joined = sum(len(parts) - 1 for parts in record["parts"].values())
-    write_peft_folder(folder, tensors, fields, entry, len(stored.layers) - joined, record["notes"])
+    layers = len(stored.layers) - sum(len(parts) - 1 for parts in record["parts"].values())  # parts of one are one
+    write_peft_folder(folder, tensors, fields, entry, layers, record["notes"])
     return name
 
 
@@ -93,11 +94,11 @@ def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
 def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """By PEFT's keys, in PEFT's shapes."""
     prefix, tables = record["prefix"], set(record["embeddings"])
-    inner = {_inside(name, prefix): layer for name, layer in stored.layers.items()}
+    inner = {relative(name, prefix): layer for name, layer in stored.layers.items()}
     for owner, parts in record["parts"].items():
-        joined = joined_from(parts, stored.options["use_rslora"])
-        updates = [_update(inner.pop(f"{owner}.{part.name}")) for part in joined.parts]
-        A, B = joined.factors([(values["A"], values["B"]) for values in updates])
+        fused = joined_from(parts, stored.options["use_rslora"])
+        updates = [_update(inner.pop(f"{owner}.{part.name}")) for part in fused.parts]
+        A, B = fused.factors([(values["A"], values["B"]) for values in updates])
         yield from ((f"{PREFIX}{owner}.lora_A.weight", A), (f"{PREFIX}{owner}.lora_B.weight", B))
     for name, layer in inner.items():
         if layer.is_rows:
@@ -112,12 +113,12 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
             if torch.Size(shape).numel() != value.numel():
                 raise CheckpointError(f"{stored.source}: {key} has {value.numel()} values, and should be {shape}")
             yield key, value.reshape(shape)
-    in_full = {_inside(key, prefix): tensor for key, tensor in stored.in_full.items()}
+    in_full = {relative(key, prefix): tensor for key, tensor in stored.in_full.items()}
     everything = [(name, tensor) for key, tensor in in_full.items() for name in record["tied"].get(key, [key])]
     for key, tensor in everything:
         owner, _, own = key.rpartition(".")
-        middle = "base_layer." if owner in {*inner, *record["parts"]} else ""
-        yield f"{PREFIX}{owner}.{middle}{own}" if owner else f"{PREFIX}{own}", tensor.read()
+        middle = "base_layer" if owner in {*inner, *record["parts"]} else ""
+        yield f"{PREFIX}{joined(owner, middle, own)}", tensor.read()
 
 
 def _update(layer: StoredLayer) -> dict[str, Tensor]:
@@ -127,8 +128,3 @@ def _update(layer: StoredLayer) -> dict[str, Tensor]:
         values["A"] = torch.cat([values["A"], values.pop("start_A")], dim=-2)
         values["B"] = torch.cat([values["B"], -values.pop("start_B")], dim=-1)
     return values
-
-
-def _inside(name: str, prefix: str) -> str:
-    """A name relative to the transformers model."""
-    return name.removeprefix(f"{prefix}.") if prefix else name

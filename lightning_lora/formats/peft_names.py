@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from lightning_lora.errors import CheckpointError
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, has_end
 
 SECONDS = 1.0  # for all the patterns of a file together; sane ones take milliseconds
 MOST = 1 << 17  # characters of a pattern: the worst take a second to compile
@@ -83,7 +83,7 @@ class PeftNames:
         return name.endswith(self._ends[key]) and self._matches(rf"(.*\.)?({key})$", name) is not None
 
     def _is_own(self, key: str, name: str) -> bool:
-        if name == key or name.endswith(f".{key}"):
+        if has_end(name, key):
             return True
         if key.startswith("re:"):
             return self._matches(key[3:], name, "fullmatch") is not None

@@ -17,6 +17,7 @@ from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
+from lightning_lora.names import has_end, joined
 from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node
 
@@ -34,9 +35,9 @@ def peft_modules(layers: Mapping[str, Node]) -> dict[str, str]:
     read = [name for name, node in layers.items() if isinstance(node.module, ReadWeight)]
     for name in read:
         owner, _, own = name.rpartition(".")
-        keys = [key for key in layers[name].parents[0]._parameters if _joined(owner, key) in read]
+        keys = [key for key in layers[name].parents[0]._parameters if joined(owner, key) in read]
         if own in keys:
-            names[name] = ".".join([owner, *[_INNER] * (len(keys) - 1 - keys.index(own))]).lstrip(".")
+            names[name] = joined(owner, *[_INNER] * (len(keys) - 1 - keys.index(own)))
     return names
 
 
@@ -142,7 +143,7 @@ def base_problems(stored: StoredAdapter) -> Iterator[str]:
     """That rank and scale of such adapters are not known."""
     patterns = PeftNames({}, stored.source)
     for name, keys in unnamed(stored).items():
-        if len({_scale(stored, patterns, _joined(_unwrapped(name)[0], key)) for key in keys}) > 1:
+        if len({_scale(stored, patterns, joined(_unwrapped(name)[0], key)) for key in keys}) > 1:
             yield (
                 f"{name}: an adapter on {' or '.join(keys)}, whose ranks or alphas differ, and only the base tells "
                 "which: load it with ll.load_adapter, and save it with ll.save_adapter"
@@ -184,10 +185,10 @@ def _scale(stored: StoredAdapter, patterns: PeftNames, name: str) -> tuple[int, 
 def _parameter(name: str, parameters: Mapping[str, list[str]], wanted: list[str]) -> str:
     """The parameter that a wrapper stands for; the name itself where it stands for its module."""
     owner, depth = _unwrapped(name)
-    keys = [key for key in parameters.get(owner, ()) if any(_is_end(_joined(owner, key), end) for end in wanted)]
+    keys = [key for key in parameters.get(owner, ()) if any(has_end(joined(owner, key), end) for end in wanted)]
     if not keys or depth >= len(keys):
         return name
-    return _joined(owner, keys[len(keys) - 1 - depth])
+    return joined(owner, keys[len(keys) - 1 - depth])
 
 
 def _asked(stored: StoredAdapter) -> dict[str, list[str]]:
@@ -196,7 +197,7 @@ def _asked(stored: StoredAdapter) -> dict[str, list[str]]:
     found = {}
     for owner in [owner for owner in owners if stored.is_target is None or not stored.is_target(owner)]:
         split = [end.rpartition(".") for end in stored.fields.get("target_parameters") or ()]
-        if keys := sorted({key for outer, _, key in split if not outer or _is_end(owner, outer)}):
+        if keys := sorted({key for outer, _, key in split if not outer or has_end(owner, outer)}):
             found[owner] = keys
     return found
 
@@ -219,14 +220,6 @@ def _is_out(name: str) -> bool:
     return name.endswith("out_proj.weight")
 
 
-def _is_end(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
-
-
-def _joined(owner: str, key: str) -> str:
-    return f"{owner}.{key}".lstrip(".")
-
-
 def parameter_fields(layers: Mapping[str, Node], names: list[str]) -> dict[str, Any]:
     """``target_parameters``, if there are any: the shortest ends of their names that no other parameter has."""
     alone = [name for name, node in layers.items() if isinstance(node.module, ReadWeight)]
@@ -235,5 +228,5 @@ def parameter_fields(layers: Mapping[str, Node], names: list[str]) -> dict[str, 
     for name in alone:
         parts = name.split(".")
         candidates = (".".join(parts[-n:]) for n in range(2, len(parts) + 1))
-        ends.append(next((end for end in candidates if not any(_is_end(o, end) for o in others)), name))
+        ends.append(next((end for end in candidates if not any(has_end(o, end) for o in others)), name))
     return {"target_parameters": sorted(set(ends))} if ends else {}

@@ -27,10 +27,10 @@ from lightning_lora.marks import is_whole
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import Found, added_modules
 from lightning_lora.methods.method import MethodConfig, method_of_peft
-from lightning_lora.names import clean
+from lightning_lora.names import clean, is_inside, is_within, joined, outermost
 from lightning_lora.state import adapters
 from lightning_lora.targets import draft
-from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes
 
 TOKENS = "prompt_embeddings"  # PEFT's key
@@ -58,7 +58,7 @@ class Exported:
         heads = dict(_in_full(self.root, adapter_name))
         self.fields["modules_to_save"] = _whole_modules(self.root, adapter_name) or None
         outside = {*heads} - {key for key in heads if any(is_inside(key, name) for name in self._modules())}
-        own = [f"{self.root_name}.{key}".lstrip(".") for key in heads]
+        own = [joined(self.root_name, key) for key in heads]
         lost = [key for key, _ in _in_full(model, adapter_name) if key not in own]
         problems = [f"{listing(lost, 3)} lie outside of the transformers model: keep them in a checkpoint"] * bool(lost)
         problems += [f"{listing(outside, 3)}: single parameters, trained in full"] * bool(outside)
@@ -156,7 +156,7 @@ def _place(
     root, notes = _root(model, found.host_name)[1], list[str]()
     known: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for node in nodes(root).values():
-        known |= {f"{node.name}.{k}".lstrip("."): (node.module, k, v) for k, v in tensors_of(node.module).items()}
+        known |= {joined(node.name, k): (node.module, k, v) for k, v in tensors_of(node.module).items()}
     problems = [f"the model has no {key}" for key in heads if key not in known]
     for key in heads.keys() & known.keys():
         if heads[key].shape != known[key][2].shape:
@@ -188,12 +188,12 @@ def _main(model: nn.Module, adapter_name: str) -> Found:
 def _root(model: nn.Module, name: str) -> tuple[str, Any]:
     """The outermost transformers model around a module."""
     models = [(clean(n), m) for n, m in model.named_modules() if is_pretrained(m)]
-    return next((n, m) for n, m in models if n == clean(name) or is_inside(clean(name), n))
+    return next((n, m) for n, m in models if is_within(clean(name), n))
 
 
 def _in_full(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     for name, node in nodes(model).items():
-        yield from ((f"{name}.{key}".lstrip("."), value) for key, value in values_of(node.module, adapter_name))
+        yield from ((joined(name, key), value) for key, value in values_of(node.module, adapter_name))
 
 
 def _whole_modules(root: nn.Module, adapter_name: str) -> list[str]:
@@ -201,7 +201,7 @@ def _whole_modules(root: nn.Module, adapter_name: str) -> list[str]:
     whole = [n for n, node in tree.items() if is_whole(node.module) and any(True for _ in node.module.parameters())]
     own = {key for key, _ in _in_full(root, adapter_name)}
     whole = [name for name in whole if any(is_inside(key, name) for key in own)]
-    return [name for name in whole if not any(is_inside(name, other) for other in whole)]
+    return outermost(whole)
 
 
 def is_prompt_folder(folder: Path) -> bool:

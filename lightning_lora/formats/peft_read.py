@@ -20,6 +20,7 @@ from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import TensorFile
+from lightning_lora.names import has_end
 
 _ENDS = {
     "lora_A.weight": "A",
@@ -115,7 +116,7 @@ def _split(key: str) -> tuple[str, str | None]:
     """The module and our name for its tensor; or the parameter, for what is trained in full."""
     name = key.removeprefix(PREFIX)
     for end, part in _ENDS.items():
-        if name == end or name.endswith(f".{end}"):
+        if has_end(name, end):
             return name[: -len(end)].rstrip("."), part
     for wrapper in ("token_adapter.base_layer.", "base_layer."):
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_lora.errors import listing
 from lightning_lora.layers import asked_of, original_type
+from lightning_lora.names import last_part
 from lightning_lora.targets.walk import Node
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -26,9 +27,9 @@ def refusals(root: Any, layers: Collection[str]) -> Iterator[str]:
         layers: The names of its layers with an adapter.
     """
     kind = getattr(getattr(root, "config", None), "model_type", None)
-    if kind in _MAMBA and (odd := [name for name in layers if _last(name) in _NOT_IN_MAMBA]):
+    if kind in _MAMBA and (odd := [name for name in layers if last_part(name) in _NOT_IN_MAMBA]):
         yield f"{listing(odd, 3)}: PEFT refuses such layers of a {kind} model, which its fast kernels read"
-    if (taken := _OF_EXPERTS.get(_conversion(kind))) and (odd := [name for name in layers if _last(name) in taken]):
+    if (taken := _OF_EXPERTS.get(_conversion(kind))) and (odd := [name for name in layers if last_part(name) in taken]):
         yield f"{listing(odd, 3)}: PEFT takes such layers of a {kind} model for its experts"
 
 
@@ -52,7 +53,3 @@ def _conversion(kind: str | None) -> str:
     except ImportError:  # before it did
         return ""
     return str(PATTERNS.get(str(kind), ""))
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -3,7 +3,8 @@
 from torch import nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.names import is_inside
+from lightning_lora.targets.kinds import pretrained_models
 from lightning_lora.targets.walk import Node
 
 
@@ -13,8 +14,7 @@ def peft_root(tree: dict[str, Node], adapter_name: str | None = None) -> tuple[s
     The transformers model, when there is exactly one and all adapted layers lie in it; else the model itself.
     """
     model = tree[""].module
-    inner = [node for node in tree.values() if is_pretrained(node.module)]
-    inner = [node for node in inner if not any(is_inside(node.name, other.name) for other in inner)]
+    inner = pretrained_models(tree)
     if len(inner) != 1 or not inner[0].name:
         return "", model
     outside = [

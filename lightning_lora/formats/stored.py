@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.errors import did_you_mean
 from lightning_lora.formats.fingerprint import within
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, has_end, joined, relative
 
 TENSORS = ("A", "B", "magnitude", "start_A", "start_B", "rows")  # what a layer of an adapter can have
 
@@ -133,7 +133,7 @@ class StoredAdapter:
         """The same with names that are some of these, if there is a part of what it was trained on that has them."""
         first = next(iter(self.layers))
         outers = () if first in names else ancestors(first)[:0:-1]
-        outer = next((outer for outer in outers if first.removeprefix(f"{outer}.") in names), None)
+        outer = next((outer for outer in outers if relative(first, outer) in names), None)
         return self if outer is None else self.within(outer)
 
     def within(self, outer: str) -> "StoredAdapter":
@@ -151,7 +151,7 @@ class StoredAdapter:
 
     def whole_name(self, name: str) -> str:
         """What a module is called in all of what it was trained on, as patterns in the file have it."""
-        return f"{self.outer}.{name}".lstrip(".")
+        return joined(self.outer, name)
 
 
 def tokens_of(name: str, wanted: Any) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ def tokens_of(name: str, wanted: Any) -> tuple[int, ...]:
     """
     if not isinstance(wanted, dict):
         return tuple(wanted or ())
-    return next((tuple(tokens) for key, tokens in wanted.items() if name == key or name.endswith(f".{key}")), ())
+    return next((tuple(tokens) for key, tokens in wanted.items() if has_end(name, key)), ())
 
 
 def checked_base(base: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.inits import Stage, plain_defaults, resolve
 from lightning_lora.layers.starting import factors_of_each, start_misfit
 from lightning_lora.marks import MERGED
+from lightning_lora.names import joined
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
@@ -119,7 +120,7 @@ class LoRALayer(Base):
     @staticmethod
     def lora_weight_name(name: str) -> str:
         """The name of the weight of a layer of this name."""
-        return f"{name}.weight".lstrip(".")
+        return joined(name, "weight")
 
     def lora_parameter(self, key: str) -> tuple[nn.Module, str]:
         """The module that has a parameter of this layer, and what it is called there."""

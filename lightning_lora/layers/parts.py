@@ -17,6 +17,7 @@ from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.layouts import Layout
 from lightning_lora.layers.registry import adapts, kind_of_layer
 from lightning_lora.marks import MERGED
+from lightning_lora.names import joined
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.quantization import dense, is_quantized
 
@@ -91,7 +92,7 @@ class LoRAPart(LoRALayer):
     @override
     @staticmethod
     def lora_weight_name(name: str) -> str:
-        return f"{name.rpartition('.')[0]}.weight".lstrip(".")
+        return joined(name.rpartition(".")[0], "weight")
 
     @override
     def lora_parameter(self, key: str) -> tuple[nn.Module, str]:

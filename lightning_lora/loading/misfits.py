@@ -18,7 +18,7 @@ from lightning_lora.layers import LoRALayer, kind_of_layer, original_type
 from lightning_lora.loading.heads import head_hint, size_hint
 from lightning_lora.loading.missing import missing
 from lightning_lora.loading.untying import untying
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, joined
 from lightning_lora.targets.choice import whole_and_parts
 from lightning_lora.targets.parameters import parameter_sites
 from lightning_lora.targets.probe import bypass, weight_problem
@@ -61,7 +61,7 @@ class Misfits:
             if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora
         }
         self.own_tensors: Mapping[str, Tensor] = {
-            f"{name}.{key}".lstrip("."): tensor
+            joined(name, key): tensor
             for node in (self.tree.values() if stored.in_full or stored.modules_to_save else ())
             for name in node.names
             for key, tensor in tensors_of(node.module).items()
@@ -192,7 +192,7 @@ class Misfits:
         groups: dict[int, dict[str, bool]] = {}
         for node in self.tree.values() if self.stored.in_full else ():
             for key, tensor in tensors_of(node.module).items():
-                names = [f"{name}.{key}".lstrip(".") for name in node.names]
+                names = [joined(name, key) for name in node.names]
                 held = next((name for name in names if name in self.stored.in_full), None)
                 groups.setdefault(id(tensor), {})[held or names[0]] = held is not None
         saved = self.saved_modules()

@@ -8,6 +8,7 @@ from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import suffixes
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import kind_of_layer
+from lightning_lora.names import joined
 from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node, own_parameters
 
@@ -81,7 +82,7 @@ def _biases(
     for name in names[stored.options["bias"]]:
         bias = _own(tree[name], "bias")
         if bias is not None and bias.is_floating_point() and id(bias) not in there:
-            yield f"{name}.bias".lstrip(".")
+            yield joined(name, "bias")
 
 
 def _own(node: Node, key: str) -> Tensor | None:

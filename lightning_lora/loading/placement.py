@@ -27,6 +27,7 @@ from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.tied_rows import attach_rows
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import added_modules
+from lightning_lora.names import joined
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.tokens import tied_tables
@@ -232,5 +233,5 @@ def _fill(values: dict[str, dict[str, Tensor]], in_full: dict[str, Tensor], misf
             adapter.take(tensors)
     for owner, keys in by_owner(in_full).items():
         bias_alone = keys == ["bias"] and misfits.stored.options["bias"] != "none"
-        brought = {key: in_full[f"{owner}.{key}".lstrip(".")] for key in keys}
+        brought = {key: in_full[joined(owner, key)] for key in keys}
         bring(misfits.by_name[owner].module, misfits.adapter_name, brought, whole=not bias_alone)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, joined
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import Node
 
@@ -19,7 +19,7 @@ def untying(tree: Mapping[str, Node], keys: Iterable[str]) -> str:
     lines = [f"{_path(key)} = torch.nn.Parameter({_path(key)}.detach().clone())" for key in keys]
     outer = ["", *ancestors(keys[0])[::-1]]
     if (name := next((n for n in outer if n in tree and is_pretrained(tree[n].module)), None)) is not None:
-        lines.append(f"{_path(f'{name}.config'.lstrip('.'))}.tie_word_embeddings = False")
+        lines.append(f"{_path(joined(name, 'config'))}.tie_word_embeddings = False")
     return f"untie them before it is loaded, by `{'; '.join(lines)}`"
 
 

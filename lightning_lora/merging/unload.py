@@ -14,9 +14,10 @@ from lightning_lora.merging.merge import merge, merge_problems, merged_piece, un
 from lightning_lora.merging.tied_rows import tied_alike
 from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
 from lightning_lora.methods.added import added_modules
+from lightning_lora.names import is_inside
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.quantize import dequantize_
-from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import nodes, parameter_owners
 
 

@@ -14,7 +14,7 @@ from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
 from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined
 from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, placed_like
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
@@ -143,7 +143,7 @@ class ShardedAdapter(StrategyAdapter):
         """Loads a checkpoint of a model without adapters as the base."""
         state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
         own = {
-            clean(f"{name}.{key}".lstrip(".")): tensor.detach()
+            clean(joined(name, key)): tensor.detach()
             for name, module in named_base_modules(self.model)
             for key, tensor in tensors_of(module).items()
         }

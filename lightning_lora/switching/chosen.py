@@ -9,8 +9,8 @@ from lightning_lora.checks import is_alpha
 from lightning_lora.errors import ConfigError, did_you_mean, listing
 from lightning_lora.injection.copies import kept_values, values_of
 from lightning_lora.layers import lora_layers
-from lightning_lora.names import clean
-from lightning_lora.targets.kinds import is_inside, is_pretrained
+from lightning_lora.names import clean, is_inside, is_within
+from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.roles import ask
 
 
@@ -77,6 +77,6 @@ def other_tables(model: nn.Module, names: Collection[str]) -> list[str]:
     name_of = {id(module): name for name, module in modules.items()}
     of_tokens = {ask(module, "get_input_embeddings", name_of) for module in pretrained.values()} - {None}
     tables = [n for n in tables if any(is_inside(n, outer) for outer in pretrained)]
-    tables = [n for n in tables if not any(n == known or is_inside(n, str(known)) for known in of_tokens)]
+    tables = [n for n in tables if not any(is_within(n, str(known)) for known in of_tokens)]
     what = f"{listing([clean(n) for n in tables], 3)}: looked up by something else than tokens, maybe of no sample"
     return [f"{what}: leave out such layers, or run one batch for each adapter"] if tables else []

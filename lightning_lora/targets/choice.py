@@ -8,8 +8,9 @@ from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
 from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight, read_layers
+from lightning_lora.names import is_inside, is_within
 from lightning_lora.targets.blocks import BlockFilter
-from lightning_lora.targets.kinds import in_attention, in_mlp, is_inside
+from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.parameters import chosen_parameters
 from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
@@ -47,7 +48,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
             continue
         against = roles.reason_against(node.name)
         by_word = kind.lora_dense_linear and against is None and _is_meant(node, tree, words)
-        trained = next((outer for outer in in_full if f"{node.name}.".startswith(f"{outer}.")), None)
+        trained = next((outer for outer in in_full if is_within(node.name, outer)), None)
         if node.name not in named and not by_word:
             if kind.lora_dense_linear:
                 keyword = config.target_modules if isinstance(config.target_modules, str) else "target_modules"

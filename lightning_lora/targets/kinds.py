@@ -1,14 +1,18 @@
 """What a single module is, told by its type, its name and what is around it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_lora.layers import ReadWeight, kind_of_layer
+from lightning_lora.methods.method import Place
+from lightning_lora.names import last_part, outermost
 from lightning_lora.targets.walk import Node
+
+PlaceT = TypeVar("PlaceT", bound=Place)
 
 _ROUTER = re.compile(r"(?:.*_)?(?:gate|router|gating)|wg")
 _ROUTER_CLASS = re.compile(r"Router|Gating|(?:TopK|MoE)Gate")
@@ -27,6 +31,12 @@ def is_pretrained(module: nn.Module) -> bool:
     """Whether it is a transformers model, told by name so that transformers need not be imported."""
     cls: Any = type(module)
     return _is_pretrained(cls)
+
+
+def pretrained_models(tree: Mapping[str, PlaceT]) -> list[PlaceT]:
+    """The outermost transformers models, in order."""
+    found = {place.name: place for place in tree.values() if is_pretrained(place.module)}
+    return [found[name] for name in outermost(found)]
 
 
 @cache
@@ -55,19 +65,9 @@ def in_mlp(node: Node, tree: dict[str, Node]) -> bool:
     return not in_attention(node, tree) and _around(node, tree, _MLP.fullmatch, _MLP_CLASS.search)
 
 
-def last_part(name: str) -> str:
-    """``q_proj`` of ``layers.0.q_proj``."""
-    return name.rpartition(".")[2]
-
-
 def is_numbered(name: str) -> bool:
     """Whether the name leads through a numbered block."""
     return any(part.isdigit() for part in name.split("."))
-
-
-def is_inside(name: str, outer: str) -> bool:
-    """Whether a module lies in another one; everything lies in the root, whose name is empty."""
-    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 def _around(node: Node, tree: dict[str, Node], by_name: Callable[..., Any], by_class: Callable[..., Any]) -> bool:

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.layers import Part, ReadWeight, kind_of, original_type
+from lightning_lora.names import is_within, joined
 from lightning_lora.targets.patterns import Pattern, parse, unmatched
 from lightning_lora.targets.walk import Node, own_parameters
 
@@ -58,7 +59,7 @@ def chosen_parameters(
                 problems.append(unmatched("target_parameters", pattern, [*parameters]))
         for name in hits:
             node = _node(tree, name)
-            if any(f"{name}.".startswith(f"{outer}.") for outer in in_full):
+            if any(is_within(name, outer) for outer in in_full):
                 problems.append(f"target_parameters: {name} is trained in full: choose one")
             elif (why := _obstacle(tree, name, parameters[name])) is not None:
                 problems.append(f"target_parameters: {name} {why}")
@@ -94,7 +95,7 @@ def _patterns(wanted: Patterns) -> Iterator[Pattern | None]:
 
 
 def _named(node: Node) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((f"{node.name}.{key}".lstrip("."), parameter) for key, parameter in own_parameters(node.module))
+    return ((joined(node.name, key), parameter) for key, parameter in own_parameters(node.module))
 
 
 def _of_experts(tree: dict[str, Node], name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_lora.config import Patterns
 from lightning_lora.errors import did_you_mean
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, has_end, last_part
 from lightning_lora.targets.walk import Node
 
 
@@ -22,7 +22,7 @@ class Pattern:
     @property
     def tail(self) -> str | None:
         """The last part that a name must have to match; None where this is not known."""
-        return self.text.rpartition(".")[2] if self.plain else None
+        return last_part(self.text) if self.plain else None
 
     def within(self, name: str) -> bool:
         """Whether it matches the module or one that the module lies in."""
@@ -50,7 +50,7 @@ def tails(tree: Mapping[str, Node]) -> dict[str | None, list[Node]]:
     """The modules by the last parts of their names, and all of them under None: where to look for a pattern."""
     found: dict[str | None, list[Node]] = {None: [*tree.values()]}
     for node in tree.values():
-        for tail in {name.rpartition(".")[2] for name in node.names}:
+        for tail in {last_part(name) for name in node.names}:
             found.setdefault(tail, []).append(node)
     return found
 
@@ -70,8 +70,8 @@ def modules_within(
 def unmatched(argument: str, pattern: Pattern, names: Iterable[str]) -> str:
     """The message for a pattern that matches nothing: the closest names, or how this form is read."""
     names = [name for name in names if name]
-    words = dict.fromkeys(part for name in names for part in (name.rpartition(".")[2], name))
-    if any(name == pattern.text or name.endswith(f".{pattern.text}") for name in names):
+    words = dict.fromkeys(part for name in names for part in (last_part(name), name))
+    if any(has_end(name, pattern.text) for name in names):
         hint = f" As a string it is a regex of the whole name; as a suffix it is [{pattern.text!r}]."
     else:
         hint = did_you_mean(pattern.text, words) or f" The model has {', '.join(list(words)[:8])}."
@@ -92,4 +92,4 @@ def _list_item(text: str) -> Callable[[str], bool]:
         return _full_match(text[3:])
     if _is_expression(text):
         return _full_match(rf"(?:.*\.)?(?:{fnmatch.translate(text)})")
-    return lambda name: name == text or name.endswith(f".{text}")
+    return lambda name: has_end(name, text)

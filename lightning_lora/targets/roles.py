@@ -13,13 +13,8 @@ from torch import nn
 
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import was_trainable
-from lightning_lora.targets.kinds import (
-    is_inside,
-    is_numbered,
-    is_pretrained,
-    is_router,
-    last_part,
-)
+from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
+from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
 from lightning_lora.targets.walk import Node, own_parameters, unwrapped
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
@@ -39,7 +34,7 @@ class Roles:
         """Why a layer does not count as a dense linear of the backbone; None when it does."""
         for role in (self.routers, self.outside, self.heads):
             for outer, reason in role.items():
-                if name == outer or is_inside(name, outer):
+                if is_within(name, outer):
                     return reason
         return None
 
@@ -47,8 +42,7 @@ class Roles:
 def find_roles(tree: dict[str, Node]) -> Roles:
     """The roles of all parts of a model."""
     name_of = {id(node.module): name for name, node in tree.items()}
-    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
-    pretrained = [node for node in pretrained if not any(is_inside(node.name, other.name) for other in pretrained)]
+    pretrained = pretrained_models(tree)
     roles = Roles(routers={node.name: "MoE router" for node in tree.values() if is_router(node)})
     roles.outside |= _output_embeddings(tree, name_of, pretrained)
     for node in pretrained:
@@ -57,7 +51,7 @@ def find_roles(tree: dict[str, Node]) -> Roles:
         _outside_of_pretrained(pretrained, tree, roles)
     else:
         _heads_of_plain_modules(tree, name_of, roles)
-    roles.heads = {n: why for n, why in roles.heads.items() if not any(is_inside(n, other) for other in roles.heads)}
+    roles.heads = {name: roles.heads[name] for name in outermost(roles.heads)}
     return roles
 
 
@@ -73,7 +67,7 @@ def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretraine
         if any(node.module._parameters.get("weight") is table.weight for table in tables):
             found.setdefault(node.name, "output embedding, tied to the input embedding")
     # transformers models know their own; elsewhere a name or a shape has to do.
-    unknown = [n for n in linears if not any(n is p or is_inside(n.name, p.name) for p in pretrained)]
+    unknown = [n for n in linears if not any(is_within(n.name, p.name) for p in pretrained)]
     unknown = [n for n in unknown if not is_numbered(n.name)]
     for node in unknown:
         if _LM_HEAD.fullmatch(last_part(node.name)):
@@ -125,7 +119,7 @@ def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], role
         if (classifier := ask(node.module, "get_classifier", name_of)) is not None:
             heads[classifier] = "the classifier of a timm model"
     layers = [n.name for n in tree.values() if n.kind is not None]
-    if not all(any(name == h or is_inside(name, h) for h in heads) for name in layers):
+    if not all(any(is_within(name, h) for h in heads) for name in layers):
         roles.heads |= heads
 
 
@@ -150,13 +144,13 @@ def _parts_without(name: str, inner: list[str], tree: dict[str, Node]) -> Iterat
             yield name, not any(trainable)
         return
     for key, _ in own_parameters(module):
-        yield f"{name}.{key}".lstrip("."), not was_trainable(module, key)
+        yield joined(name, key), not was_trainable(module, key)
     for child in _children(name, tree):
         yield from _parts_without(child, inner, tree)
 
 
 def _children(name: str, tree: dict[str, Node]) -> list[str]:
-    return [child for key in tree[name].module._modules if (child := f"{name}.{key}".lstrip(".")) in tree]
+    return [child for key in tree[name].module._modules if (child := joined(name, key)) in tree]
 
 
 def ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:

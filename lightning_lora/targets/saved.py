@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import base_modules, original_type
 from lightning_lora.methods.method import MethodConfig
+from lightning_lora.names import is_within, joined, outermost
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
@@ -46,7 +47,7 @@ def saved_modules(
             if not hits:
                 problems.append(unmatched("modules_to_save", pattern, [*tree, *parameters]))
             wanted.update(dict.fromkeys(hits, "modules_to_save"))
-        wanted = {n: why for n, why in wanted.items() if not any(n.startswith(f"{outer}.") for outer in wanted)}
+        wanted = {name: wanted[name] for name in outermost(wanted)}
     return tuple(filter(None, (_saved(name, why, tree, parameters, problems) for name, why in wanted.items())))
 
 
@@ -67,7 +68,7 @@ def norms(
         )
         for node in tree.values()
         if config.train_norms and is_norm(node.cls, node.module)
-        if not any(f"{node.name}.".startswith(f"{outer}.") for outer in taken)
+        if not any(is_within(node.name, outer) for outer in taken)
     )
 
 
@@ -95,8 +96,8 @@ def biases(
         SavedModule(name=name, type="Parameter", parameters=bias.numel(), reason=f"bias={config.bias!r}")
         for node in found
         if (bias := node.module._parameters.get("bias")) is not None and bias.is_floating_point()
-        for name in [f"{node.name}.bias".lstrip(".")]
-        if not any(f"{name}.".startswith(f"{outer}.") for outer in names)
+        for name in [joined(node.name, "bias")]
+        if not any(is_within(name, outer) for outer in names)
     )
 
 
@@ -112,9 +113,7 @@ def single_parameters(tree: dict[str, Node], names: Mapping[str, str]) -> tuple[
 def _bare_parameters(tree: dict[str, Node]) -> dict[str, nn.Parameter]:
     """All parameters by name."""
     return {
-        f"{node.name}.{key}" if node.name else key: parameter
-        for node in tree.values()
-        for key, parameter in own_parameters(node.module)
+        joined(node.name, key): parameter for node in tree.values() for key, parameter in own_parameters(node.module)
     }
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import listing
-from lightning_lora.targets.kinds import is_inside, is_pretrained, last_part
+from lightning_lora.names import is_within, joined, last_part
+from lightning_lora.targets.kinds import pretrained_models
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.probe import Probe, weight_problem
 from lightning_lora.targets.roles import ask
@@ -69,9 +70,7 @@ def _wanted(tree: dict[str, Node], config: LoRAConfig, problems: list[str]) -> I
 def _input_table(tree: dict[str, Node], problems: list[str]) -> Node | None:
     """The token embedding: transformers models know theirs; elsewhere it is called embed_tokens, or is the only one."""
     name_of = {id(node.module): node.name for node in tree.values()}
-    pretrained = [node for node in tree.values() if is_pretrained(node.module)]
-    pretrained = [node for node in pretrained if not any(is_inside(node.name, other.name) for other in pretrained)]
-    asked = (ask(node.module, "get_input_embeddings", name_of) for node in pretrained)
+    asked = (ask(node.module, "get_input_embeddings", name_of) for node in pretrained_models(tree))
     found = [tree[name] for name in dict.fromkeys(asked) if name is not None]
     if not found:
         tables = [node for node in tree.values() if issubclass(node.cls, nn.Embedding)]
@@ -102,7 +101,7 @@ def _obstacle(node: Node, probe: Probe, taken: list[Node], in_full: set[str]) ->
         return f"is a {node.cls.__name__}, which has no rows of tokens"
     if any(node is other for other in taken):
         return "is in target_modules too: choose one"
-    if any(f"{name}.weight".startswith(f"{outer}.") for name in node.names for outer in in_full):
+    if any(is_within(joined(name, "weight"), outer) for name in node.names for outer in in_full):
         return "is trained in full (modules_to_save): choose one"
     if (why := probe.unfit(node) or weight_problem(node)) is not None:
         return f"can't have rows of its own: {why}"

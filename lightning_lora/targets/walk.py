@@ -19,7 +19,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.layers.find import CHILD
 from lightning_lora.methods.added import KEY
-from lightning_lora.names import clean
+from lightning_lora.names import clean, joined, last_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,8 @@ def nodes(model: nn.Module) -> dict[str, Node]:
             node.parents.append(above[-1])
         above, read = (*above, module), read_layers(module)
         for site in _sites(node, above, virtual):
-            outer = prefix if isinstance(site, ReadWeight) else f"{name}."
-            visit(site, f"{outer}{site.lora_name}".lstrip("."), "", above)
+            below = f"{prefix}{site.lora_name}" if isinstance(site, ReadWeight) else joined(name, site.lora_name)
+            visit(site, below, "", above)
         for key, child in module._modules.items():
             is_adapter = key in (CHILD, KEY) or (key == "lora" and isinstance(module, LoRALayer))
             if child is not None and not is_adapter and not any(child is outer for outer in above):
@@ -87,7 +87,7 @@ def _sites(
     attached: list[ReadWeight | Part] = [*read_weights(module), *parts(module)]
     found = {site.lora_name: site for site in attached}
     if node.is_dense_linear and len(above) > 1:
-        fused = layouts(above[-2], node.name.rpartition(".")[2], module)
+        fused = layouts(above[-2], last_part(node.name), module)
         possible += [Part(module, name, layout) for name, layout in fused.items() if name not in found]
     for site in possible:
         found.setdefault(site.lora_name, virtual.setdefault((id(module), site.lora_name), site))
@@ -110,5 +110,5 @@ def parameter_owners(tree: dict[str, Node]) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
     for node in tree.values():
         for key, parameter in own_parameters(node.module):
-            owners.setdefault(id(parameter), []).append(f"{node.name}.{key}" if node.name else key)
+            owners.setdefault(id(parameter), []).append(joined(node.name, key))
     return owners

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_lora.from_data.settle import adopt_ranks
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.injection.owned import without_owned
-from lightning_lora.names import clean
+from lightning_lora.names import clean, last_part
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
 from lightning_lora.targets import draft
@@ -71,6 +71,6 @@ def _receive(requests: list[Request], load: Callable[..., Any], state: dict[str,
     own = {clean(key): value for key, value in state.items()}
     adopt_ranks(model, own)
     wanted = adapter_state_dict(model).keys() | extra_state(model).keys()
-    starts = {key for key in own if key.rpartition(".")[2] in ("start_A", "start_B")}
+    starts = {key for key in own if last_part(key) in ("start_A", "start_B")}
     load_adapter_state(model, {key: own[key] for key in [*wanted, *starts] if key in own})
     return None

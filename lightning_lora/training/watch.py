@@ -16,7 +16,7 @@ from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.reading import names_in
 from lightning_lora.methods.added import added_modules
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, is_inside, last_part
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.optim import held_by
 from lightning_lora.state import trained_parameters
@@ -207,10 +207,10 @@ class Watch:
         if isinstance(owner, LoRALayer) and any(parameter is getattr(a, "rows", 0) for a in owner.lora.children()):
             return True
         name = self._names[id(parameter)]
-        numbered = [prefix for prefix in ancestors(name) if prefix.rpartition(".")[2].isdigit()]
-        lists = {prefix.rpartition(".")[0] for prefix in numbered}
+        numbered = [prefix for prefix in ancestors(name) if last_part(prefix).isdigit()]
+        lists = {prefix.rpartition(".")[0] for prefix in numbered} - {""}
         return gradient_of(parameter, optimizer) is None and any(
-            moved.startswith(f"{outer}.") for outer in lists for moved in self._moved.values()
+            is_inside(moved, outer) for outer in lists for moved in self._moved.values()
         )
 
     def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
