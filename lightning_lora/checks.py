@@ -26,8 +26,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_rank(value: Any) -> bool:
-    """Whether it can be a rank."""
+def is_positive_int(value: Any) -> bool:
+    """Whether it is an integer of 1 or more: a rank, or a number of things."""
     return is_int(value) and value > 0
 
 

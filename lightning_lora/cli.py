@@ -4,6 +4,7 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.pop("command", None)
     run = options.pop("run")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
     try:
         run(**options)
     except ConfigError as error:

@@ -18,7 +18,7 @@ from lightning_lora.checks import (
     is_alpha,
     is_int,
     is_number,
-    is_rank,
+    is_positive_int,
     mapping_problems,
     pattern_problems,
     saved_problems,
@@ -164,7 +164,7 @@ class LoRAConfig:
         return cls(**{**values, "init_lora_weights": init if init in INITS else NamedInit(init)})
 
     def _problems(self) -> Iterable[str]:
-        if not is_rank(self.r):
+        if not is_positive_int(self.r):
             yield f"r must be a positive integer, got {self.r!r}"
         if not is_alpha(self.lora_alpha):
             yield f"lora_alpha must be finite and not 0 (the update is scaled by it), got {self.lora_alpha!r}"
@@ -178,7 +178,8 @@ class LoRAConfig:
             yield from pattern_problems("target_parameters", self.target_parameters)
         yield from index_problems(self.layers_to_transform)
         if self.rank_pattern != "auto":
-            yield from mapping_problems("rank_pattern", self.rank_pattern, "a positive integer, or 'auto'", is_rank)
+            wanted = "a positive integer, or 'auto'"
+            yield from mapping_problems("rank_pattern", self.rank_pattern, wanted, is_positive_int)
         elif getattr(self._init, "name", None) == "loftq":
             yield "rank_pattern='auto' needs a base that computes, and 'loftq' the ranks before it is packed: drop one"
         yield from mapping_problems("alpha_pattern", self.alpha_pattern, "finite and not 0", is_alpha)

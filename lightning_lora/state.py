@@ -13,9 +13,10 @@ from lightning_lora.injection.copies import kept_values, tensors_of, values_of
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import merged_problems
-from lightning_lora.methods.added import Added, added_to
+from lightning_lora.methods.added import added_to
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean, joined
+from lightning_lora.ops.masters import Masters
 from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.quantization import is_quantized
 
@@ -155,7 +156,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
             copy_whole_(tensor, state[key])
     load_extra_state(model, state, extra)
     for module in model.modules():
-        if isinstance(module, (Adapter, Added)):
+        if isinstance(module, Masters):
             module.initialised = True
 
 

@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.analysis.summary import Part
+from lightning_lora.analysis.summary import Size
 
 
 def on_meta(build, **options):
@@ -83,9 +83,9 @@ def test_each_parameter_once_and_by_part():
     model = Model()
     ll.inject(model, ll.LoRAConfig(r=2))
     counts = ll.summary(model)
-    assert counts.base == Part(32 * 8 + 72, 4 * (32 * 8 + 72))
-    assert counts.adapters == Part(32, 128)
-    assert counts.in_full == Part(27, 108)
+    assert counts.base == Size(32 * 8 + 72, 4 * (32 * 8 + 72))
+    assert counts.adapters == Size(32, 128)
+    assert counts.in_full == Size(27, 108)
     assert counts.total == 328 + 32 + 27
     assert counts.trainable == 59
     assert "trainable 59 of 387 parameters (15.25 %)" in str(counts)

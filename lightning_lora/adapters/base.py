@@ -1,27 +1,24 @@
 """What every adapter is: tensors of its own in float32, and an equation for the merged weight."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_lora.adapters.host import Host
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import DeadAdapterError
-from lightning_lora.ops.masters import keeping_masters
+from lightning_lora.ops.masters import Masters
 from lightning_lora.ops.sharded import copy_whole_
 from lightning_lora.ops.site import LowRank
 
 
-class Adapter(nn.Module):
+class Adapter(Masters):
     """What changes a layer's weight W without writing to it, and defines how by one equation, `merged`.
-
-    Its tensors are plain parameters, not ``nn.Linear`` children: converters would quantise those. They are kept in
-    ``master_dtype`` whatever dtype the model is cast to, so that small updates are not rounded away, and are cast to
-    the input's dtype where they are used.
 
     Args:
         lora_alpha: What the scale is made of.
@@ -37,10 +34,8 @@ class Adapter(nn.Module):
     start_B: Tensor | None
 
     def __init__(self, *, lora_alpha: float, scaling: float, config: LoRAConfig, seed: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.seed, self.master_dtype = config, seed, dtype
-        self.lora_alpha, self.scaling = lora_alpha, scaling
-        self.initialised = False  # not until it is given values, by `lightning_lora.inject` or from a checkpoint
+        super().__init__(seed, dtype)
+        self.config, self.lora_alpha, self.scaling = config, lora_alpha, scaling
         self.share: Tensor | None = None  # a factor of the whole update, while several adapters are mixed
         self.register_forward_pre_hook(_require_values)
 
@@ -59,10 +54,6 @@ class Adapter(nn.Module):
     def untouched(self) -> bool:
         """Whether the update is still 0, so that nothing is lost with it."""
 
-    def generator(self) -> torch.Generator:
-        """The source of its first values: the same on every rank, and apart from the user's own random stream."""
-        return torch.Generator().manual_seed(self.seed)
-
     def keep_start(self, kept: bool) -> None:
         """Makes room for first factors, or gives up those that there are."""
 
@@ -74,9 +65,6 @@ class Adapter(nn.Module):
         for name, value in values.items():
             copy_whole_(getattr(self, name), value)
         self.initialised = True
-
-    def forget(self) -> None:
-        """Its values are others now: what was derived from them is not theirs."""
 
     def follow(self, host: Host) -> None:
         """The layer may have got another weight: an untouched adapter derives from it again what it needs."""
@@ -139,27 +127,14 @@ class Adapter(nn.Module):
             ``out`` plus the product of x with ``merged(W) - W``, in the dtype of ``out``.
         """
 
+    @override
     def reset_parameters(self) -> None:
-        """Called by whoever materialises a meta model; the real values follow, from `lightning_lora.inject`."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.zeros_(parameter)
+        super().reset_parameters()
         self.keep_start(False)
-        self.initialised = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
-        """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
-        self.forget()
-        super()._apply(keeping_masters(fn, self.master_dtype), recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the bare base loads strictly into an adapted model: its adapters are not missed in it."""
-        own = [prefix + name for name, _ in self.named_parameters(recurse=False)]
-        if any(key in state_dict for key in own):
-            self.keep_start(f"{prefix}start_A" in state_dict)
-            self.forget()
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self.initialised = True
+    @override
+    def make_room(self, state_dict: Container[str], prefix: str) -> None:
+        self.keep_start(f"{prefix}start_A" in state_dict)
 
 
 def _require_values(adapter: nn.Module, args: Any) -> None:

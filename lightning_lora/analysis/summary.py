@@ -7,14 +7,13 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import trained_in_full
-from lightning_lora.methods.added import Added
+from lightning_lora.ops.masters import Masters
 
 
 @dataclass(frozen=True)
-class Part:
+class Size:
     """Parameters and their bytes in memory."""
 
     parameters: int = 0
@@ -32,9 +31,9 @@ class Summary:
         trainable: What has ``requires_grad``.
     """
 
-    base: Part
-    adapters: Part
-    in_full: Part
+    base: Size
+    adapters: Size
+    in_full: Size
     trainable: int
 
     @property
@@ -72,11 +71,11 @@ def summary(model: nn.Module) -> Summary:
                 continue
             seen.add(id(parameter))
             kind = "in_full" if id(parameter) in in_full else "base"
-            part = counts["adapters" if isinstance(module, (Adapter, Added)) else kind]
+            part = counts["adapters" if isinstance(module, Masters) else kind]
             part[0] += (numel := _numel(parameter))
             part[1] += parameter.numel() * parameter.element_size()
             trainable += numel * parameter.requires_grad
-    return Summary(**{name: Part(*values) for name, values in counts.items()}, trainable=trainable)
+    return Summary(**{name: Size(*values) for name, values in counts.items()}, trainable=trainable)
 
 
 def parameters_in(module: nn.Module) -> int:

@@ -1,7 +1,5 @@
 """``lightning-lora demo``: a small fine-tuning run, here and now."""
 
-import logging
-
 from lightning_lora.commands.arguments import Commands, positive_int
 
 
@@ -23,7 +21,6 @@ def add(commands: Commands) -> None:
 
 def run(**options: object) -> None:
     """Runs it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
     from lightning_lora.demo.run import demo
 
     demo(**options)  # type: ignore[arg-type]

@@ -1,7 +1,6 @@
 """``lightning-lora estimate``: will it fit?"""
 
 import json
-import logging
 from typing import Any
 
 from lightning_lora.checks import MODES
@@ -44,7 +43,6 @@ def run(model: str, as_json: bool, full: bool, **options: Any) -> None:
     from lightning_lora.analysis.memory import estimate_memory
     from lightning_lora.commands.models import described_model
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
     config = config_of(options)
     found = estimate_memory(described_model(model), None if full else config, **options)
     print(json.dumps(found.to_dict(), sort_keys=True) if as_json else found)

@@ -1,7 +1,6 @@
 """``lightning-lora latency``: what an adapter costs in inference, merged or not, on your own shapes."""
 
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +55,6 @@ def run(
     """Runs it."""
     from lightning_lora.analysis.latency import measure_latency
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it misses an optional package
     config = config_of(options)
     model = _loaded(base, dtype, device)
     if adapter is None:

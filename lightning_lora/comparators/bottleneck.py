@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.checks import choice_problems, is_number, is_rank
+from lightning_lora.checks import choice_problems, is_number, is_positive_int
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.places import Block, blocks
 from lightning_lora.errors import listing
@@ -54,7 +54,7 @@ class BottleneckConfig(MethodConfig):
         factor, size = self.reduction_factor, self.bottleneck_size
         if factor is not None and (not is_number(factor) or not 0 < factor < float("inf")):
             yield f"reduction_factor must be a positive number, got {factor!r}"
-        if size is not None and not is_rank(size):
+        if size is not None and not is_positive_int(size):
             yield f"bottleneck_size must be a positive integer, got {size!r}"
         if factor is not None and size is not None:
             yield f"reduction_factor={factor!r} and bottleneck_size={size!r} say the same: give one of them"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.checks import flag_problems, is_rank
+from lightning_lora.checks import flag_problems, is_positive_int
 from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.cache import (
     CacheShape,
@@ -64,7 +64,7 @@ class PrefixTuningConfig(MethodConfig):
     def problems(self) -> Iterable[str]:
         yield from token_problems(self.num_virtual_tokens)
         yield from flag_problems(prefix_projection=self.prefix_projection)
-        if self.encoder_hidden_size is not None and not is_rank(self.encoder_hidden_size):
+        if self.encoder_hidden_size is not None and not is_positive_int(self.encoder_hidden_size):
             yield f"encoder_hidden_size must be a positive integer, got {self.encoder_hidden_size!r}"
         elif self.encoder_hidden_size is not None and not self.prefix_projection:
             yield "encoder_hidden_size has no effect without prefix_projection=True"

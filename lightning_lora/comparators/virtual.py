@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checks import is_rank
+from lightning_lora.checks import is_positive_int
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.methods.method import Place
 from lightning_lora.targets.kinds import pretrained_models
@@ -16,7 +16,7 @@ from lightning_lora.targets.kinds import pretrained_models
 
 def token_problems(count: Any) -> list[str]:
     """What is wrong with num_virtual_tokens."""
-    return [] if is_rank(count) else [f"num_virtual_tokens must be a positive integer, got {count!r}"]
+    return [] if is_positive_int(count) else [f"num_virtual_tokens must be a positive integer, got {count!r}"]
 
 
 def one_model(tree: Mapping[str, Place]) -> tuple[Any, list[str]]:

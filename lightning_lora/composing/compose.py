@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.arguments import name_problems
-from lightning_lora.checks import choice_problems, is_int, is_number, is_rank
+from lightning_lora.checks import choice_problems, is_int, is_number, is_positive_int
 from lightning_lora.composing.combinations import BY_FACTOR, METHODS, Combined, combine
 from lightning_lora.composing.report import CombineReport, LayerCombination
 from lightning_lora.composing.rows import attach_combined, combined_rows, rows_problems
@@ -171,7 +171,7 @@ def _argument_problems(adapter_name: object, method: Any, rank: Any, density: An
     if rank is None:
         if method == "svd":
             yield "method='svd' needs a rank"
-    elif not is_rank(rank):
+    elif not is_positive_int(rank):
         yield f"rank must be a positive integer or None, got {rank!r}"
     elif method in ("cat", "linear"):
         yield f"rank={rank} is of no use to method={method!r}, whose rank follows from the adapters: 'svd' takes one"

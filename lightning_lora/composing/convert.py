@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora.adapters import LowRankAdapter
-from lightning_lora.checks import is_rank, mapping_problems
+from lightning_lora.checks import is_positive_int, mapping_problems
 from lightning_lora.composing.combinations import combine
 from lightning_lora.composing.report import CombineReport, LayerCombination
 from lightning_lora.composing.updates import (
@@ -127,9 +127,9 @@ def exchange(layer: LoRALayer, adapter_name: str, old: LowRankAdapter, new: LowR
 
 def _rank_problems(rank: Any, layers: Mapping[str, tuple[Node, Any]]) -> list[str]:
     if not isinstance(rank, Mapping):
-        right = rank is None or is_rank(rank)
+        right = rank is None or is_positive_int(rank)
         return [] if right else [f"rank must be a positive integer, {{pattern: rank}} or None, got {rank!r}"]
-    if problems := [*mapping_problems("rank", dict(rank), "a positive integer", is_rank)]:
+    if problems := [*mapping_problems("rank", dict(rank), "a positive integer", is_positive_int)]:
         return problems
     names = [name for node, _ in layers.values() for name in node.names]
     patterns = [parse_key(key) for key in rank]

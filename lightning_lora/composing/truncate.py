@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import LowRankAdapter, unweighted
-from lightning_lora.checks import is_number, is_rank
+from lightning_lora.checks import is_number, is_positive_int
 from lightning_lora.composing.combinations import best_of_product
 from lightning_lora.composing.convert import absorbed_problems, exchange, without_pairs
 from lightning_lora.composing.truncate_report import LayerTruncation, TruncateReport
@@ -99,7 +99,7 @@ def truncate(
 def _argument_problems(rank: Any, energy: Any) -> Iterator[str]:
     if (rank is None) == (energy is None):
         yield f"give one of rank and energy, got rank={rank!r} and energy={energy!r}"
-    if rank is not None and not is_rank(rank):
+    if rank is not None and not is_positive_int(rank):
         yield f"rank must be a positive integer, got {rank!r}"
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
         yield f"energy must be a number in (0, 1], the share of each update that stays, got {energy!r}"

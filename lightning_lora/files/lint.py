@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import override
 
-from lightning_lora.checks import choice_problems, is_alpha, is_rank
+from lightning_lora.checks import choice_problems, is_alpha, is_positive_int
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, parse_config
 from lightning_lora.formats.peft_export import PREFIX
@@ -114,7 +114,7 @@ def _read(folder: Path, max_lora_rank: int) -> _Folder:
 
 
 def _field_problems(config: dict[str, Any]) -> Iterator[str]:
-    for name, is_right in (("r", is_rank), ("lora_alpha", is_alpha)):
+    for name, is_right in (("r", is_positive_int), ("lora_alpha", is_alpha)):
         if not is_right(config.get(name)):
             yield f"{name} is {config.get(name)!r:.80}"
         pattern = config.get("rank_pattern" if name == "r" else "alpha_pattern") or {}

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.checks import is_alpha, is_int, is_number, is_rank, token_problems
+from lightning_lora.checks import is_alpha, is_int, is_number, is_positive_int, token_problems
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.names import last_part
 
@@ -99,7 +99,7 @@ def start_of(config: Mapping[str, Any]) -> str | None:
 
 def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if not _is_rank(r):
+    if not _is_small_rank(r):
         yield f"r must be a positive integer, got {shown(r)}"
     if not _is_alpha(alpha):
         yield f"lora_alpha must be a finite number and not 0, got {shown(alpha)}"
@@ -115,7 +115,7 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
         text = isinstance(value, str) and name not in ("modules_to_save", "target_parameters")
         if not (value is None or text or (isinstance(value, list) and all(isinstance(part, str) for part in value))):
             yield f"{name} must be a list of names, got {shown(value)}"
-    for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    for name, is_right in (("rank_pattern", _is_small_rank), ("alpha_pattern", _is_alpha)):
         value = config.get(name) or {}
         if not isinstance(value, dict) or not all(map(is_right, value.values())):
             yield f"{name} must map names to numbers, got {shown(value)}"
@@ -125,8 +125,8 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
         yield f"layers_to_transform must hold layer indices, got {shown(layers)}"
 
 
-def _is_rank(value: Any) -> bool:
-    return is_rank(value) and value < 1 << 31
+def _is_small_rank(value: Any) -> bool:
+    return is_positive_int(value) and value < 1 << 31
 
 
 def _is_alpha(value: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapters import LowRankAdapter
-from lightning_lora.checks import is_alpha, is_rank
+from lightning_lora.checks import is_alpha, is_positive_int
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
@@ -217,7 +217,7 @@ def _is_note(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) >= 2
-        and is_rank(value[0])
+        and is_positive_int(value[0])
         and is_alpha(value[1])
         and value[2:] in ([], [True])
     )

@@ -16,7 +16,6 @@ from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.injection.create import create
 from lightning_lora.injection.inject import carry_out
-from lightning_lora.injection.owned import without_owned
 from lightning_lora.layers import LoRALayer, detach
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import shape_of
@@ -60,7 +59,7 @@ def settle(model: nn.Module, adapter_name: str, ranks: Mapping[str, int]) -> LoR
             made.seed = adapter.seed
             exchange(node.module, adapter_name, adapter, made)
     plan, _ = draft(model, config)
-    carry_out(model, config, without_owned(model, config, plan, adapter_name), adapter_name, master)
+    carry_out(model, config, plan, adapter_name, master)
     return config
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.checks import flag_problems, is_number, is_rank
+from lightning_lora.checks import flag_problems, is_number, is_positive_int
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.inits.base import Init, init
 
@@ -59,7 +59,7 @@ class EVA(Init):
             problems.append(f"rho must be a number of at least 1, got {rho!r}")
         if not is_number(tau) or not 0 <= tau <= 1:
             problems.append(f"tau must be a cosine in [0, 1], got {tau!r}")
-        if not is_rank(batches):
+        if not is_positive_int(batches):
             problems.append(f"batches must be a positive integer, got {batches!r}")
         problems += flag_problems(whiten=whiten, use_label_mask=use_label_mask)
         if not isinstance(step, str) or not step.isidentifier():

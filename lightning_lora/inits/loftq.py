@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.checks import choice_problems, is_rank
+from lightning_lora.checks import choice_problems, is_positive_int
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.inits.base import Init, Stage, init
 from lightning_lora.inits.pissa import niter_problems, scaled
@@ -38,7 +38,7 @@ class LoftQ(Init):
         self, iterations: int = 5, start: Literal["zero", "principal"] = "zero", niter: int | None = 8
     ) -> None:
         problems = niter_problems(niter)
-        if not is_rank(iterations):
+        if not is_positive_int(iterations):
             problems.append(f"iterations must be a positive integer, got {iterations!r}")
         raise_all(ConfigError, [*problems, *choice_problems("start", start, ("zero", "principal"))], "LoftQ")
         self.iterations, self.start, self.niter = iterations, start, niter

@@ -72,13 +72,12 @@ def inject(model: nn.Module, config: LoRAConfig | MethodConfig, adapter_name: st
     had = adapter_names(model)
     drafted, problems = draft(model, config, tree)
     raise_all(TargetError, problems, drafted.method)
-    drafted = without_owned(model, config, drafted, adapter_name)
-    carry_out(model, config, drafted, adapter_name, tree=tree)
+    done = carry_out(model, config, drafted, adapter_name, tree=tree)
     with withdrawn_on_error(model, [adapter_name], had):
         initialise(model)
-    if drafted.notes:
-        warnings.warn("\n".join(drafted.notes), stacklevel=2)
-    return drafted
+    if done.notes:
+        warnings.warn("\n".join(done.notes), stacklevel=2)
+    return done
 
 
 def carry_out(
@@ -89,7 +88,8 @@ def carry_out(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     tree: dict[str, Node] | None = None,
-) -> None:
+    together: Container[str] | None = None,
+) -> Plan:
     """Brings a model to a plan: adapters that it has stay, those that it lacks come, all zero until `initialise`.
 
     A model may be built in several steps, and what its parts are for is clear only when it is complete. So adapters
@@ -103,11 +103,19 @@ def carry_out(
         dtype: Dtype of the master copies.
         seed: What the first values are drawn from; `default_seed` by default.
         tree: The modules that the model has, where these are known.
+        together: The adapters that a run trains, with which this one is.
+
+    Returns:
+        What was carried out: the plan without the modules that another adapter trains.
+
+    Raises:
+        ConfigError: If another adapter trains what this one was asked to.
     """
+    drafted = without_owned(model, config, drafted, adapter_name, together)
     tree, seed = nodes(model) if tree is None else tree, default_seed() if seed is None else seed
     if isinstance(config, MethodConfig):
         carry_out_additions(model, config, drafted, adapter_name, dtype, seed, tree)
-        return
+        return drafted
     check_adapter(model, config, adapter_name)
     guard(model)
     tree = parameter_sites(tree, [target.name for target in drafted.targets])
@@ -132,6 +140,7 @@ def carry_out(
         mark_trained(tree, saved.name, adapter_name)
     freeze(model)
     arrange(model)
+    return drafted
 
 
 def eject(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class Part:
+class Update:
     """What one adapter adds to a stack, or to a matrix of it.
 
     Args:
@@ -45,31 +45,31 @@ class Part:
         self.A, self.B, self.scale, self.gain, self.p, self.twice = A, B, scale, gain, p, twice
 
     @cached_property
-    def _each(self) -> list["Part"]:
+    def _each(self) -> list["Update"]:
         """The matrices one by one: the gradient of all is then put together once, not once for each."""
         gains: Sequence[Any] = [None] * len(self.A) if self.gain is None else self.gain.unbind()
         pairs = zip(self.A.unbind(), self.B.unbind(), gains, strict=True)
-        return [Part(A, B, self.scale, gain, self.p, self.twice) for A, B, gain in pairs]
+        return [Update(A, B, self.scale, gain, self.p, self.twice) for A, B, gain in pairs]
 
-    def padded(self, multiple: int) -> "Part":
+    def padded(self, multiple: int) -> "Update":
         """The same with a rank that is a multiple of a number."""
         if not (more := -self.A.shape[-2] % multiple):
             return self
         A, B = F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more))
-        return Part(A, B, self.scale, self.gain, self.p, self.twice)
+        return Update(A, B, self.scale, self.gain, self.p, self.twice)
 
-    def __getitem__(self, index: Any) -> "Part":
+    def __getitem__(self, index: Any) -> "Update":
         if isinstance(index, int):
             return self._each[index]
         gain = None if self.gain is None else self.gain[index]
-        return Part(self.A[index], self.B[index], self.scale, gain, self.p, self.twice)
+        return Update(self.A[index], self.B[index], self.scale, gain, self.p, self.twice)
 
 
 class Lazy(Tensor):
     """Matrices (out, in) with adapters, alone or in a stack; (in, out) if they were transposed."""
 
     lora_base: Tensor
-    lora_parts: list[Part]
+    lora_updates: list[Update]
     lora_transposed: bool
 
     @override
@@ -94,24 +94,24 @@ def lazily(site: "LoRARead", weight: Tensor) -> Lazy | None:
     """The stack with the active adapters of its site; None where it has to be W + ΔW."""
     if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or torch.compiler.is_compiling() or in_transform():
         return None
-    parts, adapters = [], site.lora_pairs()
+    updates, adapters = [], site.lora_pairs()
     for name in site.lora_active:
         adapter = adapters[name]
         if not adapter.initialised or not is_plain(adapter.A) or (beside := adapter.beside(site)) is None:
             return None
         p = adapter.config.lora_dropout if adapter.training else 0.0
         twice = adapter.config.dora_dropout == "input"
-        parts.append(Part(beside.A, beside.B, beside.scale, beside.gain(), p, twice))
-    return _lazy(weight, parts, site.transposed)
+        updates.append(Update(beside.A, beside.B, beside.scale, beside.gain(), p, twice))
+    return _lazy(weight, updates, site.transposed)
 
 
-def _lazy(base: Tensor, parts: list[Part], transposed: bool) -> Lazy:
+def _lazy(base: Tensor, updates: list[Update], transposed: bool) -> Lazy:
     if isinstance(base, FakeTensor):  # its class is what makes it one of shapes alone
         with unset_fake_temporarily():
             made: Lazy = torch.empty(base.shape, dtype=base.dtype, device="meta").as_subclass(Lazy)
     else:
         made = base.detach().as_subclass(Lazy)
-    made.lora_base, made.lora_parts, made.lora_transposed = base, parts, transposed
+    made.lora_base, made.lora_updates, made.lora_transposed = base, updates, transposed
     return made
 
 
@@ -122,7 +122,7 @@ def _base(lazy: Lazy) -> Tensor:
 def _dense(lazy: Lazy) -> Tensor:
     """W + ΔW, as it is seen."""
     base = out = lazy.lora_base
-    for part in lazy.lora_parts:
+    for part in lazy.lora_updates:
         update = (part.B @ part.A) * part.scale
         if part.gain is not None:
             W = (base.mT if lazy.lora_transposed else base).to(update.dtype)
@@ -142,7 +142,7 @@ def _multiply(x: Tensor, lazy: Lazy, product: _Product, rows: Callable[[Tensor],
     """
     base = lazy.lora_base
     out = first = product(x, base)
-    for part in lazy.lora_parts:
+    for part in lazy.lora_updates:
         dropped = dropout(x, part.p, part.p > 0)
         update = product(product(dropped, part.A.mT.to(x.dtype)), part.B.mT.to(x.dtype)).to(out.dtype)
         if part.gain is None:
@@ -180,10 +180,11 @@ def _grouped(function: Any, input: Any, weight: Any, offs: Any = None, *others: 
     lazy = isinstance(weight, Lazy) and weight.lora_transposed and weight.dim() == 3
     if not lazy or isinstance(input, Lazy) or input.dim() != 2 or offs is None or others or any(options.values()):
         return NotImplemented
-    parts = [part.padded(16 // input.element_size()) for part in weight.lora_parts]  # what the kernels ask of strides
+    multiple = 16 // input.element_size()  # what the kernels ask of strides
+    updates = [update.padded(multiple) for update in weight.lora_updates]
     matrices = torch.arange(len(input), device=offs.device, dtype=offs.dtype)
     matrices = torch.searchsorted(offs, matrices, right=True).clamp_max(len(offs) - 1)
-    padded = _lazy(weight.lora_base, parts, weight.lora_transposed)
+    padded = _lazy(weight.lora_base, updates, weight.lora_transposed)
     return _multiply(input, padded, lambda x, W: function(x, W, offs=offs), lambda gain: gain[matrices])
 
 
@@ -196,7 +197,7 @@ def _taken(lazy: Any, index: Any) -> Any:
         return NotImplemented
     if isinstance(index, Tensor) and index.dtype == torch.bool:
         return NotImplemented
-    return _lazy(lazy.lora_base[index], [part[index] for part in lazy.lora_parts], lazy.lora_transposed)
+    return _lazy(lazy.lora_base[index], [part[index] for part in lazy.lora_updates], lazy.lora_transposed)
 
 
 def _unbound(lazy: Any, dim: int = 0) -> Any:
@@ -206,7 +207,7 @@ def _unbound(lazy: Any, dim: int = 0) -> Any:
 
 
 def _turned(lazy: Lazy) -> Lazy:
-    return _lazy(lazy.lora_base.mT, lazy.lora_parts, not lazy.lora_transposed)
+    return _lazy(lazy.lora_base.mT, lazy.lora_updates, not lazy.lora_transposed)
 
 
 def _transposed(lazy: Any, first: Any, second: Any) -> Any:
@@ -220,11 +221,11 @@ def _flat(lazy: Any) -> Any:
 
 def _cast(lazy: Any, *args: Any, **kwargs: Any) -> Any:
     base = lazy.lora_base.to(*args, **kwargs)
-    return _lazy(base, lazy.lora_parts, lazy.lora_transposed) if base.device == lazy.device else NotImplemented
+    return _lazy(base, lazy.lora_updates, lazy.lora_transposed) if base.device == lazy.device else NotImplemented
 
 
 def _same(lazy: Any, **options: Any) -> Any:
-    return _lazy(lazy.lora_base.contiguous(**options), lazy.lora_parts, lazy.lora_transposed)
+    return _lazy(lazy.lora_base.contiguous(**options), lazy.lora_updates, lazy.lora_transposed)
 
 
 _GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]

@@ -37,55 +37,38 @@ class LockedStatistics(Base):
 
 
 def lora_class(cls: type) -> type[LoRALayer]:
-    """The subclass of ``cls`` with adapters. One per class, so that equal blocks compile once."""
-    swapped: type[LoRALayer] = _lora_class(cls)
+    """The subclass of ``cls`` with adapters."""
+    base, mixin = registered_base(cls), kind_of(cls)
+    if mixin is None:
+        raise TypeError(f"{qualified_name(cls)} is no layer that can have an adapter")
+    below = cls is not base and reaches_base_forward(cls)
+    bases = (cls, lora_class(base)) if below else (mixin, cls)
+    swapped: type[LoRALayer] = _subclass("LoRA", cls, bases, lora_class)
     return swapped
 
 
 def locked_class(cls: type) -> type[LockedStatistics]:
     """The subclass of ``cls`` whose statistics are locked."""
-    swapped: type[LockedStatistics] = _locked_class(cls)
+    swapped: type[LockedStatistics] = _subclass("Locked", cls, (LockedStatistics, cls), locked_class)
     return swapped
 
 
 def reading_class(cls: type) -> type[Reading]:
     """The subclass of ``cls`` in whose forward parameters are adapted ones."""
-    swapped: type[Reading] = _reading_class(cls)
+    swapped: type[Reading] = _subclass("LoRA", cls, (Reading, cls), reading_class)
     return swapped
 
 
 def fused_class(cls: type) -> type[Fused]:
     """The subclass of ``cls`` with adapters on parts of its output."""
-    swapped: type[Fused] = _fused_class(cls)
+    swapped: type[Fused] = _subclass("LoRA", cls, (Fused, cls), fused_class)
     return swapped
 
 
 @cache
-def _fused_class(cls: type) -> Any:
-    return _subclass("LoRA", cls, (Fused, cls), fused_class)
+def _subclass(prefix: str, cls: type, bases: tuple[type, ...], family: Callable[[type], Any]) -> Any:
+    """One per class, so that equal blocks compile once."""
 
-
-@cache
-def _reading_class(cls: type) -> Any:
-    return _subclass("LoRA", cls, (Reading, cls), reading_class)
-
-
-@cache
-def _lora_class(cls: type) -> Any:
-    base, mixin = registered_base(cls), kind_of(cls)
-    if mixin is None:
-        raise TypeError(f"{qualified_name(cls)} is no layer that can have an adapter")
-    if cls is not base and reaches_base_forward(cls):
-        return _subclass("LoRA", cls, (cls, lora_class(base)), lora_class)
-    return _subclass("LoRA", cls, (mixin, cls), lora_class)
-
-
-@cache
-def _locked_class(cls: type) -> Any:
-    return _subclass("Locked", cls, (LockedStatistics, cls), locked_class)
-
-
-def _subclass(prefix: str, cls: type, bases: tuple[type, ...], family: Callable[[type], Any]) -> type:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (cls, family), self.__getstate__()  # type: ignore[no-untyped-call]
 

@@ -16,7 +16,6 @@ from lightning_lora.formats.checkpoint import META, is_adapter_checkpoint, load_
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.injection.inject import carry_out
-from lightning_lora.injection.owned import without_owned
 from lightning_lora.methods.method import config_from
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.targets import draft
@@ -60,7 +59,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
         dtypes = [t.dtype for key, t in state.items() if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))]
-        carry_out(model, config, without_owned(model, config, drafted, name), name, *dtypes[:1])
+        carry_out(model, config, drafted, name, *dtypes[:1])
     ours = adapter_state_dict(model).keys() | extra_state(model).keys()
     loaded = (of_base - ours) - in_file  # Lightning did, where the hook brought weights of the base
     rest = {key: value for key, value in state.items() if key not in loaded}

@@ -1,6 +1,6 @@
 """Modules that a method adds to modules of the model: they are called by hooks, and named like any child."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +10,13 @@ from lightning_lora.errors import CheckpointError, DeadAdapterError, Unsupported
 from lightning_lora.layers.find import named_base_modules
 from lightning_lora.marks import TRAINED, WHOLE
 from lightning_lora.methods.method import MethodConfig
-from lightning_lora.ops.masters import keeping_masters
+from lightning_lora.ops.masters import Masters
 
 KEY = "lora_added"  # where a module keeps what was added to it, by adapter
 
 
-class Added(nn.Module):
+class Added(Masters):
     """A module that a method adds. Its hooks on the module that it is added to call it.
-
-    Its tensors are plain parameters, kept in ``master_dtype`` whatever dtype the model is cast to, and are cast where
-    they are used, as those of LoRA adapters are: converters would quantise an ``nn.Linear``.
 
     Args:
         config: The configuration that it belongs to.
@@ -34,8 +31,8 @@ class Added(nn.Module):
     def __init__(
         self, config: MethodConfig, seed: int, dtype: torch.dtype, device: torch.device, **shapes: tuple[int, ...]
     ) -> None:
-        super().__init__()
-        self.config, self.seed, self.master_dtype = config, seed, dtype
+        super().__init__(seed, dtype)
+        self.config = config
         self.active = True  # whether it takes part in the forward
         self.initialised = not shapes
         for name, shape in shapes.items():
@@ -70,7 +67,7 @@ class Added(nn.Module):
     @torch.no_grad()
     def initialise(self, host: nn.Module) -> None:
         """Takes its first values. They depend on the seed and the name alone, and are the same on every rank."""
-        for name, values in self.first_values(host, torch.Generator().manual_seed(self.seed)).items():
+        for name, values in self.first_values(host, self.generator()).items():
             self.get_parameter(name).copy_(values)
         self.initialised = True
 
@@ -93,23 +90,6 @@ class Added(nn.Module):
                 f"{self.config.method}: it has no values yet; ll.inject(model, config) gives them to what was on the "
                 "meta device"
             )
-
-    def reset_parameters(self) -> None:
-        """Called by whoever materialises a meta model; the real values follow."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.zeros_(parameter)
-        self.initialised = not self._parameters
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Added":
-        """Moves with the model, but a cast of the model casts masters to float64 only, never down."""
-        super()._apply(keeping_masters(fn, self.master_dtype), recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the bare base loads strictly: what was added is not missed in it."""
-        if any(prefix + name in state_dict for name in self._parameters):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self.initialised = True
 
 
 class Found(NamedTuple):

@@ -11,4 +11,5 @@ def is_finite(tensor: Tensor, largest: float = torch.inf) -> bool:
         return True
     values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no sums
     low, high = torch.aminmax(values)  # both are NaN if any value is
-    return bool(low > -torch.inf) and bool(high < torch.inf) and bool(low >= -largest) and bool(high <= largest)
+    most = min(largest, torch.finfo(values.dtype).max)
+    return bool((low >= -most) & (high <= most))

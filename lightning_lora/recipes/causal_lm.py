@@ -9,45 +9,35 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.errors import UnsupportedError
-from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
-from lightning_lora.recipes.generation import generate_texts
-from lightning_lora.recipes.measures import TokenMeasures, hits
+from lightning_lora.recipes.language import LanguageModel
+from lightning_lora.recipes.measures import TokenMeasures
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.packing import in_one_row
 
-LARGE = 1 << 14  # tokens of a vocabulary whose logits are not made all at once
 
-
-class CausalLM(Recipe):
+class CausalLM(LanguageModel):
     r"""A causal language model that learns to continue.
 
     .. math:: \ell = -\frac{1}{|R|} \sum_{t \in R} \log p(x_t | x_{<t})
 
     R are the tokens of a step with a label, those of accumulated batches and of other devices among them: tokens of
-    responses and their ends, of the assistant, or all of a plain text. With a large vocabulary the logits are never
-    there for all tokens at once (`linear_cross_entropy`), where the head is one product and nothing is sharded.
+    responses and their ends, of the assistant, or all of a plain text.
 
     Logs ``train/loss``, ``val/loss``, ``val/perplexity``, ``val/token_accuracy`` and ``test/...``. In ``predict`` it
     generates.
 
     Args:
         base: A folder, an id of the hub, or ``demo`` for the model in this package.
-        max_new_tokens: Of a generated text, at most.
-        generation: More arguments of ``generate``: ``{do_sample: true, temperature: 0.7}``.
-        **options: See `Recipe`.
+        **options: See `LanguageModel`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("messages", "prompt", "text")
 
-    def __init__(
-        self, base: str, *, max_new_tokens: int = 128, generation: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, base: str, **options: Any) -> None:
         super().__init__(base, **options)
-        self.max_new_tokens, self.generation = max_new_tokens, generation or {}
         self.measures = nn.ModuleDict({name: TokenMeasures() for name in ("val", "val_base", "test")})
-        self._by_parts: bool | None = None
         self._one_row: bool | None = None
 
     @override
@@ -64,29 +54,14 @@ class CausalLM(Recipe):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         count = int((targets != IGNORED).sum())
-        if self._in_parts():
-            hidden, head = self.model.base_model(**inputs, use_cache=False)[0], self.model.get_output_embeddings()
-            loss = linear_cross_entropy(hidden, head, targets)
-            return loss, hits(hidden, head, targets) if measure else None, count
-        logits = self.model(**inputs, use_cache=False).logits
-        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return loss, hits(logits, nn.Identity(), targets) if measure else None, count
+        scores = self.scores(inputs)
+        return scores.losses(targets), scores.hits(targets) if measure else None, count
 
     def _in_one_row(self) -> bool:
         """Whether the rows of a packed batch go behind each other; tried here where there is a batch before a fit."""
         if self._one_row is None:
             self._one_row = check_isolation(self)
         return self._one_row
-
-    def _in_parts(self) -> bool:
-        """Whether hidden states and head are had apart, which is tried once: some models do more to their logits."""
-        if self._by_parts is None:
-            head = self.model.get_output_embeddings()
-            sharded = self.device_mesh is not None or "FSDP" in type(getattr(self._trainer, "strategy", None)).__name__
-            large = not sharded and isinstance(head, nn.Linear) and head.out_features >= LARGE
-            self._by_parts = large and is_plain(self, head)
-        return self._by_parts
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -101,22 +76,6 @@ class CausalLM(Recipe):
         measures.take(loss, found, count)
         for key, metric in measures.items():
             self.log(f"{name}/{key}", metric, on_step=False, on_epoch=True, prog_bar=key != "token_accuracy")
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Texts that the model puts behind prompts."""
-        return generate_texts(self, batch, max_new_tokens=self.max_new_tokens, **self.generation)
-
-
-def is_plain(recipe: Recipe, head: nn.Module) -> bool:
-    """Whether a model's logits are its head's, of its last hidden states, and nothing else."""
-    with recipe.evaluated() as model:
-        ids = torch.arange(1, 5, device=recipe.device)[None]
-        mask = torch.ones_like(ids)
-        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        base: Any = model.base_model
-        parts = head(base(input_ids=ids, attention_mask=mask, use_cache=False)[0])
-    return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
 def check_isolation(recipe: Recipe) -> bool:

@@ -11,8 +11,7 @@ from lightning_lora.checks import is_number
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
-from lightning_lora.recipes.generation import generate_texts
-from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.language import LanguageModel
 from lightning_lora.state import adapters
 from lightning_lora.switching.contexts import disable_adapters
 
@@ -41,7 +40,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
-class DPO(Recipe):
+class DPO(LanguageModel):
     r"""Learns from preferences, see `dpo_loss`. The reference is the frozen base: there is no second model in memory.
 
     Dropout of the base is turned off, so that policy and reference differ by the adapters only. For ``train``, ``val``
@@ -52,22 +51,12 @@ class DPO(Recipe):
     Args:
         base: A folder, an id of the hub, or ``demo`` for the model in this package.
         beta: How much leaving the reference costs.
-        max_new_tokens: Of a generated text, at most.
-        generation: More arguments of ``generate``.
-        **options: See `Recipe`. There is no ``compare_base``: every value is one against the base.
+        **options: See `LanguageModel`. There is no ``compare_base``: every value is one against the base.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("preference",)
 
-    def __init__(
-        self,
-        base: str,
-        *,
-        beta: float = 0.1,
-        max_new_tokens: int = 128,
-        generation: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, base: str, *, beta: float = 0.1, **options: Any) -> None:
         super().__init__(base, **options)
         if not is_number(beta) or beta <= 0:
             raise ConfigError(f"DPO: beta must be a positive number, got {beta!r}")
@@ -76,7 +65,7 @@ class DPO(Recipe):
                 "DPO: compare_base=True would tell nothing: the base is the reference, so its margin is 0 and its loss "
                 "log 2 on any data: leave compare_base out"
             )
-        self.beta, self.max_new_tokens, self.generation = beta, max_new_tokens, generation or {}
+        self.beta = beta
 
     @override
     def adjust(self, config: Any) -> None:
@@ -97,11 +86,8 @@ class DPO(Recipe):
         both = []
         for prefix in ("", "rejected_"):
             inputs = {key: batch[f"{prefix}{key}"] for key in ("input_ids", "attention_mask")}
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1]
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            targets = batch[f"{prefix}labels"][:, 1:]
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-            both.append(-losses.view(targets.shape).sum(1))
+            targets = F.pad(batch[f"{prefix}labels"][:, 1:], (0, 1), value=IGNORED)
+            both.append(-self.scores(inputs).losses(targets, "none").sum(1))
         return both[0], both[1]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,8 +122,3 @@ class DPO(Recipe):
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_all("test", self.loss(batch)[1], batch)
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Texts that the model puts behind prompts."""
-        return generate_texts(self, batch, max_new_tokens=self.max_new_tokens, **self.generation)

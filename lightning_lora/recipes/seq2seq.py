@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -10,11 +9,10 @@ from typing_extensions import override
 
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
-from lightning_lora.recipes.generation import generate_texts
-from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.language import LanguageModel
 
 
-class Seq2SeqLM(Recipe):
+class Seq2SeqLM(LanguageModel):
     r"""An encoder and a decoder that learn :math:`\ell = -\frac{1}{|y|} \sum_t \log p(y_t | y_{<t}, x)`.
 
     y are the tokens of all responses of a step, those of accumulated batches and of other devices among them. Logs
@@ -24,18 +22,14 @@ class Seq2SeqLM(Recipe):
     Args:
         base: A folder or an id of the hub.
         max_new_tokens: Of a generated text, at most.
-        generation: More arguments of ``generate``: ``{num_beams: 4}``.
-        **options: See `Recipe`.
+        **options: See `LanguageModel`; ``generation: {num_beams: 4}``, say.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("prompt",)
     separate: ClassVar[bool] = True
 
-    def __init__(
-        self, base: str, *, max_new_tokens: int = 64, generation: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        super().__init__(base, **options)
-        self.max_new_tokens, self.generation = max_new_tokens, generation or {}
+    def __init__(self, base: str, *, max_new_tokens: int = 64, **options: Any) -> None:
+        super().__init__(base, max_new_tokens=max_new_tokens, **options)
         self.measures: Any = nn.ModuleDict()
 
     @property
@@ -62,9 +56,9 @@ class Seq2SeqLM(Recipe):
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch's tokens."""
-        logits = self.model(**batch, use_cache=False).logits
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}  # of which it would make another loss
+        inputs["decoder_input_ids"] = decoder_inputs(self.model, batch["labels"])
+        return self.scores(inputs).losses(batch["labels"])
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -77,7 +71,7 @@ class Seq2SeqLM(Recipe):
         measures["loss"].update(self.loss(batch), int((labels != IGNORED).sum()))
         kept = [row[row != IGNORED] for row in labels]
         wanted = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        made = [made["prediction"] for made in self._generate(batch)]
+        made = [made["prediction"] for made in self.predict_step(batch, 0)]
         measures["rouge"].update(made, wanted)
         measures["bleu"].update(made, [[text] for text in wanted])
 
@@ -105,10 +99,12 @@ class Seq2SeqLM(Recipe):
         for metric in measures.values():
             metric.reset()
 
-    def _generate(self, batch: Batch) -> list[dict[str, Any]]:
-        return generate_texts(self, batch, max_new_tokens=self.max_new_tokens, **self.generation)
 
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Texts for prompts."""
-        return self._generate(batch)
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder is given to make labels (rows, tokens) of: each behind the one before it, as transformers does."""
+    if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
+        ids: Tensor = own(labels=labels)
+        return ids
+    config = model.config  # of the families that have no method, such as NLLB's
+    ids = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return ids.masked_fill(ids == IGNORED, config.pad_token_id)

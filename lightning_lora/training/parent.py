@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_lora.from_data.settle import adopt_ranks
 from lightning_lora.injection.inject import carry_out
-from lightning_lora.injection.owned import without_owned
 from lightning_lora.names import clean, last_part
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, load_adapter_state
@@ -66,7 +65,6 @@ def _receive(requests: list[Request], load: Callable[..., Any], state: dict[str,
                     "that were started: load the checkpoint with ll.load_from_checkpoint"
                 )
                 return load(state, **kwargs)
-            plan = without_owned(model, request.config, plan, request.adapter_name)
             carry_out(model, request.config, plan, request.adapter_name, request.dtype)
     own = {clean(key): value for key, value in state.items()}
     adopt_ranks(model, own)

@@ -19,7 +19,6 @@ from lightning_lora.inits import Stage
 from lightning_lora.injection.asked import settled
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import carry_out, initialise, withdraw, withdrawn_on_error
-from lightning_lora.injection.owned import without_owned
 from lightning_lora.loading.load import read_stored
 from lightning_lora.loading.placement import place
 from lightning_lora.methods.method import MethodConfig
@@ -142,10 +141,10 @@ class Phases:
         notes, names = list[str](), {request.adapter_name for request in self._requests}
         for request, plan, problems in drafts:
             if not problems:
-                plan = without_owned(self._model, request.config, plan, request.adapter_name, names)
-                notes += plan.notes
-                carry_out(self._model, request.config, plan, request.adapter_name, request.dtype, self._seed)
-                self.plans[request.adapter_name] = plan
+                name, options = request.adapter_name, (request.dtype, self._seed)
+                done = carry_out(self._model, request.config, plan, name, *options, together=names)
+                notes += done.notes
+                self.plans[name] = done
         initialise(self._model, Stage.INJECTED)
         return list(dict.fromkeys(notes))
 

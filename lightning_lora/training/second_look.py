@@ -8,9 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.errors import DeadAdapterError, listing
-from lightning_lora.methods.added import Added
+from lightning_lora.ops.masters import Masters
 from lightning_lora.training.watch import DIVERGED, Watch
 
 BATCHES = 10  # optimizer steps in which no gradient comes
@@ -65,4 +64,4 @@ def _unreached(names: list[str], steps: int) -> str:
 
 
 def _is_adapter(holder: nn.Module) -> bool:
-    return isinstance(holder, (Adapter, Added))
+    return isinstance(holder, Masters)

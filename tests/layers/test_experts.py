@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import lightning_lora as ll
 from lightning_lora.layers import lazy, lora_layers, read
-from lightning_lora.layers.lazy import Lazy, Part
+from lightning_lora.layers.lazy import Lazy, Update
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -110,7 +110,7 @@ def test_dropout_acts_on_what_the_experts_get(semantics, monkeypatch):
     A, B = torch.randn(3, 2, 4).double(), torch.randn(3, 5, 2).double()
     gain = None if semantics is None else torch.rand(3, 5).double() + 0.5
     monkeypatch.setattr(lazy, "dropout", lambda x, p, training: x / (1 - p) if training else x)
-    stack = lazy._lazy(W, [Part(A, B, 1.7, gain, 0.2, semantics == "input")], False)
+    stack = lazy._lazy(W, [Update(A, B, 1.7, gain, 0.2, semantics == "input")], False)
     update = 1.7 * (x / 0.8) @ A[1].T @ B[1].T
     expected = x @ W[1].T + update
     if gain is not None:
@@ -124,7 +124,7 @@ def test_whatever_is_done_to_a_stack_is_right(dora):
     W, x = torch.randn(3, 5, 4).double(), torch.randn(3, 6, 4).double()
     A, B = torch.randn(3, 2, 4).double(), torch.randn(3, 5, 2).double()
     gain = torch.rand(3, 5).double() + 0.5 if dora else None
-    stack = lazy._lazy(W, [Part(A, B, 1.7, gain, 0.0, True)], False)
+    stack = lazy._lazy(W, [Update(A, B, 1.7, gain, 0.0, True)], False)
     dense = (W + 1.7 * B @ A) * (1 if gain is None else gain[..., None])
     index = torch.tensor([2, 0, 2])
     for operation in (

@@ -12,7 +12,6 @@ from torchmetrics.text import Perplexity
 
 import lightning_lora as ll
 from lightning_lora.recipes import DPO, CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule, dpo_loss
-from lightning_lora.recipes.causal_lm import is_plain
 from tests.recipes import files
 
 pytestmark = pytest.mark.filterwarnings(
@@ -99,29 +98,6 @@ def test_perplexity_is_torchmetrics_own(llama, tmp_path):
         count += int((labels != -100).sum())
     assert found["val/perplexity"] == pytest.approx(float(metric.compute()), rel=1e-5)
     assert found["val/token_accuracy"] == pytest.approx(hits / count)
-
-
-@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("gemma2", False)])
-def test_large_vocabularies_give_the_same_loss_without_all_logits(family, plain, monkeypatch):
-    sizes = {**files.SIZES, **files.IDS, "vocab_size": 320, "num_key_value_heads": 2}
-    config = {
-        "llama": lambda: tf.LlamaConfig(**sizes),
-        "gemma2": lambda: tf.Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5),
-    }[family]()
-    monkeypatch.setattr("lightning_lora.recipes.causal_lm.LARGE", 100)
-    module = CausalLM("none")
-    module.model = tf.AutoModelForCausalLM.from_config(config).double()
-    assert is_plain(module, module.model.get_output_embeddings()) == plain
-    ids = torch.randint(3, 320, (2, 9))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids < 60, -100)}
-    loss, hits, count = module.loss(batch, measure=True)
-    assert module._by_parts == plain
-    module._by_parts = False
-    whole, hits_of_whole, _ = module.loss(batch, measure=True)
-    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loss, module.model(**batch).loss.to(loss.dtype), rtol=1e-6, atol=1e-6)
-    assert hits == hits_of_whole
-    assert count == int((batch["labels"][:, 1:] != -100).sum())
 
 
 @pytest.mark.parametrize(("packing", "workers"), [(False, 0), (False, 1), (True, 0)])
