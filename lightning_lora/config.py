@@ -230,9 +230,14 @@ class Quantization:
     blocksize: int = 64
 
     @classmethod
-    def of(cls, spec: "str | Quantization") -> "Quantization":
-        """The settings that a mode alone stands for, or those that were given."""
-        return cls(mode=spec) if isinstance(spec, str) else spec  # type: ignore[arg-type]
+    def of(cls, spec: Any) -> "Quantization":
+        """The settings that a mode alone stands for, or those that were given; else ConfigError."""
+        if isinstance(spec, str):
+            return cls(mode=spec)  # type: ignore[arg-type]
+        if not isinstance(spec, Quantization):
+            hint = f". Give ll.Quantization(**{spec!r})" if isinstance(spec, dict) else ""
+            raise ConfigError(f"quantization must be one of {', '.join(MODES)} or a Quantization, got {spec!r}{hint}")
+        return spec
 
     def __post_init__(self) -> None:
         problems = [

@@ -13,6 +13,7 @@ Each message says what was wrong, what was found, and what to do next.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LightningLoRAError(Exception):
@@ -54,8 +55,10 @@ def raise_all(error: type[LightningLoRAError], problems: Iterable[str], context:
         raise raised
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'q_proj', 'k_proj'?``, or an empty string when nothing is close."""
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """`` Did you mean 'q_proj', 'k_proj'?``, or an empty string when nothing is close, and for what is no word."""
+    if not isinstance(word, str):
+        return ""
     close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -101,6 +102,26 @@ def test_a_name_belongs_to_one_configuration():
     assert len(ll.adapter_state_dict(model, "other")) == 4
     with pytest.raises(ll.ConfigError, match="there is no adapter 'othre'. Did you mean 'other'"):
         ll.adapter_state_dict(model, "othre")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ll.LoRA(r=2), r"the callback LoRA, which a Trainer takes: give its configuration, LoRAConfig\(\.\.\.\)"),
+        (ll.comparators.BitFit(), r"the callback BitFit, .* BitFitConfig\(\.\.\.\)"),
+        (peft.LoraConfig(r=2), "PEFT's LoraConfig: the fields of ll.LoRAConfig have the same names"),
+        ({"r": 2}, r"dict: give ll.LoRAConfig\(\*\*{'r': 2}\)"),
+        ("all-linear", "'all-linear'"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_configuration(config, message):
+    model = nn.Sequential(nn.Linear(4, 4))
+    for given in (ll.plan, ll.inject):
+        with pytest.raises(ll.ConfigError, match=f"config must be a LoRAConfig, got {message}"):
+            given(model, config)
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_several_adapters_add_up():

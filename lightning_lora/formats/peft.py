@@ -30,7 +30,7 @@ def save_adapter(
         step: The optimizer step, to be noted.
 
     Raises:
-        ConfigError: If there is no such adapter, or the folder can't be replaced.
+        ConfigError: If there is no such adapter, or the folder holds a model or can't be replaced.
         CheckpointError: If the adapter holds values that are not finite, or none yet.
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
     """

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack, within
-from lightning_lora.formats.model_folder import CONFIG as MODEL_CONFIG
 from lightning_lora.formats.peft_export import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
 from lightning_lora.formats.peft_parts import joined_from
 from lightning_lora.formats.peft_tokens import ROWS
-from lightning_lora.formats.peft_write import write_peft_folder
+from lightning_lora.formats.peft_write import check_no_model, write_peft_folder
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.names import joined, relative
 
-_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 _TABLE_ENDS = {**_ENDS, "A": "lora_embedding_A", "B": "lora_embedding_B"}
 
@@ -47,7 +45,7 @@ def export_checkpoint(
         ConfigError: If the folder can't be replaced or holds a model, or there is no adapter of that name.
     """
     path = Path(checkpoint)
-    raise_all(ConfigError, _model_problems(Path(folder)), "export")
+    check_no_model(folder)
     whole = read_checkpoint(path)
     stored = checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name), "export")
@@ -65,15 +63,6 @@ def export_checkpoint(
     layers = len(stored.layers) - sum(len(parts) - 1 for parts in record["parts"].values())  # parts of one are one
     write_peft_folder(folder, tensors, fields, entry, layers, record["notes"])
     return name
-
-
-def _model_problems(folder: Path) -> Iterator[str]:
-    weights = sorted(path.name for kind in _MODEL_WEIGHTS for path in folder.glob(kind))
-    if weights and (folder / MODEL_CONFIG).is_file():
-        yield (
-            f"{folder} holds a model ({listing([MODEL_CONFIG, *weights], 4)}), which transformers would load with this "
-            "adapter from then on: give another folder"
-        )
 
 
 def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning_lora.formats.fingerprint import compare, fingerprint
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, PROMPTS, parse_config, shown
 from lightning_lora.formats.peft_tasks import task_of
-from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, decode, encode
+from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, check_no_model, decode, encode
 from lightning_lora.formats.tensor_write import write_tensors
 from lightning_lora.formats.tensors import TensorFile, all_finite
 from lightning_lora.injection.copies import bring, put_in_place, tensors_of, values_of
@@ -73,7 +73,8 @@ class Exported:
         return self.fields["modules_to_save"] or []
 
     def write(self, folder: str | os.PathLike[str], step: int | None) -> None:
-        """Writes the folder, as a whole or not at all."""
+        """Writes the folder, as a whole or not at all; refuses one that holds a model."""
+        check_no_model(folder)
         entry = {"format": FORMAT, "peft": self.fields, "adapter_name": self.adapter_name, "step": step}
         base = fingerprint(self.root, adapter_name=self.adapter_name)
         entry |= {"config": self.config.to_dict(), "base": encode(base)}

@@ -3,16 +3,20 @@
 import base64
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.errors import ConfigError, listing
 from lightning_lora.formats.card import write_card
 from lightning_lora.formats.folder import whole_folder
+from lightning_lora.formats.model_folder import CONFIG as MODEL_CONFIG
 from lightning_lora.formats.peft_config import CONFIG, write_config
 from lightning_lora.formats.tensor_write import write_tensors
 
+_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 
@@ -34,13 +38,31 @@ def write_peft_folder(
         entry: What else there is to say: the adapter's name, its own configuration, base, starts and step.
         layers: How many layers it is on.
         notes: What who loads it should know.
+
+    Raises:
+        ConfigError: If the folder holds a model.
     """
+    check_no_model(folder)
     base = entry.get("base")
     described = {k: v for k, v in entry.items() if k != "base"} | ({} if base is None else {"base": encode(base)})
     with whole_folder(folder, frozenset({CONFIG, WEIGHTS})) as staged:
         write_tensors(staged / WEIGHTS, tensors, {"format": FORMAT, "peft": fields, **described})
         write_config(staged, fields)
         write_card(staged, fields, layers, sum(tensor.numel() for tensor in tensors.values()), notes)
+
+
+def check_no_model(folder: str | os.PathLike[str]) -> None:
+    """Refuses to put an adapter beside a base model.
+
+    Raises:
+        ConfigError: If the folder holds one.
+    """
+    weights = sorted(path.name for kind in _MODEL_WEIGHTS for path in Path(folder).glob(kind))
+    if weights and (Path(folder) / MODEL_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} holds a model ({listing([MODEL_CONFIG, *weights], 4)}), which transformers would load with this "
+            "adapter from then on: give another folder"
+        )
 
 
 def encode(base: dict[str, Any]) -> dict[str, Any]:

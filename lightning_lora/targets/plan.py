@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import TargetError, listing, raise_all
+from lightning_lora.errors import ConfigError, TargetError, listing, raise_all
 from lightning_lora.layers import Part
 from lightning_lora.marks import BROKEN
 from lightning_lora.methods.method import Addition, MethodConfig
@@ -86,6 +87,7 @@ def plan(model: nn.Module, config: LoRAConfig | MethodConfig) -> Plan:
         config: What is asked for.
 
     Raises:
+        ConfigError: If it is no configuration that is given.
         TargetError: With every pattern that matches nothing, and everything about the model that stands in the way.
 
     Example:
@@ -101,7 +103,13 @@ def plan(model: nn.Module, config: LoRAConfig | MethodConfig) -> Plan:
 def draft(
     model: nn.Module, config: LoRAConfig | MethodConfig, tree: dict[str, Node] | None = None
 ) -> tuple[Plan, list[str]]:
-    """The plan as far as it goes, and what is wrong with it: for models that are not complete yet."""
+    """The plan as far as it goes, and what is wrong with it: for models that are not complete yet.
+
+    Raises:
+        ConfigError: If it is no configuration that is given.
+    """
+    if not isinstance(config, (LoRAConfig, MethodConfig)):
+        raise ConfigError(f"config must be a LoRAConfig, got {_described(config)}")
     tree = nodes(model) if tree is None else tree
     of_peft = {cls for cls in {type(n.module) for n in tree.values()} if _is_peft(cls)}
     peft = [n.name or type(n.module).__name__ for n in tree.values() if type(n.module) in of_peft]
@@ -170,6 +178,20 @@ def _draft_method(
         *problems,
         *places.problems,
     ]
+
+
+def _described(config: Any) -> str:
+    """What was given instead of a configuration, and the way out."""
+    kind, is_ours = type(config).__name__, isinstance(getattr(config, "config", None), (LoRAConfig, MethodConfig))
+    if is_ours:
+        return f"the callback {kind}, which a Trainer takes: give its configuration, {kind}Config(...)"
+    if _is_of_peft(type(config)):
+        return f"PEFT's {kind}: the fields of ll.LoRAConfig have the same names"
+    return f"{kind}: give ll.LoRAConfig(**{config!r})" if isinstance(config, dict) else repr(config)
+
+
+def _is_of_peft(cls: type) -> bool:
+    return any(c.__module__.partition(".")[0] == "peft" for c in cls.__mro__)
 
 
 def _is_peft(cls: type) -> bool:

@@ -134,7 +134,7 @@ def test_a_model_gets_no_adapter_beside_it(weights, tmp_path, capsys):
     for name in ("config.json", weights, "tokenizer.json"):
         (model / name).write_text("{}")
     said = fails(2, capsys, "export", tmp_path / "run.ckpt", model)
-    assert f"export: {model} holds a model (config.json, {weights})" in said
+    assert f"{model} holds a model (config.json, {weights})" in said
     assert "give another folder" in said
     assert not (model / "adapter_config.json").exists()
     (model / weights).unlink()

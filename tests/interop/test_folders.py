@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora import comparators
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import CASES, VARIANTS, config_for, randomise
 
@@ -322,6 +323,20 @@ def test_other_files_in_the_folder_stay(tmp_path):
     assert (folder / "more" / "adapter_config.json").read_text() == "mine too"
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert not [p for p in tmp_path.iterdir() if p != folder]
+
+
+@pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), comparators.PromptTuningConfig(num_virtual_tokens=3)])
+def test_a_folder_with_its_base_model_gets_none(tmp_path, config):
+    """Transformers would load it with the model from then on, unasked."""
+    model = FAMILIES["llama"].make()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ll.inject(model, config)
+    with pytest.raises(ll.ConfigError, match=r"holds a model \(config.json, model.safetensors\), .*another folder"):
+        ll.save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    ll.save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_card_that_somebody_else_wrote_stays(tmp_path):

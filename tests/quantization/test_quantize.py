@@ -628,6 +628,11 @@ def test_packing_in_pieces_is_what_bitsandbytes_does(monkeypatch, mode, shape):
 def test_bad_input():
     with pytest.raises(ll.ConfigError, match="Did you mean 'nf4'"):
         ll.quantize(build(), "nf5")
+    for wrong in (None, 4, {"mode": "nf4"}):
+        with pytest.raises(
+            ll.ConfigError, match=r"must be one of nf4, .* or a Quantization, got (None|4|{.*Quantization)"
+        ):
+            ll.quantize(nn.Linear(64, 64), wrong)
     with pytest.raises(ll.ConfigError, match="blocksize must be a power of two from 32 to 4096, got 8192"):
         ll.Quantization(blocksize=8192)
     with pytest.raises(ll.TargetError, match="no linear that can be quantised"):
