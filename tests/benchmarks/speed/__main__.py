@@ -28,6 +28,7 @@ from tests.benchmarks.speed import docs
 from tests.benchmarks.speed.figure import draw
 from tests.benchmarks.speed.measure import SECONDS, SIZES, measure
 from tests.benchmarks.speed.tables import Results, tables
+from tests.benchmarks.speed.timing import frozen
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -77,7 +78,8 @@ def _measured(options: argparse.Namespace, out: Path | None) -> list[str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        results = measure(options, before, partial(write, path=path) if path else lambda _: None)
+        with frozen():
+            results = measure(options, before, partial(write, path=path) if path else lambda _: None)
     finally:
         torch.set_num_threads(threads)
     text, console = "\n\n".join(tables(results)), Console()
