@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv demo test test-deepspeed test-kernels bench check docs clean
+.PHONY: venv demo test test-deepspeed test-kernels bench check lint types docs clean
 
 venv: $(READY)
 
@@ -22,7 +22,7 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m gloo --durations=25 tests
 
 # DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
-.deepspeed: constraints.txt
+.deepspeed: constraints.txt | $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--target .deepspeed -c constraints.txt deepspeed einops hjson msgpack ninja py-cpuinfo
 
@@ -31,7 +31,7 @@ test-deepspeed: venv .deepspeed
 
 # Triton comes with torch for CUDA, which says which version, and not with torch for CPUs. It interprets its kernels here,
 # and compiles them for GPUs that aren't.
-.triton: Makefile
+.triton: Makefile | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .triton --upgrade triton==3.9.0
 	@touch $@
 
@@ -42,9 +42,13 @@ test-kernels: venv .triton
 bench: venv
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
-check: venv docs
+check: lint types docs
+
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
 	$(BIN)/mypy
 
 docs: venv

@@ -40,7 +40,7 @@ def held_bytes(loss: Callable[[], Tensor]) -> int:
 
     The first call isn't counted, so that what is computed once and kept for all steps is none of them.
     """
-    loss().backward()
+    loss()
     with Storages() as storages:
         value = loss()
     held = storages.alive()
