@@ -4,8 +4,8 @@ from lightning_lora.layers import activation, conv, conv1d, embedding, quantized
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
 from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.layouts import layouts
-from lightning_lora.layers.parts import Fused, Part, parts
-from lightning_lora.layers.read import Reading, ReadWeight, read_layers, read_weights, readable
+from lightning_lora.layers.parts import Fused, Part
+from lightning_lora.layers.read import Reading, ReadWeight, read_layers, readable
 from lightning_lora.layers.reading import asked_of, is_without_gradients, leaves_alone, weights_read
 from lightning_lora.layers.registry import (
     has_own_forward,
@@ -15,6 +15,7 @@ from lightning_lora.layers.registry import (
     registered_base,
 )
 from lightning_lora.layers.siblings import arrange
+from lightning_lora.layers.stand_in import StandIn, stand_ins
 from lightning_lora.layers.swap import (
     LockedStatistics,
     attach,
@@ -36,6 +37,7 @@ __all__ = [
     "Part",
     "ReadWeight",
     "Reading",
+    "StandIn",
     "arrange",
     "asked_of",
     "attach",
@@ -52,13 +54,12 @@ __all__ = [
     "lora_layers",
     "named_base_modules",
     "original_type",
-    "parts",
     "reaches_base_forward",
     "read_layers",
-    "read_weights",
     "readable",
     "rebase",
     "registered_base",
+    "stand_ins",
     "undressed",
     "unlock_statistics",
     "weights_read",

@@ -5,24 +5,22 @@ The layer gets another class, which adds to its output what the adapters on its 
 has a rank, a scale, an initialisation and magnitudes of its own.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.adapters.lora import LoRAAdapter
-from lightning_lora.layers.base import Base, LoRALayer
-from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.layouts import Layout
 from lightning_lora.layers.registry import adapts, kind_of_layer
-from lightning_lora.marks import MERGED
+from lightning_lora.layers.stand_in import LoRAStandIn, Owner, StandIn, stand_ins
 from lightning_lora.names import joined
 from lightning_lora.ops.products import add_low_rank, low_rank_product
 from lightning_lora.quantization import dense, is_quantized
 
 
-class Part(nn.Module):
+class Part(StandIn):
     """Stands for some rows of a layer's weight.
 
     Args:
@@ -32,16 +30,9 @@ class Part(nn.Module):
     """
 
     def __init__(self, owner: Any, name: str, layout: Layout) -> None:
-        super().__init__()
-        self.lora_place = owner, owner, "weight"  # in a tuple, or it would be a child
-        self.lora_name, self.lora_layout = name, layout
+        super().__init__(owner, owner, "weight", name)
+        self.lora_layout = layout
         self.lora_shape = layout.outputs, kind_of_layer(owner).lora_matrix_shape(owner)[1]
-        self.training = owner.training
-
-    @property
-    def weight(self) -> Any:
-        """That of the layer."""
-        return self.lora_place[0].weight
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -49,17 +40,13 @@ class Part(nn.Module):
 
 
 @adapts(f"{__name__}.Part")
-class LoRAPart(LoRALayer):
+class LoRAPart(LoRAStandIn):
     """x (..., in) meets A (r, in) and B (out, r), whose product is added to some outputs of the layer."""
 
     lora_is_part = True
 
-    lora_place: tuple[Any, Any, str]
     lora_layout: Layout
     lora_shape: tuple[int, int]
-
-    if TYPE_CHECKING:
-        weight: Any
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,20 +122,9 @@ class LoRAPart(LoRALayer):
         bias = self.lora_place[0]._parameters.get("bias")
         return None if bias is None else self.lora_layout.of_rows(bias).flatten()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Comes behind its layer, which has told whether the weight is a new one (`Fused`)."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if vars(self).pop(_COMES, False) and not self.weight.is_meta:
-            self.lora_follow()
 
-
-_COMES = "_lora_weight_comes"  # on a `LoRAPart`, while a state dict is loaded that has its layer's weight
-
-
-class Fused(Base):
+class Fused(Owner):
     """A layer with adapters on parts of its output."""
-
-    lora_plain_class: ClassVar[type[nn.Module]]
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,18 +134,7 @@ class Fused(Base):
                 out = part(input, out)
         return out
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """New values are told to the adapters on them, and refused while they would overwrite merged ones."""
-        if f"{prefix}weight" in state_dict:
-            for part in parts(self):
-                if MERGED in vars(part):
-                    args[-1].append(f"adapters are merged into {prefix}weight: call ll.unmerge before loading weights")
-                    return
-                vars(part)[_COMES] = True
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def parts(layer: nn.Module) -> list[Part]:
     """The parts of a layer that have adapters."""
-    kept = layer._modules[CHILD] if CHILD in layer._modules else None  # noqa: SIM401  (jit has no get)
-    return [] if kept is None else [part for part in kept._modules.values() if isinstance(part, Part)]
+    return [part for part in stand_ins(layer) if isinstance(part, Part)]

@@ -5,25 +5,20 @@ holds the adapted weight. The adapters sit on a `ReadWeight`, a layer that stand
 that parameter, and what it returns is what the reader shall see. So everything that holds for layers holds here.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_lora.layers.base import Base, LoRALayer
-from lightning_lora.layers.find import CHILD
 from lightning_lora.layers.lazy import lazily
 from lightning_lora.layers.reading import weights_read
 from lightning_lora.layers.registry import adapts, registered_base
-from lightning_lora.marks import MERGED
+from lightning_lora.layers.stand_in import LoRAStandIn, Owner, StandIn, stand_ins
 from lightning_lora.ops.stacks import add_product
 
-if TYPE_CHECKING:
-    from lightning_lora.layers.parts import Part
 
-
-class ReadWeight(nn.Module):
+class ReadWeight(StandIn):
     """Stands for a parameter: a matrix (out, in), or a stack of matrices (n, out, in).
 
     Args:
@@ -34,18 +29,9 @@ class ReadWeight(nn.Module):
     """
 
     def __init__(self, reader: nn.Module, holder: nn.Module, key: str, name: str) -> None:
-        super().__init__()
-        self.lora_place = reader, holder, key  # in a tuple, or they would be children
-        self.lora_name = name
+        super().__init__(reader, holder, key, name)
         parameter = getattr(holder, key)  # FSDP is going to flatten it
         self.lora_shape: tuple[int, ...] = () if is_lazy(parameter) else tuple(parameter.shape)
-        self.training = reader.training
-
-    @property
-    def weight(self) -> Any:
-        """The parameter."""
-        _, holder, key = self.lora_place
-        return getattr(holder, key)
 
     @property
     def transposed(self) -> bool:
@@ -72,19 +58,16 @@ _STANDS_FOR: dict[Any, type[ReadWeight]] = {nn.Linear: ReadLinear, nn.Embedding:
 
 
 @adapts(f"{__name__}.ReadWeight")
-class LoRARead(LoRALayer):
+class LoRARead(LoRAStandIn):
     """The weight is the input: W + Σ ΔW comes out, to be read.
 
     There is nothing that ``lora_dropout`` could drop, unless the weight is a stack: that is adapted only where it is
     multiplied (`lightning_lora.layers.lazy`).
     """
 
-    lora_place: tuple[nn.Module, nn.Module, str]
-    lora_name: str
     lora_shape: tuple[int, ...]
     if TYPE_CHECKING:
         transposed: bool
-        weight: Any
 
     @override
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -136,16 +119,6 @@ class LoRARead(LoRALayer):
     def lora_drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         return x
 
-    @override
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Comes behind the reader, which has told whether the parameter gets new values (`Reading`)."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if vars(self).pop(_COMES, False) and not self.weight.is_meta:
-            self.lora_follow()
-
-
-_COMES = "_lora_weight_comes"  # on a `LoRARead`, while a state dict is loaded that has its parameter
-
 
 @adapts(f"{__name__}.ReadLinear")
 class LoRAReadLinear(LoRARead):
@@ -154,10 +127,8 @@ class LoRAReadLinear(LoRARead):
     lora_dense_linear = True
 
 
-class Reading(Base):
+class Reading(Owner):
     """A module in whose forward some parameters are adapted ones."""
-
-    lora_plain_class: ClassVar[type[nn.Module]]
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,47 +148,10 @@ class Reading(Base):
                 _put(holder, key, weight)
             _reread(self)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """New values are told to the adapters on them, and refused while they would overwrite merged ones."""
-        for site in read_weights(self):
-            if f"{prefix}{site.lora_name}" in state_dict:
-                if MERGED in vars(site):
-                    merged = f"{prefix}{site.lora_name}"
-                    args[-1].append(f"adapters are merged into {merged}: call ll.unmerge before loading weights")
-                    return
-                if isinstance(site, LoRALayer):
-                    vars(site)[_COMES] = True
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def read_weights(reader: nn.Module) -> list[ReadWeight]:
     """The parameters of a reader that have adapters."""
-    kept = reader._modules[CHILD] if CHILD in reader._modules else None  # noqa: SIM401  (jit has no get)
-    return [] if kept is None else [site for site in kept.modules() if isinstance(site, ReadWeight)]
-
-
-def install(site: "ReadWeight | Part") -> None:
-    """Makes a site a child of its reader, at a path that is the parameter's name."""
-    reader, *path = site.lora_place[0], CHILD, *site.lora_name.split(".")
-    module: Any = reader
-    for part in path[:-1]:
-        if part not in module._modules:
-            module.add_module(part, nn.ModuleDict())
-        module = module._modules[part]
-    module._modules[path[-1]] = site
-
-
-def uninstall(site: "ReadWeight | Part") -> bool:
-    """Undoes `install`, and says whether that was the last one of the reader."""
-    reader: Any = site.lora_place[0]
-    path = [CHILD, *site.lora_name.split(".")]
-    for length in range(len(path), 0, -1):  # the site, and what is empty without it
-        module = reader
-        for part in path[: length - 1]:
-            module = module._modules[part]
-        if length == len(path) or not module._modules[path[length - 1]]._modules:
-            del module._modules[path[length - 1]]
-    return CHILD not in reader._modules
+    return [site for site in stand_ins(reader) if isinstance(site, ReadWeight)]
 
 
 def readable(module: nn.Module) -> list[ReadWeight]:

@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from lightning_lora.layers.base import Base, LoRALayer
 from lightning_lora.layers.parts import Fused, Part
-from lightning_lora.layers.read import Reading, ReadWeight, install, uninstall
+from lightning_lora.layers.read import Reading
 from lightning_lora.layers.registry import kind_of, qualified_name, reaches_base_forward, registered_base
+from lightning_lora.layers.stand_in import Owner, StandIn, install, uninstall
 
 if TYPE_CHECKING:
     from lightning_lora.adapters import Adapter
@@ -83,7 +84,7 @@ def _rebuild(cls: type, family: Callable[[type], Any]) -> Any:
 
 def original_type(module: nn.Module) -> type[nn.Module]:
     """The class that the user gave the module."""
-    swapped = isinstance(module, (LoRALayer, LockedStatistics, Reading, Fused))
+    swapped = isinstance(module, (LoRALayer, LockedStatistics, Owner))
     return type(module).lora_plain_class if swapped else type(module)  # type: ignore[attr-defined]
 
 
@@ -93,7 +94,7 @@ def attach(layer: nn.Module, name: str, adapter: "Adapter", active: bool = True)
     if not isinstance(layer, LoRALayer):
         swapped.__class__ = lora_class(type(layer))
         swapped.lora, swapped.lora_active = nn.ModuleDict(), ()
-    if isinstance(layer, (ReadWeight, Part)):
+    if isinstance(layer, StandIn):
         _let_in(layer)
     swapped.lora[name] = adapter.train(layer.training)
     swapped.lora_active = (*swapped.lora_active, name) if active else swapped.lora_active
@@ -111,19 +112,19 @@ def detach(layer: LoRALayer, name: str) -> None:
         for own in ("lora_absorbed", "lora_mixture"):
             vars(layer).pop(own, None)
         layer.__class__ = type(layer).lora_plain_class  # type: ignore[assignment]
-        if isinstance(layer, (ReadWeight, Part)):
+        if isinstance(layer, StandIn):
             _let_be(layer)
 
 
-def _let_in(site: ReadWeight | Part) -> None:
+def _let_in(site: StandIn) -> None:
     """Makes a site's module read what comes out of the site, or add what its parts give."""
     owner: Any = site.lora_place[0]
-    if not isinstance(owner, (Reading, Fused)):
+    if not isinstance(owner, Owner):
         owner.__class__ = (fused_class if isinstance(site, Part) else reading_class)(type(owner))
     install(site)
 
 
-def _let_be(site: ReadWeight | Part) -> None:
+def _let_be(site: StandIn) -> None:
     """Undoes `_let_in`."""
     owner: Any = site.lora_place[0]
     plain: Any = original_type(owner)

@@ -33,6 +33,7 @@ class SequenceClassifier(Recipe):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    head_as_labels: ClassVar[bool] = True
 
     def __init__(
         self,

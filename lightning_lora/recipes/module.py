@@ -12,7 +12,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.checks import DTYPES, choice_problems, is_number
-from lightning_lora.errors import ConfigError, first_line, raise_all
+from lightning_lora.errors import ConfigError, first_line, listing, raise_all
+from lightning_lora.names import is_inside
 from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
@@ -48,6 +49,7 @@ class Recipe(LightningModule):
 
     kinds: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
+    head_as_labels: ClassVar[bool] = False  # one of another size in the files is left, and a new one made
 
     def __init__(
         self,
@@ -136,10 +138,13 @@ class Recipe(LightningModule):
     def _load(self) -> Any:
         auto_class, config, options = self._asked()
         dtype = self.dtype_of_base if self.dtype_of_base == "auto" else getattr(torch, self.dtype_of_base)
+        options |= {"ignore_mismatched_sizes": self.head_as_labels, "output_loading_info": True}
         try:
-            model = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
-        except (OSError, ValueError, ImportError) as error:
+            model, found = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {first_line(error)}") from error
+        if odd := [key for key, *_ in found["mismatched_keys"] if is_inside(key, model.base_model_prefix)]:
+            raise ConfigError(f"{self.base}: {listing(odd, 3)}: of another shape in its files than by its config.json")
         return model.train()
 
     def adjust(self, config: Any) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, Patterns
-from lightning_lora.layers import Part, ReadWeight, kind_of, original_type
+from lightning_lora.layers import ReadWeight, StandIn, kind_of, original_type
 from lightning_lora.names import is_within, joined
 from lightning_lora.targets.patterns import Pattern, parse, unmatched
 from lightning_lora.targets.walk import Node, own_parameters
@@ -76,7 +76,7 @@ def is_named_alone(node: Node) -> bool:
 def type_of(node: Node) -> str:
     """The class of a layer, or of the module that has a parameter."""
     site = node.module
-    return original_type(site.lora_place[1]).__name__ if isinstance(site, (ReadWeight, Part)) else node.cls.__name__
+    return original_type(site.lora_place[1]).__name__ if isinstance(site, StandIn) else node.cls.__name__
 
 
 def is_undropped(node: Node) -> bool:

@@ -9,13 +9,13 @@ from lightning_lora.layers import (
     LoRALayer,
     Part,
     ReadWeight,
+    StandIn,
     kind_of,
     layouts,
     original_type,
-    parts,
     read_layers,
-    read_weights,
     readable,
+    stand_ins,
 )
 from lightning_lora.layers.find import CHILD
 from lightning_lora.methods.added import KEY
@@ -53,7 +53,7 @@ def nodes(model: nn.Module) -> dict[str, Node]:
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     found: dict[int, Node] = {}
     kinds: dict[type[nn.Module], type[LoRALayer] | None] = {}
-    virtual: dict[tuple[int, str], ReadWeight | Part] = {}
+    virtual: dict[tuple[int, str], StandIn] = {}
 
     def visit(module: nn.Module, name: str, prefix: str, above: tuple[nn.Module, ...], is_read: bool = False) -> None:
         module = unwrapped(module)
@@ -79,13 +79,10 @@ def nodes(model: nn.Module) -> dict[str, Node]:
     return {node.name: node for node in found.values()}
 
 
-def _sites(
-    node: Node, above: tuple[nn.Module, ...], virtual: dict[tuple[int, str], ReadWeight | Part]
-) -> list[ReadWeight | Part]:
+def _sites(node: Node, above: tuple[nn.Module, ...], virtual: dict[tuple[int, str], StandIn]) -> list[StandIn]:
     """What stands for parameters, or parts, of a module: those that have adapters, and others that could have some."""
-    module, possible = node.module, list[ReadWeight | Part](readable(node.module))
-    attached: list[ReadWeight | Part] = [*read_weights(module), *parts(module)]
-    found = {site.lora_name: site for site in attached}
+    module, possible = node.module, list[StandIn](readable(node.module))
+    found = {site.lora_name: site for site in stand_ins(module)}
     if node.is_dense_linear and len(above) > 1:
         fused = layouts(above[-2], last_part(node.name), module)
         possible += [Part(module, name, layout) for name, layout in fused.items() if name not in found]

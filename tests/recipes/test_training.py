@@ -144,6 +144,43 @@ def test_sequence_classifier(bert, tmp_path):
     assert right / 24 == pytest.approx(float(found["val/accuracy"]))
 
 
+def with_a_head(folder, labels):
+    torch.manual_seed(0)
+    sizes = {**files.SIZES, **files.IDS, **files.STRONG, "vocab_size": 320, "max_position_embeddings": 256}
+    model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=labels))
+    return files.saved(folder, model, files.make_tokenizer("bert")), model
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_base_that_has_a_head(labels, tmp_path):
+    """One of another size is left, and a new one made; the rest of the base, and one of this size, are as they were."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes())
+    base, before = with_a_head(tmp_path / "m", labels)
+    module = SequenceClassifier(base, lr=0.01)
+    trainer = fit(module, TextDataModule(path, val=path, batch_size=8), 3)
+    assert module.model.classifier.weight.shape == (3, 32)
+    own = module.model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in before.bert.state_dict(prefix="bert.").items())
+    again = ll.load_from_checkpoint(SequenceClassifier, trainer.checkpoint_callback.best_model_path)
+    torch.testing.assert_close(again.model.classifier.weight, module.model.classifier.weight)
+    drift = (module.model.classifier.weight - before.classifier.weight).abs().max() if labels == 3 else 0.0
+    assert drift < 0.05
+
+
+def test_a_base_that_is_not_what_its_configuration_says(tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes())
+    base, _ = with_a_head(tmp_path / "m", 3)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "vocab_size": 330}))
+    with pytest.raises(ll.ConfigError, match=r"bert.embeddings.word_embeddings.weight: of another shape in its files"):
+        fit(SequenceClassifier(base), TextDataModule(path, val=path))
+    llama = files.llama(tmp_path / "l")
+    config = json.loads((tmp_path / "l" / "config.json").read_text())
+    (tmp_path / "l" / "config.json").write_text(json.dumps({**config, "vocab_size": 330}))
+    with pytest.raises(ll.ConfigError, match="l can't be loaded as AutoModelForCausalLM"):
+        fit(CausalLM(llama), TextDataModule(files.jsonl(tmp_path / "b.jsonl", files.prompts())))
+
+
 def test_regression(bert, tmp_path):
     records = [{"text": f"about {files.WORDS[i % 4]}", "label": i % 4 - 1.5} for i in range(24)]
     path, logger = files.jsonl(tmp_path / "a.jsonl", records), Kept()
