@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_lora_weights)\.")
+_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_lora_weights")
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_PARTS)})\.")
 
 
 def clean(name: str) -> str:
-    """The name without the parts that ``torch.compile``, FSDP, activation checkpointing and adapters on parameters add.
+    """The name without what ``torch.compile``, FSDP, activation checkpointing, Fabric and adapters on parameters add.
 
     >>> clean("net._orig_mod.layers.0.q_proj")
     'net.layers.0.q_proj'
