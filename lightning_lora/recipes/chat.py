@@ -52,6 +52,20 @@ def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: An
     return fields["prompt"], False
 
 
+def prompt_ids(text: str, is_complete: bool, tokenizer: Any, is_separate: bool = False) -> list[int]:
+    """Tokens of a prompt: without the end that some tokenizers put behind a text, where a response is to follow.
+
+    Args:
+        text: The prompt.
+        is_complete: Whether it has the special tokens already, as `render_prompt` says.
+        tokenizer: The tokenizer.
+        is_separate: Whether it is for an encoder, and the response for a decoder.
+    """
+    ids = list(tokenizer(text, add_special_tokens=not is_complete, verbose=False)["input_ids"])
+    has_end = not (is_complete or is_separate) and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if has_end else ids
+
+
 def render(messages: Messages, tokenizer: Any, asks: bool = False) -> str:
     """Messages by the chat template; with ``asks`` up to where the assistant would begin.
 

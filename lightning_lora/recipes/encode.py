@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.recipes.chat import IGNORED, encode_messages, render, render_prompt
+from lightning_lora.recipes.chat import IGNORED, encode_messages, prompt_ids, render, render_prompt
 from lightning_lora.recipes.fields import Schema
 from lightning_lora.recipes.labels import class_name
 from lightning_lora.recipes.records import Record
@@ -93,9 +93,7 @@ class Encoder:
 
     def prompt_tokens(self, fields: dict[str, Any]) -> list[int]:
         """Tokens of what a response is to follow; without an end."""
-        text, is_complete = render_prompt(fields, self.prompt_template, self.tokenizer)
-        ids = self.tokens(text, special=not is_complete)
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return prompt_ids(*render_prompt(fields, self.prompt_template, self.tokenizer), self.tokenizer)
 
     def pair(self, fields: dict[str, Any], response: str) -> Pair:
         """A prompt with a response, of which the response and its end are to be learnt."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.recipes.batches import Batch
+from lightning_lora.recipes.chat import prompt_ids
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.tokens import context_of
 
@@ -48,11 +49,9 @@ def _room(recipe: Recipe, masks: Tensor, wanted: int) -> list[int]:
     return [wanted if context is None else max(1, min(wanted, context - length)) for length in lengths]
 
 
-def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, special: bool = True, **options: Any) -> str:
-    """What follows one prompt; ``special`` says whether it still needs the tokenizer's special tokens."""
-    ids = recipe.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-    if not recipe.separate and ids[-1:] == [recipe.tokenizer.eos_token_id] and special:
-        ids = ids[:-1]
+def generate_behind(recipe: Recipe, prompt: str, max_new_tokens: int, is_complete: bool = False, **options: Any) -> str:
+    """What follows one prompt; ``is_complete`` says whether it has the tokenizer's special tokens already."""
+    ids = prompt_ids(prompt, is_complete, recipe.tokenizer, recipe.separate)
     inputs = torch.tensor([ids], device=recipe.device)
     batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     text: str = generate_texts(recipe, batch, max_new_tokens, **options)[0]["prediction"]

@@ -66,7 +66,7 @@ class Samples(Callback):
         assert isinstance(pl_module, Recipe)
         rows = []
         for prompt, (shown, complete) in zip(self.prompts, self._shown, strict=True):
-            text = generate_behind(pl_module, shown, self.max_new_tokens, special=not complete)
+            text = generate_behind(pl_module, shown, self.max_new_tokens, complete)
             rows.append({"step": step, "prompt": prompt, "text": text})
         if trainer.is_global_zero:
             folder = Path(trainer.log_dir or trainer.default_root_dir)

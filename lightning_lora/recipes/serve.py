@@ -11,7 +11,7 @@ from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_chec
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.model_folder import ADAPTER
 from lightning_lora.loading.load import load_adapter, read_stored
-from lightning_lora.recipes.chat import render_prompt
+from lightning_lora.recipes.chat import prompt_ids, render_prompt
 from lightning_lora.recipes.generation import generation_options
 from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve
 from lightning_lora.switching.resting import dora_caching
@@ -63,20 +63,17 @@ def stream(
     from transformers import TextStreamer
 
     shown, complete = render_prompt({"prompt": prompt}, template, tokenizer)
-    inputs = tokenizer(shown, add_special_tokens=not complete, return_tensors="pt").to(model.device)
-    ids, mask, is_separate = inputs["input_ids"], inputs["attention_mask"], model.config.is_encoder_decoder
-    if not is_separate:
-        if not complete and ids.shape[1] > 1 and int(ids[0, -1]) == tokenizer.eos_token_id:
-            ids, mask = ids[:, :-1], mask[:, :-1]
-        if (context := context_of(model.config, tokenizer)) is not None:
-            if ids.shape[1] >= context:
-                raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model sees {context}: shorten it")
-            max_new_tokens = min(max_new_tokens, context - ids.shape[1])
+    is_separate = model.config.is_encoder_decoder
+    ids = torch.tensor([prompt_ids(shown, complete, tokenizer, is_separate)], device=model.device)
+    if not is_separate and (context := context_of(model.config, tokenizer)) is not None:
+        if ids.shape[1] >= context:
+            raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model sees {context}: shorten it")
+        max_new_tokens = min(max_new_tokens, context - ids.shape[1])
     printer = TextStreamer(tokenizer, skip_prompt=not is_separate, skip_special_tokens=True)
     own = generation_options(model, tokenizer, options)
     with torch.inference_mode(), dora_caching(model):
         made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=printer, **own
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=printer, **own
         )
     behind = made[0] if is_separate else made[0, ids.shape[1] :]
     text: str = tokenizer.decode(behind, skip_special_tokens=True)
