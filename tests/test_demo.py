@@ -13,6 +13,7 @@ from safetensors import safe_open
 from lightning_lora.cli import main
 from lightning_lora.demo.data import LENGTH, Windows, library_sources, manual_prose
 from lightning_lora.demo.module import BASE
+from tests.helpers import forks
 
 
 def run(*arguments: str, folder: Path) -> str:
@@ -51,7 +52,8 @@ def test_the_demonstration_as_it_is(tmp_path):
 
 
 def test_options(tmp_path):
-    out = run("--use-dora", "--r", "2", "--steps", "3", folder=tmp_path)
+    arguments = ["demo", "--output", tmp_path, "--use-dora", "--r", "2", "--steps", "3"]
+    out = forks.finish("lightning_lora", arguments, [{"OMP_NUM_THREADS": "1"}])
     values = figures(out)
     assert values["after"] < values["before"]
     saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)

@@ -11,6 +11,7 @@ import torch
 import lightning_lora as ll
 from lightning_lora.cli import main
 from tests.commands.files import adapted, assert_same_tensors
+from tests.helpers import forks
 from tests.helpers.families import FAMILIES
 
 COMMANDS = ["init", "generate", "demo", "plan", "estimate", "latency", "export", "merge", "combine", "inspect", "lint"]
@@ -78,12 +79,12 @@ def test_inspect_and_lint_in_a_process(tmp_path):
     done = process("inspect", "a", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapters"][0]["kind"] == "dora"
-    done = process("lint", "a", "--target", "vllm", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "does not serve DoRA" in done.stdout
+    (end,) = forks.run("lightning_lora", ["lint", "a", "--target", "vllm"], [{}], tmp_path)
+    assert end.code == 1
+    assert "does not serve DoRA" in end.output
     weights = tmp_path / "a" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    done = process("inspect", "a", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "is damaged" in done.stderr
-    assert "Traceback" not in done.stderr
+    (end,) = forks.run("lightning_lora", ["inspect", "a"], [{}], tmp_path)
+    assert end.code == 1
+    assert "is damaged" in end.output
+    assert "Traceback" not in end.output
