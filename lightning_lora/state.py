@@ -166,7 +166,15 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
     known = {clean(name) for name, _ in tensors}
     packed = tuple(f"{clean(name)}." for name, module in model.named_modules() if is_quantized(module))
     entries = {clean(f"{outer}{k}"): v for outer, part in _own_parts(model) for k, v in part.state_dict().items()}
-    return {key: value for key, value in entries.items() if key not in known and not key.startswith(packed)}
+    extra = {key: value for key, value in entries.items() if key not in known and not key.startswith(packed)}
+    held = {memory for _, tensor in tensors if (memory := _memory(tensor)) is not None} if extra else set()
+    return {key: value for key, value in extra.items() if _memory(value) not in held}  # else by another name
+
+
+def _memory(value: Any) -> int | None:
+    """Where the values of a plain tensor are; None for what is none."""
+    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel() > 0
+    return value.untyped_storage().data_ptr() if plain else None
 
 
 def load_extra_state(model: nn.Module, state: dict[str, Any], keys: Iterable[str]) -> None:

@@ -416,3 +416,36 @@ def test_norms_are_constants_in_forward_mode_too():
     _, forward = torch.func.jvp(loss, (own,), (along,))
     backward = torch.func.grad(loss)(own)
     torch.testing.assert_close(forward, sum((g * along[name]).sum() for name, g in backward.items()))
+
+
+def _pruned(model):
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied[0].weight.mul_(torch.arange(16) % 2)  # its version is that of the original now
+    return copied
+
+
+def _replaced(model):
+    model[0].weight = nn.Parameter(2.0 * model[0].weight.detach(), requires_grad=False)
+    return model
+
+
+def _past_torch(model):
+    model[0].weight.data.mul_(2.0)
+    return model
+
+
+@pytest.mark.parametrize("change", [_pruned, _replaced, _past_torch])
+def test_another_weight_has_its_own_norms(change):
+    """Attached again, where a change leaves no trace."""
+    model, parameters = build()
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+    model = change(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    ll.attach_optimizer(model, optimizer)
+    for _ in range(3):
+        torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
+        step(model, optimizer)

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +13,7 @@ from torch import nn
 import lightning_lora as ll
 from tests.helpers.families import DECODER, FAMILIES, KV, SMALL, ConvNet
 from tests.helpers.modules import Wrapped
+from tests.helpers.toy import build
 
 
 def names(model: nn.Module, **options: object) -> list[str]:
@@ -227,6 +229,37 @@ def test_heads_of_a_lightning_module_beside_a_pretrained_model():
     assert [m.name for m in plan.modules_to_save] == ["temperature", "projection"]
     assert plan.skipped["teacher"] == "outside the pretrained backbone, and frozen before LoRA came"
     assert all(t.name.startswith("net.") for t in plan.targets)
+
+
+class Judged(pl.LightningModule):
+    """A network that learns, and one that says how well."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.net, self.judge = build(), build().requires_grad_(not frozen)
+
+
+def test_the_head_of_a_frozen_judge_is_not_trained():
+    """But where everything is frozen: then the user did what LoRA does."""
+    found = ll.plan(Judged(frozen=True), ll.LoRAConfig(r=2))
+    assert [saved.name for saved in found.modules_to_save] == ["net.head"]
+    assert found.skipped["judge.head"] == "a head that was frozen before LoRA came"
+    assert not found.notes
+    both = ["net.head", "judge.head"]
+    assert [s.name for s in ll.plan(Judged(frozen=False), ll.LoRAConfig(r=2)).modules_to_save] == both
+    whole = Judged(frozen=True).requires_grad_(False)
+    assert [saved.name for saved in ll.plan(whole, ll.LoRAConfig(r=2)).modules_to_save] == both
+
+
+@pytest.mark.parametrize(("excluded", "left"), [(["judge"], True), ("judge", True), (["head"], False), (None, False)])
+def test_heads_in_what_is_excluded_are_left_alone(excluded, left):
+    """A head that is named itself gets no adapter, which it would not have, and is trained in full."""
+    found = ll.plan(Judged(frozen=False), ll.LoRAConfig(r=2, exclude_modules=excluded))
+    assert ("judge.head" in [saved.name for saved in found.modules_to_save]) != left
+    assert any("judge.head is not trained (in what exclude_modules names)" in note for note in found.notes) == left
+    assert any(target.name.startswith("judge.") for target in found.targets) != (left or excluded == ["judge"])
+    named = ll.plan(Judged(frozen=True), ll.LoRAConfig(r=2, exclude_modules=excluded, modules_to_save=["judge.head"]))
+    assert [saved.name for saved in named.modules_to_save] == ["judge.head"]
 
 
 def test_routers_are_left_alone():

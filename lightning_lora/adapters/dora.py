@@ -35,13 +35,13 @@ class DoRAAdapter(LowRankAdapter):
     """
 
     magnitude: nn.Parameter
-    squares: Tensor | None
 
     def __init__(self, shape: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(shape, **kwargs)
         self.magnitude = nn.Parameter(torch.ones(shape[:-1], dtype=self.A.dtype, device=self.A.device))
-        self.register_buffer("squares", None, persistent=False)  # of the frozen rows, where they can't change unseen
-        self._squares_of = 0  # the version of the weight that they belong to
+        # Of the frozen rows, where they can't change unseen. No buffer: averages pair those of a model and of its copy.
+        self.squares: Tensor | None = None
+        self._squares_of: tuple[int, int] | None = None  # the weight's memory and version to which they belong
         self.attended = False  # an optimizer says when A and B have changed
         self.resting = False  # values don't change
         self.known = Known()
@@ -60,7 +60,6 @@ class DoRAAdapter(LowRankAdapter):
     @override
     @torch.no_grad()
     def follow(self, host: Host) -> None:
-        self.squares = None
         self.forget()
         if self.initialised and self.untouched:
             self._take_norms(host.lora_matrix())
@@ -83,7 +82,7 @@ class DoRAAdapter(LowRankAdapter):
 
     @override
     def forget(self) -> None:
-        self.known = Known()
+        self.known, self.squares = Known(), None
 
     def rest(self, resting: bool) -> None:
         """Values don't change from now on, or may change again."""
@@ -97,7 +96,7 @@ class DoRAAdapter(LowRankAdapter):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer yet."""
-        return {**vars(self), "known": Known(), "attended": False, "resting": False}
+        return {**vars(self), "known": Known(), "squares": None, "attended": False, "resting": False}
 
     def norms(self, host: Host) -> Tensor:
         """Norms of the merged rows, (d,), in float32 at least, without gradient."""
@@ -166,13 +165,13 @@ class DoRAAdapter(LowRankAdapter):
         r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""
         if torch.compiler.is_compiling():
             return self.squares if host.lora_packed else None
-        version = 0 if host.lora_packed or W.is_inference() else W._version
         if not host.lora_packed and not (self.attended and is_plain(W)):
             return None
-        if self.squares is None or self._squares_of != version:
+        place = None if host.lora_packed else (_address(W), 0 if W.is_inference() else W._version)
+        if self.squares is None or self._squares_of != place:
             with torch.inference_mode(False):
                 self.squares = row_squares(W.clone() if W.is_inference() else W, accumulation_dtype(W, self.A))
-            self._squares_of = version
+            self._squares_of = place
         return self.squares
 
     @override

@@ -8,13 +8,14 @@ from lightning_lora.checks import KEYWORDS
 from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
 from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight, read_layers
+from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import is_inside, is_within
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.parameters import chosen_parameters
 from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
-from lightning_lora.targets.roles import Roles
+from lightning_lora.targets.roles import FROZEN, Roles
 from lightning_lora.targets.saved import SavedModule
 from lightning_lora.targets.walk import Node
 
@@ -129,6 +130,25 @@ def _excluded(tree: dict[str, Node], wanted: Patterns | None, roles: Roles, prob
     words, patterns = _split(wanted) if wanted is not None else (set[str](), [])
     meant = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
     return meant | modules_within("exclude_modules", patterns, tree, problems)
+
+
+def left_heads(tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: Roles) -> list[str]:
+    """Takes the heads off that lie in what exclude_modules names, as all of that is left alone.
+
+    Returns:
+        Notes on heads that are not trained, where that may not be meant.
+    """
+    wanted = config.exclude_modules if isinstance(config, LoRAConfig) else None
+    _, patterns = _split(wanted) if wanted is not None else (set[str](), [])
+    outer = [node.name for node in tree.values() if any(p.matches(n) for p in patterns for n in node.names)]
+    left = {name: "in what exclude_modules names" for name in roles.heads if any(is_inside(name, o) for o in outer)}
+    for name in left:
+        del roles.heads[name]
+    if not roles.heads:  # beside one that is trained it is that of a teacher or a judge
+        left |= {name: why for name, why in roles.outside.items() if why == FROZEN}
+    if config.modules_to_save != "auto":
+        return []
+    return [f"{name} is not trained ({why}): name it in modules_to_save if it is to be" for name, why in left.items()]
 
 
 def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) -> str | None:

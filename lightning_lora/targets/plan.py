@@ -14,7 +14,7 @@ from lightning_lora.layers import Part
 from lightning_lora.marks import BROKEN
 from lightning_lora.methods.method import Addition, MethodConfig
 from lightning_lora.quantization import bits_per_weight
-from lightning_lora.targets.choice import choose
+from lightning_lora.targets.choice import choose, left_heads
 from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
@@ -121,6 +121,7 @@ def draft(
     if (broken := vars(model).get(BROKEN)) is not None:
         return Plan(targets=()), [f"quantising this model broke off at {broken}: build it anew"]
     roles, problems = find_roles(tree), list[str]()
+    left = left_heads(tree, config, roles)
     saved = saved_modules(tree, config, roles, problems)
     if isinstance(config, MethodConfig):
         return _draft_method(tree, config, saved, problems)
@@ -146,7 +147,7 @@ def draft(
         )
     saved += norms(tree, config, saved, problems)
     saved += biases(tree, config, usable, saved)
-    return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *high)), problems
+    return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
 
 
 def _target_of_rows(rows: TableRows, owners: dict[int, list[str]]) -> Target:

@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import base_modules
-from lightning_lora.marks import was_trainable
+from lightning_lora.marks import TRAINED, was_trainable
 from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
 from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
 from lightning_lora.targets.walk import Node, own_parameters, unwrapped
+
+FROZEN = "a head that was frozen before LoRA came"
 
 _LM_HEAD = re.compile(r"lm_head|embed_out|unembed(?:ding)?|output_embeddings?")
 _HEAD = re.compile(r"heads|(?:.+_)?(?:head|classifier|regressor)|score")
@@ -52,7 +54,22 @@ def find_roles(tree: dict[str, Node]) -> Roles:
     else:
         _heads_of_plain_modules(tree, name_of, roles)
     roles.heads = {name: roles.heads[name] for name in outermost(roles.heads)}
+    _leave_frozen(tree, roles)
     return roles
+
+
+def _leave_frozen(tree: dict[str, Node], roles: Roles) -> None:
+    """A head that the user froze, where not everything is frozen, is that of a teacher or a judge, and no new one."""
+    trainable = [
+        joined(node.name, key)
+        for node in tree.values()
+        for key, _ in own_parameters(node.module)
+        if was_trainable(node.module, key) or key in vars(node.module).get(TRAINED, ())
+    ]
+    for name in [*roles.heads] if trainable else ():
+        if not any(is_within(key, name) for key in trainable):
+            del roles.heads[name]
+            roles.outside[name] = FROZEN
 
 
 def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretrained: list[Node]) -> dict[str, str]:

@@ -40,6 +40,7 @@ class Attached:
                 own = [p for p in (adapter.A, adapter.B, adapter.magnitude) if p.requires_grad]
                 if own and all(id(p) in trained for p in own):
                     adapter.attended = True
+                    adapter.forget()  # what was written before through `.data` does not show
                     self._adapters.append((layer, adapter))
                     self._held |= {id(parameter) for parameter in own}
         self._handles: list[RemovableHandle] = []

@@ -9,9 +9,28 @@ from torch.optim import Optimizer
 from lightning_lora.errors import CheckpointError, DeadAdapterError, listing
 from lightning_lora.formats.fingerprint import changed, fingerprint
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import is_spread
 from lightning_lora.state import trained_parameters
 
 _WAY_OUT = "It would be in no checkpoint: name it in modules_to_save, so that it is trained and saved in full"
+
+
+def require_described(model: nn.Module, described: dict[str, Any]) -> None:
+    """Refuses a base that got other weights than those that checkpoints are going to describe.
+
+    Args:
+        model: The model, as training begins; where a rank has a part of it only, that can't be seen.
+        described: The fingerprint that was taken when the model was complete.
+
+    Raises:
+        CheckpointError: Naming them.
+    """
+    if not is_spread(model) and (names := changed(described, fingerprint(model))):
+        raise CheckpointError(
+            f"weights of the frozen base got other values behind configure_model: {listing(names, 4)}. A checkpoint "
+            "describes the base that is there then, and a run that goes on looks for it before on_fit_start: load "
+            "them in __init__, setup or configure_model"
+        )
 
 
 class BaseWeights:

@@ -28,9 +28,13 @@ class RandomStates:
     def on_train_start(self, trainer: Any) -> None:
         """The iterator for the rest of an epoch was made, and drew: its batches go on from what was saved."""
         loop = trainer.fit_loop
-        if is_behind_an_epoch(loop):
+        if is_behind := is_behind_an_epoch(loop):
             finish_epoch(loop)
-        elif self._state is not None and loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
+        epoch = trainer.current_epoch - is_behind  # the last one that was begun
+        remakes = reload_as_due(loop, trainer, epoch)  # the loader of the next one, before that is said to begin
+        is_within = loop.restarted_mid_epoch and not is_behind
+        is_over = is_behind or (is_within and loop.epoch_loop.batch_progress.is_last_batch)
+        if self._state is not None and (remakes if is_over else is_within):
             restore_rng(self._state)
             self._state = None
 
@@ -41,6 +45,20 @@ class RandomStates:
             if not loop.is_resuming and not loop.epoch_loop.restarting:
                 restore_rng(self._state)
         self._state = None
+
+
+def reload_as_due(loop: Any, trainer: Any, epoch: int) -> bool:
+    """Lets loaders be made anew in the epochs in which ``reload_dataloaders_every_n_epochs`` would have done so.
+
+    Lightning counts from the epoch in which a run is resumed.
+
+    Returns:
+        Whether that of the next epoch is.
+    """
+    if not (every := trainer.reload_dataloaders_every_n_epochs):
+        return False
+    loop._last_train_dl_reload_epoch = epoch - epoch % every
+    return bool((epoch + 1) % every == 0)
 
 
 def is_behind_an_epoch(loop: Any) -> bool:

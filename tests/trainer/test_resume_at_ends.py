@@ -125,6 +125,15 @@ def test_epochs_of_some_batches(tmp_path, kind):
     assert_resumes_twice(tmp_path, LOADERS[kind], **options)
 
 
+@pytest.mark.parametrize("checkpoint", [BEHIND, {}, {"save_on_train_epoch_end": False}])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_loaders_that_are_made_anew(tmp_path, every, checkpoint):
+    """In the epochs in which a whole run makes them, and with the order that they have there."""
+    validation = DataLoader(EXAMPLES, batch_size=8, generator=torch.Generator())
+    options = {"checkpoint": checkpoint, "validation": validation, "reload_dataloaders_every_n_epochs": every}
+    assert_resumes_twice(tmp_path, LOADERS["plain"], **options)
+
+
 def test_a_validation_that_the_file_was_ahead_of_is_not_made_up_for(tmp_path):
     """So it must not draw, which it does once for each loader without a generator of its own."""
     own = DataLoader(EXAMPLES, batch_size=8, generator=torch.Generator())

@@ -392,6 +392,57 @@ def test_weight_averaging_behind_lora(tmp_path):
     assert all(torch.equal(value, adapters_of(module)[key]) for key, value in adapters_of(resumed).items())
 
 
+class Scaled(Lit):
+    """With buffers of the base that are no zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.register_buffer("mean", torch.full((4,), 0.5))
+
+
+@averaging
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_whole_averages_leave_the_base_what_it_is(tmp_path, use_dora):
+    """A mean of equal values is another value by rounding, and what DoRA knows of weights is no buffer to average."""
+    module = Scaled()
+    base = {key: value.clone() for key, value in module.state_dict().items() if "head" not in key}
+    best = ModelCheckpoint(tmp_path)
+    run = trainer(ll.LoRA(r=4, use_dora=use_dora), EMAWeightAveraging(decay=0.999), best, max_epochs=3)
+    run.fit(module, data())
+    own = module.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in base.items())
+    again = ll.load_from_checkpoint(Scaled, best.best_model_path)
+    assert torch.equal(again.net.mean, module.net.mean)
+    x = next(iter(data()))[0]
+    torch.testing.assert_close(again.eval().net(x), module.eval().net(x))
+    run.test(module, data(), ckpt_path=best.best_model_path)
+
+
+@pytest.mark.parametrize("where", ["on_fit_start", "on_sanity_check_start"])
+def test_weights_that_come_behind_configure_model_are_refused(where):
+    """A checkpoint would describe the base as it was before, and a resumed run would not find it."""
+    module = Lit()
+    late = pl.Callback()
+    setattr(late, where, lambda trainer, pl_module: pl_module.net.blocks[0].q.weight.data.mul_(2.0))
+    run = trainer(ll.LoRA(r=4), late)
+    with pytest.raises(ll.CheckpointError, match=r"got other values behind configure_model: net.blocks.0.q.weight"):
+        run.fit(module, data(), data())
+
+
+def test_keys_that_a_module_renames_bring_no_base_into_a_checkpoint(tmp_path):
+    class Renames(Lit):
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            return {key.removeprefix("net."): value for key, value in state.items()} | {"mine": torch.ones(3)}
+
+    module = Renames()
+    run = trainer(ll.LoRA(r=4))
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == {*ll.adapter_state_dict(module), "mine"}
+
+
 def test_two_adapters_in_one_run(tmp_path):
     module = Lit()
     first = ll.LoRA(r=4, target_modules=["q"], adapter_name="first")
