@@ -66,6 +66,11 @@ def is_whole(module: nn.Module) -> bool:
     return WHOLE in vars(module).get(TRAINED, ())
 
 
+def is_lightning_module(model: nn.Module) -> bool:
+    """Whether it is a LightningModule of either package, told by name: nothing here depends on Lightning."""
+    return any(cls.__name__ == "LightningModule" for cls in type(model).__mro__)
+
+
 def was_trainable(module: nn.Module, key: str) -> bool:
     """Whether a module's own parameter required gradients before adapters came."""
     parameter = module._parameters[key]

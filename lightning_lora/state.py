@@ -12,7 +12,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
 from lightning_lora.injection.copies import kept_values, tensors_of, values_of
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.layers.starting import start_misfit
-from lightning_lora.marks import merged_problems
+from lightning_lora.marks import is_lightning_module, merged_problems
 from lightning_lora.methods.added import added_to
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean, joined
@@ -193,11 +193,6 @@ def _own_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return [("", model)]
     return [(f"{name}.", child) for name, child in modules_beside_the_base(model) if name and "." not in name]
-
-
-def is_lightning_module(model: nn.Module) -> bool:
-    """Whether it is a LightningModule of either package, told by name: nothing here depends on Lightning."""
-    return any(cls.__name__ == "LightningModule" for cls in type(model).__mro__)
 
 
 def _trained(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -262,6 +262,23 @@ def test_heads_in_what_is_excluded_are_left_alone(excluded, left):
     assert [saved.name for saved in named.modules_to_save] == ["judge.head"]
 
 
+class Weighted(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build()
+        self.log_vars, self.more = nn.Parameter(torch.zeros(2)), nn.ParameterList([nn.Parameter(torch.zeros(2))])
+
+
+def test_parameters_of_the_module_itself_are_not_frozen_without_a_word():
+    model = Weighted()
+    with pytest.warns(UserWarning, match=r"log_vars, more.0: of the LightningModule itself, and not trained: name it"):
+        ll.inject(model, ll.LoRAConfig(r=2))
+    named = ll.LoRAConfig(r=2, modules_to_save=["head", "log_vars", "more"])
+    assert not ll.plan(Weighted(), named).notes
+    model.log_vars.requires_grad_(False)
+    assert not ll.plan(Weighted().net, ll.LoRAConfig(r=2)).notes
+
+
 def test_routers_are_left_alone():
     class Router(nn.Linear):
         def forward(self, x):

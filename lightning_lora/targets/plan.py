@@ -19,7 +19,7 @@ from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
-from lightning_lora.targets.saved import SavedModule, biases, norms, saved_modules, single_parameters
+from lightning_lora.targets.saved import SavedModule, biases, norms, own_left, saved_modules, single_parameters
 from lightning_lora.targets.table import render
 from lightning_lora.targets.tokens import TableRows, table_rows
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
@@ -145,6 +145,7 @@ def draft(
             f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
             "there"
         )
+    left += own_left(tree, config, saved)
     saved += norms(tree, config, saved, problems)
     saved += biases(tree, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems

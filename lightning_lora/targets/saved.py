@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import listing
 from lightning_lora.layers import base_modules, original_type
+from lightning_lora.marks import is_lightning_module, was_trainable
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import is_within, joined, outermost
 from lightning_lora.quantization import is_quantized
@@ -16,6 +18,7 @@ from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
 from lightning_lora.targets.walk import Node, own_parameters
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
 _NORMS = re.compile(r"(?i:rms|layer|group)_?Norm")
 
 
@@ -70,6 +73,25 @@ def norms(
         if config.train_norms and is_norm(node.cls, node.module)
         if not any(is_within(node.name, outer) for outer in taken)
     )
+
+
+def own_left(tree: dict[str, Node], config: LoRAConfig, saved: tuple[SavedModule, ...]) -> list[str]:
+    """Notes on parameters of a LightningModule itself that stay frozen: weights of losses, say, which are new.
+
+    Beside a transformers model they are heads. In plain torch code they may as well be part of what was pretrained.
+    """
+    root, taken = tree[""], [name for module in saved for name in (module.name, *module.aliases)]
+    if config.modules_to_save != "auto" or not is_lightning_module(root.module):
+        return []
+    lists = [node for node in tree.values() if "." not in node.name and issubclass(node.cls, _LISTS)]
+    own = [
+        joined(node.name, key)
+        for node in (root, *lists)
+        for key, _ in own_parameters(node.module)
+        if was_trainable(node.module, key) and not any(is_within(joined(node.name, key), outer) for outer in taken)
+    ]
+    which = f"{listing(own, 3)}: of the LightningModule itself, and not trained"
+    return [f"{which}: name it in modules_to_save if it is new (None is for adapters only)"] if own else []
 
 
 def is_norm(cls: type[nn.Module], module: nn.Module) -> bool:
