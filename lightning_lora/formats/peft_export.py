@@ -255,7 +255,7 @@ class Export:
 
     def _alike(self, name: str, end: str) -> list[str]:
         """Other modules whose names have an end, those of PEFT's own layers too."""
-        others = [other for other in (*self.tree, *_OF_PEFT) if other != name and not is_inside(other, name)]
+        others = [other for other in (*self.tree, *_OF_PEFT) if other != name]
         return [other for other in others if other.endswith(end)]
 
 

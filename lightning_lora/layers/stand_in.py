@@ -63,8 +63,14 @@ class Owner(Base):
     lora_plain_class: ClassVar[type[nn.Module]]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """New values are told to the adapters on them, and refused while they would overwrite merged ones."""
+        """New values are told to the adapters on them, and refused while they would overwrite merged ones.
+
+        Adapters come by the names that `adapter_state_dict` gives them, too.
+        """
         for site in stand_ins(self):
+            start = f"{prefix}{site.lora_name}.lora."
+            for name in [name for name in state_dict if name.startswith(start)]:
+                state_dict[f"{prefix}{CHILD}.{name.removeprefix(prefix)}"] = state_dict.pop(name)
             key = prefix + kind_of_layer(site).lora_weight_name(site.lora_name)
             if key in state_dict and MERGED in vars(site):
                 args[-1].append(f"adapters are merged into {key}: call ll.unmerge before loading weights")

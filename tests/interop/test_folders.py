@@ -325,6 +325,14 @@ def test_other_files_in_the_folder_stay(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p != folder]
 
 
+def test_a_head_in_a_head_of_the_same_name_is_refused(tmp_path):
+    """PEFT would wrap both, and load neither."""
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.ModuleDict({"head": nn.Linear(8, 3)})})
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=["re:head"]))
+    with pytest.raises(ll.UnsupportedError, match=r"head: PEFT goes by ends of names, and would take head.head for it"):
+        ll.save_adapter(model, tmp_path)
+
+
 @pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), comparators.PromptTuningConfig(num_virtual_tokens=3)])
 def test_a_folder_with_its_base_model_gets_none(tmp_path, config):
     """Transformers would load it with the model from then on, unasked."""
