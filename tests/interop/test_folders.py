@@ -327,7 +327,9 @@ def test_other_files_in_the_folder_stay(tmp_path):
 
 def test_a_head_in_a_head_of_the_same_name_is_refused(tmp_path):
     """PEFT would wrap both, and load neither."""
-    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.ModuleDict({"head": nn.Linear(8, 3)})})
+    head = nn.Module()
+    head.head = nn.Linear(8, 3)
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": head})
     ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=["re:head"]))
     with pytest.raises(ll.UnsupportedError, match=r"head: PEFT goes by ends of names, and would take head.head for it"):
         ll.save_adapter(model, tmp_path / "a")
