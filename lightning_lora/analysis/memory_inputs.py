@@ -13,17 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers import original_type
 from lightning_lora.patches import Patches
-from lightning_lora.targets.kinds import is_pretrained
+from lightning_lora.targets.kinds import pretrained_models
+from lightning_lora.targets.walk import nodes
 
 _PER_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForPreTraining")
 
 
 def transformers_model(model: nn.Module) -> nn.Module | None:
     """The transformers model that a module is, or that is the only one in it."""
-    found = [m for m in model.modules() if is_pretrained(m)]
-    inner = {id(below) for m in found for below in m.modules() if below is not m}
-    outer = [m for m in found if id(m) not in inner]
-    return outer[0] if len(outer) == 1 else None
+    found = pretrained_models(nodes(model))
+    return found[0].module if len(found) == 1 else None
 
 
 def likely_batch(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]:

@@ -255,8 +255,7 @@ class Export:
 
     def _alike(self, name: str, end: str) -> list[str]:
         """Other modules whose names have an end, those of PEFT's own layers too."""
-        others = [other for other in (*self.tree, *_OF_PEFT) if other != name]
-        return [other for other in others if other.endswith(end)]
+        return [other for other in (*self.tree, *_OF_PEFT) if other != name and other.endswith(end)]
 
 
 def _is_known(layer: nn.Module) -> bool:

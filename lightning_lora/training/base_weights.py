@@ -11,26 +11,9 @@ from lightning_lora.formats.fingerprint import changed, fingerprint
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.state import trained_parameters
+from lightning_lora.strategies.zero import is_partitioned
 
 _WAY_OUT = "It would be in no checkpoint: name it in modules_to_save, so that it is trained and saved in full"
-
-
-def require_described(model: nn.Module, described: dict[str, Any]) -> None:
-    """Refuses a base that got other weights than those that checkpoints are going to describe.
-
-    Args:
-        model: The model, as training begins; where a rank has a part of it only, that can't be seen.
-        described: The fingerprint that was taken when the model was complete.
-
-    Raises:
-        CheckpointError: Naming them.
-    """
-    if not is_spread(model) and (names := changed(described, fingerprint(model))):
-        raise CheckpointError(
-            f"weights of the frozen base got other values behind configure_model: {listing(names, 4)}. A checkpoint "
-            "describes the base that is there then, and a run that goes on looks for it before on_fit_start: load "
-            "them in __init__, setup or configure_model"
-        )
 
 
 class BaseWeights:
@@ -40,12 +23,25 @@ class BaseWeights:
         model: The model, as training begins.
         optimizers: Its optimizers.
         adapter_names: The adapters that the run trains.
+        described: The fingerprint that was taken when the model was complete, and that checkpoints are going to have.
+
+    Raises:
+        CheckpointError: If the base got other weights since. Where a rank has a part of it only, that can't be seen.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Iterable[str], described: dict[str, Any]
+    ) -> None:
         self._model, self.optimizers = model, optimizers
         self._trained = {id(parameter) for _, parameter in trained_parameters(model, adapter_names)}
         self._first: dict[str, Any] = fingerprint(model, local=True)
+        in_parts = is_spread(model) or any(map(is_partitioned, model.parameters()))
+        if not in_parts and (names := changed(described, self._first)):
+            raise CheckpointError(
+                f"weights of the frozen base got other values behind configure_model: {listing(names, 4)}. A "
+                "checkpoint describes the base that is there then, and a run that goes on looks for it before "
+                "on_fit_start: load them in __init__, setup or configure_model"
+            )
         self._held = 0
 
     def check_optimizers(self) -> None:

@@ -28,7 +28,6 @@ from lightning_lora.state import adapters
 from lightning_lora.strategies import Options, StrategyAdapter, strategy_adapter
 from lightning_lora.strategies.agreement import require_same_settings
 from lightning_lora.training.base_buffers import BaseBuffers
-from lightning_lora.training.base_weights import require_described
 from lightning_lora.training.compatibility import check_compatibility, final_mode, is_accumulating
 from lightning_lora.training.configure import configure_optimizers
 from lightning_lora.training.evaluation import rest_in_evaluation
@@ -138,9 +137,8 @@ class MethodCallback(CallbackBase):
         optimizers, names = strategy.optimizers(), self._phases.plans.keys()
         switches = strategy.restored or active_adapters(pl_module) != self._began_active  # by a sanity check
         check_before(pl_module, optimizers, names, switches)
-        require_described(pl_module, strategy.base)
         strategy.check_folders()
-        self._training = Training(pl_module, optimizers, names, trainer.optimizers)
+        self._training = Training(pl_module, optimizers, names, trainer.optimizers, strategy.base)
         strategy.check_base = self._training.check_base  # type: ignore[method-assign]
         self._random.on_train_start(trainer)
         keep_frozen(trainer.callbacks, pl_module, self._patches)  # type: ignore[attr-defined]

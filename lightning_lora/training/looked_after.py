@@ -28,13 +28,19 @@ class Training:
         optimizers: Its optimizers.
         adapter_names: The adapters that the run trains.
         listed: The Trainer's own list of them.
+        described: The fingerprint of the base that checkpoints are going to have.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: list[Optimizer], adapter_names: Collection[str], listed: list[Any]
+        self,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        adapter_names: Collection[str],
+        listed: list[Any],
+        described: dict[str, Any],
     ) -> None:
         self._model, self._names, self._listed = model, adapter_names, listed
-        self._base = BaseWeights(model, optimizers, adapter_names)
+        self._base = BaseWeights(model, optimizers, adapter_names, described)
         self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
         self._looked: int | None = None  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
