@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers import LoRALayer
+from lightning_lora.layers.siblings import called
 from lightning_lora.names import is_inside, joined
 from lightning_lora.patches import Patches
 from lightning_lora.targets.kinds import is_pretrained
@@ -73,17 +74,18 @@ def _checkpointed(block: nn.Module, original: Callable[..., Any], *args: Any, **
 
 
 def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_at_rest(block)
+    return called(block), _called_again(block)
 
 
 @contextmanager
-def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+def _called_again(block: nn.Module) -> Iterator[None]:
     """Running statistics take a batch in once: when the block runs again, copies of them do."""
     kept = [(m, dict(m._buffers)) for m in block.modules() if m.training and getattr(m, "track_running_stats", False)]
     for module, buffers in kept:
         module._buffers.update({key: None if b is None else b.clone() for key, b in buffers.items()})
     try:
-        yield
+        with called(block):
+            yield
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)

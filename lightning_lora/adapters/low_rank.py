@@ -96,9 +96,9 @@ class LowRankAdapter(Adapter):
         copy_whole_(self.B, B)
         self.forget()
         self.keep_start(of_the_weight)
-        for start, factor in ((self.start_A, self.A), (self.start_B, self.B)):
+        for start, factor in ((self.start_A, A), (self.start_B, B)):
             if start is not None:
-                start.copy_(factor)
+                copy_whole_(start, factor)
         self.initialised = True
 
     @override

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import BASE, COPIES, TRAINED, WHOLE
 from lightning_lora.methods.added import Added
+from lightning_lora.ops.sharded import copy_whole_, placed_like
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -65,10 +66,12 @@ def bring(module: nn.Module, adapter_name: str, values: Mapping[str, Tensor], wh
     for key in [key for key in kept if owners.get(key) == adapter_name]:
         value = kept.pop(key)
         if key != WHOLE:
-            own[key].copy_(value)
+            copy_whole_(own[key], value)
     if kept:
         copies = vars(module).setdefault(COPIES, {}).setdefault(adapter_name, {})
-        copies |= {key: value.detach().to(own.get(key, value), copy=True) for key, value in kept.items()}
+        for key, value in kept.items():
+            like = own.get(key, value)
+            copies[key] = placed_like(value.detach().to(like, copy=True), like)
 
 
 @torch.no_grad()
@@ -99,7 +102,7 @@ def put_in_place(modules: Iterable[nn.Module], adapter_names: Sequence[str]) -> 
                 copies.setdefault(current, {})[key] = kept
             else:
                 copies.setdefault(current, {})[key] = before[id(tensor)] = tensor.detach().clone()
-                tensor.copy_(value)
+                copy_whole_(tensor, value)
             owners.pop(key, None)
             owners |= {} if wanted == BASE else {key: wanted}
 

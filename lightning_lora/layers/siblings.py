@@ -7,7 +7,8 @@ that is called computes the others' outputs too, and these take theirs if they a
 
 import ast
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _GROUPS = "_lora_groups"  # on a module: names of its layers with adapters that it calls with the same input
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)  # torch 2.8 tells them
 _RUNNING = threading.local()
 _LEAVES = (ast.Return, ast.Break, ast.Continue)
 _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
@@ -37,7 +39,7 @@ class Scope:
     """
 
     def __init__(self, parent: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None:
-        self._parent, self._groups = parent, groups
+        self._parent, self._groups, self._began = parent, groups, _recording()
         self._input: tuple[Tensor, int, Any] | None = None
         self._outputs: dict[int, tuple[Tensor, Any]] = {}
 
@@ -46,7 +48,12 @@ class Scope:
         return self._parent is module
 
     def together(self, layer: LoRALayer) -> list[LoRALayer]:
-        """The layers that will be called with the same input after this one."""
+        """The layers that will be called with the same input after this one.
+
+        None in a checkpoint that began since the module was called: its second run would not see this call.
+        """
+        if _recording() != self._began:
+            return []
         children: Any = self._parent._modules
         for names in self._groups:
             layers = [children[name] for name in names if isinstance(children.get(name), LoRALayer)]
@@ -76,6 +83,11 @@ class Scope:
     def close(self) -> None:
         """The call ends."""
         self._input, self._outputs = None, {}
+
+
+def _recording() -> tuple[Any, ...]:
+    """Whether and how what backward needs is kept: a checkpoint keeps it in another way, or not at all."""
+    return torch.is_grad_enabled(), _top_hooks(True)
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
@@ -151,6 +163,19 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     stack = vars(_RUNNING).get("stack")
     if stack and stack[-1].is_of(module):
         stack.pop().close()
+
+
+@contextmanager
+def called(module: nn.Module) -> Iterator[None]:
+    """As long as it lasts a call of a module goes on, whose forward runs by itself: in a checkpoint."""
+    if _KEY not in module._forward_pre_hooks:
+        yield
+        return
+    _enter(module, ())
+    try:
+        yield
+    finally:
+        _leave(module, (), None)
 
 
 @cache

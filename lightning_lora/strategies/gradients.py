@@ -1,5 +1,6 @@
 """Gradients of parameters that every rank holds whole, where the strategy itself reduces those of its shards only."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,7 +57,9 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     alike: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         alike.setdefault((_mesh(gradient), gradient.dtype), []).append(gradient)
-    norms = [gathered(nn.utils.get_total_norm(some)).float() for some in alike.values()]  # one collective each
+    norms = [gathered(nn.utils.get_total_norm(some)) for some in alike.values()]  # one collective each
+    dtype = functools.reduce(torch.promote_types, [norm.dtype for norm in norms], torch.float32)
+    norms = [norm.to(dtype) for norm in norms]
     factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1)
     for gradient in gradients:
         own_part(gradient).mul_(factor)

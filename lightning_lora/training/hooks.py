@@ -5,6 +5,7 @@ restored before the strategy is set up. So `MethodCallback.setup` puts thin wrap
 given, and takes them off when the run ends.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -133,8 +134,7 @@ class MethodCallback(CallbackBase):
         """Called when training begins. Refuses a run that could not train, and watches its first steps."""
         if self._phases is None or (strategy := self._strategy) is None:
             return
-        strategy.rest()
-        optimizers, names = strategy.optimizers(), self._phases.plans.keys()
+        optimizers, names = _at_rest(strategy), self._phases.plans.keys()
         switches = strategy.restored or active_adapters(pl_module) != self._began_active  # by a sanity check
         check_before(pl_module, optimizers, names, switches)
         strategy.check_folders()
@@ -162,7 +162,8 @@ class MethodCallback(CallbackBase):
         if self._finders is not None:
             self._finders.begin_batch(trainer.optimizers)
         if self._training is not None and self._strategy is not None:
-            self._training.begin_batch(trainer.optimizers, self._strategy.optimizers, trainer.global_step)
+            optimizers = functools.partial(_at_rest, self._strategy)
+            self._training.begin_batch(trainer.optimizers, optimizers, trainer.global_step)
 
     @override
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -226,6 +227,12 @@ class MethodCallback(CallbackBase):
         self._patches.release()
         self._forget()
         self._phases = self._buffers = self._finders = None
+
+
+def _at_rest(strategy: StrategyAdapter) -> list[Any]:
+    """The optimizers, when the model's parameters are those that they hold: a validation may leave weights gathered."""
+    strategy.rest()
+    return strategy.optimizers()
 
 
 def _family(trainer: Any) -> list[MethodCallback]:

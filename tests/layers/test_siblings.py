@@ -1,6 +1,7 @@
 """Layers that are given the same input are computed together, and by themselves whenever anything is unusual."""
 
 import copy
+import functools
 import io
 from contextlib import suppress
 
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import lightning_lora as ll
 from lightning_lora.layers import activation
 from lightning_lora.layers.siblings import called_alike, scope
+from lightning_lora.patches import Patches
+from lightning_lora.recompute import checkpoint_activations
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
 
@@ -269,6 +272,53 @@ def test_checkpointed_blocks(sizes, reentrant, options):
     sizes.clear()
     outcome(Checkpointed(), X)
     assert sizes.count(3) == (0 if options.get("lora_dropout") and options.get("use_dora") else 4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.4}, {"use_dora": True}])
+def test_a_checkpoint_of_the_forward_alone(sizes, reentrant, options):
+    """transformers' do not run hooks again: what the first run takes together the second would not."""
+    model = adapted(**options)
+    x = X.clone().requires_grad_()
+    torch.manual_seed(1)
+    whole = model(x)
+    whole.square().sum().backward()
+    expected = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    x.grad = None
+    model.zero_grad()
+    for block in model:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)
+    sizes.clear()
+    torch.manual_seed(1)
+    again = model(x)
+    again.square().sum().backward()
+    assert set(sizes) == {1}
+    if not options.get("lora_dropout"):  # else there is a mask for each
+        found = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+        for one, other in zip([whole, *expected], [again, *found], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        return
+    gradient, direction = x.grad, torch.randn_like(X)  # of the very masks that the first run had
+    losses = []
+    for step in (1e-6, -1e-6):
+        torch.manual_seed(1)
+        losses.append(model((X + step * direction).requires_grad_()).square().sum().item())
+    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.4}, {"use_dora": True}])
+def test_blocks_that_the_callback_lets_run_again(sizes, options):
+    """What shares an input is taken together in both runs."""
+    model = adapted(**options)
+    torch.manual_seed(1)
+    whole, patches = outcome(model, X), Patches()
+    checkpoint_activations(model, patches)
+    sizes.clear()
+    torch.manual_seed(1)
+    for one, other in zip(whole, outcome(model, X), strict=True):
+        assert torch.equal(one, other)
+    assert sizes == [3, 1] * 4
+    patches.release()
 
 
 class Positions(Attention):
