@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_lora.adapters.base import Adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.ops.principal import cancels
-from lightning_lora.ops.sharded import copy_whole_, gathered, shape_of
+from lightning_lora.ops.sharded import copy_whole_, gathered, placed_like, shape_of
 
 
 class LowRankAdapter(Adapter):
@@ -129,7 +129,8 @@ class LowRankAdapter(Adapter):
         if self._buffers["start_A"] is None:
             return self.A, self.B
         assert self.start_A is not None and self.start_B is not None  # noqa: PT018
-        return torch.cat([self.A, self.start_A], dim=-2), torch.cat([self.B, -self.start_B], dim=-1)
+        A, B = placed_like(self.start_A, self.A), placed_like(self.start_B, self.B)  # FSDP2 shards no buffers
+        return torch.cat([self.A, A], dim=-2), torch.cat([self.B, -B], dim=-1)
 
     @override
     def extra_repr(self) -> str:

@@ -170,6 +170,8 @@ def fit(
     test=False,
     by_rank=None,
     after=False,
+    start=None,
+    every=1,
 ):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     for key, values in (by_rank or {}).items():
@@ -179,6 +181,8 @@ def fit(
             module = {**(module or {}), key: values[rank]}
         else:
             lora = {**(lora or {}), key: values[rank]}
+    if start:
+        lora = {**(lora or {}), "init_from": f"{folder}/../{start}/epoch=1.ckpt"}
     torch.manual_seed(rank)  # ranks get different seeds on purpose: adapters must start equal all the same
     options = module or {}
     if strategy in ("fsdp2", "tp", "2d"):
@@ -198,7 +202,7 @@ def fit(
         use_distributed_sampler=False,
         callbacks=[
             ll.LoRA(r=4, lora_alpha=6, **lora_options(lora)),
-            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=every),
             NoDropout(),
             *([counter] if counter else []),
         ],

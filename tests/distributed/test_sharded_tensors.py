@@ -37,15 +37,17 @@ def check(rank: int, folder: str) -> None:
         empty = torch.zeros_like(part)
         sharded.copy_whole_(empty, whole)
         assert torch.equal(sharded.gathered(empty), whole)
-    parameters = [nn.Parameter(part) for part in parts[:6]]
-    for parameter, whole in zip(parameters, wholes, strict=False):
-        parameter.grad = distribute_tensor(2 * whole, mesh, parameter.placements, src_data_rank=None)
-    with CommDebugMode() as seen:
-        clip_by_norm(parameters, 1.5)
-    assert seen.get_total_counts() == 1  # for all of them together
-    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(2 * whole) for whole in wholes[:6]]))
-    for parameter, whole in zip(parameters, wholes, strict=False):
-        torch.testing.assert_close(sharded.gathered(parameter.grad), 2 * whole * 1.5 / total)
+    for dtype in (torch.float32, torch.float64):
+        parameters = [nn.Parameter(part.to(dtype)) for part in parts[:6]]
+        gradients = [2 * whole.to(dtype) for whole in wholes[:6]]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = distribute_tensor(gradient, mesh, parameter.placements, src_data_rank=None)
+        with CommDebugMode() as seen:
+            clip_by_norm(parameters, 1.5)
+        assert seen.get_total_counts() == 1  # for all of them together
+        factor = 1.5 / (nn.utils.get_total_norm(gradients) + 1e-6)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            torch.testing.assert_close(sharded.gathered(parameter.grad), gradient * factor)
     distributed.destroy_process_group()
 
 

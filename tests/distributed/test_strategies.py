@@ -15,6 +15,7 @@ from tests.helpers import forks
 
 pytestmark = pytest.mark.gloo
 
+PISSA = {"init_lora_weights": "pissa"}
 DORA, QDORA = {"use_dora": True}, {"use_dora": True, "quantization": "nf4-dq"}
 ONE = {
     "lora": {"strategy": "auto"},
@@ -23,6 +24,8 @@ ONE = {
     "clip": {"strategy": "auto", "trainer": {"gradient_clip_val": 0.05}},
     "accumulate": {"strategy": "auto", "trainer": {"accumulate_grad_batches": 2}},
     "bf16": {"strategy": "auto", "module": {"dtype": "bfloat16"}},
+    "pissa": {"strategy": "auto", "lora": {**PISSA, "save_peft": True}},
+    "from": {"strategy": "auto", "lora": DORA, "start": "dora"},
 }
 TWO = {
     "ddp": {"strategy": "ddp", "count": True, "test": True},
@@ -49,6 +52,13 @@ FSDP2 = {
     "fsdp2-dora": {"strategy": "fsdp2", "lora": DORA},
     "fsdp2-sharded": {"strategy": "fsdp2", "lora": {"shard_adapters": True, "save_peft": True, **DORA}, "after": True},
     "fsdp2-qdora": {"strategy": "fsdp2", "lora": QDORA},
+    "fsdp2-pissa": {
+        "strategy": "fsdp2",
+        "lora": {**PISSA, "shard_adapters": True, "save_peft": True},
+        "after": True,
+    },
+    "fsdp2-from": {"strategy": "fsdp2", "lora": DORA, "start": "fsdp2-dora"},
+    "fsdp2-saved-less": {"strategy": "fsdp2", "every": 2},  # weights that a validation gathered stay so
     "fsdp2-lazy": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": DORA},
     "fsdp2-meta": {"strategy": "fsdp2", "module": {"built": "meta"}, "lora": DORA},
     "fsdp2-clip": {"strategy": "fsdp2", "trainer": {"gradient_clip_val": 0.05}},
@@ -143,6 +153,7 @@ REFERENCE = {
     "4": "dora",
     "hybrid-dora": "dora",
     "hybrid-clip": "clip",
+    "saved-less": "lora",
 }
 RUNS = [*TWO, *FSDP2, *FOUR]
 
@@ -163,10 +174,11 @@ def test_adapters_and_optimizer_states_are_those_of_one_device(one, many, name):
             assert (value - wanted["state_dict"][key]).norm() < 0.1 * value.norm(), key
 
 
-@pytest.mark.parametrize("name", ["fsdp-dora", "fsdp2-sharded", "tp-dora"])
+@pytest.mark.parametrize("name", ["fsdp-dora", "fsdp2-sharded", "fsdp2-pissa", "tp-dora"])
 def test_peft_folders_are_those_of_one_device(one, many, name):
     """Beside each checkpoint, and by `save_adapter` behind the fit."""
-    wanted = load_file(one / "dora/epoch=1.peft/adapter_model.safetensors")
+    reference = "pissa" if "pissa" in name else "dora"
+    wanted = load_file(one / f"{reference}/epoch=1.peft/adapter_model.safetensors")
     for folder in ("epoch=1.peft", "by-hand"):
         found = load_file(many / name / folder / "adapter_model.safetensors")
         assert found.keys() == wanted.keys()
