@@ -169,4 +169,4 @@ def _problems(
     elif example_inputs is None and (root := transformers_model(model)) is not None:
         most = getattr(root.config, "max_position_embeddings", None)
         if is_int(seq_len) and is_int(most) and seq_len > most:
-            yield f"seq_len: {type(root).__name__} has {most} positions, got {seq_len}"
+            yield f"seq_len: {type(root).__name__} has {most} positions, got {seq_len} (--seq-len)"

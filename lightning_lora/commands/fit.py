@@ -21,10 +21,15 @@ def add(commands: Commands) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """Runs one of them, with everything that follows the program's name."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lightning_lora.errors import ConfigError
     from lightning_lora.recipes.program import RecipeCLI
 
     before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # also what processes on other devices are started with
     try:
         RecipeCLI()
+    except MisconfigurationException as error:  # what Lightning refuses, whenever it notices
+        raise ConfigError(str(error)) from error
     finally:
         sys.argv = before

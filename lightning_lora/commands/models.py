@@ -11,7 +11,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
-_MODEL = "a folder with config.json, that file, or a hub id; no weights are needed"
+_MODEL = "a folder with config.json, that file, a hub id, or demo; no weights are needed"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,9 @@ def described_model(model: str) -> "nn.Module":
     import transformers
 
     from lightning_lora.analysis.memory_step import quiet
+    from lightning_lora.recipes.tokens import resolve
 
+    model = resolve(model)
     with quiet("transformers"):  # it talks of token ids, which nobody needs here
         config = _configuration(model)
     vars(config).pop("quantization_config", None)

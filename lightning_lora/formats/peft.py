@@ -1,6 +1,7 @@
 """Adapters of a model as PEFT folders."""
 
 import os
+from contextlib import nullcontext
 
 from torch import distributed, nn
 
@@ -9,7 +10,7 @@ from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_prompts import exported_prompt
 from lightning_lora.formats.peft_write import write_peft_folder
-from lightning_lora.ops.sharded import is_flattened, is_spread
+from lightning_lora.ops.sharded import failing_together, is_flattened, is_spread
 from lightning_lora.state import require_low_rank
 
 
@@ -21,7 +22,8 @@ def save_adapter(
     Names in it are relative to the transformers model when the model holds exactly one around all adapted layers, else
     to the model that is passed. An adapter that started with a part of the weight (PiSSA, OLoRA, LoftQ) is written
     against the clean base, with twice the rank. The folder appears as a whole or not at all; other files in it stay.
-    With several processes the first one writes; where the model is sharded, all of them have to call this.
+    With several processes the first one writes. Where the model is sharded, all of them have to call this, and the
+    folder is there when it returns; where it is not, others return at once.
 
     Args:
         model: The model, or a part of it.
@@ -54,15 +56,16 @@ def save_adapter(
         "step": step,
         **({"parts": noted} if (noted := exported.parts.noted()) else {}),
     }
-    if first:
-        write_peft_folder(
-            folder,
-            tensors,
-            exported.fields(),
-            entry,
-            len(exported.layers) + len(exported.parts.whole) + len(exported.rows.tables),
-            exported.notes(),
-        )
+    with failing_together("write the PEFT folder") if sharded else nullcontext():
+        if first:
+            write_peft_folder(
+                folder,
+                tensors,
+                exported.fields(),
+                entry,
+                len(exported.layers) + len(exported.parts.whole) + len(exported.rows.tables),
+                exported.notes(),
+            )
 
 
 def check_exportable(model: nn.Module, adapter_name: str) -> None:

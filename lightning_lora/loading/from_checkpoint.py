@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, ConfigError, raise_all
 from lightning_lora.formats.checkpoint import META, is_adapter_checkpoint, load_adapters
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.shards_of_ranks import read_either
@@ -35,15 +35,20 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     Args:
         module_class: The LightningModule's class. Its ``__init__`` (or ``configure_model``) builds the base.
         path: An adapter checkpoint, wherever fsspec reads it (``s3://...``).
-        **init_kwargs: Arguments for the class, over the hyperparameters that the file holds.
+        **init_kwargs: Arguments for the class, over the hyperparameters that the file holds. As in the class's own
+            ``load_from_checkpoint`` there may be a ``map_location`` (a device) and ``hparams_file`` among them.
 
     Returns:
-        The module on the CPU, with those adapters active, and their weights, that were when the file was written.
+        The module on the CPU or on that device, with those adapters active, and their weights, that were when the file
+        was written.
 
     Raises:
+        ConfigError: If it is asked for what would load something else (``strict=False``), or run code from the file
+            (``weights_only=False``).
         CheckpointError: If the file holds no adapters, or they do not fit what the class builds.
         BaseMismatchError: If the class builds another base than the adapters were trained on.
     """
+    device = _device(init_kwargs)
     checkpoint = read_either(path)
     if not is_adapter_checkpoint(checkpoint):
         raise CheckpointError(f"{path} holds no adapters; {module_class.__name__}.load_from_checkpoint loads it")
@@ -65,7 +70,18 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     rest = {key: value for key, value in state.items() if key not in loaded}
     for note in load_adapters(model, {**checkpoint, "state_dict": rest}, fingerprint(model)):
         warnings.warn(note, stacklevel=2)
-    return model
+    return model if device is None else model.to(device)
+
+
+def _device(options: dict[str, Any]) -> Any:
+    """The device that is asked for, taken out of the options, and likewise what is always so."""
+    device, problems = options.pop("map_location", None), list[str]()
+    if not isinstance(device, str | int | torch.device | None):
+        problems.append(f"map_location must be a device here, got {type(device).__name__}: move the model afterwards")
+    why = {"strict": "adapters are loaded whole", "weights_only": "no code is run from a file"}
+    problems += [f"{name}=False: {why[name]}: leave it out" for name in why if options.pop(name, None) is False]
+    raise_all(ConfigError, problems, "load_from_checkpoint")
+    return device
 
 
 def _loaded(

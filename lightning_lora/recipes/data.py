@@ -13,7 +13,7 @@ from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.fields import KINDS
 from lightning_lora.recipes.labels import agreed, class_names
-from lightning_lora.recipes.needs import check_measured, files_for
+from lightning_lora.recipes.needs import check_measured, check_shared_out, files_for
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
@@ -256,4 +256,5 @@ class TextDataModule(LightningDataModule):
     @override
     def predict_dataloader(self) -> Any:
         """Batches of prompts; filled on the left if they are to be continued."""
+        check_shared_out(len(self.examples("predict") or ()), self.trainer)
         return self._evaluation("predict")

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.sharded import all_objects
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import prompt_ids
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.together import runs_together
 from lightning_lora.recipes.tokens import context_of
 
 
@@ -28,12 +30,20 @@ def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options:
     tokenizer, prompts, masks = recipe.tokenizer, batch["input_ids"], batch["attention_mask"]
     own = generation_options(recipe.model, tokenizer, options)
     room, made = _room(recipe, masks, max_new_tokens), dict[int, Tensor]()
-    with recipe.evaluated() as model:
-        for limit in sorted(set(room)):
+    limits = set(room)
+    if runs_together(recipe):
+        limits, own = limits.union(*all_objects(limits)), {"synced_gpus": True, **own}
+    with recipe.evaluated() as any_model:
+        model: Any = any_model
+        for limit in sorted(limits):
             rows = [i for i, left in enumerate(room) if left == limit]
+            if not rows:  # another rank has some: one token goes with it as far as it goes
+                one = prompts[:1][masks[:1].bool()][None, :1]
+                model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=1, **own)
+                continue
             filled = masks[rows].any(0)  # padding for longer rows of other calls would only take from the context
             inputs = {"input_ids": prompts[rows][:, filled], "attention_mask": masks[rows][:, filled]}
-            found: Tensor = model.generate(**inputs, max_new_tokens=limit, **own)  # type: ignore[operator]
+            found: Tensor = model.generate(**inputs, max_new_tokens=limit, **own)
             start = 0 if recipe.separate else inputs["input_ids"].shape[1]
             made |= dict(zip(rows, found[:, start:], strict=True))
     masked = [row[mask.bool()] for row, mask in zip(prompts, masks, strict=True)]

@@ -16,6 +16,7 @@ from lightning_lora.recipes.chat import IGNORED
 from lightning_lora.recipes.generation import generate_texts
 from lightning_lora.recipes.measures import hits
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.together import holds_a_part
 
 LARGE = 1 << 14  # tokens of a vocabulary whose logits are not made all at once
 
@@ -79,8 +80,7 @@ class LanguageModel(Recipe):
     def _find_way(self) -> Way | None:
         """How hidden states are had apart from the head; None where they can't be, or needn't."""
         head = self.model.get_output_embeddings()
-        sharded = self.device_mesh is not None or "FSDP" in type(getattr(self._trainer, "strategy", None)).__name__
-        if sharded or not isinstance(head, nn.Linear) or head.out_features < LARGE:
+        if holds_a_part(self) or not isinstance(head, nn.Linear) or head.out_features < LARGE:
             return None
         return next((way for way in (past_head, through_base) if is_plain(self, way)), None)
 

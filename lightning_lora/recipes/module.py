@@ -19,6 +19,7 @@ from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
 from lightning_lora.recipes.parts import Feed
 from lightning_lora.recipes.sharded import Files, open_files
+from lightning_lora.recipes.together import batches_of_ranks
 from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
 from lightning_lora.recompute import let_run_again
 from lightning_lora.switching.contexts import disable_adapters
@@ -204,6 +205,18 @@ class Recipe(LightningModule):
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure("test", batch)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Called when predict begins. Ranks that hold the model together see who has more batches than they."""
+        self._batches = batches_of_ranks(self)
+
+    @override
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called when a batch is predicted. Behind its last one a rank takes part in what others still have."""
+        own, most = self._batches[dataloader_idx]
+        for _ in range(most - own if batch_idx + 1 == own else 0):
+            self.predict_step(batch, batch_idx)
 
     def _measure(self, name: str, batch: Batch) -> None:
         """Logs what is measured of a batch, under the name of what measures it."""

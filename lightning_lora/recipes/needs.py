@@ -47,3 +47,10 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any) -> None:
             "(and trainer.limit_val_batches); or take EarlyStopping out of trainer.callbacks, and monitor out of "
             "ModelCheckpoint"
         )
+
+
+def check_shared_out(count: int, trainer: Any) -> None:
+    """Raises ConfigError if there is not one example to predict for each device."""
+    sampled = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None) or {}
+    if 0 < count < (devices := sampled.get("num_replicas", 1)):
+        raise ConfigError(f"data.predict has {count} of what {devices} devices are to share: use fewer devices")

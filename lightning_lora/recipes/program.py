@@ -1,6 +1,7 @@
 """``lightning-lora fit | validate | test | predict``: LightningCLI over the recipes."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lora.callback import LoRA
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.formats.files import read
 from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.module import Recipe
@@ -49,8 +50,18 @@ class Parser(LightningArgumentParser):
         """Ends the process with 2."""
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
-        self.exit(2, f"lightning-lora: {_short(message)}\nall options: lightning-lora fit --help\n")
+        unknown = re.search(r"option '([\w.]+)'$|unrecognized arguments: --([\w.]+)", _short(message))
+        hint = did_you_mean(unknown[1] or unknown[2], self._options()) if unknown else ""
+        self.exit(
+            2, f"lightning-lora: {_short(message)}{'.' * bool(hint)}{hint}\nall options: lightning-lora fit --help\n"
+        )
         raise AssertionError("exit returned")
+
+    def _options(self) -> set[str]:
+        """The names of all options, of the subcommands too."""
+        own = {string.removeprefix("--") for action in self._actions for string in action.option_strings}
+        parsers = getattr(self._subcommands_action, "choices", None) or {}
+        return own.union(*(parser._options() for parser in parsers.values()))
 
 
 class RecipeCLI(LightningCLI):
@@ -122,7 +133,10 @@ class RecipeCLI(LightningCLI):
         wanted: Any = self._get(self.config_init, "trainer", default={})
         if wanted.get("logger") in (None, True):  # CSV, whatever else is installed, beside the checkpoints
             kwargs.setdefault("logger", CSVLogger(wanted.get("default_root_dir") or os.curdir, name=None))
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # a strategy, an accelerator or a precision that there is not
+            raise ConfigError(f"trainer: {error}") from error
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [Speed(), Report(), *callbacks]
         callbacks.sort(key=lambda callback: not isinstance(callback, LoRA))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import ConfigError, UnsupportedError, first_line
+from lightning_lora.errors import ConfigError, UnsupportedError, first_line, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
@@ -26,7 +26,7 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
         adapter_name: Which one of a checkpoint with several.
 
     Raises:
-        ConfigError: If there is no base, or none is on record.
+        ConfigError: If there is no base, or none is on record, or no such adapter.
         UnsupportedError: If the adapter is one for classes, or the base's folder holds an adapter too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -83,10 +83,11 @@ def stream(
 def peft_fields(source: str, adapter_name: str | None = None) -> dict[str, Any]:
     """What is in an adapter's ``adapter_config.json``, or would be if a checkpoint were exported."""
     path = Path(source)
-    if not path.is_file():
-        return read_stored(source, adapter_name).fields
-    whole = read_checkpoint(path)
-    name = checkpoint_adapter(path, whole, adapter_name).adapter_name
-    packed = whole[META].get("peft", {}).get(name)
+    whole = read_checkpoint(path) if path.is_file() else None
+    stored = read_stored(source) if whole is None else checkpoint_adapter(path, whole, adapter_name)
+    raise_all(ConfigError, stored.name_problems(adapter_name))
+    if whole is None:
+        return stored.fields
+    packed = whole[META].get("peft", {}).get(stored.adapter_name)
     fields: dict[str, Any] = {} if packed is None else unpack(packed)["fields"]
     return fields

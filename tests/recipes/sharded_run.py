@@ -1,6 +1,7 @@
-"""Run in processes of its own: python -m tests.recipes.sharded_run FOLDER BASE FILE.
+"""Run in processes of its own: python -m tests.recipes.sharded_run FOLDER BASE FILE OTHER PROMPTS.
 
 The same run of a recipe with FSDP2, again from its middle on, and with DDP; its checkpoints go to folders of these names.
+Then what another base puts behind prompts.
 """
 
 import os
@@ -17,6 +18,7 @@ from torch import distributed
 import lightning_lora as ll
 from lightning_lora.formats.shards import Shard
 from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.predictions import Predictions
 
 torch.set_num_threads(1)
 
@@ -65,7 +67,22 @@ def fit(folder, base, file, devices, strategy, name, ckpt_path=None):
     return module
 
 
-def main(folder, base, file):
+def predict(folder, base, file, devices, strategy, batch_size):
+    """Prompts one by one, so that a rank may have more batches than another."""
+    pl.seed_everything(1, verbose=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        callbacks=[ll.LoRA(r=4), Predictions(f"{folder}/{devices}-{batch_size}.jsonl")],
+        logger=False,
+        enable_progress_bar=False,
+    )
+    data = TextDataModule(predict=file, cache_dir=f"{folder}/tokens", batch_size=batch_size)
+    trainer.predict(CausalLM(base, dtype="float64", max_new_tokens=12), datamodule=data, return_predictions=False)
+
+
+def main(folder, base, file, other, prompts):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     with Reading() as reading:
         module = fit(folder, base, file, 2, fsdp2(), "fsdp2")
@@ -80,6 +97,8 @@ def main(folder, base, file):
     with Reading():
         fit(folder, base, file, 2, fsdp2(), "again", ckpt_path=f"{folder}/fsdp2/step=2.ckpt")
     fit(folder, base, file, 2, "ddp", "ddp")
+    for batch_size in (1, 3):
+        predict(folder, other, prompts, 2, fsdp2(), batch_size)
     distributed.barrier()
     distributed.destroy_process_group()
 

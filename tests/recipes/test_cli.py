@@ -130,6 +130,9 @@ def test_from_a_file_to_generated_text(llama, data, tmp_path, monkeypatch, capsy
     assert [row["prompt"] for row in rows] == [record["prompt"] for record in files.prompts()]
 
     capsys.readouterr()
+    assert "has no adapter 'mine'. It has 'default'" in refused(
+        capsys, "generate", path, "--adapter", "mine", "--prompt", "x"
+    )
     main(["generate", path, "--prompt", rows[3]["prompt"], "--max-new-tokens", "6"])
     first = capsys.readouterr().out
     assert first.strip() == rows[3]["prediction"].strip()
@@ -258,7 +261,10 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
         (["--data.train=trian.jsonl"], "lightning-lora: trian.jsonl does not exist. Did you mean 'train.jsonl'?"),
         (["--data.val_split=2", "--data.batch_size=0"], "val_split must be in [0, 1), got 2"),
         (["--lora.r=0"], "lightning-lora: LoRA: r must be a positive integer, got 0"),
-        (["--lora.rr=3"], "unrecognized arguments: --lora.rr=3"),
+        (["--lora.lora_alhpa=3"], "unrecognized arguments: --lora.lora_alhpa=3. Did you mean 'lora.lora_alpha',"),
+        (["--config=odd.yaml"], "does not accept option 'data.batchsize'. Did you mean 'data.batch_size'"),
+        (["--trainer.max_epochs=-3"], "lightning-lora: `max_epochs` must be a non-negative integer or -1"),
+        (["--trainer.strategy=foo"], "lightning-lora: trainer: You selected an invalid strategy name"),
         (["--model.base=nowhere"], "no model 'nowhere': neither a folder here nor one of the hub that can be read"),
         (["--model.lr=fast"], "Expected a <class 'float'>. Got value: fast"),
         (["--model.lr=-1"], "lightning-lora: CausalLM: lr must be a positive number, got -1.0"),
@@ -273,6 +279,7 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
     ],
 )
 def test_bad_usage_is_one_message(arguments, message, llama, data, capsys):
+    Path("odd.yaml").write_text("data: {batchsize: 3}")
     own = ["fit", "--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", "--data.train=train.jsonl", *SHORT]
     said = refused(capsys, *own, *arguments)
     assert message.replace("LLAMA", llama) in said

@@ -44,3 +44,16 @@ def test_a_file_that_can_not_be_written_whole_stays_as_it_was(tmp_path):
         own.write_on_epoch_end(trainer, None, [[{"prediction": "c"}, {"prediction": object()}]], [[[0, 1]]])
     assert path.read_text() == before
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_more_devices_than_prompts(llama, tmp_path):
+    """Lightning would end such a run with a bare assertion."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts(2))
+    data = TextDataModule(predict=path)
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 3, "rank": 0})
+    data.trainer = SimpleNamespace(strategy=strategy, lightning_module=CausalLM(llama))
+    data.setup("predict")
+    with pytest.raises(ConfigError, match="data.predict has 2 of what 3 devices are to share: use fewer devices"):
+        data.predict_dataloader()
+    strategy.distributed_sampler_kwargs["num_replicas"] = 2
+    assert len(data.predict_dataloader()) == 1

@@ -13,19 +13,25 @@ from lightning_lora import CheckpointError
 from lightning_lora.recipes.sharded import open_files
 from lightning_lora.recipes.tokens import load_config
 from tests.recipes import files
-from tests.recipes.sharded_run import fit
+from tests.recipes.sharded_run import fit, predict
 from tests.recipes.test_accumulation import RECORDS
+from tests.recipes.test_generation import gpt2
 
 
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_each_rank_reads_its_part_and_runs_are_those_of_one_device(tmp_path):
-    """In float64, with tied embeddings, rows that two ranks can't share equally, and losses by tokens."""
+    """In float64, with tied embeddings, rows that two ranks can't share equally, and losses by tokens.
+
+    And the same texts, though ranks have other numbers of prompts, with less room behind them.
+    """
     base = files.llama(tmp_path / "base", tie_word_embeddings=True, intermediate_size=45)
     path = files.jsonl(tmp_path / "a.jsonl", RECORDS)
+    other, room = gpt2(tmp_path / "gpt2"), (1, 200, 246, 250, 300, 1, 2)
+    prompts = files.jsonl(tmp_path / "b.jsonl", [{"prompt": f"Say {i}" + " a" * n} for i, n in enumerate(room)])
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.recipes.sharded_run", str(tmp_path), base, path],
+        [sys.executable, "-m", "tests.recipes.sharded_run", str(tmp_path), base, path, other, prompts],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -34,6 +40,10 @@ def test_each_rank_reads_its_part_and_runs_are_those_of_one_device(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     fit(str(tmp_path), base, path, 1, "auto", "one")
+    predict(str(tmp_path), other, prompts, 1, "auto", 3)
+    texts = [(tmp_path / f"{name}.jsonl").read_text() for name in ("1-3", "2-1", "2-3")]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].count("\n") == len(room)
 
     def saved(name: str, step: int) -> dict:
         return torch.load(tmp_path / name / f"step={step}.ckpt", weights_only=True)["state_dict"]

@@ -345,6 +345,19 @@ def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
         ll.load_from_checkpoint(Lit, path, built="setup")
 
 
+def test_load_from_checkpoint_takes_what_lightnings_own_does(tmp_path):
+    module, _ = fit(tmp_path, epochs=1)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    loaded = ll.load_from_checkpoint(Lit, path, map_location="meta", strict=True, weights_only=True, seed=1)
+    assert all(p.is_meta for p in loaded.parameters())
+    loaded = ll.load_from_checkpoint(Lit, path, map_location=torch.device("cpu"))
+    assert same(ll.adapter_state_dict(module), ll.adapter_state_dict(loaded))
+    with pytest.raises(ll.ConfigError) as caught:
+        ll.load_from_checkpoint(Lit, path, map_location={"cuda:0": "cpu"}, strict=False, weights_only=False)
+    problems = ("map_location must be a device here, got dict", "strict=False: adapters", "weights_only=False: no code")
+    assert [p.startswith(start) for p, start in zip(caught.value.problems, problems, strict=True)] == [True] * 3
+
+
 class Hooked(Lit):
     """What was called ``old`` in its files is ``net``; it doubles the Bs, and brings a weight of its base."""
 
