@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """Runs one of them, with everything that follows the program's name."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_lora.errors import ConfigError
     from lightning_lora.recipes.program import RecipeCLI

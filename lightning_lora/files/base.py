@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
 from lightning_lora.files.skeleton import names_in_files, skeleton
-from lightning_lora.formats.fingerprint import compare, fingerprint, pack, unpack
+from lightning_lora.formats.fingerprint import compare, fingerprint, is_buffer, pack, unpack
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.shards import Shard
@@ -173,7 +173,7 @@ class BaseFiles:
             key = next((self.keys[n] for n in self._groups.get(name, [name]) if n in self.keys), None)
             place = None if key is None else self.folder.shard_of[key].places[key]
             known = key is not None and place is not None and place.dtype in FLOATS
-            if known and place is not None:
+            if known and place is not None and not is_buffer(dtype):
                 shape, dtype = list(place.shape), str(FLOATS[place.dtype]).removeprefix("torch.")
             described.append([name, shape, dtype])
             samples.append(sample(self.read(key) if known and key is not None else torch.empty(0)))

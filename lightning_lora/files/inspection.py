@@ -14,7 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
-from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
@@ -105,7 +105,7 @@ def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any
     return {
         "name": name,
         "sha256": fingerprint["sha256"] or None,
-        "tensors": len(unpack(fingerprint["parameters"])),
+        "tensors": len(described_weights(fingerprint)),
         "quantization": fingerprint.get("quantization"),
     }
 

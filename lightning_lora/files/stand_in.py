@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.targets.walk import nodes
@@ -55,7 +55,7 @@ def _described(adapters: Iterable[StoredAdapter]) -> Iterator[tuple[str, list[in
     """The parameters of the base, as far as some adapter knows them."""
     for adapter in adapters:
         if adapter.base is not None:
-            yield from ((name, shape) for name, shape, _ in unpack(adapter.base["parameters"]))
+            yield from ((name, shape) for name, shape, _ in described_weights(adapter.base))
 
 
 def _turn(owner: nn.Module, shape: list[int], layer: StoredLayer) -> None:

@@ -2,6 +2,8 @@
 
 For every frozen parameter: name, shape, dtype and a few sampled values. Samples rather than a hash, so that the same
 base loaded in another dtype is recognised: values are compared after rounding to the coarser of the two dtypes.
+Likewise for the base's floating-point buffers that ``state_dict`` holds (running statistics, random features), which no
+checkpoint of adapters has either.
 """
 
 import hashlib
@@ -17,13 +19,17 @@ from torch import Tensor, nn
 from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.injection.copies import trained_by_others
 from lightning_lora.layers import base_modules, lora_layers, named_base_modules
-from lightning_lora.marks import trained_in_full
+from lightning_lora.marks import is_whole, trained_in_full
 from lightning_lora.names import clean, joined
 from lightning_lora.ops.samples import SAMPLES, sample_each
 from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
+from lightning_lora.state import modules_beside_the_base, persistent_buffers
 from lightning_lora.switching.merged import base_in_place
+
+_BUFFER = "buffer:"  # in front of the dtype of what is no parameter
+_CLOSE = 1e-3  # buffers may be computed anew, on another device or by another release
 
 
 @torch.no_grad()
@@ -68,9 +74,34 @@ def fingerprint(
             seen_here = len(weights) in known  # of a packed weight what it was is known
             now = others.get(id(parameter), parameter)
             weights.append(torch.empty(0) if seen_here else own_part(now) if local else now)
+    for name, buffer in _buffers(model):
+        described.append((name, list(buffer.shape), f"{_BUFFER}{buffer.dtype}".replace("torch.", "")))
+        weights.append(buffer)
     samples = [known.get(i, values) for i, values in enumerate(sample_each(weights))]
     stacked = torch.stack(samples) if samples else torch.empty(0, SAMPLES, dtype=torch.float32, device="cpu")
     return _made(described, stacked, modes[0] if modes else None)
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The floating-point buffers of the frozen base that ``state_dict`` holds, by name."""
+    own = {id(module) for _, module in modules_beside_the_base(model)}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in named_base_modules(model):
+        if id(module) not in own and not is_whole(module) and quantizer_of(module) is None:
+            for key, buffer in persistent_buffers(module):
+                if buffer.is_floating_point():
+                    found.setdefault(id(buffer), (clean(joined(name, key)), buffer))
+    return list(found.values())
+
+
+def is_buffer(dtype: str) -> bool:
+    """Whether what is described with this dtype is no parameter."""
+    return dtype.startswith(_BUFFER)
+
+
+def described_weights(fingerprint: dict[str, Any]) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each weight."""
+    return [row for row in unpack(fingerprint["parameters"]) if not is_buffer(row[2])]
 
 
 @dataclass(frozen=True)
@@ -111,6 +142,8 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     problems += [f"{name} is {old[name].shape} -> {new[name].shape}" for name in shapes[:3]]
     if values := [name for name in both if name not in shapes and not _same(old[name], new[name])]:
         problems.append(f"{len(values)} of {len(both)} weights have other values: {listing(values, 3)}")
+    if buffers := [name for name in changed(saved, current, buffers=True) if name not in trained]:
+        problems.append(f"buffers have other values: {listing(buffers, 3)}")
     if problems:
         raise BaseMismatchError(
             "the adapter was trained on another base model than this one: " + "; ".join(problems) + ". Load the base "
@@ -143,17 +176,21 @@ def _made(described: Sequence[Sequence[Any]], samples: Tensor, mode: str | None)
     return {"quantization": mode, "sha256": digest, "parameters": pack(described), "samples": samples}
 
 
-def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The weights of one model whose sampled values are not what they were."""
+def changed(before: dict[str, Any], after: dict[str, Any], buffers: bool = False) -> list[str]:
+    """The weights of one model, or its buffers, whose sampled values are not what they were."""
     if before["sha256"] == after["sha256"]:
         return []
-    old, new = _weights(before, ()), _weights(after, ())
+    old, new = _weights(before, (), buffers), _weights(after, (), buffers)
     return [name for name in old if name in new and not _same(old[name], new[name])]
 
 
-def _weights(fingerprint: dict[str, Any], without: Container[str]) -> dict[str, _Weight]:
+def _weights(fingerprint: dict[str, Any], without: Container[str], buffers: bool = False) -> dict[str, _Weight]:
     rows = zip(unpack(fingerprint["parameters"]), fingerprint["samples"], strict=True)
-    return {name: _Weight(shape, dtype, samples) for (name, shape, dtype), samples in rows if name not in without}
+    return {
+        name: _Weight(shape, dtype, samples)
+        for (name, shape, dtype), samples in rows
+        if name not in without and is_buffer(dtype) == buffers
+    }
 
 
 def pack(value: Any) -> Tensor:
@@ -171,6 +208,8 @@ def _same(old: _Weight, new: _Weight) -> bool:
     a, b = old.samples, new.samples
     if a.isnan().any() or b.isnan().any():
         return True
+    if is_buffer(old.dtype):
+        return torch.allclose(a, b, rtol=_CLOSE, atol=_CLOSE * float(a.abs().max()))
     coarse = {d for d in (old.dtype, new.dtype) if d in ("bfloat16", "float16")}
     if not coarse:
         return torch.equal(a, b)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
-from lightning_lora.formats.fingerprint import unpack
+from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
@@ -127,7 +127,7 @@ def as_the_file_tells(stored: StoredAdapter) -> StoredAdapter:
     if stored.base is None:
         return _named(stored, {owner: keys for owner, keys in _asked(stored).items() if len(keys) == 1})
     keys: dict[str, list[str]] = {}
-    for name, _, _ in unpack(stored.base["parameters"]):
+    for name, _, _ in described_weights(stored.base):
         owner, _, key = name.rpartition(".")
         keys.setdefault(owner, []).append(key)
     return _named(stored, keys)

@@ -256,5 +256,5 @@ class TextDataModule(LightningDataModule):
     @override
     def predict_dataloader(self) -> Any:
         """Batches of prompts; filled on the left if they are to be continued."""
-        check_shared_out(len(self.examples("predict") or ()), self.trainer)
+        check_shared_out(self.examples("predict"), self.trainer)
         return self._evaluation("predict")

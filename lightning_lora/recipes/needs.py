@@ -49,8 +49,9 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any) -> None:
         )
 
 
-def check_shared_out(count: int, trainer: Any) -> None:
+def check_shared_out(examples: Any, trainer: Any) -> None:
     """Raises ConfigError if there is not one example to predict for each device."""
+    count = 0 if examples is None else len(examples)
     sampled = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None) or {}
     if 0 < count < (devices := sampled.get("num_replicas", 1)):
         raise ConfigError(f"data.predict has {count} of what {devices} devices are to share: use fewer devices")

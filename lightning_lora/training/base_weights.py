@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -41,6 +42,12 @@ class BaseWeights:
                 f"weights of the frozen base got other values behind configure_model: {listing(names, 4)}. A "
                 "checkpoint describes the base that is there then, and a run that goes on looks for it before "
                 "on_fit_start: load them in __init__, setup or configure_model"
+            )
+        if names := changed(described, self._first, buffers=True):
+            rank_zero_warn(
+                f"buffers of the frozen base were filled behind configure_model: {listing(names, 4)}. No file has "
+                "them: fill them in __init__, setup or configure_model, or keep them in the LightningModule itself, "
+                "whose buffers are saved"
             )
         self._held = 0
 

@@ -345,6 +345,46 @@ def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
         ll.load_from_checkpoint(Lit, path, built="setup")
 
 
+class Standardised(Lit):
+    """Its base begins with statistics, which only buffers hold."""
+
+    def __init__(self, mean=0.0, late=None, seed=1):
+        super().__init__(seed=seed)
+        self.save_hyperparameters()
+        self.late, first = late, nn.BatchNorm1d(16, affine=False)
+        first.running_mean += mean
+        self.net.first = first
+
+    def on_fit_start(self):
+        if self.late is not None:
+            self.net.first.running_mean.fill_(self.late)
+
+    def loss(self, batch):
+        return super().loss((self.net.first(batch[0]), batch[1]))
+
+
+def test_buffers_of_another_base(tmp_path):
+    """They are of the base, and in no checkpoint: rounding may differ, nothing else."""
+    module, _ = fit(tmp_path, epochs=1, module=Standardised(0.5))
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    assert not [key for key in torch.load(path, weights_only=True)["state_dict"] if "first" in key]
+    fit(tmp_path, epochs=2, module=Standardised(0.50001), ckpt_path=path)
+    ll.save_adapter(module, tmp_path / "adapter")
+    message = r"another base model than this one: buffers have other values: net.first.running_mean\. Load"
+    with pytest.raises(ll.BaseMismatchError, match=message):
+        fit(tmp_path, epochs=2, module=Standardised(0.4), ckpt_path=path)
+    with pytest.raises(ll.BaseMismatchError, match=message):
+        ll.load_from_checkpoint(Standardised, path, mean=0.4)
+    with pytest.raises(ll.BaseMismatchError, match=message):
+        ll.load_adapter(Standardised(0.4), tmp_path / "adapter")
+    ll.load_adapter(Standardised(0.5).bfloat16(), tmp_path / "adapter")
+
+
+def test_buffers_that_are_filled_too_late_for_a_file(tmp_path):
+    with pytest.warns(UserWarning, match=r"filled behind configure_model: net.first.running_mean\. No file has them"):
+        fit(tmp_path, epochs=1, module=Standardised(late=0.5))
+
+
 def test_load_from_checkpoint_takes_what_lightnings_own_does(tmp_path):
     module, _ = fit(tmp_path, epochs=1)
     path = tmp_path / "epoch=0-step=4.ckpt"
