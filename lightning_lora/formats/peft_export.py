@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import listing
-from lightning_lora.formats.peft_names import shortest_patterns, shortest_targets
+from lightning_lora.formats.peft_names import PREFIX, shortest_patterns, shortest_targets
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
 from lightning_lora.formats.peft_parts import ExportedParts
@@ -26,7 +26,6 @@ from lightning_lora.state import low_rank_adapters
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import Node, nodes, own_parameters, parameter_owners
 
-PREFIX = "base_model.model."
 _OF_PEFT = ("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 PARTS = ("A", "B", "magnitude")  # in the order of `lora_peft_shapes`
 

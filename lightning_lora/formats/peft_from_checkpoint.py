@@ -13,7 +13,7 @@ from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack, within
-from lightning_lora.formats.peft_export import PREFIX
+from lightning_lora.formats.peft_names import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
 from lightning_lora.formats.peft_parts import joined_from
 from lightning_lora.formats.peft_tokens import ROWS

@@ -17,6 +17,7 @@ from lightning_lora.names import ancestors, has_end
 SECONDS = 1.0  # for all the patterns of a file together; sane ones take milliseconds
 MOST = 1 << 17  # characters of a pattern: the worst take a second to compile
 
+PREFIX = "base_model.model."  # of all keys in a folder
 _PLAIN = re.compile(r"[\w.-]*")
 
 

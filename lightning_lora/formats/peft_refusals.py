@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listing
+from lightning_lora.formats.peft_names import PREFIX
 from lightning_lora.layers import asked_of, original_type
 from lightning_lora.names import last_part
 from lightning_lora.targets.walk import Node
@@ -31,6 +32,26 @@ def refusals(root: Any, layers: Collection[str]) -> Iterator[str]:
         yield f"{listing(odd, 3)}: PEFT refuses such layers of a {kind} model, which its fast kernels read"
     if (taken := _OF_EXPERTS.get(_conversion(kind))) and (odd := [name for name in layers if last_part(name) in taken]):
         yield f"{listing(odd, 3)}: PEFT takes such layers of a {kind} model for its experts"
+
+
+    if lost := _renamed(root, layers):
+        yield (
+            f"{listing(lost, 3)}: PEFT renames such layers of a {kind} model as transformers renames what old "
+            "checkpoints have, and would load nothing into them"
+        )
+
+
+def _renamed(root: Any, layers: Collection[str]) -> list[str]:
+    """Layers under whose names PEFT would not look for what it loads: transformers' renaming, and PEFT's way with it."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before there was any
+        return []
+    renamings = [entry for entry in get_model_conversion_mapping(root) if isinstance(entry, WeightRenaming)]
+    renamed = {name: rename_source_key(f"{name}.lora_A.weight", renamings, [])[0] for name in layers}
+    # Where the new name is the end of the one in the file, PEFT goes back to that.
+    return [name for name, new in renamed.items() if not f"{PREFIX}{name}.lora_A.weight".endswith(new)]
 
 
 _WRAPPERS_HAVE = {*dir(nn.Module()), "weight", "bias", "in_features", "out_features"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -164,6 +165,32 @@ def test_what_peft_would_compute_otherwise_is_refused(tmp_path, name, why):
     with pytest.raises(ll.UnsupportedError, match=why):
         ll.save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_peft_would_rename_and_lose_is_refused(tmp_path):
+    """Laguna's shared experts, to which transformers' name for older checkpoints is applied once more."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    config = transformers.LagunaConfig(**sizes, num_attention_heads_per_layer=[4, 4])
+
+    def base():
+        torch.manual_seed(0)
+        return transformers.LagunaForCausalLM(config)
+
+    model = trained(base(), target_modules=["up_proj", "q_proj"])
+    with pytest.raises(
+        ll.UnsupportedError, match=r"1.mlp.shared_experts.up_proj: PEFT renames such layers of a laguna"
+    ):
+        ll.save_adapter(model, tmp_path / "a")
+    model = trained(base(), target_modules=["up_proj", "q_proj"], exclude_modules=["shared_experts.up_proj"])
+    ll.save_adapter(model, tmp_path / "a")
+    ids, theirs = torch.arange(8)[None], PeftModel.from_pretrained(base(), str(tmp_path / "a"))
+    torch.testing.assert_close(theirs.eval()(ids).logits, model.eval()(ids).logits)
+    own = get_peft_model(base(), LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    own.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match=r"Found missing adapter keys .*1.mlp.shared_experts.up_proj"):
+        PeftModel.from_pretrained(base(), str(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize(
