@@ -84,3 +84,12 @@ def has_end(name: str, end: str) -> bool:
     (True, False)
     """
     return name == end or name.endswith(f".{end}")
+
+
+def has_part(name: str, part: str) -> bool:
+    """Whether a name, or one with dots, is in a name as a whole.
+
+    >>> has_part("layers.0.indexer.proj", "indexer.proj"), has_part("layers.0.indexer.proj", "index")
+    (True, False)
+    """
+    return f".{part}." in f".{name}."

@@ -10,9 +10,9 @@ from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.injection.inject import eject, initialise
 from lightning_lora.injection.starts import abandon, start_plainly, too_late, without_starts
-from lightning_lora.layers import arrange, base_modules, has_own_forward, original_type, rebase
+from lightning_lora.layers import arrange, base_modules, casts_to, has_own_forward, original_type, rebase
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
-from lightning_lora.names import clean, is_inside
+from lightning_lora.names import clean, has_part, is_inside, joined
 from lightning_lora.ops.samples import sample
 from lightning_lora.quantization import Quantizer, is_quantized, quantizer_for, quantizer_of
 from lightning_lora.targets.kinds import is_dense_linear, is_pretrained
@@ -121,9 +121,12 @@ def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
     roles, trained, owners = find_roles(tree), trained_in_full(base_modules(model)), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
+    asked = {
+        joined(node.name, path) for node in tree.values() for path in casts_to(cast(Any, original_type(node.module)))
+    }
 
     def is_needed(node: Node) -> bool:
-        weight, parts = node.module._parameters.get("weight"), node.name.split(".")
+        weight = node.module._parameters.get("weight")
         return (
             weight is None
             or id(weight) in trained
@@ -131,16 +134,17 @@ def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
             or has_own_forward(original_type(node.module))
             or roles.reason_against(node.name) is not None
             or bypass(node) is not None
-            or any(is_inside(node.name, outer) and part in parts for outer, part in by_design)
+            or node.name in asked
+            or any(is_inside(node.name, outer) and has_part(node.name, part) for outer, part in by_design)
         )
 
     return {node.name for node in tree.values() if is_dense_linear(node.module) and is_needed(node)}
 
 
 def _kept_dense(model: Any) -> set[str]:
-    """Names of modules that a transformers model needs in float32, such as T5's ``wo``: it looks at their dtype."""
+    """Names, or parts of them, of what a transformers model needs in float32, such as T5's ``wo``."""
     kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) for suffix in ("", "_strict"))
-    return {name for names in kept for name in names or ()}
+    return {name.removesuffix(".weight") for names in kept for name in names or ()}
 
 
 def dense_record(layer: Any) -> tuple[list[int], torch.dtype, Tensor]:

@@ -15,6 +15,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.layers.siblings import called
 from lightning_lora.names import is_inside, joined
 from lightning_lora.patches import Patches
+from lightning_lora.switching.taking_part import TakingPart
 from lightning_lora.targets.kinds import is_pretrained
 
 
@@ -74,17 +75,17 @@ def _checkpointed(block: nn.Module, original: Callable[..., Any], *args: Any, **
 
 
 def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return called(block), _called_again(block)
+    return called(block), _called_again(block, TakingPart(block))
 
 
 @contextmanager
-def _called_again(block: nn.Module) -> Iterator[None]:
+def _called_again(block: nn.Module, first: TakingPart) -> Iterator[None]:
     """Running statistics take a batch in once: when the block runs again, copies of them do."""
     kept = [(m, dict(m._buffers)) for m in block.modules() if m.training and getattr(m, "track_running_stats", False)]
     for module, buffers in kept:
         module._buffers.update({key: None if b is None else b.clone() for key, b in buffers.items()})
     try:
-        with called(block):
+        with first.again(), called(block):
             yield
     finally:
         for module, buffers in kept:
@@ -118,7 +119,24 @@ def checkpoint_transformers(model: Any, patches: Patches) -> None:
         model.disable_input_require_grads()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
+            patches.replace(module, "_gradient_checkpointing_func", _with_adapters_of_now(module))
             _in_eval_mode_too(module, patches)
+
+
+def _with_adapters_of_now(module: Any) -> Callable[..., Any]:
+    """What a module of transformers checkpoints a block's forward with, or a block's call."""
+    function = module._gradient_checkpointing_func
+
+    @functools.wraps(function)
+    def run(compute: Any, *args: Any, **kwargs: Any) -> Any:
+        inner: Any = compute
+        block = module
+        while isinstance(inner, functools.partial):
+            inner, block = inner.func, next((each for each in inner.args if isinstance(each, nn.Module)), block)
+        first = TakingPart(getattr(inner, "__self__", block))
+        return function(functools.partial(first.run, compute), *args, **kwargs)
+
+    return run
 
 
 def _in_eval_mode_too(block: Any, patches: Patches) -> None:

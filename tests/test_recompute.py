@@ -11,6 +11,7 @@ import lightning_lora as ll
 from lightning_lora.patches import Patches
 from lightning_lora.recompute import _in_eval_mode_too, checkpoint_activations, let_gradients_through
 from tests.helpers.families import FAMILIES
+from tests.helpers.layers import randomise
 
 
 class Block(nn.Module):
@@ -63,3 +64,42 @@ def test_inputs_need_no_gradients(family):
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.disable_input_require_grads()
     assert let_gradients_through(model).keys() == {""}
+
+
+def switched(model, batch, how):
+    """The gradients of a forward behind which other adapters are made active."""
+    if how == "samples":
+        ll.set_adapter(model, ["a", "b"])
+        with ll.mixed_batch(model, ["a", "b"]):
+            loss = model(**batch).logits.square().mean()
+        loss.backward()
+    else:
+        ll.set_adapter(model, {"a": 0.7, "b": 0.3} if how == "weights" else "a")
+        loss = model(**batch).logits.square().mean()
+        ll.set_adapter(model, {"a": 0.3, "b": 0.7} if how == "weights" else ["a", "b"])
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if ".lora." in name}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", ["samples", "weights", "names"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_blocks_run_again_with_the_adapters_that_they_ran_with(how, wrapped, use_dora, monkeypatch):
+    found = []
+    for again in (False, True):
+        family = FAMILIES["llama"]
+        model = family.make().double().train()
+        for name in "ab":
+            config = ll.LoRAConfig(r=2, lora_alpha=3, modules_to_save=None, use_dora=use_dora)
+            ll.inject(model, config, name)
+        randomise(model)
+        batch, patches = {"input_ids": torch.arange(12).view(2, 6)}, Patches()
+        if wrapped:  # as models of no library
+            monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+        if again:
+            checkpoint_activations(model, patches)
+        found.append(switched(model, batch, how))
+        patches.release()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)

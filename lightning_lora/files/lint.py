@@ -18,8 +18,7 @@ from typing_extensions import override
 from lightning_lora.checks import choice_problems, is_alpha, is_positive_int
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, parse_config
-from lightning_lora.formats.peft_names import PREFIX
-from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_names import PREFIX, PeftNames
 from lightning_lora.formats.peft_tasks import HEADS
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import WEIGHTS

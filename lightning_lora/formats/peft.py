@@ -11,7 +11,7 @@ from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_prompts import exported_prompt
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.ops.sharded import failing_together, is_flattened, is_spread
-from lightning_lora.state import require_low_rank
+from lightning_lora.state import adapter_modules, require_low_rank
 
 
 def save_adapter(
@@ -82,6 +82,11 @@ def check_low_rank(model: nn.Module, adapter_name: str) -> Export:
         UnsupportedError: If PEFT would compute something else with it.
     """
     require_low_rank(model, adapter_name)
+    if any(is_flattened(p) for adapter in adapter_modules(model, adapter_name) for p in adapter.parameters()):
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} lies in FullyShardedDataParallel's flat parameters, of which ranks have pieces: "
+            "call this within FullyShardedDataParallel.summon_full_params(model), or shard with fully_shard (FSDP2)"
+        )
     exported = Export(model, adapter_name)
     raise_all(UnsupportedError, exported.problems(), f"PEFT can't have adapter {adapter_name!r}")
     return exported

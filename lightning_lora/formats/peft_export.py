@@ -76,7 +76,8 @@ class Export:
 
     def problems(self) -> Iterator[str]:
         """What of it PEFT would compute in another way, or can't have."""
-        if shared := [name for name in (*self.layers, *self.parts.whole) if self.tree[name].aliases]:
+        whole = [name for name in self.tree if any(is_within(name, outer) for outer in self.modules_to_save)]
+        if shared := [name for name in (*self.layers, *self.parts.whole, *whole) if self.tree[name].aliases]:
             yield f"{listing(shared, 3)}: has several names in the model, and PEFT would adapt it under one of them"
         for name, held in self.layers.items():
             kind = held.layer.lora_peft_problem(held.layer)

@@ -12,8 +12,7 @@ from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
-from lightning_lora.formats.peft_names import PREFIX
-from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_names import PREFIX, PeftNames
 from lightning_lora.formats.peft_parameters import as_the_file_tells
 from lightning_lora.formats.peft_parts import noted_problems
 from lightning_lora.formats.peft_tokens import ROWS

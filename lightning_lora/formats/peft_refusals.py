@@ -33,7 +33,6 @@ def refusals(root: Any, layers: Collection[str]) -> Iterator[str]:
     if (taken := _OF_EXPERTS.get(_conversion(kind))) and (odd := [name for name in layers if last_part(name) in taken]):
         yield f"{listing(odd, 3)}: PEFT takes such layers of a {kind} model for its experts"
 
-
     if lost := _renamed(root, layers):
         yield (
             f"{listing(lost, 3)}: PEFT renames such layers of a {kind} model as transformers renames what old "
@@ -42,7 +41,7 @@ def refusals(root: Any, layers: Collection[str]) -> Iterator[str]:
 
 
 def _renamed(root: Any, layers: Collection[str]) -> list[str]:
-    """Layers under whose names PEFT would not look for what it loads: transformers' renaming, and PEFT's way with it."""
+    """Layers under whose names PEFT would not look for what it loads: it renames as transformers does."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key

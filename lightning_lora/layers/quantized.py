@@ -48,7 +48,7 @@ class LoRAQuantizedLinear(LoRALinear):
 
     @override
     def lora_stored_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _quantizer(self).forward(self, x)
+        return _quantizer(self).output(self, x)
 
     @override
     def lora_stored_matrix(self) -> Tensor:

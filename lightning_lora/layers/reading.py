@@ -6,6 +6,7 @@ positions of DeBERTa.
 
 import ast
 import inspect
+import re
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -59,16 +60,63 @@ def leaves_alone(cls: Any, name: str) -> bool:
 
 @cache
 def asked_of(cls: Any) -> dict[str, set[str]]:
-    """What the forward of a class, and what it calls, ask attributes for: in ``self.conv.stride`` the stride."""
+    """What the forward of a class, and what it calls, ask attributes for: in ``self.conv.stride`` the stride.
+
+    Functions of its module that are given an attribute may do so too, as MobileNet's padding does.
+    """
     _, inside = _methods(cls)
     asked: dict[str, set[str]] = {}
-    for function in filter(None, map(syntax_of, inside)):
+    for method in inside:
+        if (function := syntax_of(method)) is None:
+            continue
         owner = function.args.args[0].arg
         for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and isinstance(inner := node.value, ast.Attribute):
-                if isinstance(inner.value, ast.Name) and inner.value.id == owner:
-                    asked.setdefault(inner.attr, set()).add(node.attr)
+            if isinstance(node, ast.Attribute) and (name := _attribute_of(owner, node.value)) is not None:
+                asked.setdefault(name, set()).add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                given = [(i, name) for i, a in enumerate(node.args) if (name := _attribute_of(owner, a)) is not None]
+                called = syntax_of(inspect.unwrap(method).__globals__.get(node.func.id)) if given else None
+                for i, name in given if called is not None else ():
+                    asked.setdefault(name, set()).update(_asked_of_parameter(called, i))
     return asked
+
+
+def _attribute_of(owner: str, node: ast.AST) -> str | None:
+    """The name in ``self.name``."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
+        return node.attr
+    return None
+
+
+def _asked_of_parameter(function: Any, index: int) -> set[str]:
+    """What a function asks one of its parameters for."""
+    names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)][index : index + 1]
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names
+    }
+
+
+@cache
+def casts_to(cls: Any) -> set[str]:
+    """The attributes to the dtype of whose weight the forward of a class casts: in ``x.to(self.mlp.wo.weight.dtype)``.
+
+    A packed weight has the dtype of bytes, to which the input of its product would be rounded. Methods that know of
+    such a dtype see to it themselves.
+    """
+    found = set[str]()
+    for function in filter(None, map(syntax_of, _methods(cls)[1])):
+        inner = [*ast.walk(function)]
+        if not any(isinstance(node, ast.Attribute) and node.attr == "uint8" for node in inner):
+            given = [
+                [*node.args, *(each.value for each in node.keywords)]
+                for node in inner
+                if isinstance(node, ast.Call) and isinstance(f := node.func, ast.Attribute) and f.attr in ("to", "type")
+            ]
+            owned = re.compile(rf"{function.args.args[0].arg}\.([\w.]+)\.weight\.dtype")
+            found |= {m[1] for values in given for value in values if (m := owned.fullmatch(ast.unparse(value)))}
+    return found
 
 
 @cache

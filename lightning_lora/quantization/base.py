@@ -36,6 +36,19 @@ class Quantizer(ABC):
     def unpack(self, packed: Any) -> Tensor:
         """The weight (out, in) that a parameter stands for, as `convert` and `repack` make it."""
 
+    def output(self, layer: Any, x: Tensor) -> Tensor:
+        """The same, for what a model gives its layer.
+
+        Raises:
+            UnsupportedError: If that is integers.
+        """
+        if not x.is_floating_point():
+            raise UnsupportedError(
+                f"a packed layer {layer.in_features} -> {layer.out_features} is given {x.dtype}: the model casts "
+                "to the dtype of that weight. Name the layer in Quantization(ignore_modules=[...])"
+            )
+        return self.forward(layer, x)
+
     @abstractmethod
     def forward(self, layer: Any, x: Tensor) -> Tensor:
         """The layer's product. Nothing dense is kept for the backward pass."""

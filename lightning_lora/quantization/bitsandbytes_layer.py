@@ -18,7 +18,7 @@ class PackedLayer(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return _quantizer(self).forward(self, x)
+        return _quantizer(self).output(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         _quantizer(self).pack_up(self)

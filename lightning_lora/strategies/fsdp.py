@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.errors import ConfigError, UnsupportedError, listing
+from lightning_lora.names import clean
 from lightning_lora.patches import Patches
 from lightning_lora.state import moving_tensors
 from lightning_lora.strategies.agreement import send_trained
@@ -44,8 +45,23 @@ class FSDPAdapter(ShardedAdapter):
         send_trained(moving_tensors(model), self.strategy.root_device)
 
     @override
+    def settle_base(self, model: nn.Module, quantization: str | None) -> None:
+        if wrapped := [clean(n) or "the model" for n, m in model.named_modules() if is_wrapped(m)]:
+            raise UnsupportedError(
+                f"{listing(wrapped, 3)}: wrapped in FullyShardedDataParallel before adapters came, so that no rank has "
+                "the whole weights. Give FSDPStrategy an auto_wrap_policy instead of wrapping in configure_model; "
+                "for another run build the module anew"
+            )
+        super().settle_base(model, quantization)
+
+    @override
     def is_reduced(self, parameter: nn.Parameter) -> bool:
         return False
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether it is FSDP's wrapper, told without importing it."""
+    return type(module).__name__ == "FullyShardedDataParallel"
 
 
 def _ignored(kwargs: dict[str, Any]) -> list[nn.Parameter]:

@@ -65,6 +65,14 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         own_part(gradient).mul_(factor)
 
 
+@torch.no_grad()
+def clip_by_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Keeps each value of the gradients between -limit and limit, sharded or whole."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            own_part(parameter.grad).clamp_(-limit, limit)
+
+
 def split_apart(optimizer: Optimizer) -> list[int]:
     """Makes an optimizer take one step after the other where a group mixes sharded and whole parameters.
 

@@ -1,6 +1,7 @@
 """What strategies that shard the base have in common."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, pl
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.strategies.base import StrategyAdapter, plain_optimizer
-from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, split_apart
+from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, clip_by_value, split_apart
 
 
 class ShardedAdapter(StrategyAdapter):
@@ -39,7 +40,9 @@ class ShardedAdapter(StrategyAdapter):
 
     @override
     def prepare(self, model: nn.Module, patches: Patches) -> None:
-        patches.replace(self.strategy.precision_plugin, "clip_grad_by_norm", self._clip)
+        plugin = self.strategy.precision_plugin
+        for name, clip in (("clip_grad_by_norm", clip_by_norm), ("clip_grad_by_value", clip_by_value)):
+            patches.replace(plugin, name, partial(self._clip, clip))
         patches.wrap(self.strategy, "setup_optimizers", self._setup_optimizers)
 
     def _setup_optimizers(self, original: Callable[..., Any], *args: Any) -> None:
@@ -47,9 +50,9 @@ class ShardedAdapter(StrategyAdapter):
         for optimizer in self.optimizers():
             split_apart(optimizer)
 
-    def _clip(self, optimizer: Any, clip_val: float) -> None:
+    def _clip(self, clip: Callable[..., None], optimizer: Any, clip_val: float) -> None:
         if clip_val > 0:
-            clip_by_norm(self.strategy.precision_plugin.main_params(optimizer), clip_val)
+            clip(self.strategy.precision_plugin.main_params(optimizer), clip_val)
 
     @override
     def average_gradients(self) -> None:

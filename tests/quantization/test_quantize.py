@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lightning_lora as ll
@@ -48,6 +49,61 @@ def test_what_is_left_dense():
         ll.quantize(model)
         assert packed(model)
         assert not any(name.endswith(left) for name in packed(model)), family
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.ModuleDict({"wi": nn.Linear(64, 64), "wo": nn.Linear(64, 64)})
+
+
+class Casts(Two):
+    """Casts what a linear gets to the dtype of its weight, as Kosmos-2.5's vision does."""
+
+    def forward(self, x):
+        x = self.mlp.wi(x)
+        return self.mlp.wo(x.to(self.mlp.wo.weight.dtype))
+
+
+class Guarded(Two):
+    def forward(self, x):
+        x = self.mlp.wi(x)
+        if self.mlp.wo.weight.dtype != torch.uint8:
+            x = x.to(self.mlp.wo.weight.dtype)
+        return self.mlp.wo(x)
+
+
+class Hidden(Two):
+    def forward(self, x):
+        wo = self.mlp["wo"]
+        return wo(self.mlp["wi"](x).to(wo.weight.dtype))
+
+
+def test_linears_whose_dtype_is_asked_for():
+    """The input of a packed one would be rounded to bytes."""
+    for cls, expected in ((Casts, ["0.mlp.wi"]), (Guarded, ["0.mlp.wi", "0.mlp.wo"])):
+        model = nn.ModuleList([cls()])
+        ll.quantize(model)
+        assert packed(model) == expected
+        assert model[0](torch.randn(2, 64)).isfinite().all()
+    for adapted in (False, True):
+        model = Hidden()
+        ll.quantize(model)
+        if adapted:
+            ll.inject(model, ll.LoRAConfig(r=2))
+        with pytest.raises(ll.UnsupportedError, match="is given torch.uint8: the model casts .*ignore_modules"):
+            model(torch.randn(2, 64))
+
+
+def test_what_transformers_keeps_in_float32_by_names_with_dots():
+    class Keeps(transformers.BertModel):
+        _keep_in_fp32_modules = ("attention.output", "intermediate.dense.weight", "quer")
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = Keeps(transformers.BertConfig(**sizes))
+    ll.quantize(model)
+    left = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {*packed(model)}
+    assert left == {f"encoder.layer.{i}.{n}.dense" for i in (0, 1) for n in ("attention.output", "intermediate")}
 
 
 def test_ignored_modules():
