@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.fabric import Fabric
+from safetensors.torch import load_file
 
 import lightning_lora as ll
 from tests.distributed.fabric_run import CONFIG, fit, network
@@ -61,3 +62,5 @@ def test_two_processes(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, in_plain_torch(torch.float64), rtol=0, atol=1e-10)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.blocks.1.o.lora_B.weight"], first["blocks.1.o.lora.default.B"])

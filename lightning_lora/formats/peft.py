@@ -42,12 +42,13 @@ def save_adapter(
             prompt.write(folder, step)
         return
     exported = check_low_rank(model, adapter_name)
-    tensors = dict(exported.tensors())
-    raise_all(CheckpointError, exported.unfit(tensors), f"adapter {adapter_name!r}")
     sharded = is_spread(model)
+    unseen = sharded and any(map(is_flattened, exported.root.parameters()))
+    # What NumPy has seen of a flat parameter FSDP could not free any more.
+    tensors = {key: tensor.clone() if unseen else tensor for key, tensor in exported.tensors()}
+    raise_all(CheckpointError, exported.unfit(tensors), f"adapter {adapter_name!r}")
     if not first and not sharded:
         return
-    unseen = sharded and any(map(is_flattened, exported.root.parameters()))
     entry = {
         "adapter_name": adapter_name,
         "config": exported.config.to_dict(),
@@ -82,7 +83,8 @@ def check_low_rank(model: nn.Module, adapter_name: str) -> Export:
         UnsupportedError: If PEFT would compute something else with it.
     """
     require_low_rank(model, adapter_name)
-    if any(is_flattened(p) for adapter in adapter_modules(model, adapter_name) for p in adapter.parameters()):
+    masters = [adapter.master for adapter in adapter_modules(model, adapter_name)]
+    if any(is_flattened(master) and master.dim() < 2 for master in masters):
         raise UnsupportedError(
             f"adapter {adapter_name!r} lies in FullyShardedDataParallel's flat parameters, of which ranks have pieces: "
             "call this within FullyShardedDataParallel.summon_full_params(model), or shard with fully_shard (FSDP2)"

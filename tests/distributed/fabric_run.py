@@ -3,8 +3,10 @@
 import sys
 import warnings
 
+import pytest
 import torch
 from lightning.fabric import Fabric
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.functional import cross_entropy
 
 import lightning_lora as ll
@@ -43,6 +45,11 @@ def main(folder: str) -> None:
     net = network()
     fit(fabric, net, [(x[half], y[half]) for x, y in data(batch_size=8)])
     torch.save(ll.adapter_state_dict(net), f"{folder}/{fabric.global_rank}.pt")
+    model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ll.UnsupportedError, match="of which ranks have pieces"):
+        ll.save_adapter(net, f"{folder}/adapter")
+    with FullyShardedDataParallel.summon_full_params(model):
+        ll.save_adapter(net, f"{folder}/adapter")
 
 
 if __name__ == "__main__":

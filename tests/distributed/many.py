@@ -15,6 +15,7 @@ warnings.simplefilter("ignore")
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 torch.set_num_threads(1)
 
@@ -120,8 +121,6 @@ class CPUFSDP(FSDPStrategy):
     """Lightning refuses FSDP on the CPU by its type, and torch without a device."""
 
     def _setup_model(self, model):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             return model
         options = {"cpu_offload": self.cpu_offload, "mixed_precision": self.mixed_precision_config, **self.kwargs}
@@ -241,8 +240,16 @@ def lora_options(options):
     return options
 
 
-def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False, packed=None):
-    module = Lit(built, seed if packed is None else 1)
+class Wrapped(Lit):
+    """Wraps its own blocks, as the Lightning docs have it for FSDP1."""
+
+    def configure_model(self):
+        for i, block in enumerate(self.net.blocks):
+            self.net.blocks[i] = FullyShardedDataParallel(block, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def plain(built="init", dtype=None, seed=1, compiled=False, checkpointing=False, packed=None, wrapped=False):
+    module = (Wrapped if wrapped else Lit)(built, seed if packed is None else 1)
     if packed is not None:  # where only what is packed differs
         for block in module.net.blocks:
             block.q.weight.data *= seed

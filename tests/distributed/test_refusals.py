@@ -33,6 +33,7 @@ TWO = {
     "quantise-late": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": {"quantization": "nf4"}},
     "quantised-tp": {"strategy": "tp", "lora": {"quantization": "nf4"}},
     "flat": {"strategy": "fsdp-flat"},
+    "wrapped": {"strategy": "fsdp", "module": {"wrapped": True}},
     "shard-fsdp": {"strategy": "fsdp", "lora": {"shard_adapters": True}},
 }
 
@@ -73,6 +74,7 @@ def runs(tmp_path_factory):
         ("quantise-late", "TargetError", ["is sharded already: call ll.quantize(model, 'nf4') before fully_shard"]),
         ("quantised-tp", "UnsupportedError", ["net.blocks.0.q", "cut for tensor parallelism"]),
         ("flat", "ConfigError", ["use_orig_params=False"]),
+        ("wrapped", "UnsupportedError", ["net.blocks.0, net.blocks.1: wrapped in FullyShardedDataParallel before"]),
         ("shard-fsdp", "UnsupportedError", ["ModelParallelStrategy can shard them"]),
     ],
 )

@@ -15,6 +15,7 @@ from tests.helpers import forks
 
 pytestmark = pytest.mark.gloo
 
+BY_VALUE = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 PISSA = {"init_lora_weights": "pissa"}
 DORA, QDORA = {"use_dora": True}, {"use_dora": True, "quantization": "nf4-dq"}
 ONE = {
@@ -22,6 +23,7 @@ ONE = {
     "dora": {"strategy": "auto", "lora": {**DORA, "save_peft": True}},
     "qdora": {"strategy": "auto", "lora": QDORA},
     "clip": {"strategy": "auto", "trainer": {"gradient_clip_val": 0.05}},
+    "clip-value": {"strategy": "auto", "trainer": BY_VALUE},
     "accumulate": {"strategy": "auto", "trainer": {"accumulate_grad_batches": 2}},
     "bf16": {"strategy": "auto", "module": {"dtype": "bfloat16"}},
     "pissa": {"strategy": "auto", "lora": {**PISSA, "save_peft": True}},
@@ -61,6 +63,7 @@ FSDP2 = {
     "fsdp2-saved-less": {"strategy": "fsdp2", "every": 2},  # weights that a validation gathered stay so
     "fsdp2-lazy": {"strategy": "fsdp2", "module": {"built": "configure_model"}, "lora": DORA},
     "fsdp2-meta": {"strategy": "fsdp2", "module": {"built": "meta"}, "lora": DORA},
+    "fsdp2-clip-value": {"strategy": "fsdp2", "trainer": BY_VALUE},
     "fsdp2-clip": {"strategy": "fsdp2", "trainer": {"gradient_clip_val": 0.05}},
     "fsdp2-accumulate": {"strategy": "fsdp2", "trainer": {"accumulate_grad_batches": 2}},
     "fsdp2-checkpointing": {"strategy": "fsdp2", "module": {"checkpointing": True}},
