@@ -123,6 +123,13 @@ def moving_tensors(model: nn.Module) -> list[Tensor]:
     )
 
 
+def widen(model: nn.Module) -> None:
+    """Makes what a run trains float64, before values of a float64 run are loaded into it."""
+    for _, tensor in _trained(model, None):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.double()
+
+
 def load_adapter_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Copies exactly the tensors of `adapter_state_dict` into a model, and hands it exactly its `extra_state`.
 

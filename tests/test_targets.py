@@ -580,8 +580,9 @@ def test_parametrized_weight():
         (lambda: _with_weight(torch.zeros(4, 4, dtype=torch.int8)), "integer weight"),
         (lambda: nn.Linear(4, 4).to(torch.complex64), "complex weight"),
         (lambda: _with_weight(torch.eye(4).to_sparse()), "sparse weight"),
+        (lambda: _with_weight(torch.zeros(6, 4)), "has a weight of 6 rows and says out_features=4: set"),
     ],
-    ids=["lazy", "integer", "complex", "sparse"],
+    ids=["lazy", "integer", "complex", "sparse", "rows"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:Complex modules are a new feature")
 def test_weights_that_cannot_be_adapted(make, message):

@@ -31,7 +31,7 @@ from lightning_lora.names import clean
 from lightning_lora.ops.sharded import failing_together, gathered_all, is_sharded
 from lightning_lora.optim import Moved
 from lightning_lora.patches import Patches
-from lightning_lora.state import adapter_state_dict, adapters, extra_state
+from lightning_lora.state import adapter_state_dict, adapters, extra_state, widen
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
 from lightning_lora.strategies.states import in_order, names_of, require_same_groups, require_same_ratios
@@ -215,6 +215,10 @@ class StrategyAdapter:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
             adopt_ranks(self.model, checkpoint["state_dict"])
+            if (
+                type(self.strategy.precision_plugin).__name__ == "DoublePrecision"
+            ):  # it casts later, and values were rounded
+                widen(self.model)
             for note in load_adapters(self.model, checkpoint, self.base, self.injects):
                 rank_zero_info(note)
             self.restored = True

@@ -24,6 +24,7 @@ from lightning_lora.layers import (
     reaches_base_forward,
     registered_base,
 )
+from lightning_lora.ops.sharded import is_plain
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.uncalled import read_instead, tied_to
 from lightning_lora.targets.walk import Node
@@ -151,6 +152,11 @@ def weight_problem(node: Node) -> str | None:
     if not weight.is_floating_point():
         what = "complex" if weight.is_complex() else "integer"
         return f"{node.name} has a {what} weight ({weight.dtype}), to which an adapter can't add: use exclude_modules"
+    if isinstance(layer, nn.Linear) and weight.dim() == 2 and len(weight) != layer.out_features and is_plain(weight):
+        return (  # transformers' resize of Marian leaves it so
+            f"{node.name} has a weight of {len(weight)} rows and says out_features={layer.out_features}: set "
+            "out_features to what is there"
+        )
     return None
 
 

@@ -167,6 +167,31 @@ def test_what_peft_would_compute_otherwise_is_refused(tmp_path, name, why):
     assert not (tmp_path / "a").exists()
 
 
+def test_what_a_function_of_the_model_asks_of_its_layers_too(tmp_path):
+    """MobileNet gives its convolutions to a function that pads for their stride."""
+    sizes = {"image_size": 32, "num_labels": 3, "depth_multiplier": 0.35, "min_depth": 8}
+    model = transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(**sizes))
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["re:.*layer.1.expand_1x1.convolution"], modules_to_save=None))
+    with pytest.raises(ll.UnsupportedError, match="MobileNetV2ConvLayer asks for its .*stride.*, which PEFT's wrapper"):
+        ll.save_adapter(model, tmp_path / "a")
+
+
+def test_a_module_of_several_names_that_is_trained_in_full(tmp_path):
+    """Behind a resize the tables are one module: PEFT would train it under a name by which nothing calls it."""
+    model = FAMILIES["t5"].make()
+    rows = model.get_input_embeddings().weight.shape[0]
+    for after in (False, True):
+        if after:
+            ll.eject(model)
+            model.resize_token_embeddings(rows + 8, mean_resizing=False)
+        ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=["embed_tokens"]))
+        if after:
+            with pytest.raises(ll.UnsupportedError, match="has several names in the model, and PEFT would adapt it"):
+                ll.save_adapter(model, tmp_path / "a")
+        else:
+            ll.save_adapter(model, tmp_path / "a")
+
+
 def test_what_peft_would_rename_and_lose_is_refused(tmp_path):
     """Laguna's shared experts, to which transformers' name for older checkpoints is applied once more."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 8}

@@ -297,6 +297,16 @@ def test_state_beyond_parameters_and_buffers(tmp_path):
         ll.load_from_checkpoint(WithExtras, tmp_path / "without.ckpt")
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_resume_in_float64(tmp_path, options):
+    """Lightning loads into float32, and casts afterwards; its batches and the base are cast alike."""
+    whole, run = fit(tmp_path, precision="64-true", module=Doubles(), lora=options)
+    first = tmp_path / "epoch=0-step=4.ckpt"
+    rest, again = fit(tmp_path, precision="64-true", module=Doubles(), lora=options, ckpt_path=first, seed=99)
+    assert same(state_of(whole, run), state_of(rest, again))
+    assert {value.dtype for value in ll.adapter_state_dict(rest).values()} == {torch.float64}
+
+
 def test_resume_under_bf16_true(tmp_path):
     whole = state_of(*fit(tmp_path, precision="bf16-true"))
     rest = state_of(*fit(tmp_path, precision="bf16-true", ckpt_path=tmp_path / "epoch=0-step=4.ckpt", seed=99))
@@ -343,6 +353,13 @@ def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
         ll.CheckpointError, match=r"don't fit what __init__ and configure_model of Lit build \(setup is"
     ):
         ll.load_from_checkpoint(Lit, path, built="setup")
+
+
+class Doubles(Lit):
+    """Lightning casts a batch to double only where its tensors are asked for as such."""
+
+    def loss(self, batch):
+        return super().loss((batch[0].double(), batch[1]))
 
 
 class Standardised(Lit):
