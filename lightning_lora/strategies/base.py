@@ -215,9 +215,7 @@ class StrategyAdapter:
         """Loads adapters, or a full checkpoint as the base."""
         if is_adapter_checkpoint(checkpoint):
             adopt_ranks(self.model, checkpoint["state_dict"])
-            if (
-                type(self.strategy.precision_plugin).__name__ == "DoublePrecision"
-            ):  # it casts later, and values were rounded
+            if type(self.strategy.precision_plugin).__name__ == "DoublePrecision":
                 widen(self.model)
             for note in load_adapters(self.model, checkpoint, self.base, self.injects):
                 rank_zero_info(note)
