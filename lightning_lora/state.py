@@ -124,7 +124,7 @@ def moving_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def widen(model: nn.Module) -> None:
-    """Makes what a run trains float64 before values are loaded: Lightning does so behind that, when they are rounded."""
+    """Makes what a run trains float64 before values are loaded: Lightning does so later, when they are rounded."""
     for _, tensor in _trained(model, None):
         if tensor.is_floating_point():
             tensor.data = tensor.data.double()
