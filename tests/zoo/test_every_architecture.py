@@ -33,20 +33,23 @@ NO_HEAD = {
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
-def shallow(config):
-    """The config with two layers: all that there is behind a head of another task is the base's."""
+def shallow(config, most):
+    """The config with a few layers: more of them are like these."""
     for name in LAYERS:
-        if isinstance(layers := getattr(config, name, None), int) and layers > 2:
-            setattr(config, name, 2)
+        if isinstance(layers := getattr(config, name, None), int) and layers > most:
+            setattr(config, name, most)
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
-            shallow(part)
+            shallow(part, most)
     return config
 
 
 def build(config_class, mapping, task) -> nn.Module | None:
     """The model with its default config; None where that can't be built without anything else."""
-    for change in (shallow, lambda config: config) if task != "base" else (lambda config: config,):
+    most = (
+        8 if task == "base" else 2
+    )  # the base's layers may be of several kinds; behind another head they are the same
+    for change in (lambda config: shallow(config, most), lambda config: config):
         with contextlib.suppress(Exception), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             classes = mapping[config_class]
