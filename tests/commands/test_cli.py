@@ -69,16 +69,16 @@ def test_merge_in_a_process(tmp_path):
     assert done.stdout.startswith("merged 14 layers")
     assert "\x1b" not in done.stderr  # no progress bar where there is no terminal
     assert_same_tensors(tmp_path / "expected", tmp_path / "out")
-    again = process("merge", "--base", "base", "a", "out", cwd=tmp_path)
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1] == "lightning-lora: merge: out is not empty: give a new folder"
+    (again,) = forks.run("lightning_lora", ["merge", "--base", "base", "a", "out"], [{}], tmp_path)
+    assert again.code == 2
+    assert again.output.strip().splitlines()[-1] == "lightning-lora: merge: out is not empty: give a new folder"
 
 
 def test_inspect_and_lint_in_a_process(tmp_path):
     ll.save_adapter(adapted(FAMILIES["llama"].make(), use_dora=True), tmp_path / "a")
-    done = process("inspect", "a", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapters"][0]["kind"] == "dora"
+    (end,) = forks.run("lightning_lora", ["inspect", "a", "--json"], [{}], tmp_path)
+    assert end.code == 0, end.output
+    assert json.loads(end.output.strip().splitlines()[-1])["adapters"][0]["kind"] == "dora"
     (end,) = forks.run("lightning_lora", ["lint", "a", "--target", "vllm"], [{}], tmp_path)
     assert end.code == 1
     assert "does not serve DoRA" in end.output
