@@ -29,7 +29,7 @@ from lightning_lora.state import modules_beside_the_base, persistent_buffers
 from lightning_lora.switching.merged import base_in_place
 
 _BUFFER = "buffer:"  # in front of the dtype of what is no parameter
-_CLOSE = 1e-3  # buffers may be computed anew, on another device or by another release
+_CLOSE = 2**-7  # buffers may be computed anew, by another release or in bfloat16
 
 
 @torch.no_grad()
