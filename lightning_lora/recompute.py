@@ -108,6 +108,7 @@ def checkpoint_transformers(model: Any, patches: Patches) -> None:
         patches: What undoes it.
     """
     if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        keep_adapters(model, patches)
         return  # by the user, who knows best
     wants_gradients = bool(vars(model).get("_require_grads_hooks"))
     let_run_again(model)
@@ -117,26 +118,41 @@ def checkpoint_transformers(model: Any, patches: Patches) -> None:
         patches.later(model.gradient_checkpointing_disable)
     if not wants_gradients:  # only reentrant checkpoints need them, and they would cost a backward pass
         model.disable_input_require_grads()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(module):
-            patches.replace(module, "_gradient_checkpointing_func", _with_adapters_of_now(module))
-            _in_eval_mode_too(module, patches)
+    keep_adapters(model, patches)
+    for module in _checkpointing(model):
+        _in_eval_mode_too(module, patches)
 
 
-def _with_adapters_of_now(module: Any) -> Callable[..., Any]:
+def keep_adapters(model: nn.Module, patches: Patches) -> None:
+    """Lets blocks of transformers that run again, whoever asked for it, do so with the adapters that they ran with.
+
+    Args:
+        model: The model, or what has transformers models in it.
+        patches: What undoes it.
+    """
+    for module in _checkpointing(model):
+        patches.replace(module, "_gradient_checkpointing_func", _WithAdaptersOfNow(module))
+
+
+def _checkpointing(model: nn.Module) -> list[Any]:
+    found = (m for m in model.modules() if getattr(m, "gradient_checkpointing", False))
+    return [module for module in found if "_gradient_checkpointing_func" in vars(module)]
+
+
+class _WithAdaptersOfNow:
     """What a module of transformers checkpoints a block's forward with, or a block's call."""
-    function = module._gradient_checkpointing_func
 
-    @functools.wraps(function)
-    def run(compute: Any, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, module: Any) -> None:
+        self._module, self._function = module, module._gradient_checkpointing_func
+        functools.update_wrapper(self, self._function)
+
+    def __call__(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
         inner: Any = compute
-        block = module
+        block = self._module
         while isinstance(inner, functools.partial):
             inner, block = inner.func, next((each for each in inner.args if isinstance(each, nn.Module)), block)
         first = TakingPart(getattr(inner, "__self__", block))
-        return function(functools.partial(first.run, compute), *args, **kwargs)
-
-    return run
+        return self._function(functools.partial(first.run, compute), *args, **kwargs)
 
 
 def _in_eval_mode_too(block: Any, patches: Patches) -> None:

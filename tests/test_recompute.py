@@ -1,5 +1,6 @@
 """Blocks that run again in the backward pass, in eval mode too."""
 
+import copy
 import functools
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_lora as ll
 from lightning_lora.patches import Patches
-from lightning_lora.recompute import _in_eval_mode_too, checkpoint_activations, let_gradients_through
+from lightning_lora.recompute import _in_eval_mode_too, checkpoint_activations, keep_adapters, let_gradients_through
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
 
@@ -83,9 +84,9 @@ def switched(model, batch, how):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("how", ["samples", "weights", "names"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("asked", ["transformers", "blocks", "user", "user-reentrant"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_blocks_run_again_with_the_adapters_that_they_ran_with(how, wrapped, use_dora, monkeypatch):
+def test_blocks_run_again_with_the_adapters_that_they_ran_with(how, asked, use_dora, monkeypatch):
     found = []
     for again in (False, True):
         family = FAMILIES["llama"]
@@ -95,10 +96,15 @@ def test_blocks_run_again_with_the_adapters_that_they_ran_with(how, wrapped, use
             ll.inject(model, config, name)
         randomise(model)
         batch, patches = {"input_ids": torch.arange(12).view(2, 6)}, Patches()
-        if wrapped:  # as models of no library
+        if asked == "blocks":  # as models of no library
             monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-        if again:
+        if again and asked.startswith("user"):
+            model.gradient_checkpointing_enable({"use_reentrant": asked == "user-reentrant"})
+            let_gradients_through(model)
+            keep_adapters(model, patches)
+        elif again:
             checkpoint_activations(model, patches)
+        model = copy.deepcopy(model) if asked == "user" else model
         found.append(switched(model, batch, how))
         patches.release()
     for name, gradient in found[0].items():

@@ -68,8 +68,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     Every layer gives for a sample what it would give if its adapter were the only active one, with a weight of 1.
     Samples are what the first dimension of a layer's input counts; adapters on embeddings of positions, in which no
     dimension does, are refused in transformers models. Adapters can't be added, switched, merged or deleted
-    before the context ends. Where activations are recomputed by other means than ``LoRA(gradient_checkpointing=True)``
-    the backward pass belongs into the context too.
+    before the context ends. Where activations are recomputed in a loop of your own the backward pass belongs into
+    the context too.
 
     Args:
         model: The model.

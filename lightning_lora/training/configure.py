@@ -11,7 +11,7 @@ from lightning_lora.injection.freeze import freeze, train_mode
 from lightning_lora.injection.inject import initialise
 from lightning_lora.optim import Moved, complete_optimizers
 from lightning_lora.patches import Patches
-from lightning_lora.recompute import checkpoint_activations, let_gradients_through
+from lightning_lora.recompute import checkpoint_activations, keep_adapters, let_gradients_through
 
 
 def configure_optimizers(
@@ -40,6 +40,8 @@ def configure_optimizers(
     train_mode(model, lr_ratios.keys())
     if gradient_checkpointing:
         rank_zero_info(f"Activation checkpointing: {listing(checkpoint_activations(model, patches))}")
+    else:
+        keep_adapters(model, patches)
     if helped := let_gradients_through(model):
         rank_zero_info(f"Reentrant checkpointing: inputs of {listing(helped)} ask for gradients")
     for undo in helped.values():
