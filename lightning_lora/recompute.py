@@ -147,6 +147,8 @@ class _WithAdaptersOfNow:
         functools.update_wrapper(self, self._function)
 
     def __call__(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # what is traced holds the adapters of then
+            return self._function(compute, *args, **kwargs)
         inner: Any = compute
         block = self._module
         while isinstance(inner, functools.partial):
