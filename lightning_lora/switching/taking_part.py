@@ -8,6 +8,9 @@ from torch import nn
 
 from lightning_lora.switching.parts import parts_of
 
+_OF_LAYERS = ("lora_active", "lora_mixture")
+_State = list[tuple[Any, str, Any]]  # whose, which attribute, and its value
+
 
 class TakingPart:
     """The adapters that take part in what a module computes now, their weights, and those of a batch's samples.
@@ -20,11 +23,9 @@ class TakingPart:
         self._parts = parts_of(module)
         self._now = self._state()
 
-    def _state(self) -> list[tuple[Any, str, Any]]:
+    def _state(self) -> _State:
         layers, added = self._parts.layers, self._parts.added()
-        found: list[tuple[Any, str, Any]] = [
-            (layer, key, getattr(layer, key)) for layer in layers for key in _OF_LAYERS
-        ]
+        found: _State = [(layer, key, getattr(layer, key)) for layer in layers for key in _OF_LAYERS]
         found += [(a, "share", a.share) for layer in layers for a in layer.lora_adapters().values()]
         return found + [(module, "active", module.active) for _, module in added]
 
@@ -44,10 +45,7 @@ class TakingPart:
             return compute(*args, **kwargs)
 
 
-_OF_LAYERS = ("lora_active", "lora_mixture")
-
-
-def _put(state: list[tuple[Any, str, Any]]) -> None:
+def _put(state: _State) -> None:
     for owner, key, value in state:
         if getattr(owner, key) is not value:
             setattr(owner, key, value)
