@@ -95,7 +95,10 @@ class Misfits:
         for name, (node, _) in self.found.items():
             others = [other for other in node.names if other != name]
             if both := [other for other in others if other in self.found]:
-                yield f"{name} and {both[0]} are one layer, and the file has an adapter for each"
+                yield (
+                    f"{name} and {both[0]} are one layer, and the file has an adapter for each. If a resize of token "
+                    "tables has made them one, ll.inject on these targets before it keeps them apart"
+                )
             elif others and self.stored.layout == "peft" and self.stored.base is None:
                 yield f"{name} is {others[0]} too, where PEFT leaves it as it is"
 
