@@ -80,7 +80,10 @@ def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], A
 
 @contextmanager
 def _called_again(block: nn.Module, first: TakingPart) -> Iterator[None]:
-    """Running statistics take a batch in once: when the block runs again, copies of them do."""
+    """A block's second run is as its first: with the same adapters, and its layers together.
+
+    But running statistics take a batch in once: now copies of them do.
+    """
     kept = [(m, dict(m._buffers)) for m in block.modules() if m.training and getattr(m, "track_running_stats", False)]
     for module, buffers in kept:
         module._buffers.update({key: None if b is None else b.clone() for key, b in buffers.items()})

@@ -10,14 +10,14 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.injection.copies import kept_values, tensors_of, values_of
-from lightning_lora.layers import LoRALayer, base_modules, lora_layers
+from lightning_lora.layers import LoRALayer, base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.starting import start_misfit
-from lightning_lora.marks import is_lightning_module, merged_problems
+from lightning_lora.marks import is_lightning_module, is_whole, merged_problems
 from lightning_lora.methods.added import added_to
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.names import clean, joined
 from lightning_lora.ops.masters import Masters
-from lightning_lora.ops.sharded import copy_whole_
+from lightning_lora.ops.sharded import copy_whole_, is_fsdp_wrapper
 from lightning_lora.quantization import is_quantized
 
 
@@ -197,7 +197,7 @@ def _own_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     FSDP would gather the base for that of a model it has wrapped: of such a one only metrics, and what else has no
     parameters, are asked.
     """
-    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    if not any(map(is_fsdp_wrapper, model.modules())):
         return [("", model)]
     return [(f"{name}.", child) for name, child in modules_beside_the_base(model) if name and "." not in name]
 
@@ -232,6 +232,14 @@ def modules_beside_the_base(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     children = [(n, c) for n, c in model.named_children() if next(c.parameters(), None) is None]
     return [("", model), *((joined(n, m), d) for n, c in children for m, d in c.named_modules())]
+
+
+def base_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """The buffers of the frozen base that ``state_dict`` holds: the module's name, the module, the key, the buffer."""
+    own = {id(module) for _, module in modules_beside_the_base(model)}
+    for name, module in named_base_modules(model):
+        if id(module) not in own and not is_whole(module):
+            yield from ((name, module, key, buffer) for key, buffer in persistent_buffers(module))
 
 
 def _own_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

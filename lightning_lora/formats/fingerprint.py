@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from lightning_lora.errors import BaseMismatchError, listing
 from lightning_lora.injection.copies import trained_by_others
 from lightning_lora.layers import base_modules, lora_layers, named_base_modules
-from lightning_lora.marks import is_whole, trained_in_full
+from lightning_lora.marks import trained_in_full
 from lightning_lora.names import clean, joined
 from lightning_lora.ops.samples import SAMPLES, sample_each
 from lightning_lora.ops.sharded import own_part, shape_of
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.quantize import dense_record
-from lightning_lora.state import modules_beside_the_base, persistent_buffers
+from lightning_lora.state import base_buffers
 from lightning_lora.switching.merged import base_in_place
 
 _BUFFER = "buffer:"  # in front of the dtype of what is no parameter
@@ -84,13 +84,10 @@ def fingerprint(
 
 def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The floating-point buffers of the frozen base that ``state_dict`` holds, by name."""
-    own = {id(module) for _, module in modules_beside_the_base(model)}
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in named_base_modules(model):
-        if id(module) not in own and not is_whole(module) and quantizer_of(module) is None:
-            for key, buffer in persistent_buffers(module):
-                if buffer.is_floating_point():
-                    found.setdefault(id(buffer), (clean(joined(name, key)), buffer))
+    for name, module, key, buffer in base_buffers(model):
+        if buffer.is_floating_point() and quantizer_of(module) is None:
+            found.setdefault(id(buffer), (clean(joined(name, key)), buffer))
     return list(found.values())
 
 

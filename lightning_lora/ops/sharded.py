@@ -30,6 +30,11 @@ def is_flattened(tensor: Tensor) -> bool:
     return bool(tensor.__dict__.get("_fsdp_flattened"))
 
 
+def is_fsdp_wrapper(module: nn.Module) -> bool:
+    """Whether it is the wrapper of FSDP1, told without importing it."""
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
 def is_spread(model: nn.Module) -> bool:
     """Whether a rank has a part of the model only."""
     waiting, seen = [model], set[int]()

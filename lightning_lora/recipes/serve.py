@@ -84,7 +84,7 @@ def peft_fields(source: str, adapter_name: str | None = None) -> dict[str, Any]:
     """What is in an adapter's ``adapter_config.json``, or would be if a checkpoint were exported."""
     path = Path(source)
     whole = read_checkpoint(path) if path.is_file() else None
-    stored = read_stored(source) if whole is None else checkpoint_adapter(path, whole, adapter_name)
+    stored = read_stored(source, adapter_name) if whole is None else checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name))
     if whole is None:
         return stored.fields

@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, UnsupportedError, listing
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import is_fsdp_wrapper
 from lightning_lora.patches import Patches
 from lightning_lora.state import moving_tensors
 from lightning_lora.strategies.agreement import send_trained
@@ -46,7 +47,7 @@ class FSDPAdapter(ShardedAdapter):
 
     @override
     def settle_base(self, model: nn.Module, quantization: str | None) -> None:
-        if wrapped := [clean(n) or "the model" for n, m in model.named_modules() if is_wrapped(m)]:
+        if wrapped := [clean(n) or "the model" for n, m in model.named_modules() if is_fsdp_wrapper(m)]:
             raise UnsupportedError(
                 f"{listing(wrapped, 3)}: wrapped in FullyShardedDataParallel before adapters came, so that no rank has "
                 "the whole weights. Give FSDPStrategy an auto_wrap_policy instead of wrapping in configure_model; "
@@ -57,11 +58,6 @@ class FSDPAdapter(ShardedAdapter):
     @override
     def is_reduced(self, parameter: nn.Parameter) -> bool:
         return False
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether it is FSDP's wrapper, told without importing it."""
-    return type(module).__name__ == "FullyShardedDataParallel"
 
 
 def _ignored(kwargs: dict[str, Any]) -> list[nn.Parameter]:

@@ -3,10 +3,8 @@
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_lora.adapters import Adapter
 from lightning_lora.errors import listing
-from lightning_lora.marks import is_whole
-from lightning_lora.state import modules_beside_the_base, persistent_buffers
+from lightning_lora.state import base_buffers
 
 PACKED = 1 << 20  # bytes
 
@@ -32,13 +30,9 @@ class BaseBuffers:
         """A training step begins: the first one finds the values that are kept."""
         if self._kept is None:
             self._kept = []
-            own = {id(module) for _, module in modules_beside_the_base(self._model)}
-            for module in self._model.modules():
-                if id(module) not in own and not isinstance(module, Adapter) and not is_whole(module):
-                    for key, buffer in persistent_buffers(module):
-                        if not buffer.is_floating_point() and buffer.nbytes > PACKED:
-                            continue
-                        self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
+            for _, module, key, buffer in base_buffers(self._model):
+                if buffer.is_floating_point() or buffer.nbytes <= PACKED:
+                    self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
 
     def put_back(self) -> None:
         """A training step, or the run, ends. Says which buffers (class and key) never changed before."""
