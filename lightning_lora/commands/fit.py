@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
 def run(arguments: Sequence[str]) -> None:
     """Runs one of them, with everything that follows the program's name."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch import distributed
 
     from lightning_lora.errors import ConfigError
     from lightning_lora.recipes.program import RecipeCLI
@@ -33,3 +34,5 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError(str(error)) from error
     finally:
         sys.argv = before
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # gloo may abort a process that leaves it to the interpreter

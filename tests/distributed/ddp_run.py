@@ -1,5 +1,6 @@
 """Run by test_ddp.py in processes of its own: python -m tests.distributed.ddp_run STRATEGY FOLDER [CKPT]."""
 
+import atexit
 import os
 import sys
 import warnings
@@ -62,10 +63,18 @@ def main(strategy: str, folder: str, ckpt_path: str | None = None) -> None:
         torch.save(state, f"{folder}/state.pt")
     if distributed.is_initialized():
         distributed.barrier()
+        leave()
+
+
+def leave() -> None:
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 class SeedByRank(pl.Callback):
+    def setup(self, trainer, pl_module, stage):
+        atexit.register(leave)  # gloo may abort a process that leaves it to the interpreter, as Lightning's own do
+
     def on_train_start(self, trainer, pl_module):
         if trainer.current_epoch == 0:
             torch.manual_seed(100 + trainer.global_rank)
