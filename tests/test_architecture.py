@@ -31,7 +31,8 @@ LEVELS = [
     {"from_data"},
     {"loading"},
     {"files", "recompute"},
-    {"strategies", "analysis"},
+    {"analysis"},
+    {"strategies"},
     {"training"},
     {"callback", "monitor", "averaging"},
     {"comparators"},
@@ -101,6 +102,45 @@ def test_only_the_upper_levels_know_lightning(path):
         assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names)
 
 
+def at_import(path: Path, seen: set[Path]) -> set[str]:
+    """Other packages that a file, and files of this package that it imports, import as soon as it is imported."""
+    seen.add(path)
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            own = file_of(module) or file_of(module.rpartition(".")[0])
+            if own is None:
+                found.add(module.split(".")[0])
+                continue
+            for each in {own, own.parent / "__init__.py"} - seen:
+                found |= at_import(each, seen)
+    return found
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "cli.py"])
+def test_lightning_is_imported_where_there_is_a_trainer_only(name):
+    """It takes longer than all the rest: a command, or a loop of one's own, starts without it."""
+    packages = at_import(PACKAGE / name, set())
+    assert "torch" in at_import(PACKAGE / "__init__.py", set())
+    assert not packages & {"lightning", "pytorch_lightning", "torchmetrics", "transformers", "bitsandbytes"}
+    assert "lightning" in at_import(PACKAGE / "callback.py", set())
+
+
+def test_names_are_the_same_however_they_are_imported():
+    from lightning_lora import LoRA, callback
+
+    assert ll.LoRA is LoRA is callback.LoRA
+    assert {"LoRA", "comparators"} <= set(dir(ll))
+    with pytest.raises(AttributeError, match="no attribute 'LORA'"):
+        _ = ll.LORA
+
+
 def test_only_one_file_assigns_classes():
     def assigns(path: Path) -> bool:
         targets = [t for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assign) for t in n.targets]
@@ -126,8 +166,9 @@ def test_files_hold_one_concept():
 def test_all_is_complete_sorted_and_public():
     assert ll.__all__ == sorted(ll.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert imported == set(ll.__all__)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = [alias.name for node in imports if node.module.startswith(ll.__name__) for alias in node.names]
+    assert sorted(imported) == ll.__all__
     assert all(getattr(ll, name).__doc__ for name in ll.__all__)
 
 

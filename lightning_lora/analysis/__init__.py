@@ -3,7 +3,6 @@
 from lightning_lora.analysis.against_weight import AgainstWeight
 from lightning_lora.analysis.analyze import analyze, analyze_files
 from lightning_lora.analysis.intruders import Intruders
-from lightning_lora.analysis.model_summary import count_packed
 from lightning_lora.analysis.results import Analysis, Comparison, LayerAnalysis
 from lightning_lora.analysis.subspaces import LayerComparison, subspace_similarity
 from lightning_lora.analysis.summary import Summary, summary
@@ -18,7 +17,6 @@ __all__ = [
     "Summary",
     "analyze",
     "analyze_files",
-    "count_packed",
     "subspace_similarity",
     "summary",
 ]

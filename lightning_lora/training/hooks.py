@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from lightning_lora.analysis import count_packed, summary
-from lightning_lora.analysis.report import announce
+from lightning_lora.analysis import summary
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import DeadAdapterError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
@@ -36,9 +35,11 @@ from lightning_lora.training.family import options_of, quantization_of, settings
 from lightning_lora.training.finders import Finders
 from lightning_lora.training.health import check_before, explain
 from lightning_lora.training.looked_after import Training
+from lightning_lora.training.model_summary import count_packed
 from lightning_lora.training.parent import bring_adapters_back
 from lightning_lora.training.phases import Phases, Request
 from lightning_lora.training.random_states import RandomStates
+from lightning_lora.training.report import announce
 from lightning_lora.training.whole_averages import keep_frozen
 
 if TYPE_CHECKING:
