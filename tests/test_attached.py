@@ -344,6 +344,32 @@ def test_values_of_a_moment():
     torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("mode", ["dense", "nf4"])
+def test_transforms_leave_nothing_behind(mode):
+    """Their tensors have no memory, and are none any more when they have ended."""
+    model, parameters = build()
+    if mode == "nf4":
+        ll.quantize(model, mode)
+    ll.attach_optimizer(model, torch.optim.AdamW(parameters))
+    values = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(values, x):
+        return functional_call(model, values, (x[None],)).square().sum()
+
+    expected, x = model(X).detach(), X.flatten(0, -2)
+    ll.attach_optimizer(model, torch.optim.AdamW(parameters))  # forgets what is kept: the transforms come first
+    torch.testing.assert_close(torch.func.jvp(model, (X,), (X,))[0].detach(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.func.vmap(torch.func.hessian(lambda row: model(row[None]).sum()))(x).isfinite().all()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    out = model(X)
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_values_in_other_memory():
     model, parameters = build()
     ll.attach_optimizer(model, torch.optim.AdamW(parameters))

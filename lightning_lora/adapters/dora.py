@@ -15,6 +15,7 @@ from lightning_lora.ops.norms import Normed, accumulation_dtype, merged_row_norm
 from lightning_lora.ops.sharded import copy_whole_, gathered, is_plain
 from lightning_lora.ops.site import LowRank, RowGain, gain_of, row_gain_of
 from lightning_lora.ops.stacks import add_product, rows_of
+from lightning_lora.ops.transforms import in_transform
 
 
 @variant("dora")
@@ -100,6 +101,8 @@ class DoRAAdapter(LowRankAdapter):
 
     def norms(self, host: Host) -> Tensor:
         """Norms of the merged rows, (d,), in float32 at least, without gradient."""
+        if not torch.compiler.is_compiling() and in_transform():
+            return self.norms_now(host)  # of tensors of a moment, of which nothing is kept
         if (rest := self._at_rest(host)) is not None:
             return rest.norms
         known = self.known
@@ -163,7 +166,7 @@ class DoRAAdapter(LowRankAdapter):
 
     def _squares(self, host: Host, W: Tensor) -> Tensor | None:
         r""":math:`\|W\|^2`, where it is known: nothing changes a packed weight without a call of `follow`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or in_transform():
             return self.squares if host.lora_packed else None
         if not host.lora_packed and not (self.attended and is_plain(W)):
             return None
