@@ -10,7 +10,7 @@ from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.injection.inject import eject, initialise
 from lightning_lora.injection.starts import abandon, start_plainly, too_late, without_starts
-from lightning_lora.layers import arrange, base_modules, casts_to, has_own_forward, original_type, rebase
+from lightning_lora.layers import arrange, base_modules, casts_to, has_own_forward, original_type, rebase, weights_taken
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean, has_part, is_inside, joined
 from lightning_lora.ops.samples import sample
@@ -32,9 +32,9 @@ def quantize(
     """Quantises the dense linears of a frozen base in place, with or without adapters on them.
 
     One layer after the other is packed, on the device, and its dense weight freed at once. Left dense: adapters, what
-    is trained in full, heads and output embeddings, MoE routers, tied weights, weights that are read and not called,
-    linears with a forward of their own, and what a transformers model asks to keep in float32. Layers that are
-    quantised already in this mode stay as they are.
+    is trained in full, heads and output embeddings, MoE routers, tied weights, weights that the model's code reads
+    (a call alone unpacks them), linears with a forward of their own, and what a transformers model asks to keep in
+    float32. Layers that are quantised already in this mode stay as they are.
 
     Where adapters start with a part of the weight (``init_lora_weights="pissa"``, ``"olora"`` or ``"loftq"``), what is
     left without it is packed.
@@ -110,7 +110,8 @@ def quantizable(model: nn.Module, settings: Quantization) -> list[Node]:
     problems += [problem for node in chosen if (problem := _weight_problem(node, quantizer, settings)) is not None]
     if not chosen and not packed and not problems:
         problems.append(
-            "the model has no linear that can be quantised: all are heads, tied, trained in full or ignored"
+            "the model has no linear that can be quantised: all are heads, tied, trained in full, ignored, read by the "
+            "model's code, or have a forward of their own"
         )
     raise_all(TargetError, problems, "quantization")
     return chosen
@@ -121,9 +122,8 @@ def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
     roles, trained, owners = find_roles(tree), trained_in_full(base_modules(model)), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
-    asked = {
-        joined(node.name, path) for node in tree.values() for path in casts_to(cast(Any, original_type(node.module)))
-    }
+    classes: list[tuple[str, Any]] = [(node.name, original_type(node.module)) for node in tree.values()]
+    asked = {joined(name, path) for name, cls in classes for path in casts_to(cls) | weights_taken(cls)}
 
     def is_needed(node: Node) -> bool:
         weight = node.module._parameters.get("weight")

@@ -6,7 +6,14 @@ from lightning_lora.layers.find import base_modules, lora_layers, named_base_mod
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part
 from lightning_lora.layers.read import Reading, ReadWeight, read_layers, readable
-from lightning_lora.layers.reading import asked_of, casts_to, is_without_gradients, leaves_alone, weights_read
+from lightning_lora.layers.reading import (
+    asked_of,
+    casts_to,
+    is_without_gradients,
+    leaves_alone,
+    weights_read,
+    weights_taken,
+)
 from lightning_lora.layers.registry import (
     has_own_forward,
     kind_of,
@@ -64,4 +71,5 @@ __all__ = [
     "undressed",
     "unlock_statistics",
     "weights_read",
+    "weights_taken",
 ]

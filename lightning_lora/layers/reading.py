@@ -18,6 +18,8 @@ from lightning_lora.layers.source import syntax_of
 
 _SHOWS_NOTHING = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "layout"}
 _WITHOUT_GRADIENTS = {"no_grad", "inference_mode"}
+_ASK = {"isinstance", "hasattr", "type", "id"}
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 @cache
@@ -120,12 +122,38 @@ def casts_to(cls: Any) -> set[str]:
 
 
 @cache
-def _methods(cls: Any) -> tuple[dict[Any, set[str]], list[Any]]:
-    """The methods of a class with all names in them, and which of them its forward may get to."""
+def weights_taken(cls: Any) -> set[str]:
+    """The attributes whose weight the forward of a class, or a step of a LightningModule, takes, called or not.
+
+    It has to be what it stands for there: a weight of int8 would be computed with as it is, without a word. What is
+    taken in a branch only is left out: for most it is another way to the same (BLOOM's tensor parallelism).
+    """
+    found = set[str]()
+    for function in filter(None, map(syntax_of, _methods(cls, ("forward", *_STEPS))[1])):
+        inner, others = [*ast.walk(function)], list[ast.AST]()
+        for node in inner:
+            if isinstance(node, ast.If):
+                others += [each for statement in (*node.body, *node.orelse) for each in ast.walk(statement)]
+            elif isinstance(node, ast.Attribute) and node.attr in _SHOWS_NOTHING:
+                others.append(node.value)
+            elif isinstance(node, ast.Compare):
+                others += [node.left, *node.comparators]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASK:
+                others += node.args
+        owned, left = re.compile(rf"{function.args.args[0].arg}\.([\w.]+)\.weight"), {*map(id, others)}
+        loads = (node for node in inner if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
+        taken = (ast.unparse(node) for node in loads if node.attr == "weight" and id(node) not in left)
+        found |= {match[1] for text in taken if (match := owned.fullmatch(text))}
+    return found
+
+
+@cache
+def _methods(cls: Any, entries: tuple[str, ...] = ("forward",)) -> tuple[dict[Any, set[str]], list[Any]]:
+    """The methods of a class with all names in them, and which of them these, its forward, may get to."""
     own = [base for base in cls.__mro__ if base is not nn.Module and not base.__module__.startswith("torch.")]
     methods = [(name, method) for base in own for name, method in vars(base).items() if _code(method) is not None]
     mentioned = {method: {*names_in(_code(method))} for _, method in methods}
-    reached, more = set[str](), {"forward"}
+    reached, more = set[str](), {*entries}
     while more:
         reached |= more
         more = {n for name, m in methods if name in more for n in mentioned[m]} - reached

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
@@ -93,6 +94,39 @@ def test_linears_whose_dtype_is_asked_for():
             ll.inject(model, ll.LoRAConfig(r=2))
         with pytest.raises(ll.UnsupportedError, match="is given torch.uint8: the model casts .*ignore_modules"):
             model(torch.randn(2, 64))
+
+
+class Tied(Two):
+    """An autoencoder: the way back is by the weight of the way there. The other one is only looked at."""
+
+    def forward(self, x):
+        x = self.mlp.wi(x)
+        if self.mlp.wi.weight.dtype == torch.float64 and isinstance(self.mlp.wi.weight, nn.Parameter):
+            x = x @ self.mlp.wi.weight
+        return x, self.decode(self.mlp.wo(x))
+
+    def decode(self, h):
+        return h @ self.mlp.wo.weight.to(h.dtype)
+
+
+class Penalised(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Two()
+
+    def training_step(self, batch, batch_idx):
+        return self.net.mlp.wo(self.net.mlp.wi(batch)).sum() + self.net.mlp.wo.weight.square().sum()
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_weights_that_are_read_beside_calls_are_what_they_stand_for(mode):
+    """In int8 a step would compute with bytes, without a word."""
+    x = torch.randn(2, 64)
+    for model, steps in ((Tied(), lambda m: m(x)[1]), (Penalised(), lambda m: m.training_step(x, 0))):
+        expected = steps(model).detach()
+        ll.quantize(model, mode)
+        assert [name.rpartition(".")[2] for name in packed(model)] == ["wi"]
+        torch.testing.assert_close(steps(model).detach(), expected, rtol=0.1, atol=0.3)
 
 
 def test_what_transformers_keeps_in_float32_by_names_with_dots():
