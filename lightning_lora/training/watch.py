@@ -27,7 +27,8 @@ from lightning_lora.training.movement import below_compiled, gradient_of, mark_o
 PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
 _WAYS_OUT = {
     "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
-    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False",
+    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False. If it is to rest in the first steps "
+    f"alone (torch.no_grad, detach), give it a learning rate of 0 for these, at most {PATIENCE}",
     "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
     "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
     "what is done to gradients before its step",
@@ -38,7 +39,8 @@ _WAYS_OUT = {
     "nothing": "The loss does not depend on what is trained: look for torch.no_grad, detach, argmax, and a loss that "
     "was told to require gradients",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
-    "small ones), or its layer was never reached (exclude_modules)",
+    "small ones), or its layer was never reached: call the module whose forward reads its weight (and not a method of "
+    "it), or name it in exclude_modules",
 }
 _WEIGHTS = {"weight", "in_proj_weight"}
 DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
@@ -222,7 +224,7 @@ class Watch:
     ) -> bool | str | None:
         """True: well. None: it may wait. Otherwise why it is dead."""
         (_, parents), holder = self._owners[id(parameter)], self._holders[id(parameter)]
-        gradient = gradient_of(parameter, optimizer)
+        gradient, waits = gradient_of(parameter, optimizer), lr is not None and float(lr) == 0  # some have none here
         if gradient is None and id(parameter) in flowed:  # an optimizer that took it away
             return True if not torch.equal(mark_of(parameter, optimizer), before) else None
         if gradient is None:
@@ -230,6 +232,8 @@ class Watch:
             had = (id(p) in self._had_gradient or id(p) in flowed for p in beside)
             if any(had) or any(gradient_of(p, optimizer) is not None for p in beside):
                 return None  # it had one before, or what it lies beside has one: a parameter that some batches need
+            if waits:
+                return None
             if self._was_called(holder, optimizer) and not parameter.requires_grad:
                 return f"called, but no gradient came back. {_WAYS_OUT['inactive']}"
             if self._was_called(holder, optimizer):
@@ -248,7 +252,6 @@ class Watch:
             return DIVERGED
         if not torch.equal(now, before):
             return True
-        waits = lr is not None and float(lr) == 0  # some optimizers find their own, and have none here
         if waits or before.any():
             return None
         return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"

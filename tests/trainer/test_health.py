@@ -450,6 +450,35 @@ def test_a_warm_up_from_zero_may_wait():
     fit(nn.Sequential(nn.Linear(16, 4)), steps=4, optimizers_=optimizers)
 
 
+class RestsAtFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.top, self.calls = nn.Linear(16, 16), nn.Linear(16, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        with torch.set_grad_enabled(self.calls > 3):
+            h = self.body(x)
+        return self.top(h)
+
+
+def test_a_body_that_rests_in_the_first_steps():
+    """It is dead, as far as the first step can tell, unless its learning rate says so too."""
+
+    def optimizers(module):
+        body = [p for n, p in module.named_parameters() if p.requires_grad and ".body." in n]
+        top = [p for n, p in module.named_parameters() if p.requires_grad and ".body." not in n]
+        optimizer = torch.optim.AdamW([{"params": body, "lr": 1e-2}, {"params": top, "lr": 1e-2}])
+        rates = [lambda step: float(step >= 3), lambda step: 1.0]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    module = fit(RestsAtFirst(), steps=5, optimizers_=optimizers)
+    assert module.net.body.lora["default"].B.count_nonzero()
+    with pytest.raises(ll.DeadAdapterError, match=r"body.*called, but no gradient.*give it a learning rate of 0"):
+        fit(RestsAtFirst(), steps=5)
+
+
 def test_a_learning_rate_of_zero_for_ever():
     with pytest.raises(ll.DeadAdapterError, match=f"did not move in {PATIENCE} steps"):
         fit(
