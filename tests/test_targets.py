@@ -296,8 +296,13 @@ def test_routers_are_left_alone():
     assert plan.skipped == dict.fromkeys(["gate", "shared_expert_gate", "routing"], "MoE router")
     (named,) = ll.plan(MoE(), ll.LoRAConfig(target_modules=["gate"])).targets
     assert named.name == "gate"  # never, unless it is named
-    for family in ("mixtral",):
-        assert not any("gate" in t.name for t in ll.plan(FAMILIES[family].make(), ll.LoRAConfig()).targets)
+    mixtral, gate = FAMILIES["mixtral"].make(), "model.layers.0.mlp.gate"
+    assert not any("gate" in t.name for t in ll.plan(mixtral, ll.LoRAConfig()).targets)
+    with pytest.raises(ll.TargetError, match=rf"What it reads can be: target_parameters=\['{gate}.weight'\]"):
+        ll.plan(mixtral, ll.LoRAConfig(target_modules=[gate]))
+    assert f"{gate}.weight" in {
+        t.name for t in ll.plan(mixtral, ll.LoRAConfig(target_parameters=[f"{gate}.weight"])).targets
+    }
 
 
 def test_llama4_does_not_crash():

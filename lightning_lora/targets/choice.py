@@ -9,7 +9,7 @@ from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
 from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight, read_layers
 from lightning_lora.methods.method import MethodConfig
-from lightning_lora.names import is_inside, is_within
+from lightning_lora.names import is_inside, is_within, joined
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.parameters import chosen_parameters
@@ -161,7 +161,10 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
             return None
         obstacles[node.name] = why
     reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
-    return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons})"
+    own = [(node.name, *item) for node in kinds if node.kind is None for item in node.module._parameters.items()]
+    read = [joined(name, key) for name, key, parameter in own if parameter is not None and parameter.dim() > 1]
+    hint = f". What it reads can be: target_parameters={read[:1]}" if read else ""
+    return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons}){hint}"
 
 
 def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
