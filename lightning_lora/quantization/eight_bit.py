@@ -5,9 +5,11 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_lora.config import Quantization
+from lightning_lora.ops.transforms import in_transform
 from lightning_lora.quantization.base import quantizes
 from lightning_lora.quantization.bitsandbytes_layer import Bitsandbytes, PackedLayer
 from lightning_lora.quantization.packing import eight_bits
@@ -53,6 +55,8 @@ class EightBit(Bitsandbytes):
             layer.init_8bit_state()
         if torch.is_autocast_enabled(x.device.type):  # which does not know of bitsandbytes' operations
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if in_transform():  # bitsandbytes' function can't be seen into
+            return F.linear(x, self.dense(layer).to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
         rows = x.reshape(-1, x.shape[-1])  # bitsandbytes takes two or three dimensions
         out: Tensor = bnb.matmul(rows, layer.weight, bias=None, state=layer.state).view(*x.shape[:-1], -1)
         return out if layer.bias is None else out + layer.bias.to(out.dtype)

@@ -478,7 +478,7 @@ def test_compiled(mode, use_dora):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("mode", ["nf4", None])
+@pytest.mark.parametrize("mode", ["nf4", "int8", None])
 def test_functional_transforms(mode, use_dora):
     """torch.func sees the plain path: per-sample gradients, with dropout, add up to those of the batch."""
     from torch.func import functional_call, grad, vmap
