@@ -92,7 +92,7 @@ def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str,
         What may differ and does.
 
     Raises:
-        CheckpointError: If configurations differ, each as "old -> new".
+        CheckpointError: If configurations differ, each as "old -> new", or an adapter has what another one trained.
         BaseMismatchError: If it was trained on another base.
     """
     meta = check_format(checkpoint)
@@ -100,6 +100,7 @@ def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str,
     if differences := _differences(saved, current, _MATHEMATICS):
         if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
             raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
+    raise_all(CheckpointError, _other_owners(model, meta.get("in_full", {})))
     trained = checkpoint.get("state_dict", {}).keys() | adapter_state_dict(model).keys()
     trained |= {
         f"{key.rpartition('.lora.')[0]}.weight" for key in trained if key.endswith(".rows")
@@ -195,6 +196,22 @@ def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
     return not problems and wanted == {
         clean(n): a.tokens if isinstance(a, RowsAdapter) else (a.variant, a.r, a.scaling) for n, a in held.items()
     }
+
+
+def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:
+    """That what one adapter trained in full belongs to another one here: it would be saved with that."""
+    here = {name: keys_in_full(model, name) for name in adapters(model)}
+    moved = [
+        (old, new, both)
+        for old, keys in in_full.items()
+        for new in here
+        if (both := [key for key in keys if key in here[new] and key not in here.get(old, ())])
+    ]
+    return [
+        f"{listing(keys, 4)}: trained in full with adapter {old!r} -> {new!r}: what neither of them names belongs to "
+        f"the first that finds it, so let the callback of {old!r} come first"
+        for old, new, keys in moved
+    ]
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], fields: tuple[str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,9 @@ from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.methods.method import config_from
+from lightning_lora.names import is_within
 from lightning_lora.state import adapter_state_dict, extra_state
-from lightning_lora.targets import draft
+from lightning_lora.targets import Plan, draft
 
 _HOOK = "on_load_checkpoint"
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -63,6 +65,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
+        drafted = _without_others(drafted, name, checkpoint[META].get("in_full", {}))
         dtypes = [t.dtype for key, t in state.items() if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))]
         carry_out(model, config, drafted, name, *dtypes[:1])
     ours = adapter_state_dict(model).keys() | extra_state(model).keys()
@@ -71,6 +74,14 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     for note in load_adapters(model, {**checkpoint, "state_dict": rest}, fingerprint(model)):
         warnings.warn(note, stacklevel=2)
     return model if device is None else model.to(device)
+
+
+def _without_others(drafted: Plan, adapter_name: str, in_full: dict[str, list[str]]) -> Plan:
+    """A plan without the heads that the file has with another adapter, whichever of them comes first here."""
+    own = in_full.get(adapter_name, ())
+    others = [key for keys in in_full.values() for key in keys if key not in own]
+    kept = [saved for saved in drafted.modules_to_save if not any(is_within(key, saved.name) for key in others)]
+    return replace(drafted, modules_to_save=tuple(kept))
 
 
 def _device(options: dict[str, Any]) -> Any:

@@ -828,6 +828,23 @@ def test_those_are_active_that_were(tmp_path):
         ll.load_from_checkpoint(Lit, tmp_path / "b.ckpt")
 
 
+def test_a_head_stays_with_the_adapter_that_trained_it(tmp_path):
+    """The order of layers in the model is another one than that of the callbacks, of which the first found the head."""
+    first = {"r": 2, "target_modules": ["blocks.1.q"], "adapter_name": "first"}
+    second = {"r": 3, "target_modules": ["blocks.0.q"], "adapter_name": "second"}
+    module, run = Lit(), trainer(ll.LoRA(**first), ll.LoRA(**second), max_epochs=1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = ll.load_from_checkpoint(Lit, tmp_path / "a.ckpt")
+    for name in ("first", "second"):
+        assert same(ll.adapter_state_dict(module, name), ll.adapter_state_dict(loaded, name))
+    swapped = trainer(ll.LoRA(**second), ll.LoRA(**first), max_epochs=2)
+    with pytest.raises(
+        ll.CheckpointError, match=r"head.weight, .*'first' -> 'second': .*callback of 'first' come first"
+    ):
+        swapped.fit(Lit(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_a_module_called_lora_is_no_adapter():
     """A checkpoint of the model without adapters is told from one of adapters by what is an adapter."""
 
