@@ -1,6 +1,7 @@
 """Optimizer states, which torch knows by the position of their parameters, by the names of these."""
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,8 @@ def require_same_ratios(saved: Iterable[Mapping[str, Any]], current: Iterable[Ma
 def in_order(state: dict[str, Any], saved: Sequence[Sequence[str | None]], current: Names) -> dict[str, Any]:
     """The state of an optimizer whose parameters come in another order than when it was saved.
 
+    Tensors that are no parameters of the model have no names: they are told by their order among each other.
+
     Args:
         state: Its ``state_dict``.
         saved: The names of its parameters when that was taken, by group.
@@ -49,8 +52,8 @@ def in_order(state: dict[str, Any], saved: Sequence[Sequence[str | None]], curre
     Raises:
         CheckpointError: If a group has other parameters.
     """
-    were, are = ([list(group) for group in groups if group] for groups in (saved, current))
-    if were == are or any(None in group for group in (*were, *are)):
+    were, are = ([_all_named(group) for group in groups if group] for groups in (saved, current))
+    if were == are:
         return state
     order: list[int] = []
     groups: list[dict[str, Any]] = []
@@ -60,11 +63,19 @@ def in_order(state: dict[str, Any], saved: Sequence[Sequence[str | None]], curre
         if other := {*old} ^ {*new}:
             raise CheckpointError(
                 "a parameter group of the optimizer holds other parameters than when it was saved: "
-                f"{listing(sorted(map(str, other)), 4)}. Resume with the same configure_optimizers"
+                f"{listing(sorted(other), 4)}. Resume with the same configure_optimizers"
             )
         index = dict(zip(old, group["params"], strict=True))
         groups.append({**group, "params": [*range(len(order), len(order) + len(new))]})
-        groups[-1] |= {"param_names": [*new]} if "param_names" in group else {}
+        if "param_names" in group:
+            theirs = dict(zip(old, group["param_names"], strict=True))
+            groups[-1]["param_names"] = [theirs[name] for name in new]
         order += [index[name] for name in new]
     states = {i: state["state"][before] for i, before in enumerate(order) if before in state["state"]}
     return {**state, "state": states, "param_groups": groups}
+
+
+def _all_named(group: Iterable[str | None]) -> list[str]:
+    """The names in a group, with one for each tensor that has none."""
+    numbers = count(1)
+    return [f"tensor {next(numbers)} beside the module" if name is None else name for name in group]

@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 import lightning_lora as ll
 from lightning_lora.formats.checkpoint import is_base_checkpoint
 from lightning_lora.layers import lora_layers
+from lightning_lora.strategies.states import in_order
 from tests.helpers.modules import needs_muon, trainer
 from tests.helpers.toy import Lit, build, data
 
@@ -776,26 +777,57 @@ def two(*names, ratios=None, **options):
     return module, trainer(*callbacks, **options)
 
 
+class Look(pl.Callback):
+    """Notes the moments of Adam by name as training begins."""
+
+    def on_train_start(self, trainer, pl_module):
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        held = trainer.optimizers[0].state.items()
+        self.states = {names.get(id(p), f"{len(p)} values"): state["exp_avg"].clone() for p, state in held}
+
+
+def moments(module, run):
+    look = Look()
+    look.on_train_start(run, module)
+    return look.states
+
+
 @pytest.mark.parametrize("ratios", [None, {"a": 4.0, "b": 2.0}], ids=["lora", "lora+"])
 def test_states_follow_their_parameters_when_callbacks_change_places(tmp_path, ratios):
     module, run = two("a", "b", ratios=ratios, max_epochs=1)
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    states = {}
-
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            names = {id(p): name for name, p in pl_module.named_parameters()}
-            held = trainer.optimizers[0].state.items()
-            states.update({names[id(p)]: state["exp_avg"].clone() for p, state in held})
-
     again, other = two("b", "a", ratios=ratios, max_epochs=2)
-    other.callbacks.append(Look())
+    other.callbacks.append(look := Look())
     other.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
-    named = {id(p): name for name, p in module.named_parameters()}
-    assert len(states) == (16 if ratios is None else 12)
-    for parameter, state in run.optimizers[0].state.items():
-        assert torch.equal(states[named[id(parameter)]], state["exp_avg"])
+    assert len(look.states) == (16 if ratios is None else 12)
+    assert same(look.states, moments(module, run))
+
+
+class Beside(Lit):
+    """Trains tensors too that are no parameters of it."""
+
+    def __init__(self, sizes=(2, 3)):
+        super().__init__()
+        self.beside = [torch.zeros(n, requires_grad=True) for n in sizes]
+        self.optimizers_ = lambda module: torch.optim.AdamW([*module.parameters(), *self.beside], lr=1e-2)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + sum((tensor - 1).square().sum() for tensor in self.beside)
+
+
+def test_states_follow_beside_tensors_that_are_no_parameters(tmp_path):
+    names = {"adapter_name": "a", "modules_to_save": None}, {"adapter_name": "b", "modules_to_save": None}
+    first, second = [{"r": 2, "target_modules": ["q"], **each} for each in names]
+    module, run = Beside(), trainer(ll.LoRA(**first), ll.LoRA(**second), max_epochs=1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = trainer(ll.LoRA(**second), ll.LoRA(**first), look := Look(), max_epochs=2)
+    other.fit(Beside(), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert {"2 values", "3 values"} < look.states.keys()
+    assert same(look.states, moments(module, run))
+    with pytest.raises(ll.CheckpointError, match="holds other parameters .*: b, tensor 1 beside the module"):
+        in_order({"state": {}, "param_groups": [{"params": [0, 1]}]}, [["a", None]], [["a", "b"]])
 
 
 def test_those_are_active_that_were(tmp_path):
