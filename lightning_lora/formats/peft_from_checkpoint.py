@@ -3,7 +3,6 @@
 import os
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +43,33 @@ def export_checkpoint(
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
         ConfigError: If the folder can't be replaced or holds a model, or there is no adapter of that name.
     """
-    path = Path(checkpoint)
+    check_no_model(folder)  # before much is read
+    return export_read(checkpoint, read_checkpoint(checkpoint), folder, adapter_name)
+
+
+def export_read(
+    path: str | os.PathLike[str],
+    whole: dict[str, Any],
+    folder: str | os.PathLike[str],
+    adapter_name: str | None = None,
+) -> str:
+    """The same of a checkpoint that is in memory.
+
+    Args:
+        path: What it is called in errors.
+        whole: The checkpoint.
+        folder: The folder.
+        adapter_name: Which adapter, if there are several.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        CheckpointError: If it holds no such adapter, or values that are not finite.
+        UnsupportedError: If PEFT would compute something else with it, naming the layers.
+        ConfigError: If the folder can't be replaced or holds a model, or there is no adapter of that name.
+    """
     check_no_model(folder)
-    whole = read_checkpoint(path)
     stored = checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name), "export")
     name, meta = str(stored.adapter_name), whole[META]
@@ -65,7 +88,7 @@ def export_checkpoint(
     return name
 
 
-def _record(path: Path, meta: dict[str, Any], name: str) -> dict[str, Any]:
+def _record(path: str | os.PathLike[str], meta: dict[str, Any], name: str) -> dict[str, Any]:
     if (packed := meta.get("peft", {}).get(name)) is None:
         raise CheckpointError(
             f"{path} does not say how PEFT would have adapter {name!r}: load it into its model "

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
-from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.formats.peft_from_checkpoint import export_read
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
 from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
@@ -139,8 +139,9 @@ class ShardedAdapter(StrategyAdapter):
 
     @override
     def write_folder(self, folder: Path, name: str, filepath: Any, checkpoint: dict[str, Any]) -> None:
-        """From the checkpoint: one rank has not all of the model."""
-        export_checkpoint(filepath, folder, name)
+        """From the checkpoint in memory: one rank has not all of the model, and the file may not be written yet."""
+        state = {key: v.detach().cpu() if isinstance(v, Tensor) else v for key, v in checkpoint["state_dict"].items()}
+        export_read(filepath, {**checkpoint, "state_dict": state}, folder, name)
 
     def _load_base(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Loads a checkpoint of a model without adapters as the base."""

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 
@@ -21,6 +22,7 @@ torch.set_num_threads(1)
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 import lightning_lora as ll
@@ -171,6 +173,7 @@ def fit(
     after=False,
     start=None,
     every=1,
+    disk=None,
 ):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     for key, values in (by_rank or {}).items():
@@ -205,6 +208,7 @@ def fit(
             NoDropout(),
             *([counter] if counter else []),
         ],
+        plugins=[AsyncCheckpointIO(Disk(disk))] if disk else None,
         **(trainer or {}),
     )
     lit = make()
@@ -291,6 +295,19 @@ class Samples(pl.LightningDataModule):
 
     def val_dataloader(self):
         return data()
+
+
+class Disk(TorchCheckpointIO):
+    """One that is slow, or slow and full."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def save_checkpoint(self, *args, **kwargs):
+        time.sleep(0.3)
+        if self.kind == "full":
+            raise OSError(28, "No space left on device")
+        super().save_checkpoint(*args, **kwargs)
 
 
 class NoDropout(pl.Callback):
