@@ -31,7 +31,7 @@ class ShardedAdapter(StrategyAdapter):
     """
 
     can_save_sharded = True
-    REPLACED = (*StrategyAdapter.REPLACED, "optimizer_state")
+    REPLACED = (*StrategyAdapter.REPLACED, "optimizer_state", "teardown")
     _gradients: ReplicatedGradients | None = None
 
     def data_parallel_group(self) -> Any:
@@ -142,6 +142,11 @@ class ShardedAdapter(StrategyAdapter):
         """From the checkpoint in memory: one rank has not all of the model, and the file may not be written yet."""
         state = {key: v.detach().cpu() if isinstance(v, Tensor) else v for key, v in checkpoint["state_dict"].items()}
         export_read(filepath, {**checkpoint, "state_dict": state}, folder, name)
+
+    def teardown(self, original: Callable[..., Any]) -> None:
+        """Waits for files that are still being written, and raises what failed: Lightning's own leave that out."""
+        original()
+        self.strategy.checkpoint_io.teardown()
 
     def _load_base(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Loads a checkpoint of a model without adapters as the base."""

@@ -30,3 +30,10 @@ def test_folders_are_of_their_checkpoint(runs, name):
         tensors = load_file(runs / name / f"epoch={epoch}.peft" / "adapter_model.safetensors")
         key = next(key for key in tensors if key.endswith("blocks.0.q.lora_B.weight"))
         assert torch.equal(tensors[key], state["net.blocks.0.q.lora.default.B"])
+
+
+@pytest.mark.parametrize("name", ["fsdp-full", "fsdp2-full"])
+def test_what_could_not_be_written_ends_the_run(runs, name):
+    found = torch.load(runs / name / "result.pt", weights_only=True)
+    assert "No space left on device" in found.get("error", "no error")
+    assert not list((runs / name).glob("*.ckpt"))
