@@ -168,9 +168,11 @@ class MethodCallback(CallbackBase):
 
     @override
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Called after each backward pass. Averages gradients that the strategy does not."""
+        """Called after each backward pass. Averages gradients that the strategy does not, and notes who got some."""
         if self._strategy is not None and not is_accumulating(trainer):
             self._strategy.average_gradients()
+        if self._training is not None:
+            self._training.after_backward()
 
     @override
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:

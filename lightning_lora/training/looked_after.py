@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import listing
+from lightning_lora.errors import DeadAdapterError, listing
+from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.names import clean
 from lightning_lora.optim import RATIO, require_trained, without_ratio
@@ -16,7 +17,7 @@ from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached, tells_steps
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
-from lightning_lora.training.second_look import SecondLook
+from lightning_lora.training.second_look import BATCHES, SecondLook
 from lightning_lora.training.watch import PATIENCE, Watch
 
 
@@ -44,6 +45,8 @@ class Training:
         self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
         self._looked: int | None = None  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
+        self._resting = _resting(model, adapter_names)  # and in no step yet active
+        self._began: int | None = None
         self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
         self.check_base: Callable[[], None] = self._base.check_values
@@ -70,7 +73,8 @@ class Training:
             step: How many steps they have made.
 
         Raises:
-            DeadAdapterError: If something that is to be trained is in none of the new ones.
+            DeadAdapterError: If something that is to be trained is in none of the new ones, or an adapter was never
+                active.
         """
         if listed is not self._listed:
             self._listed, new = listed, optimizers()
@@ -81,12 +85,14 @@ class Training:
                 f"loraplus_lr_ratio has no effect: something gave all groups of the optimizer one learning rate "
                 f"({alike[0]['lr']:g}). Where you set group['lr'], multiply it by group.get({RATIO!r}, 1)"
             )
-        if self._looked is None:  # what hooks did as training began
-            self._looked = step
+        if self._began is None:  # what hooks did as training began
+            self._began = self._looked = step
             self._check_again(optimizers())
         self._base.check_optimizers()
         if self._due and step - self._looked >= min(max(self._looked, 1), PATIENCE):
             self._look_again(optimizers(), step)
+        if self._resting:
+            self._look_at_resting(step - self._began)
         for watch in self._watches:
             watch.training = True
 
@@ -125,6 +131,17 @@ class Training:
             )
         self._rest, self._thawed = rest, thawed
 
+    def _look_at_resting(self, steps: int) -> None:
+        if steps == BATCHES:
+            rank_zero_warn(_rest(self._resting, steps))
+        if steps >= PATIENCE:
+            raise DeadAdapterError(_rest(self._resting, steps))
+
+    def after_backward(self) -> None:
+        """Gradients have come. Those adapters got none that are not active now."""
+        if self._resting:
+            self._resting = [name for name in self._resting if name not in active_adapters(self._model)]
+
     def end_batch(self) -> None:
         """A training batch ends."""
         for watch in self._watches:
@@ -137,6 +154,8 @@ class Training:
         """Training ends. Warns about what never moved, and about what moved and should not."""
         for watch in self._watches:
             watch.close(finished=True)
+        if self._resting:
+            rank_zero_warn(_rest(self._resting))
         if (problem := self._base.changed()) is not None:
             rank_zero_warn(problem)
 
@@ -148,3 +167,18 @@ class Training:
         for attached in self._attached:
             attached.remove()
         self._attached = []
+
+
+def _resting(model: nn.Module, adapter_names: Collection[str]) -> list[str]:
+    """Which of some adapters are not active: a checkpoint was written then, or a sanity check left others so."""
+    active, held = active_adapters(model), {name for _, layer in lora_layers(model) for name in layer.lora}
+    return [name for name in adapter_names if name in held and name not in active]
+
+
+def _rest(adapter_names: list[str], steps: int | None = None) -> str:
+    when = "this run" if steps is None else f"the first {steps} steps of this run"
+    return (
+        f"adapters that this run is to train were not active in {when}, and got no gradient: {listing(adapter_names)}. "
+        "A resumed run has those active that were when its checkpoint was written: call ll.set_adapter(model, [...]) "
+        "in on_train_start with all that are to be trained"
+    )

@@ -1,5 +1,6 @@
 """What stops to train later in a run is an error too, also where a head beside it goes on."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -306,6 +307,50 @@ def test_runs_that_switch_are_resumed(tmp_path):
     whole, _ = fit(3), fit(1)
     again = fit(3, tmp_path / "1-epoch=0.ckpt")
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def two():
+    return [ll.LoRA(r=2, adapter_name=name, modules_to_save=None) for name in ("a", "b")]
+
+
+def seeded(module):
+    torch.manual_seed(1)
+    return module(("", 0), cut)
+
+
+@pytest.fixture(scope="module")
+def rested(tmp_path_factory):
+    """A checkpoint that was written while one of two adapters was active."""
+    module, file = seeded(Plain), tmp_path_factory.mktemp("rested") / "a.ckpt"
+    run = trainer(*two(), max_epochs=1)
+    run.fit(module, DataLoader(torch.randn(2, 8)))
+    ll.set_adapter(module, "b")
+    run.save_checkpoint(file)
+    return file
+
+
+@pytest.mark.parametrize("steps", [4, 20, 200])
+def test_an_adapter_that_rests_in_a_resumed_run(rested, steps):
+    run = trainer(*two(), max_epochs=-1, max_steps=2 + steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        context = pytest.raises(ll.DeadAdapterError, match="not active in the first 100 steps .*: a. .*ll.set_adapter")
+        with context if steps > 100 else contextlib.nullcontext():
+            run.fit(seeded(Plain), DataLoader(torch.randn(2, 8)), ckpt_path=rested)
+    found = [str(each.message).partition(", and got")[0] for each in caught if "not active in" in str(each.message)]
+    start = "adapters that this run is to train were not active in"
+    assert found == [f"{start} the first 10 steps of this run"] * (steps > 10) + [f"{start} this run"] * (steps < 100)
+
+
+def test_an_adapter_that_a_hook_wakes_in_a_resumed_run(rested):
+    class Waking(Plain):
+        def on_train_start(self):
+            ll.set_adapter(self, ["a", "b"])
+
+    run = trainer(*two(), max_epochs=-1, max_steps=14)
+    run.fit(module := seeded(Waking), DataLoader(torch.randn(2, 8)), ckpt_path=rested)
+    before = torch.load(rested, weights_only=True)["state_dict"]
+    assert not any(torch.equal(value, before[key]) for key, value in ll.adapter_state_dict(module).items())
 
 
 class ByHand(torch.optim.Optimizer):
