@@ -19,6 +19,7 @@ from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.formats.peft_older import is_older
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import write_peft_folder
+from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.loading.placement import place
 
@@ -90,7 +91,7 @@ def combine_files(
 
 def _read(path: Path, stack: ExitStack) -> _Source:
     folder = path
-    if path.is_file() and path.suffix != ".safetensors":
+    if is_checkpoint(path) and path.suffix != ".safetensors":
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
         export_checkpoint(path, folder)
     elif path.is_file():

@@ -18,6 +18,7 @@ from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
+from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
 
 
@@ -32,7 +33,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     source = Path(path)
     source = source.parent if source.suffix == ".safetensors" else source
-    if source.is_file():
+    if is_checkpoint(source):
         return _checkpoint(source)
     require_peft_folder(source, "give a PEFT folder or a checkpoint")
     return _folder(source)
@@ -46,7 +47,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": "checkpoint",
-        "bytes": path.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])),
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "versions": meta.get("versions", {}),

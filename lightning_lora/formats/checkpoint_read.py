@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
-from lightning_lora.formats.files import INSTEAD, opened, read
+from lightning_lora.formats.files import INSTEAD, opened
 from lightning_lora.formats.peft_config import CONFIG, shown
 from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.shards_of_ranks import REST, is_folder_of_ranks, read_either
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
 from lightning_lora.names import has_end
@@ -31,13 +32,13 @@ def read_checkpoint_adapter(path: str | os.PathLike[str], adapter_name: str | No
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint with adapters, whole.
+    """A checkpoint with adapters, whole; in one file, or in a folder that ranks wrote.
 
     Raises:
-        CheckpointError: If the file is no such checkpoint.
+        CheckpointError: If it is no such checkpoint.
     """
-    _check_records(path)
-    checkpoint = read(path)
+    _check_records(Path(path) / REST if is_folder_of_ranks(path) else path)
+    checkpoint = read_either(path)
     if not is_adapter_checkpoint(checkpoint):
         what = "a checkpoint of a whole model" if "state_dict" in checkpoint else "no checkpoint of Lightning"
         raise CheckpointError(f"{path} holds no adapters: it is {what} (it has {shown([*checkpoint][:3])}): {INSTEAD}")

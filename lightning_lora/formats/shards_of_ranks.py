@@ -4,6 +4,7 @@
 """
 
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,20 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_lora.errors import CheckpointError, first_line
 from lightning_lora.formats import files
 from lightning_lora.formats.folder import beside, put_in_place
 from lightning_lora.ops.sharded import all_objects, failing_together
 
 REST = "lightning_lora.ckpt"
+_METADATA = ".metadata"  # torch's, a pickle
+_IN_METADATA = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}  # fmt: skip
 
 
 def is_folder_of_ranks(path: str | os.PathLike[str]) -> bool:
     """Whether it is such a folder."""
     return (Path(path) / REST).is_file()
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a file, or such a folder."""
+    return Path(path).is_file() or is_folder_of_ranks(path)
 
 
 def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
@@ -68,16 +88,39 @@ def read_either(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """The checkpoint, with whole tensors, on any number of ranks: each reads what it asks for."""
+    """The checkpoint, with whole tensors, on any number of ranks: each reads what it asks for.
+
+    Raises:
+        CheckpointError: If it is damaged or incomplete, or would need code to run.
+    """
     rest = files.read(folder / REST)
-    described: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in described.items()
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what is meant
-        load(tensors, checkpoint_id=folder, no_dist=True)
-    return {**rest, **_split(rest, lambda _, key: tensors[key], str)}
+    try:
+        described: dict[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
+        tensors: dict[str, Any] = {
+            key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in described.items()
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what is meant
+            load(tensors, storage_reader=_Reader(folder), no_dist=True)
+        return {**rest, **_split(rest, lambda _, key: tensors[key], str)}
+    except (Exception, CheckpointException) as error:  # whatever torch makes of a folder that is none
+        raise CheckpointError(f"{folder} can't be read: copy it again, whole ({first_line(error)})") from error
+
+
+class _Reader(FileSystemReader):
+    """Torch's own, which would run what code a pickle names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with Path(self.path, _METADATA).open("rb") as file:
+            return _Unpickler(file).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _IN_METADATA.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{_METADATA} holds {module}.{name}, which is refused")
 
 
 def _split(checkpoint: dict[str, Any], change: Callable[[str, Any], Any], kind: type = Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
 from lightning_lora.formats.files import is_remote
 from lightning_lora.formats.peft_prompts import is_prompt_folder, load_prompt_folder
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.loading.placement import place
 from lightning_lora.marks import merged_problems
@@ -34,8 +35,8 @@ def load_adapter(
 
     Args:
         model: The model, or a part of it.
-        source: A folder with ``adapter_config.json``, a ``.ckpt`` (wherever fsspec reads it: ``s3://...``), or a hub id
-            (``"someone/something"``).
+        source: A folder with ``adapter_config.json``, a ``.ckpt`` (wherever fsspec reads it: ``s3://...``; or a folder
+            that ``save_sharded`` wrote), or a hub id (``"someone/something"``).
         adapter_name: What to call it; of a checkpoint with several adapters also which. By default what it was called.
         allow_base_mismatch: Load it even if it was trained on another base, whose shapes fit.
 
@@ -65,7 +66,7 @@ def read_stored(source: str | os.PathLike[str], adapter_name: str | None = None)
 
 
 def _read(path: Path | str, source: str | os.PathLike[str], adapter_name: str | None) -> StoredAdapter:
-    if isinstance(path, str) or path.is_file():
+    if isinstance(path, str) or is_checkpoint(path):
         return read_checkpoint_adapter(path, adapter_name)
     require_peft_folder(path, "give a PEFT folder, a checkpoint, or a hub id", os.fspath(source))
     return read_folder(path)

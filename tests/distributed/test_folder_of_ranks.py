@@ -1,5 +1,7 @@
 """A checkpoint as a folder that two ranks write: over what is there, and not at all where one of them can't."""
 
+import os
+import pickle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,10 +11,14 @@ from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import lightning_lora as ll
+from lightning_lora.cli import main
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats import files
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
 from tests.helpers import forks
+from tests.helpers.modules import trainer
+from tests.helpers.toy import Lit, build, data
 
 pytestmark = pytest.mark.gloo
 
@@ -63,3 +69,57 @@ def check(rank: int, folder: str) -> None:
 def test_whole_or_not_at_all(tmp_path):
     forks.serve()
     multiprocessing.start_processes(check, (str(tmp_path),), nprocs=2, start_method="forkserver")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A checkpoint in one file, and the same as a folder."""
+    run = trainer(ll.LoRA(r=2, modules_to_save=None), max_epochs=1)
+    run.fit(Lit(), data())
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    with patch.object(distributed, "get_rank", return_value=0):
+        write_folder(files.read(tmp_path / "file.ckpt"), tmp_path / "folder.ckpt")
+    return tmp_path / "file.ckpt", tmp_path / "folder.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_reads_a_file_reads_a_folder(written, tmp_path, capsys):
+    loaded, started, exported = [], [], []
+    for path in written:
+        loaded.append(build())
+        ll.load_adapter(loaded[-1], path)
+        started.append(Lit())
+        trainer(ll.LoRA(r=2, modules_to_save=None, init_from=path), max_epochs=0).fit(started[-1], data())
+        main(["export", str(path), str(tmp_path / "out")])
+        exported.append((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+        main(["combine", str(tmp_path / "both"), str(path), str(path)])
+        capsys.readouterr()
+        main(["inspect", str(path)])
+        assert "adapter default: lora on 4 layers, rank 2" in capsys.readouterr().out
+    assert exported[0] == exported[1]
+    for first, second in (loaded, started):
+        state, other = ll.adapter_state_dict(first), ll.adapter_state_dict(second)
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_damaged_folders_and_code(written, tmp_path):
+    _, folder = written
+    metadata = (folder / ".metadata").read_bytes()
+    for content in (pickle.dumps(Evil(str(tmp_path / "evil"))), metadata[: len(metadata) // 2]):
+        (folder / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match="folder.ckpt can't be read: copy it again, whole"):
+            ll.load_adapter(build(), folder)
+    (folder / ".metadata").write_bytes(metadata)
+    next(folder.glob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match="folder.ckpt can't be read"):
+        ll.load_from_checkpoint(Lit, folder)
+    assert not (tmp_path / "evil").exists()
