@@ -43,7 +43,7 @@ class Training:
         self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names, described)
         self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
-        self._looked: int | None = None  # the step at which it was looked at them, or that training began with
+        self._looked = 0  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
         self._resting = _resting(model, adapter_names)  # and in no step yet active
         self._began: int | None = None
