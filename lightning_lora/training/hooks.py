@@ -17,7 +17,7 @@ from lightning_lora.analysis import summary
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import DeadAdapterError, listing
 from lightning_lora.formats.checkpoint import META, complete_averages
-from lightning_lora.formats.rng import gather_rng
+from lightning_lora.formats.rng import collect_rng, gather_rng
 from lightning_lora.injection.create import default_seed
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.marks import merged_layers
@@ -192,9 +192,13 @@ class MethodCallback(CallbackBase):
 
     @override
     def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """Called when a full checkpoint is saved, also after a run. Adds the random states of all ranks."""
+        """Called when a full checkpoint is saved, also after a run. Adds the random states of all ranks.
+
+        Of this one alone while a run breaks off: the others may not have failed, and would not answer.
+        """
         if _family(trainer)[0] is self and adapters(pl_module):
-            checkpoint.setdefault(META, {}).setdefault("rng", gather_rng())
+            states = [collect_rng()] if trainer.interrupted else gather_rng()
+            checkpoint.setdefault(META, {}).setdefault("rng", states)
 
     @override
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:

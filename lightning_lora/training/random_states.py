@@ -21,7 +21,10 @@ class RandomStates:
         """The checkpoint was loaded; no iterator was made."""
         self._state = own_rng(states, trainer.global_rank, trainer.world_size)
         if self._state is None:
-            rank_zero_info("The checkpoint is from another number of processes: random states are not restored")
+            rank_zero_info(
+                f"The checkpoint has the random states of {len(states)} processes, and this run has "
+                f"{trainer.world_size} (of one that broke off they are those of rank 0): they are not restored"
+            )
         else:
             restore_rng(self._state)
 

@@ -23,6 +23,7 @@ import lightning_lora as ll
 from lightning_lora.formats.checkpoint import is_base_checkpoint
 from lightning_lora.layers import lora_layers
 from lightning_lora.strategies.states import in_order
+from lightning_lora.training import hooks
 from tests.helpers.modules import needs_muon, trainer
 from tests.helpers.toy import Lit, build, data
 
@@ -127,6 +128,23 @@ def test_top_k_last_best_and_exception(tmp_path):
     assert len(names) == 3
     for path in tmp_path.iterdir():
         assert torch.load(path, weights_only=True)["state_dict"].keys() == HEAD | LORA
+
+
+def test_a_run_that_breaks_off_waits_for_no_other_rank(tmp_path, monkeypatch):
+    class Fails(Lit):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step == 2:
+                monkeypatch.setattr(hooks, "gather_rng", lambda: pytest.fail("the other ranks have not failed"))
+                raise ArithmeticError("stop")
+
+    class Saves(pl.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    run = trainer(ll.LoRA(r=4), Saves(), max_epochs=1)
+    with pytest.raises(ArithmeticError):
+        run.fit(Fails(), data())
+    assert len(torch.load(tmp_path / "a.ckpt", weights_only=True)["lightning_lora"]["rng"]) == 1
 
 
 def test_saving_after_the_run(tmp_path):
