@@ -2,6 +2,8 @@
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 from torch import distributed, nn
 
@@ -92,3 +94,18 @@ def check_low_rank(model: nn.Module, adapter_name: str) -> Export:
     exported = Export(model, adapter_name)
     raise_all(UnsupportedError, exported.problems(), f"PEFT can't have adapter {adapter_name!r}")
     return exported
+
+
+def peft_folder(checkpoint: Any) -> Path:
+    """Where the PEFT folder of a checkpoint is: ``epoch=0.ckpt`` has ``epoch=0.peft`` beside it."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}.peft")
+
+
+def require_place(checkpoints: Any) -> None:
+    """Raises UnsupportedError if no PEFT folder can be written beside a checkpoint, or where these are going to be."""
+    if "://" in str(checkpoints):
+        raise UnsupportedError(
+            f"save_peft writes to folders of this machine, and {checkpoints} is none: leave it out, and make the "
+            "folder of a checkpoint by lightning-lora export"
+        )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_lora.errors import ConfigError, DeadAdapterError, UnsupportedError, listing
+from lightning_lora.errors import ConfigError, DeadAdapterError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import (
     META,
@@ -23,7 +23,7 @@ from lightning_lora.formats.checkpoint import (
     load_adapters,
 )
 from lightning_lora.formats.fingerprint import fingerprint, pack, unpack
-from lightning_lora.formats.peft import check_exportable, save_adapter
+from lightning_lora.formats.peft import check_exportable, peft_folder, require_place, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
 from lightning_lora.from_data.settle import adopt_ranks
@@ -119,7 +119,9 @@ class StrategyAdapter:
         """Called after a backward pass, for parameters whose gradients the strategy does not reduce by itself."""
 
     def check_folders(self) -> None:
-        """Raises UnsupportedError if PEFT could not have an adapter whose folder is to be written."""
+        """Raises UnsupportedError if a PEFT folder is to be written, and can't be of this adapter or in this place."""
+        for callback in self.model.trainer.checkpoint_callbacks if self.as_peft else ():  # type: ignore[union-attr]
+            require_place(getattr(callback, "dirpath", None))
         for name in self.as_peft:
             check_exportable(self.model, name)
 
@@ -159,8 +161,8 @@ class StrategyAdapter:
     ) -> None:
         """Adds what the file holds, and writes it so that a failure destroys nothing."""
         self.complete(checkpoint)
-        if self.as_peft and "://" in str(filepath):
-            raise UnsupportedError(f"save_peft writes to folders of this machine, and {filepath} is none")
+        if self.as_peft:
+            require_place(filepath)
         plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
         if not plain or storage_options is not None:
             self.write_elsewhere(original, checkpoint, filepath, storage_options)
@@ -261,9 +263,3 @@ def plain_optimizer(optimizer: Any) -> Any:
 def _whole(state: dict[str, Any]) -> dict[str, Any]:
     whole = dict(zip(state, gathered_all(list(state.values())), strict=True))
     return {key: whole[key].cpu() if is_sharded(value) else value for key, value in state.items()}
-
-
-def peft_folder(checkpoint: Any) -> Path:
-    """Where the PEFT folder of a checkpoint is: ``epoch=0.ckpt`` has ``epoch=0.peft`` beside it."""
-    path = Path(checkpoint)
-    return path.with_name(f"{path.name.removesuffix('.ckpt')}.peft")

@@ -64,6 +64,15 @@ def test_a_folder_beside_every_checkpoint_that_goes_with_it(tmp_path):
     assert (tmp_path / "by hand.peft" / "adapter_config.json").is_file()
 
 
+def test_folders_beside_checkpoints_elsewhere_are_refused_before_the_first_step():
+    class Unreached(pl.Callback):
+        def on_train_batch_start(self, *args):
+            pytest.fail("training has begun")
+
+    with pytest.raises(ll.UnsupportedError, match="memory://runs is none: leave it out"):
+        fit(ll.LoRA(r=3, save_peft=True), ModelCheckpoint("memory://runs"), Unreached())
+
+
 def test_folders_of_two_adapters(tmp_path):
     callbacks = [
         ll.LoRA(r=i + 2, adapter_name=name, save_peft=True, modules_to_save=None) for i, name in enumerate("ab")
