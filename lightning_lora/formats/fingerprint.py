@@ -130,9 +130,15 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
         return notes
     old, new = _weights(saved, trained), _weights(current, trained)
     problems = []
-    if missing := [name for name in old if name not in new]:
+    missing, extra = [name for name in old if name not in new], [name for name in new if name not in old]
+    if missing and _are_alike([old[name] for name in missing], [new[name] for name in extra]):
+        raise BaseMismatchError(
+            f"the base that the adapter was trained on has other names in this model: {missing[0]} in the file is "
+            f"{extra[0]} here. Checkpoints know weights by their names: give the attribute its old one"
+        )
+    if missing:
         problems.append(f"it has no {listing(missing, 3)}")
-    if extra := [name for name in new if name not in old]:
+    if extra:
         problems.append(f"it has {listing(extra, 3)}, which the adapter's base had not")
     both = [name for name in old if name in new]
     shapes = [name for name in both if old[name].shape != new[name].shape]
@@ -199,6 +205,10 @@ def pack(value: Any) -> Tensor:
 def unpack(packed: Tensor) -> Any:
     """The value again."""
     return json.loads(zlib.decompress(packed.numpy().tobytes()))
+
+
+def _are_alike(old: list[_Weight], new: list[_Weight]) -> bool:
+    return len(old) == len(new) and all(a.shape == b.shape and _same(a, b) for a, b in zip(old, new, strict=True))
 
 
 def _same(old: _Weight, new: _Weight) -> bool:

@@ -609,6 +609,20 @@ def test_another_base(tmp_path):
         fit(tmp_path / "x", module=Lit(seed=2), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
 
 
+def test_the_same_base_under_another_name(tmp_path):
+    class Renamed(Lit):
+        def __init__(self):
+            super().__init__()
+            self.model = self.net
+            del self.net
+
+    fit(tmp_path, epochs=1)
+    with pytest.raises(
+        ll.BaseMismatchError, match=r"net.blocks.0.norm.weight in the file is model.blocks.0.norm.weight"
+    ):
+        fit(tmp_path / "x", module=Renamed(), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+
+
 def test_the_same_base_in_another_precision_is_the_same_base(tmp_path):
     _, run = fit(tmp_path, epochs=1, precision="bf16-true")
     module = Lit()
