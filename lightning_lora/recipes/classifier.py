@@ -50,6 +50,7 @@ class SequenceClassifier(Recipe):
             raise ConfigError(f"SequenceClassifier: regression has no classes, got labels={labels}")
         self.labels, self.regression = class_names(labels), regression
         self.pooling = pooling
+        self.unused = "pooler" if pooling == "mean" else ""
         self.head: nn.Linear | None = None
         self.measures: Any = nn.ModuleDict()
 

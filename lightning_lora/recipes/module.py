@@ -12,11 +12,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.checks import DTYPES, choice_problems, is_number
-from lightning_lora.errors import ConfigError, first_line, listing, raise_all
-from lightning_lora.names import is_inside
+from lightning_lora.errors import ConfigError, first_line, raise_all
 from lightning_lora.quantize import quantize
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
+from lightning_lora.recipes.complete import check_complete
 from lightning_lora.recipes.parts import Feed
 from lightning_lora.recipes.sharded import Files, open_files
 from lightning_lora.recipes.together import batches_of_ranks
@@ -51,6 +51,7 @@ class Recipe(LightningModule):
     kinds: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
     head_as_labels: ClassVar[bool] = False  # one of another size in the files is left, and a new one made
+    unused: str = ""  # a part of the base that is not run
 
     def __init__(
         self,
@@ -134,7 +135,11 @@ class Recipe(LightningModule):
     def _build(self, files: Files) -> Any:
         auto_class, config, options = self._asked()
         model = files.build(auto_class, config, self.dtype_of_base, **options)
-        return None if model is None else model.train()
+        if model is None:
+            return None
+        new = [name for name, own in model.named_parameters() if not own.is_meta]
+        check_complete(model, self.base, new, has_new_head=self.head_as_labels, unused=self.unused)
+        return model.train()
 
     def _load(self) -> Any:
         auto_class, config, options = self._asked()
@@ -144,8 +149,8 @@ class Recipe(LightningModule):
             model, found = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {first_line(error)}") from error
-        if odd := [key for key, *_ in found["mismatched_keys"] if is_inside(key, model.base_model_prefix)]:
-            raise ConfigError(f"{self.base}: {listing(odd, 3)}: of another shape in its files than by its config.json")
+        odd = [key for key, *_ in found["mismatched_keys"]]
+        check_complete(model, self.base, found["missing_keys"], odd, self.head_as_labels, self.unused)
         return model.train()
 
     def adjust(self, config: Any) -> None:
@@ -155,7 +160,8 @@ class Recipe(LightningModule):
         """FSDP2: the blocks one by one, then the rest; packed before that, if the run wants it packed."""
         from torch.distributed.fsdp import fully_shard
 
-        packing = self._packing()
+        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
+        packing = [settings for settings in wanted if settings]
         if packing and files is not None:
             files.map(self.model)
         for settings in packing:
@@ -165,11 +171,6 @@ class Recipe(LightningModule):
             fully_shard(module, mesh=mesh)
         if files is not None and not packing:
             files.fill(self.model, self.trainer.strategy.root_device)
-
-    def _packing(self) -> list[Any]:
-        """How the run wants the base packed."""
-        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
-        return [settings for settings in wanted if settings]
 
     @override
     def configure_optimizers(self) -> Any:

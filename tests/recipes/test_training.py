@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
 from torchmetrics.text import Perplexity
 
 import lightning_lora as ll
@@ -191,6 +193,25 @@ def test_regression(bert, tmp_path):
     assert {"val/mae", "val/spearman"} <= trainer.callback_metrics.keys()
     (made,) = trainer.predict(module, datamodule=TextDataModule(predict=path, batch_size=24))
     assert isinstance(made[0]["prediction"], float)
+
+
+@pytest.mark.parametrize("case", ["a layer", "lm_head", "pooler", "mean"])
+def test_a_base_whose_files_lack_weights(case, llama, bert, tmp_path):
+    """They would be random and frozen, in no checkpoint: each load would give another model."""
+    classifies = case in ("pooler", "mean")
+    folder = shutil.copytree(bert if classifies else llama, tmp_path / "m")
+    lacks = {"a layer": "layers.1.mlp"}.get(case, "pooler" if classifies else case)
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if lacks not in key}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes() if classifies else files.prompts())
+    options = {"pooling": "mean"} if case == "mean" else {}
+    module = (SequenceClassifier if classifies else CausalLM)(str(folder), **options)
+    if case == "mean":  # which runs no pooler
+        assert fit(module, TextDataModule(path, val=path), 1).global_step == 1
+    else:
+        with pytest.raises(ll.ConfigError, match=rf"{lacks}.*: in none of its files, .* random.* give another base"):
+            fit(module, TextDataModule(path, val=path), 1)
 
 
 def test_a_decoder_as_classifier_needs_a_pad_token(tmp_path):
