@@ -159,7 +159,13 @@ def _classification(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
 
 
 def _separate(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
-    ids, labels = _cut(own, render_prompt(fields, own.prompt_template, own.tokenizer)[0]), _cut(own, fields["response"])
+    if getattr(own.tokenizer, "tgt_lang", "") is None:  # its texts begin with their language
+        raise ConfigError(
+            f"the tokenizer of {own.tokenizer.name_or_path} does not know the language of responses: set tgt_lang (and "
+            "src_lang, that of prompts) in its tokenizer_config.json"
+        )
+    ids = _cut(own, render_prompt(fields, own.prompt_template, own.tokenizer)[0])
+    labels = _cut(own, fields["response"], "text_target")
     if ids is not None and labels is not None:
         yield {"input_ids": ids, "labels": labels}
 
@@ -189,15 +195,15 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
     yield {"input_ids": ids[-own.max_length :]}
 
 
-def _cut(own: Encoder, text: str) -> list[int] | None:
-    """Tokens with the special ones at both ends, which a cut leaves there."""
-    ids = own.tokens(text)
+def _cut(own: Encoder, text: str, role: Literal["text", "text_target"] = "text") -> list[int] | None:
+    """Tokens with the special ones at both ends, which a cut leaves there; a target may have others than a source."""
+    ids = list(own.tokenizer(**{role: text}, verbose=False)["input_ids"])
     if len(ids) <= own.max_length:
         return ids
     own.refuse_or_count(len(ids))
     if own.overlong == "drop":
         return None
-    made = own.tokenizer(text, truncation=True, max_length=own.max_length)
+    made = own.tokenizer(**{role: text}, truncation=True, max_length=own.max_length)
     return list(made["input_ids"])
 
 

@@ -15,7 +15,7 @@ from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
 from lightning_lora.recipes.store import Store, open_store, write_store
 
-FORMAT = 3  # of what is cached: a change of what tokens mean raises it
+FORMAT = 4  # of what is cached: a change of what tokens mean raises it
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Reading:
             tokenizer.backend_tokenizer.to_str(),
             getattr(tokenizer, "chat_template", None),
             sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items()),
+            [getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
             self.max_length,
             self.overlong,
             self.prompt_template,

@@ -1,11 +1,13 @@
 """Tokens and labels: what is learnt, and what is not; what happens to what is too long."""
 
+import json
 import pickle
 import resource
 
 import pytest
 import torch
 from tokenizers import processors
+from transformers import NllbTokenizer
 
 from lightning_lora import ConfigError
 from lightning_lora.recipes.chat import IGNORED, encode_messages
@@ -176,6 +178,25 @@ def test_classes_and_numbers():
     for label in ("much", "nan", "-inf", "1e39", 10**400):
         with pytest.raises(ConfigError, match=r"a.jsonl:1: the label is .*: regression needs numbers"):
             encode(own, {"text": "short", "label": label})
+
+
+def test_a_translation_begins_with_its_own_language():
+    """Cut or not; and tokens of another language are others."""
+    model = json.loads(files.trained())["model"]
+    tokenizer = NllbTokenizer(model["vocab"], [*map(tuple, model["merges"])], src_lang="eng_Latn", tgt_lang="fra_Latn")
+    schema = Schema("prompt", {role: role for role in KINDS["prompt"]})
+    for max_length in (64, 4):
+        (example,) = encode(
+            Encoder(schema, tokenizer, max_length, separate=True),
+            {"prompt": "one two three", "response": "un deux trois"},
+        )
+        for field, language in (("input_ids", "eng_Latn"), ("labels", "fra_Latn")):
+            tokens = tokenizer.convert_ids_to_tokens(example[field])
+            assert (tokens[0], tokens[-1]) == (language, "</s>")
+            assert len(tokens) <= max_length
+    tokenizer.tgt_lang = None
+    with pytest.raises(ConfigError, match=r"does not know the language of responses: set tgt_lang"):
+        encode(Encoder(schema, tokenizer, 64, separate=True), {"prompt": "one", "response": "un"})
 
 
 def test_a_tokenizer_without_an_end():
