@@ -39,6 +39,28 @@ _IDLE = (
 )
 
 
+_SAVED = ("checkpoints", "version_*/checkpoints", "lightning_logs/version_*/checkpoints")  # where Trainers save
+
+
+def checkpoint_of(path: str | None, root: str) -> str | None:
+    """The file that is meant by ``--ckpt_path``: ``last`` is the newest ``last.ckpt`` of the runs in a folder.
+
+    Args:
+        path: What was given.
+        root: The folder.
+
+    Raises:
+        ConfigError: If there is none, or it is one that only a Trainer which has just trained knows.
+    """
+    if path not in ("last", "best") or Path(path).exists():
+        return path
+    found = [file for folder in _SAVED for file in Path(root).glob(f"{folder}/last*.ckpt")] if path == "last" else []
+    if not found:
+        why = f"there is no last.ckpt of a run in {root}" if path == "last" else "a new process knows no best one"
+        raise ConfigError(f"ckpt_path {path}: {why}: give the file of a checkpoint")
+    return str(max(found, key=lambda file: file.stat().st_mtime))
+
+
 def _short(message: str) -> str:
     return "\n".join(line for line in message.splitlines() if not line.strip(" -").startswith(_IDLE)).strip(" -")
 
@@ -94,9 +116,11 @@ class RecipeCLI(LightningCLI):
         Only the classes of a classifier are taken from there: ``predict`` has no labels to find them in.
 
         Raises:
+            ConfigError: See `checkpoint_of`.
             CheckpointError: If the file is damaged, which is known before the model is built.
         """
         config = self.config[self.config.subcommand]
+        config.ckpt_path = checkpoint_of(config.get("ckpt_path"), config.trainer.get("default_root_dir") or os.curdir)
         path, options = config.get("ckpt_path"), config.model.get("init_args", {})
         if path and Path(path).is_file() and config.get("weights_only") is not False:
             saved = read(path)
