@@ -219,7 +219,7 @@ class TextDataModule(LightningDataModule):
         sampled: dict[str, Any] = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             sampled = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or sampled
-        sampler = EpochSampler(part.examples, seed=self.seed, **sampled)
+        sampler = EpochSampler(part.examples, seed=self.seed, content=self.stores["train"].digest, **sampled)
         self.feed = None if part.learnt is None else Feed(sampler, self.batch_size, part.learnt)
         return resumable()(
             part.examples,

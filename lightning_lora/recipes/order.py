@@ -17,10 +17,18 @@ class EpochSampler(DistributedSampler[Any]):
 
     The epoch is in its state, because Lightning makes the iterator of a resumed run before it says which epoch that is,
     and workers ask for their first batches at once.
+
+    Args:
+        dataset: The examples.
+        num_replicas: How many devices share them.
+        rank: Which one this is.
+        seed: Of the orders.
+        content: What tells these examples from others.
     """
 
-    def __init__(self, dataset: Any, num_replicas: int, rank: int, seed: int) -> None:
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, seed: int, content: str = "") -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        self._content = content
         self._begin, self._yielded = 0, 0
         self._size: int = len(dataset)
         self._order: tuple[int, Tensor] | None = None
@@ -55,8 +63,15 @@ class EpochSampler(DistributedSampler[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, in which epoch, and what the order of that epoch follows from."""
-        own = {"examples": self._size, "seed": self.seed, "devices": self.num_replicas}
-        return {"yielded": self._yielded, "epoch": self.epoch, **own}
+        return {"yielded": self._yielded, "epoch": self.epoch, **self._follows_from()}
+
+    def _follows_from(self) -> dict[str, Any]:
+        return {
+            "examples": self._size,
+            "seed": self.seed,
+            "devices": self.num_replicas,
+            "content": self._content,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes there; behind the last example to the next epoch.
@@ -64,13 +79,18 @@ class EpochSampler(DistributedSampler[Any]):
         Raises:
             CheckpointError: If the order was one of other examples: some would be there twice, and others never.
         """
-        found = {"examples": self._size, "seed": self.seed, "devices": self.num_replicas, **state_dict}
+        found = {**self._follows_from(), **state_dict}
         at, examples, seed = found["yielded"] * found["devices"], found["examples"], found["seed"]
         if at and (examples, seed) != (self._size, self.seed):
             raise CheckpointError(
                 f"the run was broken off in an epoch of {examples:,} examples (seed {seed}), and here one has "
                 f"{self._size:,} (seed {self.seed}): go on with that run's data, val_split, max_length, packing and "
                 "seed, or begin a new run with its adapter (lora.init_from)"
+            )
+        if at and found["content"] != self._content:
+            raise CheckpointError(
+                "the run was broken off in an epoch of as many examples, but others, or cut otherwise: go on with that "
+                "run's data and max_length, or begin a new run with its adapter (lora.init_from)"
             )
         is_over = at >= examples
         self.epoch = found["epoch"] + is_over

@@ -1,5 +1,6 @@
 """Tokens of many examples in a few flat files, which are mapped into memory: nothing of them has to fit there."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -39,7 +40,7 @@ class Store(Dataset[dict[str, Tensor]]):
 
     def __init__(self, path: Path) -> None:
         described = json.loads((path / _DESCRIPTION).read_text())
-        self.path, self.notes = path, described["notes"]
+        self.path, self.notes, self.digest = path, described["notes"], described["digest"]
         self.tensors = dict[str, Tensor]()
         for field, code in described["fields"].items():
             self.tensors[f"{field}.values"] = _mapped(path / f"{field}.values", _DTYPES[code])
@@ -119,7 +120,8 @@ def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int
             sizes = {file.name: file.stat().st_size for file in part.iterdir()}
             codes = {name: field.code for name, field in fields.items()}
             with _opened(part / _DESCRIPTION) as file:
-                file.write(json.dumps({"fields": codes, "notes": dict(notes), "sizes": sizes}).encode())
+                described = {"fields": codes, "notes": dict(notes), "sizes": sizes, "digest": _digest(fields)}
+                file.write(json.dumps(described).encode())
             sync(part)
             if open_store(path) is None:  # another run may have been faster
                 shutil.rmtree(path, ignore_errors=True)
@@ -135,13 +137,20 @@ class _Field:
         self.code = "f" if any(isinstance(number, float) for number in first) else "i"
         self.values = files.enter_context(_opened(path.with_name(f"{path.name}.values")))
         self.ends = files.enter_context(_opened(path.with_name(f"{path.name}.ends")))
-        self.end = 0
+        self.end, self.digest = 0, hashlib.sha256()
 
     def add(self, values: list[int] | list[float]) -> None:
         """Puts an example's numbers behind those of the others."""
         self.end += len(values)
-        self.values.write(array(self.code, values).tobytes())
-        self.ends.write(array("q", [self.end]).tobytes())
+        for file, numbers in ((self.values, array(self.code, values)), (self.ends, array("q", [self.end]))):
+            file.write(numbers.tobytes())
+            self.digest.update(numbers.tobytes())
+
+
+def _digest(fields: Mapping[str, _Field]) -> str:
+    """SHA-256 over what examples are, in their order: by it a run knows its data again, wherever they lie."""
+    parts = [f"{name}:{fields[name].digest.hexdigest()}" for name in sorted(fields)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @contextmanager

@@ -89,6 +89,10 @@ def test_a_run_goes_on_with_its_own_examples_only(llama, tmp_path):
         other = files.jsonl(tmp_path / f"{records}.jsonl", files.prompts(records))
         with pytest.raises(ll.CheckpointError, match="go on with that run's data, .* or begin a new run"):
             fit(llama, other, "saved/step=4.ckpt", max_epochs=2, **options)
+    other = files.jsonl(tmp_path / "b.jsonl", files.prompts(40)[::-1])
+    with pytest.raises(ll.CheckpointError, match=r"as many examples, but others, .*: go on with that run's data"):
+        fit(llama, other, "saved/step=4.ckpt", max_epochs=2)
     with pytest.raises(ll.CheckpointError, match=r"give the data.num_workers it had"):
         fit(llama, path, "saved/step=4.ckpt", max_epochs=2, num_workers=1)
-    assert fit(llama, path, "saved/step=8.ckpt", max_epochs=2) == 16
+    moved = files.jsonl(tmp_path / "moved" / "c.jsonl", files.prompts(40))
+    assert fit(llama, moved, "saved/step=8.ckpt", max_epochs=2) == 16
