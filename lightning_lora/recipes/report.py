@@ -111,14 +111,15 @@ def _data(trainer: Trainer) -> TextDataModule | None:
 
 def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     """Where things lie, and commands that can be copied."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
+    saver: Any = trainer.checkpoint_callback
+    is_best = bool(path := getattr(saver, "best_model_path", ""))
+    path = path or getattr(saver, "last_model_path", "")
     yield ""
     yield f"memory: {format_bytes(peak_memory(recipe.device))} at most"
     if not path:
         yield "no checkpoint was written: leave trainer.enable_checkpointing on, or add a ModelCheckpoint"
         return
-    monitor: Any = trainer.checkpoint_callback
-    best = f" (best {monitor.monitor}: {float(monitor.best_model_score):.4g})" if monitor.best_model_score else ""
+    best = f" (best {saver.monitor}: {float(saver.best_model_score):.4g})" if is_best and saver.best_model_score else ""
     yield f"checkpoint: {path}{best}"
     folder, saved = str(Path(path).with_suffix("")) + "-adapter", Path(path).with_suffix(".peft")
     if saved.is_dir():

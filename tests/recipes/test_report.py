@@ -29,3 +29,14 @@ def test_what_can_be_done_with_a_classifier(case, named, bert, tmp_path, capsys)
     for name, rest in commands.items():
         main([name, *shlex.split(rest)])
         assert (Path(shlex.split(rest)[-1]) / ("config.json" if name == "merge" else "adapter_config.json")).exists()
+
+
+def test_the_last_checkpoint_where_there_is_no_best(llama, tmp_path, capsys):
+    """Of a run that keeps no other."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    config = ["--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", f"--data.train={path}"]
+    saver = "{class_path: ModelCheckpoint, init_args: {save_top_k: 0, save_last: true}}"
+    main(["fit", *config, *SHORT, f"--trainer.callbacks={saver}"])
+    said = capsys.readouterr().out
+    assert "last.ckpt\n" in said
+    assert "no checkpoint was written" not in said
