@@ -138,11 +138,21 @@ class TextDataModule(LightningDataModule):
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
-        check_measured(stage, self.examples("test" if stage == "test" else "val") is not None, self.trainer)
+        measured, batches = self.examples("test" if stage == "test" else "val"), None
+        if stage == "fit" and (examples := self.examples("train")) is not None:
+            sized: Any = examples
+            batches = -(-len(sized) // (self._shared["num_replicas"] * self.batch_size))
+        check_measured(stage, measured is not None, self.trainer, batches)
 
     @property
     def _recipe(self) -> Any:
         return None if self.trainer is None else self.trainer.lightning_module
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """How devices share the examples."""
+        sampled = getattr(getattr(self.trainer, "strategy", None), "distributed_sampler_kwargs", None)
+        return sampled or {"num_replicas": 1, "rank": 0}
 
     def _new_reading(self) -> Reading:
         recipe = self._recipe
@@ -216,10 +226,7 @@ class TextDataModule(LightningDataModule):
         """Batches in an order of their own for each epoch, which does not depend on the number of workers."""
         part = self._part("train")
         assert part is not None
-        sampled: dict[str, Any] = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:
-            sampled = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or sampled
-        sampler = EpochSampler(part.examples, seed=self.seed, content=self.stores["train"].digest, **sampled)
+        sampler = EpochSampler(part.examples, seed=self.seed, content=self.stores["train"].digest, **self._shared)
         self.feed = None if part.learnt is None else Feed(sampler, self.batch_size, part.learnt)
         return resumable()(
             part.examples,

@@ -20,13 +20,14 @@ def files_for(stage: str, sources: Mapping[str, str | None]) -> Sequence[str]:
     return ("train", *_READ[stage]) if sources["val"] is None and stage != "predict" else _READ[stage]
 
 
-def check_measured(stage: str, are_held_out: bool, trainer: Any) -> None:
+def check_measured(stage: str, are_held_out: bool, trainer: Any, batches: int | None = None) -> None:
     """Looks whether there is something to measure for those who wait for it.
 
     Args:
         stage: Of the Trainer.
         are_held_out: Whether there are examples to measure.
         trainer: None if the data are used by hand.
+        batches: Those of an epoch on a device, where they are known.
 
     Raises:
         ConfigError: If a stage would measure nothing, or callbacks watch what is never measured.
@@ -34,8 +35,13 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any) -> None:
     remedy = "give data.val, or data.train with data.val_split above 0"
     if stage in ("validate", "test") and not are_held_out:
         raise ConfigError(f"{stage} has nothing to measure: {'give data.test, ' * (stage == 'test')}{remedy}")
-    if stage != "fit" or trainer is None or (are_held_out and trainer.limit_val_batches != 0):
+    if stage != "fit" or trainer is None:
         return
+    remedy += " (and trainer.limit_val_batches)"
+    if are_held_out and trainer.limit_val_batches != 0:
+        if not batches or not _ends_before_it_validates(trainer, batches):
+            return
+        remedy = "raise trainer.max_steps or max_epochs, or validate earlier (trainer.val_check_interval)"
     watching = [
         f"{type(callback).__name__} ({callback.monitor})"
         for callback in trainer.callbacks
@@ -43,10 +49,23 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any) -> None:
     ]
     if watching:
         raise ConfigError(
-            f"nothing is measured while this run trains, and {listing(watching)} would wait for it: {remedy} "
-            "(and trainer.limit_val_batches); or take EarlyStopping out of trainer.callbacks, and monitor out of "
-            "ModelCheckpoint"
+            f"nothing is measured while this run trains, and {listing(watching)} would wait for it: {remedy}; or take "
+            "EarlyStopping out of trainer.callbacks, and monitor out of ModelCheckpoint"
         )
+
+
+def _ends_before_it_validates(trainer: Any, batches: int) -> bool:
+    """Whether a run takes fewer steps, or epochs, than there are up to its first validation."""
+    limit, interval, every = trainer.limit_train_batches, trainer.val_check_interval, trainer.check_val_every_n_epoch
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if not batches or not isinstance(interval, (int, float)):
+        return False  # by the clock, or nothing is trained, which Lightning tells
+    ahead = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    ahead += 0 if every is None else (every - 1) * batches
+    epochs, rest = divmod(ahead, batches)
+    steps = epochs * -(-batches // trainer.accumulate_grad_batches) + -(-rest // trainer.accumulate_grad_batches)
+    is_within = trainer.max_epochs in (None, -1) or ahead <= trainer.max_epochs * batches
+    return not is_within or -1 < trainer.max_steps < steps
 
 
 def check_shared_out(examples: Any, trainer: Any) -> None:

@@ -196,9 +196,8 @@ def test_models_are_refused_before_they_are_loaded(llama, path, tmp_path):
 def test_packing_is_for_causal_models(bert, tmp_path):
     path = files.jsonl(tmp_path / "a.jsonl", files.classes())
     data = TextDataModule(path, base=bert, kind="classification", packing=True)
-    data.setup("fit")
     with pytest.raises(ConfigError, match="packing is for causal language models"):
-        data.train_dataloader()
+        data.setup("fit")
 
 
 def test_rows_are_packed_whatever_was_asked_for_before(llama, path):
@@ -234,6 +233,34 @@ def test_callbacks_that_would_wait_for_a_validation_are_refused(split, limit, ll
         trainer.fit(Unloaded(llama), datamodule=TextDataModule(path, val_split=split))
     trainer = pl.Trainer(callbacks=[ll.LoRA(r=2), callbacks[-1]], limit_val_batches=limit, **options)
     trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, val_split=split))
+
+
+@pytest.mark.parametrize(
+    ("options", "measures"),
+    [
+        ({"max_steps": 2}, False),
+        ({"max_steps": 3}, True),
+        ({"max_steps": 4, "check_val_every_n_epoch": 2}, False),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 2}, False),
+        ({"max_steps": 1, "val_check_interval": 0.5}, False),
+        ({"max_steps": 2, "val_check_interval": 0.5}, True),
+        ({"max_steps": 1, "val_check_interval": 8, "check_val_every_n_epoch": None}, False),
+        ({"max_steps": 1, "limit_train_batches": 2}, True),
+    ],
+)
+def test_a_run_that_ends_before_it_is_measured_is_refused(options, measures, llama, tmp_path):
+    """Of 6 batches, 3 steps an epoch: EarlyStopping ends one that was never measured with an error, behind its last step."""
+    path = files.jsonl(tmp_path / "b.jsonl", files.prompts(30))
+    module, data = CausalLM(llama), TextDataModule(path, val_split=0.2, batch_size=4)
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"accelerator": "cpu", "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, **silent, **options}
+    trainer = pl.Trainer(callbacks=[ll.LoRA(r=2), EarlyStopping("val/loss")], **options)
+    if measures:
+        trainer.fit(module, datamodule=data)
+        assert "val/loss" in trainer.callback_metrics
+    else:
+        with pytest.raises(ConfigError, match=r"nothing is measured .* raise trainer.max_steps or max_epochs, or"):
+            trainer.fit(module, datamodule=data)
 
 
 @pytest.mark.parametrize(
