@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import variant_class
@@ -105,7 +106,8 @@ class Probe:
             if has_own_forward(cls) and not is_lazy(cast(Tensor, layer.weight)):
                 try:
                     wrong = _BLIND.format(cls.__name__) if is_without_gradients(cls.forward) else None
-                    wrong = wrong or _difference(layer, cls, self._config)
+                    with unset_fake_temporarily():  # numbers are compared
+                        wrong = wrong or _difference(layer, cls, self._config)
                 except Exception as error:  # whatever a user's forward may raise on a tensor that it is not made for
                     untried = f"{cls.__name__}.forward could not be tried on a small tensor ({_in_a_line(error)})"
             self._wrong[cls], self._untried[cls] = wrong, untried

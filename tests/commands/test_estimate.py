@@ -47,6 +47,15 @@ def test_plan(tmp_path, capsys):
     assert "note: model.layers.0.self_attn.k_proj: r=100 is more than the rank" in capsys.readouterr().out
 
 
+def test_layers_with_a_forward_of_their_own_are_tried_with_numbers():
+    """Where the estimate has shapes alone."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.device("meta"):
+        falcon = tf.FalconForCausalLM(tf.FalconConfig(**sizes)).eval()
+    found = ll.estimate_memory(falcon, ll.LoRAConfig(r=4), batch_size=1, seq_len=8)
+    assert 0 < found.total < ll.estimate_memory(falcon, None, batch_size=1, seq_len=8).total
+
+
 def test_estimate(tmp_path, capsys):
     model = described(tmp_path)
     options = ["--r", 4, "--batch-size", 2, "--seq-len", 32, "--quantization", "nf4-dq", "--card", "24GiB"]
