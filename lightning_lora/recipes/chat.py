@@ -104,7 +104,7 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
     text, spans = render(messages, tokenizer), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = render(messages[:i], tokenizer, asks=True), render(messages[: i + 1], tokenizer)
+            before, after = _ahead(messages, i, tokenizer), render(messages[: i + 1], tokenizer)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ConfigError(
                     f"message {i}: the chat template renders a turn otherwise when others follow, so it can't be told "
@@ -118,6 +118,15 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
         for token, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
     ]
     return list(made["input_ids"]), labels
+
+
+def _ahead(messages: Messages, i: int, tokenizer: Any) -> str:
+    """What is rendered ahead of what the assistant says in a message."""
+    if i:
+        return render(messages[:i], tokenizer, asks=True)
+    first = render(messages[:1], tokenizer)  # no messages are refused: what asks for an answer begins the first one
+    asking = render(messages[:1], tokenizer, asks=True).removeprefix(first)
+    return first[: first.index(asking) + len(asking)] if asking in first else ""
 
 
 @lru_cache(maxsize=1)

@@ -75,6 +75,14 @@ def test_what_the_assistant_says_is_learnt(template):
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
 
 
+@pytest.mark.parametrize("template", [files.CHAT, GENERATION, "{{ '<s>' }}" + files.CHAT])
+def test_the_assistant_may_speak_first(template):
+    tokenizer = files.make_tokenizer()
+    tokenizer.chat_template = template
+    _, labels = encode_messages(CONVERSATION[1:], tokenizer)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
+
+
 @pytest.mark.parametrize("processor", [None, processors.ByteLevel(trim_offsets=True), ROBERTA])
 @pytest.mark.parametrize("template", [files.CHAT, GENERATION])
 def test_spaces_are_learnt_too(template, processor):
