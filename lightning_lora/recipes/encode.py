@@ -51,15 +51,23 @@ class Encoder:
         kind = "open" if self.schema.is_open else "separate" if self.separate else self.schema.kind
         make = _KINDS[kind]
         for record in records:
+            before = self.notes.copy()
             try:
                 made = list(make(self, record.fields))
             except ConfigError as error:
                 raise ConfigError(f"{record.where}: {error}") from None
-            self.notes["records"] += 1
+            self._count(before)
             for example in made:
                 if "labels" in example:
                     example[LEARNT] = [self.learnt(example["labels"])]
                 yield example
+
+    def _count(self, before: Counter[str]) -> None:
+        """A record counts once, as left out or else as cut, in however many of its parts it was."""
+        happened = [what for what in ("dropped", "cut") if self.notes[what] > before[what]][:1]
+        self.notes.clear()
+        self.notes.update(before)
+        self.notes.update(["records", *happened])
 
     def learnt(self, labels: list[int] | list[float]) -> int:
         """How many tokens of an example the loss is of: those with a label; a first one follows on nothing."""

@@ -141,7 +141,7 @@ def test_what_is_too_long():
         encode(encoder("prompt", max_length=12, overlong="error"), record)
     own = encoder("prompt", max_length=3)  # nothing of the response is left
     assert encode(own, record) == []
-    assert own.notes["dropped"] == 1
+    assert own.notes == {"records": 1, "dropped": 1}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,12 @@ def test_responses_that_differ_behind_the_cut_are_left_out():
     same = {"prompt": "a", "chosen": " one two three four five six", "rejected": " one two three four five seven"}
     (example,) = encode(own, same, {"prompt": "a", "chosen": " one", "rejected": " two"})
     assert learnt(own, example) == " one</s>"
-    assert own.notes == {"records": 2, "cut": 2, "dropped": 1}
+    assert own.notes == {"records": 2, "dropped": 1}
+    long = {"prompt": "a", "chosen": " one two three four five six", "rejected": " six five four three two one"}
+    for overlong, what in (("truncate", "cut"), ("drop", "dropped")):
+        own = encoder("preference", max_length=12, overlong=overlong)
+        encode(own, long)
+        assert own.notes == {"records": 1, what: 1}
 
 
 def test_classes_and_numbers():
