@@ -26,6 +26,16 @@ class _Filler(string.Formatter):
         return value, key
 
 
+def template_problems(template: str | None) -> list[str]:
+    """What is wrong with a template whatever the records: without a column it would put all prompts alike."""
+    try:
+        if template is None or any(name for _, name, *_ in string.Formatter().parse(template)):
+            return []
+    except ValueError:
+        return []  # a brace too many, which is told with the first record
+    return [f"prompt_template must name a column in braces, like {{prompt}}: got {template!r}"]
+
+
 def render_prompt(fields: Mapping[str, Any], template: str | None, tokenizer: Any) -> tuple[str, bool]:
     """The text that a response is to follow, and whether it brings special tokens of its own.
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch, Collate
+from lightning_lora.recipes.chat import template_problems
 from lightning_lora.recipes.fields import KINDS
 from lightning_lora.recipes.labels import agreed, class_names
 from lightning_lora.recipes.needs import check_measured, check_shared_out, files_for
@@ -106,6 +107,7 @@ class TextDataModule(LightningDataModule):
                 problems.append(f"{name} must be a positive integer, got {value!r}")
         if not is_number(self.val_split) or not 0 <= self.val_split < 1:
             problems.append(f"val_split must be in [0, 1), got {self.val_split!r}")
+        problems += template_problems(self.prompt_template)
         if not any(self.sources.values()):
             problems.append("no file: give train, val, test or predict")
         return problems

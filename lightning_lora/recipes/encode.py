@@ -193,7 +193,7 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
             return
         ids = cut
     elif own.schema.kind == "text":
-        ids = own.prompt_tokens({**fields, "prompt": fields["text"]})
+        ids = prompt_ids(fields["text"], False, own.tokenizer)  # as it is, which it was learnt as
     else:
         ids = own.prompt_tokens(fields)
     if len(ids) > own.max_length:

@@ -193,6 +193,11 @@ def test_models_are_refused_before_they_are_loaded(llama, path, tmp_path):
     assert "the module is no recipe: say base" in said
 
 
+def test_a_template_has_a_column():
+    with pytest.raises(ConfigError, match=r"prompt_template must name a column in braces, like {prompt}: got 'Say it'"):
+        TextDataModule("a.jsonl", prompt_template="Say it")
+
+
 def test_packing_is_for_causal_models(bert, tmp_path):
     path = files.jsonl(tmp_path / "a.jsonl", files.classes())
     data = TextDataModule(path, base=bert, kind="classification", packing=True)

@@ -119,6 +119,13 @@ def test_a_prompt_goes_through_the_chat_template():
     assert own.tokenizer.decode(example["input_ids"]) == "<|user|>Hi</s><|assistant|>"
 
 
+def test_a_text_is_continued_as_it_was_learnt():
+    """As it is, whatever the tokenizer's chat template would make of it."""
+    (open_one,) = encode(encoder("text", chat=True, is_open=True), {"text": "Once upon"})
+    (learnt_one,) = encode(encoder("text", chat=True), {"text": "Once upon"})
+    assert open_one["input_ids"] == learnt_one["input_ids"][:-1]
+
+
 def test_long_text_is_cut_into_pieces_and_nothing_is_lost():
     own, text = encoder("text", max_length=16), "All human beings are born free and equal in dignity and rights. " * 3
     examples = encode(own, {"text": text})
