@@ -31,5 +31,5 @@ def check_complete(
         raise ConfigError(
             f"{base}: {listing(sorted(absent), 3)}: in none of its files, so they would be random, and frozen so. If "
             f"files are missing, fetch them; if it was saved from another class than {type(model).__name__}, train "
-            "and save it once with that one, or give another base"
+            "and save it once with that one, or give another base (a classifier with pooling: mean needs no pooler)"
         )

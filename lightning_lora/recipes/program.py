@@ -42,12 +42,13 @@ _IDLE = (
 _SAVED = ("checkpoints", "version_*/checkpoints", "lightning_logs/version_*/checkpoints")  # where Trainers save
 
 
-def checkpoint_of(path: str | None, root: str) -> str | None:
+def checkpoint_of(path: str | None, root: str, may_begin: bool = False) -> str | None:
     """The file that is meant by ``--ckpt_path``: ``last`` is the newest ``last.ckpt`` of the runs in a folder.
 
     Args:
         path: What was given.
         root: The folder.
+        may_begin: Whether a run begins where there is no last one: it is started again and again with one command.
 
     Raises:
         ConfigError: If there is none, or it is one that only a Trainer which has just trained knows.
@@ -55,6 +56,9 @@ def checkpoint_of(path: str | None, root: str) -> str | None:
     if path not in ("last", "best") or Path(path).exists():
         return path
     found = [file for folder in _SAVED for file in Path(root).glob(f"{folder}/last*.ckpt")] if path == "last" else []
+    if not found and path == "last" and may_begin:
+        rank_zero_warn(f"ckpt_path last: there is no last.ckpt of a run in {root}: this one begins anew")
+        return None
     if not found:
         why = f"there is no last.ckpt of a run in {root}" if path == "last" else "a new process knows no best one"
         raise ConfigError(f"ckpt_path {path}: {why}: give the file of a checkpoint")
@@ -120,7 +124,8 @@ class RecipeCLI(LightningCLI):
             CheckpointError: If the file is damaged, which is known before the model is built.
         """
         config = self.config[self.config.subcommand]
-        config.ckpt_path = checkpoint_of(config.get("ckpt_path"), config.trainer.get("default_root_dir") or os.curdir)
+        root, is_fit = config.trainer.get("default_root_dir") or os.curdir, self.config.subcommand == "fit"
+        config.ckpt_path = checkpoint_of(config.get("ckpt_path"), root, may_begin=is_fit)
         path, options = config.get("ckpt_path"), config.model.get("init_args", {})
         if path and Path(path).is_file() and config.get("weights_only") is not False:
             saved = read(path)

@@ -138,9 +138,13 @@ class Training:
             raise DeadAdapterError(_rest(self._resting, steps))
 
     def after_backward(self) -> None:
-        """Gradients have come. Those adapters got none that are not active now."""
+        """Gradients have come: to adapters that are active now, or that samples of a batch had (`mixed_batch`)."""
         if self._resting:
-            self._resting = [name for name in self._resting if name not in active_adapters(self._model)]
+            reached = {*active_adapters(self._model)}
+            for name in self._resting:
+                if any(p.grad is not None for _, p in trained_parameters(self._model, [name])):
+                    reached.add(name)
+            self._resting = [name for name in self._resting if name not in reached]
 
     def end_batch(self) -> None:
         """A training batch ends."""

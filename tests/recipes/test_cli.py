@@ -178,7 +178,10 @@ def test_while_it_runs(llama, data, capsys):
 def test_a_run_goes_on(llama, data, capsys):
     config = ["fit", "--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", f"--data.train={data}", *SHORT]
     config += ["--data.packing=false", "--model.schedule=constant"]
-    main(config)
+    said = refused(capsys, "validate", *config[1:], "--ckpt_path=last")
+    assert "ckpt_path last: there is no last.ckpt of a run in run: give the file of a checkpoint" in said
+    with pytest.warns(UserWarning, match="no last.ckpt of a run in run: this one begins anew"):
+        main([*config, "--ckpt_path=last"])  # a command that is given again and again
     main([*config, "--trainer.max_epochs=2", f"--ckpt_path={saved('last.ckpt')}"])
     capsys.readouterr()
     main([*config, "--trainer.max_epochs=3", "--ckpt_path=last"])
@@ -278,7 +281,6 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
             "AdapterAveraging: decay must be in [0, 1)",
         ),
         (["--data.max_length=999"], "max_length=999, but LLAMA sees 256 tokens: give at most 256"),
-        (["--ckpt_path=last"], "ckpt_path last: there is no last.ckpt of a run in run: give the file of a checkpoint"),
         (["--ckpt_path=best"], "ckpt_path best: a new process knows no best one: give the file of a checkpoint"),
         (["--samples.every_n_steps=0"], "samples: every_n_steps must be a positive integer, got 0"),
     ],
