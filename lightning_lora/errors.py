@@ -46,10 +46,16 @@ class DeadAdapterError(LightningLoRAError, RuntimeError):
     """A tensor that should be trained gets no gradient, is in no optimizer, or does not move."""
 
 
-def raise_all(error: type[LightningLoRAError], problems: Iterable[str], context: str = "") -> None:
-    """Raises one ``error`` that lists every problem; does nothing when there is none."""
+def raise_all(
+    error: type[LightningLoRAError], problems: Iterable[str], context: str = "", *, first: bool = False
+) -> None:
+    """Raises one ``error`` that lists every problem, or the first ones; does nothing when there is none."""
     if problems := tuple(problems):
-        lines = problems if len(problems) == 1 else [f"{len(problems)} problems:", *(f"  - {p}" for p in problems)]
+        lines = (
+            problems
+            if len(problems) == 1
+            else [f"{'the first ' * first}{len(problems)} problems:", *(f"  - {p}" for p in problems)]
+        )
         raised = error(f"{context}: " * bool(context) + "\n".join(lines))
         raised.problems = problems
         raise raised

@@ -39,7 +39,7 @@ class SequenceClassifier(Recipe):
         self,
         base: str,
         *,
-        labels: list[str] | None = None,
+        labels: list[str | int | float] | None = None,
         regression: bool = False,
         pooling: Literal["model", "mean"] = "model",
         **options: Any,

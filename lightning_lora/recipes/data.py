@@ -69,7 +69,7 @@ class TextDataModule(LightningDataModule):
         val_split: float = 0.05,
         columns: dict[str, str] | None = None,
         prompt_template: str | None = None,
-        labels: list[str] | None = None,
+        labels: list[str | int | float] | None = None,
         max_length: int | None = None,
         overlong: Literal["truncate", "drop", "error"] = "truncate",
         packing: bool = False,
@@ -101,10 +101,11 @@ class TextDataModule(LightningDataModule):
     def _problems(self) -> list[str]:
         problems = list(choice_problems("overlong", self.overlong, ("truncate", "drop", "error")))
         problems += choice_problems("kind", self.kind, (None, *KINDS))
-        evaluated = ["eval_batch_size"] if self.eval_batch_size is not self.batch_size else []
-        for name in ("batch_size", *evaluated, "max_length"):
-            if (value := getattr(self, name)) is not None and not (is_int(value) and value > 0):
-                problems.append(f"{name} must be a positive integer, got {value!r}")
+        evaluated = {"eval_batch_size": 1} if self.eval_batch_size is not self.batch_size else {}
+        for name, least in {"batch_size": 1, **evaluated, "max_length": 1, "num_workers": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if (name, value) != ("max_length", None) and not (is_int(value) and value >= least):
+                problems.append(f"{name} must be a {'positive' if least else 'non-negative'} integer, got {value!r}")
         if not is_number(self.val_split) or not 0 <= self.val_split < 1:
             problems.append(f"val_split must be in [0, 1), got {self.val_split!r}")
         problems += template_problems(self.prompt_template)

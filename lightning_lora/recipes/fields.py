@@ -116,7 +116,7 @@ def checked(records: Iterable[Record], schema: Schema, labels: list[str] | None 
             break
         if not found:
             yield Record({**fields, **own}, where)
-    raise_all(ConfigError, problems)
+    raise_all(ConfigError, problems, first=len(problems) >= MOST)
 
 
 def _problems(own: dict[str, Any], schema: Schema, labels: list[str] | None) -> Iterator[str]:

@@ -133,6 +133,17 @@ class RecipeCLI(LightningCLI):
                 options["labels"] = saved.get("hyper_parameters", {}).get("labels")
 
     @override
+    def before_instantiate_classes(self) -> None:
+        """Looks at the callbacks' arguments.
+
+        Raises:
+            ConfigError: If there are none.
+        """
+        for key in ("lora", "samples", "predictions"):
+            if self.config[self.config.subcommand][key] is None:
+                raise ConfigError(f"{key}: null says nothing: give its arguments, or leave it out")
+
+    @override
     def instantiate_classes(self) -> None:
         """Builds model, data and Trainer.
 

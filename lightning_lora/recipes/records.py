@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import ConfigError, did_you_mean, first_line, listing, raise_all
 from lightning_lora.recipes.hub import HUB, dataset, identity
 
 PART = 1 << 20  # bytes of a text that are one document
@@ -147,7 +147,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                     problems.append(f'{where}: an object is needed, like {{"text": ...}}, got {type(fields).__name__}')
             if len(problems) == MOST:
                 break
-    raise_all(ConfigError, problems)
+    raise_all(ConfigError, problems, first=len(problems) == MOST)
 
 
 def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
@@ -213,7 +213,14 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise ConfigError(f"{path} is no Parquet file: {error}") from None
     row = 0
     with file:
-        for batch in file.iter_batches(64):
+        batches = file.iter_batches(64)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ArrowInvalid, OSError) as error:
+                raise ConfigError(f"{path} is damaged behind row {row}: {first_line(error)}: write it anew") from None
+            if batch is None:
+                return
             for fields in batch.to_pylist():
                 row += 1
                 yield Record(fields, f"{path}, row {row}")

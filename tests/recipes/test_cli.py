@@ -266,6 +266,8 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
     [
         (["--data.train=trian.jsonl"], "lightning-lora: trian.jsonl does not exist. Did you mean 'train.jsonl'?"),
         (["--data.val_split=2", "--data.batch_size=0"], "val_split must be in [0, 1), got 2"),
+        (["--data.num_workers=-1"], "TextDataModule: num_workers must be a non-negative integer, got -1"),
+        (["--config=null.yaml"], "lightning-lora: lora: null says nothing: give its arguments, or leave it out"),
         (["--lora.r=0"], "lightning-lora: LoRA: r must be a positive integer, got 0"),
         (["--lora.lora_alhpa=3"], "unrecognized arguments: --lora.lora_alhpa=3. Did you mean 'lora.lora_alpha',"),
         (["--config=odd.yaml"], "does not accept option 'data.batchsize'. Did you mean 'data.batch_size'"),
@@ -287,6 +289,7 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
 )
 def test_bad_usage_is_one_message(arguments, message, llama, data, capsys):
     Path("odd.yaml").write_text("data: {batchsize: 3}")
+    Path("null.yaml").write_text("lora: null")
     own = ["fit", "--config", str(CONFIGS / "lora.yaml"), f"--model.base={llama}", "--data.train=train.jsonl", *SHORT]
     said = refused(capsys, *own, *arguments)
     assert message.replace("LLAMA", llama) in said

@@ -129,6 +129,29 @@ def test_broken_files(tmp_path, name, content, message):
         list(read_records(str(path)))
 
 
+def test_of_many_problems_the_first_are_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[]\n" * 40)
+    with pytest.raises(ConfigError, match=r"^the first 5 problems:(\n.*){5}$"):
+        list(read_records(str(path)))
+    path.write_text("[]\n" * 2)
+    with pytest.raises(ConfigError, match=r"^2 problems:"):
+        list(read_records(str(path)))
+
+
+def test_a_parquet_file_that_is_damaged_within(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [f"{i} words" for i in range(1000)]}), path, compression="none")
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a.parquet is damaged behind row 0: .*: write it anew"):
+        list(read_records(str(path)))
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.csv"])
 def test_a_mark_of_the_byte_order_is_no_text(name, tmp_path):
     content = {".jsonl": '{"text": "one"}', ".csv": '"text"\none'}.get(name[1:], "one")

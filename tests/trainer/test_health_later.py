@@ -353,6 +353,21 @@ def test_an_adapter_that_a_hook_wakes_in_a_resumed_run(rested):
     assert not any(torch.equal(value, before[key]) for key, value in ll.adapter_state_dict(module).items())
 
 
+def test_an_adapter_that_samples_of_a_batch_have_in_a_resumed_run(rested):
+    class Mixing(Plain):
+        def training_step(self, batch, batch_idx):
+            with ll.mixed_batch(self, ["a", "b"] * (len(batch) // 2) + ["a"] * (len(batch) % 2)):
+                return super().training_step(batch, batch_idx)
+
+    run = trainer(*two(), max_epochs=-1, max_steps=14)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module := seeded(Mixing), DataLoader(torch.randn(4, 8), batch_size=2), ckpt_path=rested)
+    assert not any("not active in" in str(each.message) for each in caught)
+    before = torch.load(rested, weights_only=True)["state_dict"]
+    assert not any(torch.equal(value, before[key]) for key, value in ll.adapter_state_dict(module).items())
+
+
 class ByHand(torch.optim.Optimizer):
     """SAM: a step up, a gradient there, and the step of another optimizer from where it was."""
 
