@@ -1,10 +1,13 @@
 """Texts that a model puts behind prompts."""
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.errors import did_you_mean
 from lightning_lora.ops.sharded import all_objects
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import prompt_ids
@@ -50,6 +53,19 @@ def generate_texts(recipe: Recipe, batch: Batch, max_new_tokens: int, **options:
     behind = [made[i] for i in range(len(prompts))]
     texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (masked, behind)]
     return [{"prompt": prompt, "prediction": text} for prompt, text in zip(*texts, strict=True)]
+
+
+def generation_problems(options: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the names of arguments of ``generate``, which takes any and sees to them later."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}  # type: ignore[no-untyped-call]
+    known |= inspect.signature(GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}
+    for name in options:
+        if name == "max_new_tokens":
+            yield "generation: max_new_tokens is an argument of its own, beside generation"
+        elif name not in known:
+            yield f"generation: generate has no {name!r}.{did_you_mean(name, known)}"
 
 
 def _room(recipe: Recipe, masks: Tensor, wanted: int) -> list[int]:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.ops.row_losses import widened
 from lightning_lora.patches import Patches
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
-from lightning_lora.recipes.generation import generate_texts
+from lightning_lora.recipes.generation import generate_texts, generation_problems
 from lightning_lora.recipes.measures import hits
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.together import holds_a_part
@@ -59,6 +60,9 @@ class LanguageModel(Recipe):
         max_new_tokens: Of a generated text, at most.
         generation: More arguments of ``generate``: ``{do_sample: true, temperature: 0.7}``.
         **options: See `Recipe`.
+
+    Raises:
+        ConfigError: If ``generate`` knows no such argument.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class LanguageModel(Recipe):
         super().__init__(base, **options)
         self.max_new_tokens, self.generation = max_new_tokens, generation or {}
         self._way: tuple[Way | None] | None = None
+        if self.generation:
+            raise_all(ConfigError, generation_problems(self.generation), type(self).__name__)
 
     def scores(self, inputs: Batch) -> Scores:
         """What the model makes of inputs."""

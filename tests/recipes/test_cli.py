@@ -276,6 +276,11 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
         (["--model.base=nowhere"], "no model 'nowhere': neither a folder here nor one of the hub that can be read"),
         (["--model.lr=fast"], "Expected a <class 'float'>. Got value: fast"),
         (["--model.lr=-1"], "lightning-lora: CausalLM: lr must be a positive number, got -1.0"),
+        (
+            ["--model.generation={num_beamz: 2}"],
+            "CausalLM: generation: generate has no 'num_beamz'. Did you mean 'num_beams'",
+        ),
+        (["--model.generation={max_new_tokens: 2}"], "generation: max_new_tokens is an argument of its own, beside"),
         (["--model.lrr=1"], "Option 'lrr' is not accepted"),
         (["--model=CasualLM"], "CasualLM"),
         (
