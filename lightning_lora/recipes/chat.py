@@ -1,9 +1,11 @@
 """Prompts as a model wants to see them: by its tokenizer's chat template, or by a template of the user's own."""
 
 import copy
+import json
 import re
 import string
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +15,7 @@ from lightning_lora.errors import ConfigError, listing
 
 IGNORED = -100
 Messages = list[dict[str, Any]]
+Tools = list[Any] | None  # what the assistant may call, for templates that tell it
 
 
 class _Filler(string.Formatter):
@@ -76,7 +79,7 @@ def prompt_ids(text: str, is_complete: bool, tokenizer: Any, is_separate: bool =
     return ids[:-1] if has_end else ids
 
 
-def render(messages: Messages, tokenizer: Any, asks: bool = False) -> str:
+def render(messages: Messages, tokenizer: Any, asks: bool = False, tools: Tools = None) -> str:
     """Messages by the chat template; with ``asks`` up to where the assistant would begin.
 
     Raises:
@@ -88,13 +91,28 @@ def render(messages: Messages, tokenizer: Any, asks: bool = False) -> str:
             "chat_template.jinja to its folder, or give prompt and response, with data.prompt_template"
         )
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asks)
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
     return text
 
 
-def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int]]:
+def tools_of(fields: Mapping[str, Any]) -> Tools:
+    """What the assistant of a record may call, in a list or as its JSON; None where nothing is said.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    tools = fields.get("tools") or None
+    if isinstance(tools, str):
+        with suppress(ValueError):
+            tools = json.loads(tools)
+    if tools is not None and not isinstance(tools, list):
+        raise ConfigError(f"tools must be a list of what the assistant may call, got {tools!r:.60}")
+    return tools
+
+
+def encode_messages(messages: Messages, tokenizer: Any, tools: Tools = None) -> tuple[list[int], list[int]]:
     """Tokens of a conversation, and labels that are set where the assistant speaks, the end of its turn included.
 
     Where that is, ``{% generation %}`` in the chat template says, if it has that; otherwise what the template adds to
@@ -107,14 +125,19 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
     template, exact = getattr(tokenizer, "chat_template", None) or "", _with_whole_offsets(tokenizer, len(tokenizer))
     if re.search(r"{%-?\s*generation\b", template):
         made = exact.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=tools,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, mask = list(made["input_ids"]), made["assistant_masks"]
         return ids, [token if spoken else IGNORED for token, spoken in zip(ids, mask, strict=True)]
-    text, spans = render(messages, tokenizer), []
+    text, spans = render(messages, tokenizer, tools=tools), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = _ahead(messages, i, tokenizer), render(messages[: i + 1], tokenizer)
+            before, after = _ahead(messages, i, tokenizer, tools), render(messages[: i + 1], tokenizer, tools=tools)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ConfigError(
                     f"message {i}: the chat template renders a turn otherwise when others follow, so it can't be told "
@@ -130,12 +153,14 @@ def encode_messages(messages: Messages, tokenizer: Any) -> tuple[list[int], list
     return list(made["input_ids"]), labels
 
 
-def _ahead(messages: Messages, i: int, tokenizer: Any) -> str:
+def _ahead(messages: Messages, i: int, tokenizer: Any, tools: Tools) -> str:
     """What is rendered ahead of what the assistant says in a message."""
     if i:
-        return render(messages[:i], tokenizer, asks=True)
-    first = render(messages[:1], tokenizer)  # no messages are refused: what asks for an answer begins the first one
-    asking = render(messages[:1], tokenizer, asks=True).removeprefix(first)
+        return render(messages[:i], tokenizer, asks=True, tools=tools)
+    first = render(
+        messages[:1], tokenizer, tools=tools
+    )  # no messages are refused: what asks for an answer begins the first one
+    asking = render(messages[:1], tokenizer, asks=True, tools=tools).removeprefix(first)
     return first[: first.index(asking) + len(asking)] if asking in first else ""
 
 

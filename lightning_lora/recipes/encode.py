@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.recipes.chat import IGNORED, encode_messages, prompt_ids, render, render_prompt
+from lightning_lora.recipes.chat import IGNORED, encode_messages, prompt_ids, render, render_prompt, tools_of
 from lightning_lora.recipes.fields import Schema
 from lightning_lora.recipes.labels import class_name
 from lightning_lora.recipes.records import Record
@@ -132,7 +132,7 @@ def _prompt(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
 
 
 def _messages(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
-    if fitted := own.fit(*encode_messages(fields["messages"], own.tokenizer)):
+    if fitted := own.fit(*encode_messages(fields["messages"], own.tokenizer, tools_of(fields))):
         yield {"input_ids": fitted[0], "labels": fitted[1]}
 
 
@@ -182,7 +182,7 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
     if own.schema.kind == "messages":
         messages = fields["messages"]
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        ids = own.tokens(render(messages, own.tokenizer, asks=True), special=False)
+        ids = own.tokens(render(messages, own.tokenizer, asks=True, tools=tools_of(fields)), special=False)
     elif own.schema.kind == "classification" or own.separate:
         text = (
             fields["text"]

@@ -83,6 +83,22 @@ def test_the_assistant_may_speak_first(template):
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "Good day</s>alpha 0</s>"
 
 
+@pytest.mark.parametrize("template", [files.CHAT, GENERATION])
+def test_templates_are_told_of_tools(template):
+    own = encoder("messages")
+    own.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}" + template
+    tools = [{"name": "alpha"}, {"name": "beta"}]
+    for given in (tools, json.dumps(tools)):
+        (example,) = encode(own, {"messages": CONVERSATION, "tools": given})
+        assert own.tokenizer.decode(example["input_ids"]).startswith("alpha beta <|user|>Hello</s><|assistant|>")
+        assert learnt(own, example) == "Good day</s>alpha 0</s>"
+    (plain,) = encode(own, {"messages": CONVERSATION, "tools": None})
+    assert own.tokenizer.decode(plain["input_ids"]).startswith("<|user|>")
+    for wrong in ("beta", {"name": "beta"}):
+        with pytest.raises(ConfigError, match=r"a.jsonl:1: tools must be a list of what the assistant may call, got"):
+            encode(own, {"messages": CONVERSATION, "tools": wrong})
+
+
 @pytest.mark.parametrize("processor", [None, processors.ByteLevel(trim_offsets=True), ROBERTA])
 @pytest.mark.parametrize("template", [files.CHAT, GENERATION])
 def test_spaces_are_learnt_too(template, processor):
