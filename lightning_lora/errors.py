@@ -51,11 +51,8 @@ def raise_all(
 ) -> None:
     """Raises one ``error`` that lists every problem, or the first ones; does nothing when there is none."""
     if problems := tuple(problems):
-        lines = (
-            problems
-            if len(problems) == 1
-            else [f"{'the first ' * first}{len(problems)} problems:", *(f"  - {p}" for p in problems)]
-        )
+        count = f"{'the first ' * first}{len(problems)} problems:"
+        lines = problems if len(problems) == 1 else [count, *(f"  - {p}" for p in problems)]
         raised = error(f"{context}: " * bool(context) + "\n".join(lines))
         raised.problems = problems
         raise raised

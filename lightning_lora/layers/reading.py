@@ -116,7 +116,7 @@ def casts_to(cls: Any) -> set[str]:
                 for node in inner
                 if isinstance(node, ast.Call) and isinstance(f := node.func, ast.Attribute) and f.attr in ("to", "type")
             ]
-            owned = re.compile(rf"{function.args.args[0].arg}\.([\w.]+)\.weight\.dtype")
+            owned = _path_to("weight.dtype", function)
             found |= {m[1] for values in given for value in values if (m := owned.fullmatch(ast.unparse(value)))}
     return found
 
@@ -140,11 +140,16 @@ def weights_taken(cls: Any) -> set[str]:
                 others += [node.left, *node.comparators]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASK:
                 others += node.args
-        owned, left = re.compile(rf"{function.args.args[0].arg}\.([\w.]+)\.weight"), {*map(id, others)}
+        owned, left = _path_to("weight", function), {*map(id, others)}
         loads = (node for node in inner if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
         taken = (ast.unparse(node) for node in loads if node.attr == "weight" and id(node) not in left)
         found |= {match[1] for text in taken if (match := owned.fullmatch(text))}
     return found
+
+
+def _path_to(end: str, function: Any) -> re.Pattern[str]:
+    """Finds the path in ``self.path.end``, as a method writes it."""
+    return re.compile(rf"{function.args.args[0].arg}\.([\w.]+)\.{re.escape(end)}")
 
 
 @cache

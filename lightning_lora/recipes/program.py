@@ -55,14 +55,15 @@ def checkpoint_of(path: str | None, root: str, may_begin: bool = False) -> str |
     """
     if path not in ("last", "best") or Path(path).exists():
         return path
-    found = [file for folder in _SAVED for file in Path(root).glob(f"{folder}/last*.ckpt")] if path == "last" else []
-    if not found and path == "last" and may_begin:
-        rank_zero_warn(f"ckpt_path last: there is no last.ckpt of a run in {root}: this one begins anew")
-        return None
-    if not found:
-        why = f"there is no last.ckpt of a run in {root}" if path == "last" else "a new process knows no best one"
-        raise ConfigError(f"ckpt_path {path}: {why}: give the file of a checkpoint")
-    return str(max(found, key=lambda file: file.stat().st_mtime))
+    if path == "best":
+        raise ConfigError("ckpt_path best: a new process knows no best one: give the file of a checkpoint")
+    if found := [file for folder in _SAVED for file in Path(root).glob(f"{folder}/last*.ckpt")]:
+        return str(max(found, key=lambda file: file.stat().st_mtime))
+    nothing = f"ckpt_path last: there is no last.ckpt of a run in {root}"
+    if not may_begin:
+        raise ConfigError(f"{nothing}: give the file of a checkpoint")
+    rank_zero_warn(f"{nothing}: this one begins anew")
+    return None
 
 
 def _short(message: str) -> str:

@@ -10,6 +10,7 @@ from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.model_folder import ADAPTER
+from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import prompt_ids, render_prompt
 from lightning_lora.recipes.generation import generation_options
@@ -83,7 +84,7 @@ def stream(
 def peft_fields(source: str, adapter_name: str | None = None) -> dict[str, Any]:
     """What is in an adapter's ``adapter_config.json``, or would be if a checkpoint were exported."""
     path = Path(source)
-    whole = read_checkpoint(path) if path.is_file() else None
+    whole = read_checkpoint(path) if is_checkpoint(path) else None
     stored = read_stored(source, adapter_name) if whole is None else checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name))
     if whole is None:

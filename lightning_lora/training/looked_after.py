@@ -45,7 +45,7 @@ class Training:
         self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
         self._looked = 0  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
-        self._resting = _resting(model, adapter_names)  # and in no step yet active
+        self._resting = _inactive(model, adapter_names)  # and in no step yet active
         self._began: int | None = None
         self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
@@ -133,18 +133,18 @@ class Training:
 
     def _look_at_resting(self, steps: int) -> None:
         if steps == BATCHES:
-            rank_zero_warn(_rest(self._resting, steps))
+            rank_zero_warn(_never_active(self._resting, steps))
         if steps >= PATIENCE:
-            raise DeadAdapterError(_rest(self._resting, steps))
+            raise DeadAdapterError(_never_active(self._resting, steps))
 
     def after_backward(self) -> None:
         """Gradients have come: to adapters that are active now, or that samples of a batch had (`mixed_batch`)."""
         if self._resting:
-            reached = {*active_adapters(self._model)}
-            for name in self._resting:
-                if any(p.grad is not None for _, p in trained_parameters(self._model, [name])):
-                    reached.add(name)
-            self._resting = [name for name in self._resting if name not in reached]
+            self._resting = [
+                name
+                for name in _inactive(self._model, self._resting)
+                if all(p.grad is None for _, p in trained_parameters(self._model, [name]))
+            ]
 
     def end_batch(self) -> None:
         """A training batch ends."""
@@ -159,7 +159,7 @@ class Training:
         for watch in self._watches:
             watch.close(finished=True)
         if self._resting:
-            rank_zero_warn(_rest(self._resting))
+            rank_zero_warn(_never_active(self._resting))
         if (problem := self._base.changed()) is not None:
             rank_zero_warn(problem)
 
@@ -173,13 +173,13 @@ class Training:
         self._attached = []
 
 
-def _resting(model: nn.Module, adapter_names: Collection[str]) -> list[str]:
+def _inactive(model: nn.Module, adapter_names: Collection[str]) -> list[str]:
     """Which of some adapters are not active: a checkpoint was written then, or a sanity check left others so."""
     active, held = active_adapters(model), {name for _, layer in lora_layers(model) for name in layer.lora}
     return [name for name in adapter_names if name in held and name not in active]
 
 
-def _rest(adapter_names: list[str], steps: int | None = None) -> str:
+def _never_active(adapter_names: list[str], steps: int | None = None) -> str:
     when = "this run" if steps is None else f"the first {steps} steps of this run"
     return (
         f"adapters that this run is to train were not active in {when}, and got no gradient: {listing(adapter_names)}. "

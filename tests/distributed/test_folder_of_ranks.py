@@ -16,6 +16,7 @@ from lightning_lora.cli import main
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats import files
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
+from lightning_lora.recipes.serve import peft_fields
 from tests.helpers import forks
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, build, data
@@ -97,6 +98,7 @@ def test_what_reads_a_file_reads_a_folder(written, tmp_path, capsys):
         main(["inspect", str(path)])
         assert "adapter default: lora on 4 layers, rank 2" in capsys.readouterr().out
     assert exported[0] == exported[1]
+    assert peft_fields(str(written[0])) == peft_fields(str(written[1])) != {}
     for first, second in (loaded, started):
         state, other = ll.adapter_state_dict(first), ll.adapter_state_dict(second)
         assert all(torch.equal(value, other[key]) for key, value in state.items())
