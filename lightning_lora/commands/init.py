@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 
 def run(data: str, model: str, output: Path, runs: str | None) -> None:
     """Runs it."""
-    from lightning_lora.errors import ConfigError
+    from lightning_lora.errors import ConfigError, listing
     from lightning_lora.recipes.starter import look, weigh
     from lightning_lora.recipes.starter_yaml import BATCH, write_yaml
 
@@ -35,4 +35,6 @@ def run(data: str, model: str, output: Path, runs: str | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(write_yaml(data, model, seen, memory, runs or f"runs/{output.stem}"), encoding="utf-8")
     print(f"{data}: {seen.records:,} records, {seen.schema.kind}; recipe {seen.recipe}")
+    if seen.unread:
+        print(f"not read: {listing(seen.unread)} (see columns and prompt_template in the YAML)")
     print(f"wrote {output}; next: lightning-lora fit --config {shlex.quote(str(output))}")

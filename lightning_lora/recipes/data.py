@@ -14,7 +14,7 @@ from lightning_lora.recipes.batches import Batch, Collate
 from lightning_lora.recipes.chat import template_problems
 from lightning_lora.recipes.fields import KINDS
 from lightning_lora.recipes.labels import agreed, class_names
-from lightning_lora.recipes.needs import check_measured, check_shared_out, files_for
+from lightning_lora.recipes.needs import check_measured, check_shared_out, files_for, warn_of_twins
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
@@ -141,10 +141,10 @@ class TextDataModule(LightningDataModule):
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
+        warn_of_twins(self.stores)
         measured, batches = self.examples("test" if stage == "test" else "val"), None
-        if stage == "fit" and (examples := self.examples("train")) is not None:
-            sized: Any = examples
-            batches = -(-len(sized) // (self._shared["num_replicas"] * self.batch_size))
+        if stage == "fit" and (part := self._part("train")) is not None:
+            batches = -(-len(part.examples) // (self._shared["num_replicas"] * self.batch_size))
         check_measured(stage, measured is not None, self.trainer, batches)
 
     @property

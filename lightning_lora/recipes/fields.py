@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 ANSWERS = ("response", "label", "chosen", "rejected")  # what a file to predict from need not have
+ALSO_READ = {"messages": ("tools",)}  # where a file has them
 # What other people call these columns: looked for to say which ones to name, never taken unasked.
 ALIASES = {
     "messages": ("conversations", "conversation", "dialog", "chat"),

@@ -3,7 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_lora.errors import ConfigError, listing
+from lightning_lora.recipes.monitors import waits_for_validation
+from lightning_lora.recipes.store import Store
 
 _READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("val", "test"), "predict": ("predict",)}
 
@@ -45,7 +49,7 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any, batches: int | 
     watching = [
         f"{type(callback).__name__} ({callback.monitor})"
         for callback in trainer.callbacks
-        if str(getattr(callback, "monitor", None)).startswith("val") and getattr(callback, "strict", True)
+        if waits_for_validation(callback)
     ]
     if watching:
         raise ConfigError(
@@ -66,6 +70,17 @@ def _ends_before_it_validates(trainer: Any, batches: int) -> bool:
     steps = epochs * -(-batches // trainer.accumulate_grad_batches) + -(-rest // trainer.accumulate_grad_batches)
     is_within = trainer.max_epochs in (None, -1) or ahead <= trainer.max_epochs * batches
     return not is_within or -1 < trainer.max_steps < steps
+
+
+def warn_of_twins(stores: Mapping[str, Store]) -> None:
+    """Says of held-out examples that they are those that are trained on: what is measured of them is no proof."""
+    train = stores.get("train")
+    for name in ("val", "test"):
+        if train is not None and name in stores and stores[name].digest == train.digest:
+            rank_zero_warn(
+                f"data.{name} has the examples of data.train: what is measured on them says nothing of others. Leave "
+                "data.val out, and data.val_split holds some back"
+            )
 
 
 def check_shared_out(examples: Any, trainer: Any) -> None:

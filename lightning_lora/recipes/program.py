@@ -16,6 +16,7 @@ from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.formats.files import read
 from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.monitors import Monitors
 from lightning_lora.recipes.predictions import Predictions
 from lightning_lora.recipes.report import Report
 from lightning_lora.recipes.samples import Samples
@@ -179,6 +180,6 @@ class RecipeCLI(LightningCLI):
         except ValueError as error:  # a strategy, an accelerator or a precision that there is not
             raise ConfigError(f"trainer: {error}") from error
         callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks[:] = [Speed(), Report(), *callbacks]
+        callbacks[:] = [Speed(), Report(), Monitors(), *callbacks]
         callbacks.sort(key=lambda callback: not isinstance(callback, LoRA))
         return trainer

@@ -74,6 +74,8 @@ def files_of(source: str) -> list[Path]:
     Raises:
         ConfigError: If there are none.
     """
+    if not source.strip():
+        raise ConfigError("no file is named: the path is empty")
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and _is_data(p))

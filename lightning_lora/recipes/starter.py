@@ -13,7 +13,7 @@ from lightning_lora.analysis.memory import estimate_memory
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, LightningLoRAError, listing
 from lightning_lora.recipes.encode import Encoder
-from lightning_lora.recipes.fields import KINDS, Schema, checked, guess_columns
+from lightning_lora.recipes.fields import ALSO_READ, KINDS, Schema, checked, guess_columns
 from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.records import read_records
 from lightning_lora.recipes.tokens import LONGEST, check_pair, context_of, load_config, load_tokenizer, resolve
@@ -29,6 +29,7 @@ class Look:
         recipe: Which one fits the file.
         schema: What the columns say.
         renamed: Role to column, where they differ.
+        unread: Columns that say nothing to the recipe.
         records: How many there are.
         lengths: Tokens of the first ones, sorted.
         context: Tokens that the model sees.
@@ -41,6 +42,7 @@ class Look:
     recipe: str
     schema: Schema
     renamed: Mapping[str, str]
+    unread: list[str]
     records: int
     lengths: list[int]
     context: int
@@ -84,6 +86,7 @@ def look(data: str, base: str) -> Look:
         recipe=recipe,
         schema=schema,
         renamed=renamed,
+        unread=[name for name in found if name not in {*schema.columns.values(), *ALSO_READ.get(schema.kind, ())}],
         records=count,
         lengths=lengths,
         context=min(context_of(config, tokenizer) or LONGEST, LONGEST),

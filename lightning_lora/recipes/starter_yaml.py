@@ -71,7 +71,9 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "  val_split: 0.05                       # or val: another file; the callbacks above watch it"
     if seen.renamed:
         yield f"  columns: {{{', '.join(f'{role}: {_quoted(name)}' for role, name in seen.renamed.items())}}}"
-    if seen.schema.kind == "prompt" and not seen.chat and seen.recipe != "Seq2SeqLM":
+    if seen.unread:
+        yield f"  # not read: {', '.join(_quoted(name) for name in seen.unread)}{_way_in(seen)}"
+    elif seen.schema.kind == "prompt" and not seen.chat and seen.recipe != "Seq2SeqLM":
         yield '  # prompt_template: "Question: {prompt}\\nAnswer:"   # the tokenizer has no chat template'
     yield f"  max_length: {seen.max_length:<25} # tokens; the model sees {seen.context}"
     if seen.recipe == "CausalLM":
@@ -93,6 +95,15 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
         yield "  quantization: null                    # nf4-dq: the base in 4 bits, where memory is short"
     if seen.recipe in ("CausalLM", "DPO"):
         yield "# samples: {every_n_steps: 100, prompts: ['...']}   # what it says while it learns"
+
+
+def _way_in(seen: Look) -> str:
+    """How a prompt takes in a column that is not read."""
+    if "prompt" not in seen.schema.columns:
+        return ""
+    template = f"{{{seen.schema.columns['prompt']}}}\n{{{seen.unread[0]}}}"
+    instead = ", in place of the chat template" if seen.chat else ""
+    return f"; prompt_template: {_quoted(template)} would{instead}"
 
 
 def _quoted(text: str) -> str:

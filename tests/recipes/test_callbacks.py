@@ -18,14 +18,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_lora as ll
+from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.monitors import Monitors
 from lightning_lora.recipes.report import Report
 from tests.recipes import files
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
 
 
-def run(base: str, tmp_path, *callbacks, epochs: int = 2, batch_size: int = 4):
+def run(base: str, tmp_path, *callbacks, epochs: int = 2, batch_size: int = 4, **options):
     path = files.jsonl(tmp_path / "a.jsonl", files.prompts(40))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -35,6 +37,7 @@ def run(base: str, tmp_path, *callbacks, epochs: int = 2, batch_size: int = 4):
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     module, data = CausalLM(base, lr=0.02), TextDataModule(path, batch_size=batch_size, val_split=0.2)
     trainer.fit(module, datamodule=data)
@@ -54,6 +57,16 @@ def test_stopping_early_and_watching(llama, tmp_path, capsys):
     said = capsys.readouterr().out
     for told in (r"memory, estimated +\S+ \wB at most", r"memory, measured behind the first step: \S+ \wB at most"):
         assert len(re.findall(told, said)) == 1
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_a_name_that_nothing_measures_is_told_with_those_that_are_there(checks, llama, tmp_path):
+    """Lightning's own would come behind the first epoch."""
+    callbacks = [Monitors(), EarlyStopping("val_loss"), ModelCheckpoint(monitor="val/loss")]
+    with pytest.raises(ConfigError, match=r"^EarlyStopping \(val_loss\) would wait for .*Did you mean 'val/loss'\?"):
+        run(llama, tmp_path, *callbacks, num_sanity_val_steps=checks)
+    lenient = EarlyStopping("val_loss", strict=False)
+    run(llama, tmp_path, Monitors(), lenient, ModelCheckpoint(monitor="val/loss"), epochs=1)
 
 
 def test_averages_of_adapters(llama, tmp_path):

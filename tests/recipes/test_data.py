@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -266,6 +268,18 @@ def test_a_run_that_ends_before_it_is_measured_is_refused(options, measures, lla
     else:
         with pytest.raises(ConfigError, match=r"nothing is measured .* raise trainer.max_steps or max_epochs, or"):
             trainer.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_held_out_examples_that_are_trained_on_are_told(name, llama, tmp_path):
+    path, other = (files.jsonl(tmp_path / f"{i}.jsonl", files.prompts(8)[i:]) for i in range(2))
+    copy = shutil.copy(path, tmp_path / "copy.jsonl")
+    stage = {"val": "fit", "test": "test"}[name]
+    with pytest.warns(UserWarning, match=f"data.{name} has the examples of data.train: what is measured"):
+        TextDataModule(path, **{name: str(copy)}, base=llama, kind="prompt").setup(stage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TextDataModule(path, **{name: other}, base=llama, kind="prompt").setup(stage)
 
 
 @pytest.mark.parametrize(

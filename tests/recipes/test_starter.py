@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from lightning_lora.cli import main
+from lightning_lora.recipes.chat import render_prompt
 from lightning_lora.recipes.starter_yaml import _quoted
 from tests.recipes import files
 from tests.recipes.test_cli import SHORT, pytestmark  # noqa: F401
@@ -32,6 +33,38 @@ def test_from_init_to_a_run_in_a_folder_of_any_name(llama, tmp_path, capsys, mon
     main([*command, *SHORT[:-1]])
     (best,) = Path("my runs 😀").rglob("best.ckpt")
     assert torch.load(best, weights_only=True)["global_step"] == 1
+
+
+def test_columns_that_are_not_read_are_named_with_the_way_in(llama, tmp_path, capsys, monkeypatch):
+    """The input of Alpaca's columns, which prompts would be without."""
+    monkeypatch.chdir(tmp_path)
+    records = [{"instruction": f"Say {i}", "input": f"more {i}", "output": f"it is {i}"} for i in range(8)]
+    files.jsonl(tmp_path / "alpaca.jsonl", records)
+    main(["init", "alpaca.jsonl", "--model", str(llama)])
+    assert "not read: input" in capsys.readouterr().out
+    (line,) = [line for line in Path("run.yaml").read_text().splitlines() if "# not read" in line]
+    setting = line.partition("; ")[2].partition(" would")[0]
+    template = yaml.safe_load(setting)["prompt_template"]
+    assert render_prompt({**records[3], "prompt": records[3]["instruction"]}, template, None) == (
+        "Say 3\nmore 3",
+        False,
+    )
+
+
+def test_all_columns_read_says_nothing(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    main(["init", "a.jsonl", "--model", str(llama)])
+    assert "not read" not in capsys.readouterr().out + Path("run.yaml").read_text()
+
+
+def test_no_path_is_no_folder(llama, tmp_path, capsys, monkeypatch):
+    """Path("") is where one stands."""
+    monkeypatch.chdir(tmp_path)
+    files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    with pytest.raises(SystemExit):
+        main(["init", "", "--model", str(llama)])
+    assert "no file is named" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
