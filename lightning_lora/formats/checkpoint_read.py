@@ -66,7 +66,7 @@ def checkpoint_adapter(
         hint = (
             did_you_mean(name, known)
             if name
-            else " Say which by adapter_name (on the command line --adapter; export makes a folder of one)."
+            else " Say which by adapter_name (--adapter of a command), or make a folder of one: lightning-lora export."
         )
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
     if isinstance(known[name], dict) and (method := known[name].get("method")) is not None:

@@ -20,7 +20,7 @@ from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
 from lightning_lora.recipes.sources import Reading, told
 from lightning_lora.recipes.store import Store, cache_folder
-from lightning_lora.recipes.tokens import check_length, check_pair, context_of, load_config, load_tokenizer, set_padding
+from lightning_lora.recipes.tokens import filler_of, open_tokenizer
 
 
 class TextDataModule(LightningDataModule):
@@ -166,15 +166,14 @@ class TextDataModule(LightningDataModule):
             if kinds and self.kind not in kinds:
                 raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {self.kind}")
             kinds = (self.kind,)
-        config = load_config(base)
-        self.tokenizer = load_tokenizer(base) if self.base or recipe is None else recipe.tokenizer
-        check_pair(base, self.tokenizer, config)
-        set_padding(self.tokenizer, base, self.pad_token, type(recipe).__name__ if "classification" in kinds else None)
+        padded = type(recipe).__name__ if "classification" in kinds else None
+        its_own = None if self.base else recipe
+        self.tokenizer, length = open_tokenizer(base, its_own, self.max_length, self.pad_token, padded)
         return Reading(
             kinds=tuple(kinds),
             who=type(recipe).__name__,
             tokenizer=self.tokenizer,
-            max_length=check_length(self.max_length, context_of(config, self.tokenizer), base),
+            max_length=length,
             overlong=self.overlong,
             columns=self.columns,
             prompt_template=self.prompt_template,
@@ -219,10 +218,11 @@ class TextDataModule(LightningDataModule):
         assert self._reading is not None
         return self._reading.max_length if self.packing else int(self.stores["train"].lengths().max())
 
-    def _collate(self, left: bool = False) -> Collate:
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        return Collate(pad or 0, left)  # padding has no label and no attention, so any token will do
+    @property
+    def template_of_prompts(self) -> str | None:
+        """How a prompt alone is put to what was trained: texts that were learnt as they are go on as they are."""
+        train, reading = self.sources["train"], self._reading
+        return "{prompt}" if train and reading and reading.schema(train).kind == "text" else self.prompt_template
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -236,7 +236,7 @@ class TextDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=self._collate(),
+            collate_fn=Collate(filler_of(self.tokenizer)),
             generator=torch.Generator().manual_seed(self.seed),  # the run's own random numbers stay as they are
         )
 
@@ -249,7 +249,7 @@ class TextDataModule(LightningDataModule):
             examples,
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
-            collate_fn=self._collate(left=name == "predict" and continues),
+            collate_fn=Collate(filler_of(self.tokenizer), left=name == "predict" and continues),
             generator=torch.Generator().manual_seed(self.seed),  # training goes on as if there had been none of it
         )
 

@@ -128,7 +128,9 @@ def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     elif Path(path).is_file() and _is_exported(recipe):
         yield f"as a PEFT folder: lightning-lora export {shlex.quote(path)} {shlex.quote(folder)}"
     if "classification" not in recipe.kinds and not recipe.separate:
-        yield f"use it: lightning-lora generate {shlex.quote(path)} --prompt '...'"
+        template = None if (data := _data(trainer)) is None else data.template_of_prompts
+        put = f" --prompt-template {shlex.quote(template)}" if template else ""
+        yield f"use it: lightning-lora generate {shlex.quote(path)}{put} --prompt '...'"
     if Path(recipe.base).is_dir() and _is_merged(recipe):
         merged = shlex.join(["--base", recipe.base, path, f"{Path(path).with_suffix('')}-merged"])
         yield f"merge it: lightning-lora merge {merged}"

@@ -41,7 +41,7 @@ class Samples(Callback):
             return
         if not isinstance(pl_module, Recipe) or "classification" in pl_module.kinds:
             raise UnsupportedError(f"samples: {type(pl_module).__name__} makes no texts: leave samples.prompts out")
-        template = getattr(getattr(trainer, "datamodule", None), "prompt_template", None)
+        template = getattr(getattr(trainer, "datamodule", None), "template_of_prompts", None)
         try:
             self._shown = [render_prompt({"prompt": text}, template, pl_module.tokenizer) for text in self.prompts]
         except ConfigError as error:

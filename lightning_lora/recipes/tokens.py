@@ -92,6 +92,27 @@ def set_padding(tokenizer: Any, base: str, pad_token: str | None, who: str | Non
         )
 
 
+def open_tokenizer(
+    base: str, recipe: Any, max_length: int | None, pad_token: str | None, who: str | None
+) -> tuple[Any, int]:
+    """The tokenizer of a recipe, or else of a base, and how many tokens an example may have.
+
+    Raises:
+        ConfigError: With what is wrong with them, see `check_pair`, `set_padding` and `check_length`.
+    """
+    config = load_config(base)
+    tokenizer = load_tokenizer(base) if recipe is None else recipe.tokenizer
+    check_pair(base, tokenizer, config)
+    set_padding(tokenizer, base, pad_token, who)
+    return tokenizer, check_length(max_length, context_of(config, tokenizer), base)
+
+
+def filler_of(tokenizer: Any) -> int:
+    """The token to fill rows with. Padding has no label and no attention, so any will do where there is none for it."""
+    pad = tokenizer.pad_token_id
+    return (tokenizer.eos_token_id if pad is None else pad) or 0
+
+
 def context_of(config: Any, tokenizer: Any) -> int | None:
     """How many tokens a model can see, if it says so."""
     text = config.get_text_config()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from lightning_lora.cli import main
 from lightning_lora.recipes import CausalLM, TextDataModule
 from lightning_lora.recipes.generation import generate_texts
 from lightning_lora.recipes.module import Recipe
+from lightning_lora.recipes.report import Report
 from lightning_lora.recipes.samples import Samples
 from lightning_lora.recipes.serve import open_adapter, stream
 from tests.recipes import files
@@ -116,6 +119,26 @@ def test_samples_that_can_not_be_put_are_refused_before_the_model_is_built(
     monkeypatch.setattr(Recipe, "configure_model", None)
     with pytest.raises(ll.ConfigError, match=message):
         trainer.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt"])
+def test_samples_are_put_as_what_was_learnt(kind, chat_llama, tmp_path, capsys):
+    """Plain texts go on as they are, and prompts within the chat template; so says the command that a run names."""
+    records = {"text": [{"text": f"It is {i} today."} for i in range(8)], "prompt": files.prompts(8)}[kind]
+    path, samples = files.jsonl(tmp_path / "a.jsonl", records), Samples(["It is"], every_n_steps=9)
+    trainer = pl.Trainer(
+        max_steps=1, callbacks=[ll.LoRA(r=2), samples, Report()], accelerator="cpu", logger=False,
+        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = CausalLM(chat_llama)
+    trainer.fit(module, datamodule=TextDataModule(path, val=path, batch_size=4))
+    asked = module.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "It is"}], tokenize=False, add_generation_prompt=True
+    )
+    assert samples._shown == [{"text": ("It is", False), "prompt": (asked, True)}[kind]]
+    (command,) = re.findall("use it: lightning-lora generate (.*)", capsys.readouterr().out)
+    assert shlex.split(command)[1:] == [*{"text": ["--prompt-template", "{prompt}"]}.get(kind, []), "--prompt", "..."]
+    main(["generate", *shlex.split(command), "--max-new-tokens", "1"])
 
 
 def test_a_base_that_holds_an_adapter_is_refused(llama, tmp_path, capsys):
