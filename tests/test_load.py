@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.formats import files
 from lightning_lora.formats.tensor_write import DIGEST, META, write_tensors
 from lightning_lora.layers import lora_layers
 from tests.helpers.families import FAMILIES
@@ -1240,6 +1241,17 @@ def test_the_folder_is_there_all_the_time(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", watched)
     ll.save_adapter(model, target)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("char", ["a", "€"])
+def test_names_as_long_as_they_may_be(char, tmp_path):
+    """What is staged beside them has a name too."""
+    name = (250 // len(char.encode())) * char
+    model = with_adapter("default")
+    ll.save_adapter(model, tmp_path / name)
+    ll.save_adapter(model, tmp_path / name)
+    files.write({"a": 1}, tmp_path / f"{name[:-5]}.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name[:-5]}.ckpt"])
 
 
 def test_saves_into_one_folder_at_once(tmp_path):

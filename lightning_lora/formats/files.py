@@ -1,7 +1,6 @@
 """Reading and writing files without running code from them or losing what is there."""
 
 import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, listing
-from lightning_lora.formats.folder import require_local, sync
+from lightning_lora.formats.folder import beside, require_local, sync
 
 INSTEAD = "give what a run with the LoRA callback wrote"
 
@@ -84,7 +83,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     require_local(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    staged = beside(target, "tmp")
     try:
         with staged.open("xb") as file:
             yield file

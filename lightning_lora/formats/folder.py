@@ -53,9 +53,9 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def beside(folder: Path, kind: str) -> Path:
-    """A name beside a folder that nothing has."""
-    return folder.with_name(f".{folder.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+def beside(path: Path, kind: str) -> Path:
+    """A name beside a file or folder that nothing has; of a long one its begin, as names may have 255 bytes at most."""
+    return path.with_name(f".{path.name[:50]}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def put_in_place(staged: Path, folder: Path) -> None:

@@ -83,7 +83,13 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 def read_either(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint in a file or in such a folder."""
+    """A checkpoint in a file or in such a folder.
+
+    Raises:
+        CheckpointError: If it can't be read, or is the part of such a folder that has no tensors.
+    """
+    if Path(path).name == REST and is_folder_of_ranks(folder := Path(path).parent):
+        raise CheckpointError(f"{path} is one file of a checkpoint, without its tensors: give the folder, {folder}")
     return read_folder(Path(path)) if is_folder_of_ranks(path) else files.read(path)
 
 

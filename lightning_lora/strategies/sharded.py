@@ -12,7 +12,7 @@ from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
 from lightning_lora.formats.peft_from_checkpoint import export_read
-from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_either, write_folder
 from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean, joined
@@ -107,14 +107,12 @@ class ShardedAdapter(StrategyAdapter):
     def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Reads the file on every rank."""
         path = Path(checkpoint_path)
-        if is_folder_of_ranks(path):
-            return read_folder(path)
-        if path.is_dir():
+        if path.is_dir() and not is_folder_of_ranks(path):
             raise UnsupportedError(
                 f"{path} is a folder of a whole model's shards: load it as the base in configure_model, or resume from "
                 "a checkpoint of adapters"
             )
-        return files.read(checkpoint_path)
+        return read_either(checkpoint_path)
 
     @override
     def load_model_state_dict(

@@ -104,6 +104,15 @@ def test_what_reads_a_file_reads_a_folder(written, tmp_path, capsys):
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_file_of_a_folder_is_told(written):
+    """The one with a name that looks like the checkpoint."""
+    part = written[1] / "lightning_lora.ckpt"
+    for load in (lambda: ll.load_adapter(build(), part), lambda: ll.load_from_checkpoint(Lit, part)):
+        with pytest.raises(CheckpointError, match="without its tensors: give the folder, .*folder.ckpt$"):
+            load()
+
+
 class Evil:
     def __init__(self, file):
         self.file = file
