@@ -85,7 +85,7 @@ def require_trained(model: nn.Module, optimizers: list[Optimizer], without: Coll
             )
         raise DeadAdapterError(
             f"{len(lost)} trainable parameters are in no optimizer and would never change: {listing(lost, 4)}. Return "
-            f"{way_out}"
+            f"{way_out}. What is not to be trained (a copy to compare with) is frozen by requires_grad_(False)"
         )
 
 

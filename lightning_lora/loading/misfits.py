@@ -233,8 +233,12 @@ class Misfits:
         names = {found.node.name for found in self.found.values()}
         tied = {n for n, layer in self.held.items() if isinstance(layer.lora_adapters()[self.adapter_name], TiedRows)}
         names |= tied
-        if odd := sorted(names ^ self.held.keys()):
-            yield f"the model's adapter {self.adapter_name!r} is on other layers: {listing(odd, 3)} differ"
+        sides = (("not on", names - self.held.keys()), ("also on", self.held.keys() - names))
+        if odd := [f"{how} {listing(sorted(more), 3)}" for how, more in sides if more]:
+            yield (
+                f"the model's adapter {self.adapter_name!r} is {' and '.join(odd)}: give the target_modules and "
+                "exclude_modules that the file's was made with, or another adapter_name"
+            )
         yield from self._not_trained()
         variant = "dora" if self.stored.options["use_dora"] else "lora"
         for name, found in self.found.items():

@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_known_before_the_first_step_and_changes_nothing(fi
     for options, text in (
         ({"r": 4, "lora_alpha": 5}, r"lora, r=3, scale 1.66667 in the file -> lora, r=4, scale 1.25 in the model"),
         ({"r": 3, "lora_alpha": 5, "use_dora": True}, r"lora, r=3, .* -> dora"),
-        ({"r": 3, "lora_alpha": 5, "target_modules": ["q"]}, r"is on other layers"),
+        ({"r": 3, "lora_alpha": 5, "target_modules": ["q"]}, r"is not on .*: give the target_modules"),
     ):
         fresh = Lit()
         keys = fresh.state_dict().keys()
