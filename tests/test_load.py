@@ -903,7 +903,10 @@ def test_names_that_can(folders, name):
     [
         ({"r": 8}, "q_proj: dora, r=4, scale 1.5 in the file -> dora, r=8, scale 0.75 in the model"),
         ({"use_dora": False}, "dora, r=4, scale 1.5 in the file -> lora, r=4"),
-        ({"target_modules": ["q_proj"]}, "adapter 'default' is not on model.layers.*down_proj.*: give the target_modules"),
+        (
+            {"target_modules": ["q_proj"]},
+            "adapter 'default' is not on model.layers.*down_proj.*: give the target_modules",
+        ),
         ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, "adapter 'default' is also on model.layers.*k_proj"),
     ],
 )
