@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters.base import Adapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.ops.principal import cancels
+from lightning_lora.ops.low_rank import cancels
 from lightning_lora.ops.sharded import copy_whole_, gathered, placed_like, shape_of
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.low_rank import svd_of_product
+
 ENERGIES = (1, 2, 4)  # of how many directions the share of ‖ΔW‖² is told
 
 
@@ -26,9 +28,7 @@ class Spectrum(NamedTuple):
 
 @torch.no_grad()
 def spectrum(A: Tensor, B: Tensor, scale: float) -> Spectrum:
-    r"""The spectrum of :math:`\Delta W = s\,B A`, from :math:`B = Q_B R_B`, :math:`A^T = Q_A R_A` and an SVD of (r, r).
-
-    .. math:: s\,R_B R_A^T = u\,S\,v^T, \qquad U = Q_B u, \qquad V = Q_A v
+    r"""The spectrum of :math:`\Delta W = s\,B A`.
 
     Args:
         A: (r, k).
@@ -36,11 +36,10 @@ def spectrum(A: Tensor, B: Tensor, scale: float) -> Spectrum:
         scale: s.
     """
     A, B = (factor.detach().to(device="cpu").to(torch.float64) for factor in (A, B))
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    u, S, v = torch.linalg.svd(scale * (R_B @ R_A.T), full_matrices=False)
+    U, S, V = svd_of_product(A, scale * B)
     negligible = max(B.shape[0], A.shape[1]) * torch.finfo(S.dtype).eps * S[:1]  # as in numpy's matrix_rank
     n = int((negligible < S).sum())
-    return Spectrum(Q_B @ u[:, :n], S[:n], Q_A @ v[:n].T)
+    return Spectrum(U[:, :n], S[:n], V[:n].T)
 
 
 def effective_rank(S: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.ops.low_rank import product_norm, svd_of_product
+
 METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 BY_FACTOR = ("linear", "ties", "dare_linear", "dare_ties")  # without a rank: they act on the As and on the Bs
 
@@ -103,13 +105,8 @@ def _stacked(each: Sequence[Combined]) -> Combined:
     return Combined(A, B, norm, lost / norm if norm else 0.0)
 
 
-def product_norm(A: Tensor, B: Tensor) -> float:
-    """Frobenius norm of B A, without forming it."""
-    return float(torch.linalg.matrix_norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T))
-
-
 def best_of_product(A: Tensor, B: Tensor, rank: int, generator: torch.Generator) -> Combined:
-    r"""The best approximation of B A, from :math:`B = Q_B R_B`, :math:`A^T = Q_A R_A` and an SVD of :math:`R_B R_A^T`.
+    """The best approximation of B A.
 
     Args:
         A: (R, k).
@@ -117,9 +114,7 @@ def best_of_product(A: Tensor, B: Tensor, rank: int, generator: torch.Generator)
         rank: The rank of the result.
         generator: For rows of A beyond what B A has.
     """
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return _cut(Q_B @ U, S, V @ Q_A.T, rank, generator)
+    return _cut(*svd_of_product(A, B), rank, generator)
 
 
 def best_of_matrix(M: Tensor, rank: int, generator: torch.Generator) -> Combined:

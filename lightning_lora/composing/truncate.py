@@ -19,6 +19,7 @@ from lightning_lora.injection.create import create
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
+from lightning_lora.ops.low_rank import singular_values
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
 from lightning_lora.switching.chosen import unknown_names
 from lightning_lora.targets.walk import Node
@@ -129,8 +130,7 @@ def _reduced(
 
 def _rank_for(A: Tensor, B: Tensor, energy: float) -> int:
     """The smallest rank that keeps so much of the squared norm of B A."""
-    core = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
-    squares = torch.linalg.svdvals(core).square()
+    squares = singular_values(A, B).square()
     squares = squares.sum(0) if squares.dim() == 2 else squares  # of a stack: one rank for all
     kept = squares.cumsum(0)
     enough = kept >= energy * kept[-1] * (1 - 4 * torch.finfo(kept.dtype).eps)

@@ -1,6 +1,5 @@
 """What is in a checkpoint or a PEFT folder, and whether it is intact: every tensor is read."""
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.composing.combinations import product_norm
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
@@ -20,6 +18,7 @@ from lightning_lora.formats.peft_read import read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.ops.low_rank import product_norm
 
 
 @torch.no_grad()
@@ -172,8 +171,7 @@ def _update_norm(factors: dict[str, Tensor], scale: float) -> float:
     A, B = factors["A"], factors["B"]
     if "start_A" in factors:
         A, B = torch.cat([A, factors["start_A"]], dim=-2), torch.cat([B, -factors["start_B"]], dim=-1)
-    norms = [product_norm(a, b) for a, b in zip(A, B, strict=True)] if A.dim() == 3 else [product_norm(A, B)]
-    return abs(scale) * math.hypot(*norms)
+    return abs(scale) * product_norm(A, B)
 
 
 def _norm(tensor: Tensor | None) -> float | None:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 OVERSAMPLING = 8  # columns beside the r that are wanted (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 NEGLIGIBLE = 1e-6  # of the largest singular value, in float32
-CANCELLED = 1e-12  # of the squared norms of both: what rounding in float32 leaves of a product that is 0
 
 
 @torch.no_grad()
@@ -49,24 +48,6 @@ def leading(M: Tensor, r: int, generator: torch.Generator, niter: int | None) ->
     basis = _range(M, q, generator, niter)
     U, S, V = torch.linalg.svd(basis.T @ M, full_matrices=False)
     return basis @ U, S, V
-
-
-def cancels(A: Tensor, B: Tensor) -> bool:
-    r"""Whether B A is 0 but for rounding, though neither factor is (see `Orthogonal`).
-
-    By :math:`\|B A\|^2 = \mathrm{tr}(B^T B\,A A^T)`, in float64, without forming it.
-
-    Args:
-        A: (..., r, k).
-        B: (..., d, r).
-    """
-    A, B = (factor.detach().to("cpu", torch.float64) for factor in (A, B))
-    of_A, of_B = A @ A.mT, B.mT @ B
-    return bool(((of_B * of_A.mT).sum((-2, -1)) <= CANCELLED * _trace(of_A) * _trace(of_B)).all())
-
-
-def _trace(M: Tensor) -> Tensor:
-    return M.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _range(M: Tensor, q: int, generator: torch.Generator, niter: int) -> Tensor:
