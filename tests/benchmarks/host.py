@@ -11,6 +11,7 @@ and no forecast: on a GPU each operation takes longer to start than here.
 """
 
 import argparse
+import itertools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lightning_lora.layers import activation
 from tests.benchmarks.speed.cases import DTYPES, SIZES, Case
 from tests.benchmarks.speed.models import VARIANTS
 from tests.benchmarks.speed.steps import optimizer_of
-from tests.benchmarks.speed.timing import clock, in_turn, timed
+from tests.benchmarks.speed.timing import clock, frozen, in_turn, timed
 
 CASES = {
     "LoRA": {},
@@ -87,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"|  | {' | '.join(SHOWN)} |\n| --- |{' --- |' * len(SHOWN)}")
-    for base in options.base:
-        for title, kind in CASES.items():
+    with frozen():
+        for base, (title, kind) in itertools.product(options.base, CASES.items()):
             found = measure(Case(size=SIZES["tiny"], base=base, r=8, **kind), options.layers, options.seconds)  # type: ignore[arg-type]
             print(f"| {title}, {base} | {' | '.join(f'{found[name]:.0f}' for name in SHOWN)} |", flush=True)
 
