@@ -111,6 +111,8 @@ class LoRAConfig:
             elif isinstance(value, Mapping):
                 own = {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
                 object.__setattr__(self, field.name, own)
+            elif field.name == "target_modules" and value is None and self._has_other_targets:  # as PEFT says it
+                object.__setattr__(self, field.name, [])
         raise_all(ConfigError, list(self._problems()), "LoRA")
 
     @property
@@ -127,6 +129,10 @@ class LoRAConfig:
     def needs_data(self) -> bool:
         """Whether ranks or first factors come from batches of data."""
         return self.rank_pattern == "auto" or bool(getattr(self._init, "from_data", False))
+
+    @property
+    def _has_other_targets(self) -> bool:
+        return bool(self.target_parameters or self.trainable_token_indices)
 
     @property
     def _init(self) -> Any:
@@ -170,7 +176,7 @@ class LoRAConfig:
             yield f"lora_alpha must be finite and not 0 (the update is scaled by it), got {self.lora_alpha!r}"
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}"
-        if self.target_modules or not (self.target_parameters or self.trainable_token_indices):
+        if self.target_modules or not self._has_other_targets:
             yield from pattern_problems("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             yield from pattern_problems("exclude_modules", self.exclude_modules)

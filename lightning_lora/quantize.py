@@ -10,7 +10,16 @@ from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.injection.inject import eject, initialise
 from lightning_lora.injection.starts import abandon, start_plainly, too_late, without_starts
-from lightning_lora.layers import arrange, base_modules, casts_to, has_own_forward, original_type, rebase, weights_taken
+from lightning_lora.layers import (
+    arrange,
+    base_modules,
+    casts_to,
+    facts_of,
+    has_own_forward,
+    original_type,
+    rebase,
+    weights_taken,
+)
 from lightning_lora.marks import BROKEN, DENSE, MERGED, Dense, merged_problems, trained_in_full
 from lightning_lora.names import clean, has_part, is_inside, joined
 from lightning_lora.ops.samples import sample
@@ -122,8 +131,12 @@ def _needed_dense(model: nn.Module, tree: dict[str, Node]) -> set[str]:
     roles, trained, owners = find_roles(tree), trained_in_full(base_modules(model)), parameter_owners(tree)
     pretrained = [node for node in tree.values() if is_pretrained(node.module)]
     by_design = [(node.name, part) for node in pretrained for part in _kept_dense(node.module)]
-    classes: list[tuple[str, Any]] = [(node.name, original_type(node.module)) for node in tree.values()]
-    asked = {joined(name, path) for name, cls in classes for path in casts_to(cls) | weights_taken(cls)}
+    classes: list[tuple[Node, Any]] = [(node, original_type(node.module)) for node in tree.values()]
+    asked = {
+        joined(node.name, path)
+        for node, cls in classes
+        for path in casts_to(cls) | weights_taken(cls, facts_of(node.module, cls))
+    }
 
     def is_needed(node: Node) -> bool:
         weight = node.module._parameters.get("weight")

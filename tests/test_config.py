@@ -86,6 +86,12 @@ def test_flags_are_no_texts(flag):
         ll.LoRA(**{flag: "no"})
 
 
+def test_no_target_modules_as_peft_says_it():
+    """Beside something else that is adapted."""
+    for targets in ({"target_parameters": ["a.weight"]}, {"trainable_token_indices": [1]}):
+        assert ll.LoRAConfig(target_modules=None, **targets) == ll.LoRAConfig(target_modules=[], **targets)
+
+
 def test_configs_share_nothing_with_what_they_came_from_or_give():
     towers, patterns = {"vision": (0, 1)}, {"q": 2}
     config = ll.LoRAConfig(layers_to_transform=towers, rank_pattern=patterns, target_modules=["q"])

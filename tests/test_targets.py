@@ -210,6 +210,25 @@ def test_new_heads_are_trained_in_full(build, heads):
     assert saved(Wrapped(build), target_modules=targets) == [f"net.{name}" for name in heads]
 
 
+class OwnLinear(nn.Module):
+    """A linear that is none of torch's, as torch_geometric has its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_layers_of_other_libraries_are_named_with_the_way_in():
+    model = nn.ModuleDict({"gcn": nn.Sequential(OwnLinear()), "norm": nn.LayerNorm(3)})
+    with pytest.raises(ll.TargetError, match=r"leaves no layer .* by target_parameters: gcn.0.weight$"):
+        ll.plan(model, ll.LoRAConfig())
+    found = ll.inject(model, ll.LoRAConfig(r=2, target_modules=[], target_parameters=["gcn.0.weight"]))
+    assert [t.name for t in found.targets] == ["gcn.0.weight"]
+
+
 def test_a_network_without_dense_linears():
     with pytest.raises(ll.TargetError, match=r"leaves no layer to adapt. Left out: head: trained in full"):
         ll.plan(ConvNet(), ll.LoRAConfig())

@@ -9,6 +9,7 @@ from lightning_lora.layers.read import Reading, ReadWeight, read_layers, readabl
 from lightning_lora.layers.reading import (
     asked_of,
     casts_to,
+    facts_of,
     is_without_gradients,
     leaves_alone,
     weights_read,
@@ -51,6 +52,7 @@ __all__ = [
     "base_modules",
     "casts_to",
     "detach",
+    "facts_of",
     "has_own_forward",
     "is_without_gradients",
     "kind_of",

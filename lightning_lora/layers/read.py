@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_lora.layers.lazy import lazily
-from lightning_lora.layers.reading import weights_read
+from lightning_lora.layers.reading import facts_of, weights_read
 from lightning_lora.layers.registry import adapts, registered_base
 from lightning_lora.layers.stand_in import LoRAStandIn, Owner, StandIn, stand_ins
 from lightning_lora.ops.stacks import add_product
@@ -171,7 +171,7 @@ def read_layers(module: nn.Module) -> dict[str, type[ReadWeight]]:
     """The children of a module whose weight it reads with gradients, and never calls; what stands for such a weight."""
     found = {}
     plain: Any = getattr(type(module), "lora_plain_class", type(module))
-    for name, with_gradients in weights_read(plain).items() if module._modules else ():
+    for name, with_gradients in weights_read(plain, facts_of(module, plain)).items() if module._modules else ():
         layer = module._modules.get(name)
         if with_gradients and layer is not None and layer._parameters.get("weight") is not None:
             if (kind := _STANDS_FOR.get(registered_base(type(layer)))) is not None:

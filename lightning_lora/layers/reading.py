@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.layers.branches import NONE, Facts, certain, conditions, facts_about, reached
 from lightning_lora.layers.source import syntax_of
 
 _SHOWS_NOTHING = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "layout"}
@@ -22,21 +23,31 @@ _ASK = {"isinstance", "hasattr", "type", "id"}
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
+def facts_of(module: nn.Module, cls: Any) -> Facts:
+    """What a module has, of all that conditions in the code of its class ask for."""
+    return facts_about(module, _asked_for(cls))
+
+
 @cache
-def weights_read(cls: Any) -> dict[str, bool]:
-    """Names of children whose weight the forward of a class reads without calling them; whether gradients get there."""
+def weights_read(cls: Any, facts: Facts = NONE) -> dict[str, bool]:
+    """Names of children whose weight the forward of a class reads without calling them; whether gradients get there.
+
+    Args:
+        cls: The class.
+        facts: Of a module, which does not take the branches that these exclude, see `facts_of`.
+    """
     if issubclass(cls, nn.MultiheadAttention):
         return {"out_proj": True}
     mentioned, inside = _methods(cls)
     reads: dict[str, bool] = {}
     for method in (m for m in inside if "weight" in mentioned[m]):
-        for name, how in _uses(method):
+        for name, how in _uses(method, facts):
             if how in ("read", "read without gradients"):
                 reads[name] = reads.get(name, False) or how == "read"
     for method in mentioned:
         if not reads.keys().isdisjoint(mentioned[method]):
             used = {"called", "used"} if method in inside else {"called"}
-            for name in [name for name, how in _uses(method) if how in used]:
+            for name in [name for name, how in _uses(method, facts) if how in used]:
                 reads.pop(name, None)
     return reads
 
@@ -122,19 +133,18 @@ def casts_to(cls: Any) -> set[str]:
 
 
 @cache
-def weights_taken(cls: Any) -> set[str]:
+def weights_taken(cls: Any, facts: Facts = NONE) -> set[str]:
     """The attributes whose weight the forward of a class, or a step of a LightningModule, takes, called or not.
 
     It has to be what it stands for there: a weight of int8 would be computed with as it is, without a word. What is
-    taken in a branch only is left out: for most it is another way to the same (BLOOM's tensor parallelism).
+    taken in a branch only, of which ``facts`` don't say that it is the one, is left out: for most it is another way to
+    the same (BLOOM's tensor parallelism).
     """
     found = set[str]()
     for function in filter(None, map(syntax_of, _methods(cls, ("forward", *_STEPS))[1])):
-        inner, others = [*ast.walk(function)], list[ast.AST]()
+        inner, others = [*certain(function, function.args.args[0].arg, facts)], list[ast.AST]()
         for node in inner:
-            if isinstance(node, ast.If):
-                others += [each for statement in (*node.body, *node.orelse) for each in ast.walk(statement)]
-            elif isinstance(node, ast.Attribute) and node.attr in _SHOWS_NOTHING:
+            if isinstance(node, ast.Attribute) and node.attr in _SHOWS_NOTHING:
                 others.append(node.value)
             elif isinstance(node, ast.Compare):
                 others += [node.left, *node.comparators]
@@ -142,8 +152,8 @@ def weights_taken(cls: Any) -> set[str]:
                 others += node.args
         owned, left = _path_to("weight", function), {*map(id, others)}
         loads = (node for node in inner if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
-        taken = (ast.unparse(node) for node in loads if node.attr == "weight" and id(node) not in left)
-        found |= {match[1] for text in taken if (match := owned.fullmatch(text))}
+        texts = (ast.unparse(node) for node in loads if node.attr == "weight" and id(node) not in left)
+        found |= {match[1] for text in texts if (match := owned.fullmatch(text))}
     return found
 
 
@@ -180,21 +190,31 @@ def names_in(code: types.CodeType | None) -> Iterator[str]:
 
 
 @cache
-def _uses(method: Any) -> list[tuple[str, str]]:
-    """The attributes of ``self`` that a method mentions, and how."""
+def _asked_for(cls: Any) -> set[str]:
+    """The attributes that conditions in the forward of a class, or in a step of a LightningModule, ask for."""
+    functions: Any = filter(None, map(syntax_of, _methods(cls, ("forward", *_STEPS))[1]))
+    tests = [node.test for function in functions for node in conditions(function)]
+    return {each.attr for test in tests for each in ast.walk(test) if isinstance(each, ast.Attribute)}
+
+
+@cache
+def _uses(method: Any, facts: Facts = NONE) -> list[tuple[str, str]]:
+    """The attributes of ``self`` that a method mentions where it may get to, and how."""
     function = syntax_of(method)
-    return [] if function is None else [*_in(function, function.args.args[0].arg, (), True)]
+    return [] if function is None else [*_in(function, function.args.args[0].arg, (), True, facts)]
 
 
-def _in(node: ast.AST, owner: str, above: tuple[ast.AST, ...], gradients: bool) -> Iterator[tuple[str, str]]:
+def _in(
+    node: ast.AST, owner: str, above: tuple[ast.AST, ...], gradients: bool, facts: Facts
+) -> Iterator[tuple[str, str]]:
     contexts: list[Any] = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
     contexts += node.decorator_list if isinstance(node, ast.FunctionDef) else []
     gradients = gradients and _WITHOUT_GRADIENTS.isdisjoint(n for context in contexts for n in _attributes(context))
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
         if isinstance(node.ctx, ast.Load) and (how := _how(node, above, gradients)) is not None:
             yield node.attr, how
-    for child in ast.iter_child_nodes(node):
-        yield from _in(child, owner, (node, *above), gradients)
+    for child in reached(node, owner, facts):
+        yield from _in(child, owner, (node, *above), gradients, facts)
 
 
 def _how(node: ast.Attribute, above: tuple[ast.AST, ...], gradients: bool) -> str | None:

@@ -1,5 +1,6 @@
 """Which layers get an adapter, and why the others do not."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -161,10 +162,15 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
             return None
         obstacles[node.name] = why
     reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
-    own = [(node.name, *item) for node in kinds if node.kind is None for item in node.module._parameters.items()]
-    read = [joined(name, key) for name, key, parameter in own if parameter is not None and parameter.dim() > 1]
-    hint = f". What it reads can be: target_parameters={read[:1]}" if read else ""
+    read = _matrices(kinds)[:1]
+    hint = f". What it reads can be: target_parameters={read}" if read else ""
     return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons}){hint}"
+
+
+def _matrices(nodes: Iterable[Node]) -> list[str]:
+    """The matrices of modules that are no layers that get adapters."""
+    own = [(node.name, *item) for node in nodes if node.kind is None for item in node.module._parameters.items()]
+    return [joined(name, key) for name, key, parameter in own if parameter is not None and parameter.dim() > 1]
 
 
 def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
@@ -174,4 +180,6 @@ def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, N
     kinds = [n.cls.__name__ for n in others if not isinstance(n.module, Part)]
     counts = [f"{kinds.count(kind)} of type {kind}" for kind in dict.fromkeys(kinds)]
     could = f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
+    if read := _matrices(tree.values()):
+        could += f". Matrices that modules read themselves can be adapted by target_parameters: {listing(read, 3)}"
     return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could}"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import listing
-from lightning_lora.layers import leaves_alone, original_type, weights_read
+from lightning_lora.layers import facts_of, leaves_alone, original_type, weights_read
 from lightning_lora.targets.walk import Node
 
 
@@ -20,7 +20,7 @@ def read_instead(node: Node) -> str | None:
     """That the module around a layer uses its weight and never calls it; None where nothing is known to say so."""
     for parent in node.parents:
         cls: Any = original_type(parent)
-        read = {**weights_read(cls)}
+        read = {**weights_read(cls, facts_of(parent, cls))}
         if re.search("Mamba.*Mixer", cls.__name__):
             read.setdefault("dt_proj", True)  # some call it, but only where it is packed
         for key, with_gradients in read.items():

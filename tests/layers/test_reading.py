@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_lora as ll
-from lightning_lora.layers import weights_read
+from lightning_lora.layers import facts_of, weights_read
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -83,6 +83,95 @@ class Heir(Inherited):
 )
 def test_what_a_class_reads(cls, expected):
     assert weights_read(cls) == expected
+
+
+class Branches(Layers):
+    """As BEiT and EVA of timm have their qkv."""
+
+    def __init__(self, biased=True, separate=False, **more):
+        super().__init__()
+        self.a = nn.Linear(128, 128, bias=False)
+        self.register_parameter("q_bias", nn.Parameter(torch.randn(128)) if biased else None)
+        self.separate = separate
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        if self.q_bias is None:
+            return self.a(x)
+        if not self.separate:
+            return F.linear(x, self.a.weight, self.q_bias)
+        return self.a(x) + self.q_bias
+
+
+class InTraining(Branches):
+    def forward(self, x):
+        return F.linear(x, self.a.weight) if self.training else self.a(x)
+
+
+class Counted(Branches):
+    def forward(self, x):
+        return F.linear(x, self.a.weight) if self.q_bias is not None and (self.count or not self.flag) else self.a(x)
+
+
+class Unknown(Branches):
+    @property
+    def asked(self):
+        raise AssertionError("code of the user's was run")
+
+    def forward(self, x):
+        return F.linear(x, self.a.weight) if self.asked or self.other.flag or self.count > 1 else self.a(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "reads"),
+    [
+        (Branches(), True),
+        (Branches(separate=True), False),
+        (Branches(biased=False), False),
+        (InTraining(), False),
+        (Counted(count=3), True),
+        (Counted(count=0, flag=False), True),
+        (Counted(count=0, flag=True), False),
+        (Counted(count=3, biased=False), False),
+        (Counted(count=torch.ones(()), flag=True), False),  # whose truth may be another one in the next step
+        (Counted(), False),
+        (Unknown(count=3), False),
+    ],
+)
+def test_branches_that_are_not_taken_do_not_count(module, reads):
+    """Only what can't be otherwise: else both ways are there, and the layer is taken for one that is called."""
+    assert weights_read(type(module), facts_of(module, type(module))) == ({"a": True} if reads else {})
+    assert weights_read(type(module)) == {}
+    target = "a.weight" if reads else "a"
+    assert target in {t.name for t in ll.plan(module, ll.LoRAConfig()).targets}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_layer_is_adapted_whichever_branch_it_is_in(separate, use_dora):
+    torch.manual_seed(0)
+    model, x = Branches(separate=separate).double(), torch.randn(3, 128, dtype=torch.float64)
+    before = model(x)
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3.0, target_modules=["a"], use_dora=use_dora))
+    torch.testing.assert_close(model(x), before)
+    own = [p for p in model.parameters() if p.requires_grad]
+    for parameter in own:
+        nn.init.normal_(parameter)
+    adapted = model(x)
+    assert all(g.any() for g in torch.autograd.grad(adapted.square().sum(), own))
+    ll.merge(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert not torch.allclose(adapted, before)
+
+
+@pytest.mark.parametrize(("options", "is_packed"), [({}, False), ({"separate": True}, True), ({"biased": False}, True)])
+def test_a_weight_that_is_read_in_the_branch_that_is_taken_stays_dense(options, is_packed):
+    model = nn.ModuleList([Branches(**options), nn.Linear(128, 128)])
+    ll.quantize(model, "nf4")
+    assert (model[0].a.weight.dtype == torch.uint8) == is_packed
+    assert model[1].weight.dtype == torch.uint8
+    assert torch.isfinite(model[0](torch.randn(2, 128))).all()
 
 
 def test_what_can_not_be_adapted_is_told():
