@@ -171,7 +171,8 @@ def extra_state(model: nn.Module) -> dict[str, Any]:
     """What ``state_dict`` has beyond parameters and buffers: ``get_extra_state``, metrics, a user's own keys."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {clean(name) for name, _ in tensors}
-    packed = tuple(f"{clean(name)}." for name, module in model.named_modules() if is_quantized(module))
+    modules = model.named_modules(remove_duplicate=False)
+    packed = tuple(f"{clean(name)}." for name, module in modules if is_quantized(module))
     entries = {clean(f"{outer}{k}"): v for outer, part in _own_parts(model) for k, v in part.state_dict().items()}
     extra = {key: value for key, value in entries.items() if key not in known and not key.startswith(packed)}
     held = {memory for _, tensor in tensors if (memory := _memory(tensor)) is not None} if extra else set()

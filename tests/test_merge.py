@@ -341,6 +341,27 @@ def test_unloading_writes_in_place_but_not_into_what_is_tied():
     assert model.model.embed_tokens.weight.requires_grad
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_in_channels_last(use_dora):
+    """Their kernel is no matrix in memory: what is made of a copy goes back into it."""
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
+    model = nn.Sequential(*layers).to(torch.float64, memory_format=torch.channels_last)
+    ll.inject(model, ll.LoRAConfig(r=3, lora_alpha=7, use_dora=use_dora, target_modules=["0", "1", "2"]))
+    randomise(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with ll.disable_adapters(model):
+        base = model(x)
+    adapted = model(x)
+    assert not torch.allclose(adapted, base)
+    ll.merge(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    ll.unmerge(model)
+    assert torch.equal(model(x), adapted)
+    ll.merge_and_unload(model)
+    torch.testing.assert_close(model(x), adapted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_unloading_gives_what_merging_gives(dtype, use_dora):

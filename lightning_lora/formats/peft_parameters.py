@@ -17,7 +17,7 @@ from lightning_lora.formats.peft_names import PeftNames
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
-from lightning_lora.names import has_end, joined
+from lightning_lora.names import has_end, is_inside, joined
 from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node
 
@@ -52,6 +52,13 @@ def problems(layers: Mapping[str, Node], use_dora: bool) -> Iterator[str]:
         yield f"{listing(twice, 3)}: {_TWICE}"
     if unheard := [name for name, node in read.items() if _is_of_a_layer(node.module) and name not in twice]:
         yield f"{listing(unheard, 3)}: {_UNHEARD}: keep it in a checkpoint, or merge it"
+    places = {name: name.rpartition(".")[0] if name in read else name for name in layers}
+    wrapped = {places[n] for n, node in read.items() if not isinstance(node.parents[0], nn.MultiheadAttention)} - {""}
+    if renamed := [name for name, place in places.items() if any(is_inside(place, outer) for outer in wrapped)]:
+        yield (
+            f"{listing(renamed, 3)}: within {listing(sorted(wrapped), 3)}, which PEFT wraps for its parameters, so "
+            "that it has another name there, and would stay empty: keep it in a checkpoint, or merge it"
+        )
     if own := [name for name in read if "." not in name]:
         yield f"{listing(own, 3)}: PEFT has no adapters on parameters of the model itself"
 

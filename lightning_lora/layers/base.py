@@ -152,12 +152,12 @@ class LoRALayer(Base):
         return W
 
     def lora_stored_matrix(self) -> Tensor:
-        """The stored weight as that matrix: a view."""
+        """The stored weight as that matrix."""
         weight: Any = self.weight
         return self.lora_as_matrix(weight)
 
     def lora_as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor shaped like the weight, as that matrix: a view, through which it can be written."""
+        """A tensor shaped like the weight, as that matrix: a view, or else a copy that `lora_put` takes."""
         return weight.detach()
 
     def lora_put(self, weight: Tensor, matrix: Tensor) -> None:
@@ -228,7 +228,7 @@ class LoRALayer(Base):
         """Puts what was taken out of the stored weight into it again, rounded."""
         W, weight = self.lora_matrix(), self.weight
         assert isinstance(weight, Tensor)
-        self.lora_as_matrix(weight).copy_(W)
+        self.lora_put(weight, self.lora_as_matrix(weight).copy_(W))
         self.lora_absorbed = ()
 
     @override

@@ -47,6 +47,11 @@ class LoRAConv(LoRALayer):
         return weight.detach().flatten(1)
 
     @override
+    def lora_put(self, weight: Tensor, matrix: Tensor) -> None:
+        if not weight.is_contiguous():  # channels_last: else it is the weight's own memory
+            weight.detach().copy_(matrix.view(weight.shape))
+
+    @override
     def lora_low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         layer: Any = self
         down = A.view(A.shape[0], *layer.weight.shape[1:])

@@ -183,7 +183,7 @@ def _difference(layer: nn.Module, cls: type[nn.Module], config: LoRAConfig) -> s
         adapter.initialised = True
         attach(probe, "probe", adapter)
         merged = torch.empty_like(probe.weight)
-        probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix()))
+        probe.lora_put(merged, probe.lora_as_matrix(merged).copy_(adapter.merged(probe.lora_matrix())))
         with torch.enable_grad():
             if not type(probe).forward(probe, inputs[0]).requires_grad:
                 return _BLIND.format(cls.__name__)

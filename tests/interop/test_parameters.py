@@ -225,6 +225,33 @@ def test_what_peft_can_not_have(options, message, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(torch.softmax((x @ self.q) @ (x @ self.k).mT, -1) @ x)
+
+
+def test_layers_within_a_module_that_peft_wraps(tmp_path):
+    """It calls them otherwise then, and would leave them empty with no more than a warning."""
+    model = nn.Sequential(Projected(), nn.Linear(8, 8))
+    config = {"r": 2, "lora_alpha": 3, "target_parameters": ["0.q", "0.k"]}
+    ll.inject(model, ll.LoRAConfig(**config))
+    noise(model)
+    with pytest.raises(ll.UnsupportedError, match=r"0.out: within 0, which PEFT wraps .* merge it"):
+        ll.save_adapter(model, tmp_path / "a")
+    ll.delete_adapter(model, "default")
+    ll.inject(model, ll.LoRAConfig(**config, target_modules=["1"]))
+    noise(model)
+    ll.save_adapter(model, tmp_path / "a")
+    x = torch.randn(2, 3, 8)
+    expected = model(x)
+    ll.delete_adapter(model, "default")
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(model, tmp_path / "a")(x), expected)
+
+
 def test_an_attention_that_peft_adapted_is_refused(tmp_path):
     theirs = peft.get_peft_model(Net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attention"]))
     theirs.save_pretrained(tmp_path)

@@ -49,6 +49,25 @@ def test_modes(mode, use_dora, capsys):
     assert f"{bits_per_weight(module.net.blocks[0].q):.4g} bit per weight" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_packed_layer_with_two_names(mode, tmp_path):
+    """What it is packed with is no part of a checkpoint, under neither."""
+
+    def build():
+        module = Lit()
+        module.net.blocks[1] = module.net.blocks[0]
+        return module
+
+    module = build()
+    run = fit(module, lora={"quantization": mode})
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert sorted(state) == sorted(ll.adapter_state_dict(module))
+    assert len(state) == 6  # those of one block, and the head
+    again = build()
+    fit(again, lora={"quantization": mode}, epochs=3, ckpt_path=tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("built", ["init", "setup", "configure_model", "meta"])
 def test_wherever_the_model_is_built(built):
     module = Lit(built)
