@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError, did_you_mean, listing
@@ -25,7 +26,7 @@ class Monitors(Callback):
             for callback in callbacks
             if waits_for_validation(callback) and callback.monitor not in measured
         }
-        if wrong:
+        if wrong and trainer.state.fn == TrainerFn.FITTING:
             hint = "".join(dict.fromkeys(did_you_mean(name, measured) for name in wrong))
             there = listing(sorted(measured), 20)
             raise ConfigError(
