@@ -53,20 +53,27 @@ def reached(node: ast.AST, owner: str, facts: Facts) -> Iterator[ast.AST]:
 def certain(node: ast.AST, owner: str, facts: Facts) -> Iterator[ast.AST]:
     """A node and what is in it, but for the branches of statements of which it is not known whether they run."""
     yield node
-    is_open = isinstance(node, ast.If) and _truth(node.test, owner, dict(facts)) is None
-    for child in [node.test] if isinstance(node, ast.If) and is_open else reached(node, owner, facts):
+    children: Iterable[ast.AST] = reached(node, owner, facts)
+    if isinstance(node, ast.If) and _decided(node, owner, facts) is None:
+        children = [node.test]
+    for child in children:
         yield from certain(child, owner, facts)
+
+
+def _decided(node: ast.If | ast.IfExp, owner: str, facts: Facts) -> bool | None:
+    """Which way a condition goes; None where that is not known."""
+    return _truth(node.test, owner, dict(facts))
 
 
 def _taken(node: ast.If | ast.IfExp, owner: str, facts: Facts) -> list[ast.AST]:
     """What may run of the branches of a condition: one of them where it is known which, else both."""
-    truth = _truth(node.test, owner, dict(facts))
+    truth = _decided(node, owner, facts)
     ways: list[Any] = [node.body] * (truth is not False) + [node.orelse] * (truth is not True)
     return [each for way in ways for each in (way if isinstance(way, list) else [way])]
 
 
 def _always_leaves(statement: ast.stmt, owner: str, facts: Facts) -> bool:
-    if isinstance(statement, ast.If) and _truth(statement.test, owner, dict(facts)) is not None:
+    if isinstance(statement, ast.If) and _decided(statement, owner, facts) is not None:
         return any(isinstance(each, (ast.Return, ast.Raise)) for each in _taken(statement, owner, facts))
     return False
 

@@ -94,6 +94,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer: Any = None
         self.stores: dict[str, Store] = {}
         self.feed: Feed | None = None  # what the training loader gives, known ahead
+        self.template_of_prompts = prompt_template  # how a prompt alone is put to what was trained
         self._reading: Reading | None = None
         self._parts = dict[str, Part]()
         raise_all(ConfigError, self._problems(), "TextDataModule")
@@ -141,6 +142,8 @@ class TextDataModule(LightningDataModule):
             if (source := self.sources[name]) is not None and name not in self.stores:
                 store = self.stores[name] = reading.store(source, self.labels, is_open=name == "predict")
                 rank_zero_info(told(source, store, reading.max_length))
+                if name == "train" and reading.schema(source).kind == "text":  # learnt as it is, so prompts go on so
+                    self.template_of_prompts = "{prompt}"
         warn_of_twins(self.stores)
         measured, batches = self.examples("test" if stage == "test" else "val"), None
         if stage == "fit" and (part := self._part("train")) is not None:
@@ -217,12 +220,6 @@ class TextDataModule(LightningDataModule):
         """Tokens of the longest row that is trained on."""
         assert self._reading is not None
         return self._reading.max_length if self.packing else int(self.stores["train"].lengths().max())
-
-    @property
-    def template_of_prompts(self) -> str | None:
-        """How a prompt alone is put to what was trained: texts that were learnt as they are go on as they are."""
-        train, reading = self.sources["train"], self._reading
-        return "{prompt}" if train and reading and reading.schema(train).kind == "text" else self.prompt_template
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -1,5 +1,6 @@
 """What callbacks watch, and whether it is measured."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,21 +20,23 @@ class Monitors(Callback):
         Raises:
             ConfigError: If callbacks would wait for a name that nothing has.
         """
-        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
         measured = trainer.callback_metrics
-        wrong = {
-            callback.monitor: f"{type(callback).__name__} ({callback.monitor})"
-            for callback in callbacks
-            if waits_for_validation(callback) and callback.monitor not in measured
-        }
+        wrong = [callback for callback in waiting(trainer) if callback.monitor not in measured]
         if wrong and trainer.state.fn == TrainerFn.FITTING:
-            hint = "".join(dict.fromkeys(did_you_mean(name, measured) for name in wrong))
+            hint = "".join(dict.fromkeys(did_you_mean(callback.monitor, measured) for callback in wrong))
             there = listing(sorted(measured), 20)
-            raise ConfigError(
-                f"{listing(wrong.values())} would wait for what nothing measures: there is {there}.{hint}"
-            )
+            raise ConfigError(f"{told(wrong)} would wait for what nothing measures: there is {there}.{hint}")
 
 
-def waits_for_validation(callback: Any) -> bool:
-    """Whether a callback fails without what it watches, and that is something of the validation."""
-    return str(getattr(callback, "monitor", None)).startswith("val") and getattr(callback, "strict", True)
+def waiting(trainer: Any) -> list[Any]:
+    """The callbacks that fail without what they watch, where that is something of the validation."""
+    return [
+        callback
+        for callback in trainer.callbacks
+        if str(getattr(callback, "monitor", None)).startswith("val") and getattr(callback, "strict", True)
+    ]
+
+
+def told(callbacks: Iterable[Any]) -> str:
+    """Callbacks, each with what it watches."""
+    return listing(f"{type(callback).__name__} ({callback.monitor})" for callback in callbacks)

@@ -5,8 +5,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_lora.errors import ConfigError, listing
-from lightning_lora.recipes.monitors import waits_for_validation
+from lightning_lora.errors import ConfigError
+from lightning_lora.recipes.monitors import told, waiting
 from lightning_lora.recipes.store import Store
 
 _READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("val", "test"), "predict": ("predict",)}
@@ -46,14 +46,9 @@ def check_measured(stage: str, are_held_out: bool, trainer: Any, batches: int | 
         if not batches or not _ends_before_it_validates(trainer, batches):
             return
         remedy = "raise trainer.max_steps or max_epochs, or validate earlier (trainer.val_check_interval)"
-    watching = [
-        f"{type(callback).__name__} ({callback.monitor})"
-        for callback in trainer.callbacks
-        if waits_for_validation(callback)
-    ]
-    if watching:
+    if watching := waiting(trainer):
         raise ConfigError(
-            f"nothing is measured while this run trains, and {listing(watching)} would wait for it: {remedy}; or take "
+            f"nothing is measured while this run trains, and {told(watching)} would wait for it: {remedy}; or take "
             "EarlyStopping out of trainer.callbacks, and monitor out of ModelCheckpoint"
         )
 
