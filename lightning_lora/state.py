@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
-from lightning_lora.injection.copies import kept_values, tensors_of, values_of
+from lightning_lora.injection.copies import values_of
+from lightning_lora.injection.trained import trained_tensors
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.marks import is_lightning_module, is_whole, merged_problems
@@ -92,7 +93,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
     if adapter_name is not None:
         require_adapter(model, adapter_name)
     found: dict[int, tuple[str, Tensor]] = {}
-    for key, tensor in [*_trained(model, adapter_name), *(_own_buffers(model) if adapter_name is None else ())]:
+    for key, tensor in [*trained_tensors(model, adapter_name), *(_own_buffers(model) if adapter_name is None else ())]:
         found.setdefault(id(tensor), (key, tensor.detach()))
     return dict(found.values())
 
@@ -108,7 +109,7 @@ def trained_parameters(
     """The parameters among `adapter_state_dict`, of some adapters or of all, as the optimizer knows them."""
     seen: set[int] = set()
     for name in (None,) if adapter_names is None else adapter_names:
-        for key, tensor in _trained(model, name):
+        for key, tensor in trained_tensors(model, name):
             if isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield key, tensor
@@ -125,7 +126,7 @@ def moving_tensors(model: nn.Module) -> list[Tensor]:
 
 def widen(model: nn.Module) -> None:
     """Makes what a run trains float64 before values are loaded: Lightning does so later, when they are rounded."""
-    for _, tensor in _trained(model, None):
+    for _, tensor in trained_tensors(model, None):
         if tensor.is_floating_point():
             tensor.data = tensor.data.double()
 
@@ -201,23 +202,6 @@ def _own_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not any(map(is_fsdp_wrapper, model.modules())):
         return [("", model)]
     return [(f"{name}.", child) for name, child in modules_beside_the_base(model) if name and "." not in name]
-
-
-def _trained(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of adapters, parameters that are trained in full, and the buffers beside those."""
-    for name, module in model.named_modules():
-        for key, tensor in _trained_here(module, adapter_name):
-            yield clean(joined(name, key)), tensor
-
-
-def _trained_here(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(module, LoRALayer):
-        for name, adapter in module.lora_adapters().items():
-            if adapter_name in (None, name):
-                yield from ((f"lora.{name}.{key}", tensor) for key, tensor in tensors_of(adapter).items())
-    yield from values_of(module, adapter_name)
-    if adapter_name is None:
-        yield from ((f"lora.{name}.{key}", value) for name, key, value in kept_values(module))
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, TargetError, UnsupportedError, listing, raise_all
 from lightning_lora.inits import Stage, stage_of
 from lightning_lora.injection.adding import carry_out_additions, initialise_added, remove_added
+from lightning_lora.injection.alone import take_adapters_alone, take_nothing_alone
 from lightning_lora.injection.asked import check_adapter, settled
 from lightning_lora.injection.copies import forget, put_in_place
 from lightning_lora.injection.create import create_missing, default_seed
@@ -115,6 +116,7 @@ def carry_out(
     tree, seed = nodes(model) if tree is None else tree, default_seed() if seed is None else seed
     if isinstance(config, MethodConfig):
         carry_out_additions(model, config, drafted, adapter_name, dtype, seed, tree)
+        take_adapters_alone(model)
         return drafted
     check_adapter(model, config, adapter_name)
     guard(model)
@@ -140,6 +142,7 @@ def carry_out(
         mark_trained(tree, saved.name, adapter_name)
     freeze(model)
     arrange(model)
+    take_adapters_alone(model)
     return drafted
 
 
@@ -169,6 +172,7 @@ def eject(model: nn.Module) -> None:
     put_in_place(base_modules(model), ())
     remove_added(model)
     thaw(model)
+    take_nothing_alone(model)
     arrange(model)
 
 

@@ -1,6 +1,5 @@
 """Which layers get an adapter, and why the others do not."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,12 +9,13 @@ from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.errors import listing
 from lightning_lora.layers import Fused, LoRALayer, Part, ReadWeight, read_layers
 from lightning_lora.methods.method import MethodConfig
-from lightning_lora.names import is_inside, is_within, joined
+from lightning_lora.names import is_inside, is_within
 from lightning_lora.targets.blocks import BlockFilter
 from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.parameters import chosen_parameters
 from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
+from lightning_lora.targets.reach import little_reached, matrices, ways_in
 from lightning_lora.targets.roles import FROZEN, Roles
 from lightning_lora.targets.saved import SavedModule
 from lightning_lora.targets.walk import Node
@@ -82,6 +82,9 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     rows_alone = config.trainable_token_indices is not None and not config.target_modules
     if not choice.chosen and not choice.problems and not rows_alone:
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
+    elif "all-linear" in words and config.target_parameters is None:
+        meant = [node for node in tree.values() if node.name not in excluded and blocks.admits(node.names)]
+        choice.notes += little_reached(meant, choice.chosen, in_full)
     return choice
 
 
@@ -162,24 +165,13 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
             return None
         obstacles[node.name] = why
     reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
-    read = _matrices(kinds)[:1]
+    read = matrices(kinds)[:1]
     hint = f". What it reads can be: target_parameters={read}" if read else ""
     return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons}){hint}"
-
-
-def _matrices(nodes: Iterable[Node]) -> list[str]:
-    """The matrices of modules that are no layers that get adapters."""
-    own = [(node.name, *item) for node in nodes if node.kind is None for item in node.module._parameters.items()]
-    return [joined(name, key) for name, key, parameter in own if parameter is not None and parameter.dim() > 1]
 
 
 def _nothing_left(config: LoRAConfig, skipped: dict[str, str], tree: dict[str, Node]) -> str:
     reasons = [f"{name}: {why}" for name, why in skipped.items()]
     left_out = f"Left out: {listing(reasons)}" if reasons else "The model has no layer of that kind"
-    others = [n for n in tree.values() if n.kind is not None and not n.is_dense_linear]
-    kinds = [n.cls.__name__ for n in others if not isinstance(n.module, Part)]
-    counts = [f"{kinds.count(kind)} of type {kind}" for kind in dict.fromkeys(kinds)]
-    could = f". A list or a regex can name others: {', '.join(counts)}" if counts else ""
-    if read := _matrices(tree.values()):
-        could += f". Matrices that modules read themselves can be adapted by target_parameters: {listing(read, 3)}"
-    return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could}"
+    could = ways_in(tree.values())
+    return f"target_modules={config.target_modules!r} leaves no layer to adapt. {left_out}{could and f'. {could}'}"

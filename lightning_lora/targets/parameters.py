@@ -47,7 +47,7 @@ def chosen_parameters(
     parameters = {name: parameter for node in tree.values() for name, parameter in _named(node)}
     for pattern in _patterns(config.target_parameters or []):
         if pattern is None:
-            hits = [name for name in parameters if _of_experts(tree, name)]
+            hits = [name for node in tree.values() for name in _stacks(node)]
             if not hits:
                 problems.append(
                     "target_parameters: 'experts' means 3-D parameters of modules whose class is called ...Experts; "
@@ -66,6 +66,11 @@ def chosen_parameters(
             elif not any(node is other for other in taken):
                 found.setdefault(node.name, node)
     return [*found.values()]
+
+
+def is_stack_of_experts(node: Node, key: str) -> bool:
+    """Whether "experts" means a module's own parameter."""
+    return len(node.module._parameters[key].shape) == 3 and _EXPERTS.search(node.cls.__name__) is not None  # type: ignore[union-attr]
 
 
 def is_named_alone(node: Node) -> bool:
@@ -98,10 +103,8 @@ def _named(node: Node) -> Iterator[tuple[str, nn.Parameter]]:
     return ((joined(node.name, key), parameter) for key, parameter in own_parameters(node.module))
 
 
-def _of_experts(tree: dict[str, Node], name: str) -> bool:
-    owner, _, key = name.rpartition(".")
-    node = tree[owner]
-    return len(node.module._parameters[key].shape) == 3 and _EXPERTS.search(node.cls.__name__) is not None  # type: ignore[union-attr]
+def _stacks(node: Node) -> list[str]:
+    return [joined(node.name, key) for key, _ in own_parameters(node.module) if is_stack_of_experts(node, key)]
 
 
 def _node(tree: dict[str, Node], name: str) -> Node:
