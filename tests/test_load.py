@@ -15,7 +15,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -716,13 +716,24 @@ def test_the_textbook_of_patterns(tmp_path):
         target = tmp_path / field
         shutil.copytree(tmp_path / "peft", target)
         config(**{field: {"(a+)+$": 2} if field == "rank_pattern" else "(a+)+$"})(target)
-        with limited():
+        named = field != "target_modules"
+        with limited(), nullcontext() if named else pytest.raises(ll.CheckpointError, match="left over: a+b"):
             ll.load_adapter(copy.deepcopy(model), target)
 
 
-def test_layer_patterns_without_an_index(folders, tmp_path):
-    target = case(folders["peft"], tmp_path, config(layers_pattern="a|layers", layers_to_transform=[0, 1]))
-    ll.load_adapter(build(), target)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"layers_pattern": "a|layers", "layers_to_transform": [0, 1]},  # a pattern without an index
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["("]},
+    ],
+)
+def test_tensors_that_peft_leaves_out(edit, models, folders, tmp_path):
+    target = case(folders["peft"], tmp_path, config(**edit))
+    refused(models, target, "tensors are left over: .* have some, and adapter_config.json does not name them")
 
 
 EDITS = {

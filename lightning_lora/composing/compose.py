@@ -1,15 +1,17 @@
 """Several adapters as one."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.checks import choice_problems, is_int, is_number, is_positive_int
 from lightning_lora.composing.combinations import BY_FACTOR, METHODS, Combined, combine
+from lightning_lora.composing.in_full import InFull, biases_beside, trained_in_full
 from lightning_lora.composing.report import CombineReport, LayerCombination
 from lightning_lora.composing.rows import attach_combined, combined_rows, rows_problems
 from lightning_lora.composing.updates import (
@@ -26,11 +28,11 @@ from lightning_lora.composing.updates import (
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, listing, raise_all
-from lightning_lora.injection.copies import bring, values_of
+from lightning_lora.injection.copies import bring
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import attach, lora_layers
-from lightning_lora.marks import COPIES, TRAINED, WHOLE, merged_problems
+from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.methods.active import adapter_names
 from lightning_lora.names import joined, outermost
@@ -125,7 +127,7 @@ def combine_adapters(
     weights = dict(weights)
     problems += unknown_names([*weights], known)
     problems += weight_problems(weights)
-    layers, in_full, of_tokens = held(model, weights), _in_full(model, weights), held_rows(model, weights)
+    layers, in_full, of_tokens = held(model, weights), trained_in_full(model, weights), held_rows(model, weights)
     problems += [
         *value_problems({name: here for name, (_, here) in layers.items()}),
         *value_problems({name: here for name, (_, here) in of_tokens.items()}),
@@ -144,6 +146,7 @@ def combine_adapters(
     made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
     rows = combined_rows(of_tokens, weights)
     tokens = {each.node.name: [*each.tokens] for each in rows}
+    in_full += biases_beside(model, [node for node, _ in layers.values()], in_full, low_rank_adapters(model))
     config = _config(
         model, weights, layers, in_full, tokens, {name: combined.A.shape[-2] for name, combined in made.items()}
     )
@@ -214,34 +217,20 @@ def _combined(
     with torch.autocast(tensors[0].device.type, enabled=False):
         updates = [update_of(node, name, weights[name], accumulation_dtype(*tensors)) for name in here]
         rank = None if rank is None else possible_rank(rank, node)
-        return combine(updates, method, rank, density, source(seed, node.name))
-
-
-class _InFull(NamedTuple):
-    """What of a module is trained in full: with which of the adapters, the values, and if it is all of it."""
-
-    node: Node
-    owners: tuple[str, ...]
-    values: dict[str, Tensor]
-    whole: bool
-
-
-def _in_full(model: nn.Module, adapter_names: Mapping[str, float]) -> list[_InFull]:
-    found = []
-    for node in nodes(model).values():
-        marks, copies = vars(node.module).get(TRAINED, {}), vars(node.module).get(COPIES, {})
-        whole = [name for name in adapter_names if marks.get(WHOLE) == name or WHOLE in copies.get(name, {})]
-        values = {name: dict(values_of(node.module, name)) for name in adapter_names}
-        if owners := tuple(name for name in adapter_names if values[name] or name in whole):
-            found.append(_InFull(node, owners, values[owners[0]], bool(whole)))
-    return found
+        try:
+            combined = combine(updates, method, rank, density, source(seed, node.name))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # as of what is not finite
+            combined = None
+    if combined is None or not math.isfinite(combined.norm):
+        raise ConfigError(f"combine_adapters: {node.name}: the sum is too large to be taken: give smaller weights")
+    return combined
 
 
 def _config(
     model: nn.Module,
     weights: Iterable[str],
     layers: _Layers,
-    in_full: list[_InFull],
+    in_full: list[InFull],
     tokens: dict[str, list[int]],
     ranks: Mapping[str, int],
 ) -> LoRAConfig:

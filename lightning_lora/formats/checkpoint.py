@@ -15,24 +15,22 @@
 Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapters import RowsAdapter
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, pack
 from lightning_lora.formats.peft_export import Export
+from lightning_lora.injection.asked import means_the_same
 from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_weights
 from lightning_lora.methods.method import config_from
 from lightning_lora.names import clean, joined
 from lightning_lora.state import adapter_state_dict, adapters, keys_in_full, load_adapter_state, low_rank_adapters
 from lightning_lora.switching.switch import set_adapter
-from lightning_lora.targets import draft
 
 META = "lightning_lora"
 FORMAT = 1
@@ -78,6 +76,20 @@ def check_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
             "lightning-lora that wrote it, or a newer one"
         )
     return meta
+
+
+def places_in_full(state: Container[str], keys: Iterable[str], adapter_name: str) -> dict[str, str]:
+    """Where a checkpoint has what an adapter trains in full: under its own name, or kept while others are in place.
+
+    Args:
+        state: The keys of the checkpoint's ``state_dict``.
+        keys: The names in the model.
+        adapter_name: The adapter.
+    """
+    split = {key: key.rpartition(".") for key in keys}
+    kept = {key: joined(owner, "lora", adapter_name, own) for key, (owner, _, own) in split.items()}
+    places = {key: kept[key] if kept[key] in state else key for key in kept}
+    return {key: place for key, place in places.items() if place in state}
 
 
 def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str, Any]) -> list[str]:
@@ -126,19 +138,21 @@ def load_adapters(
         CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
         BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
     """
-    notes = check_adapters(model, checkpoint, base)
+    notes, before = check_adapters(model, checkpoint, base), active_weights(model)
+    active = checkpoint[META].get("active")  # older versions, and models with merged adapters, do not say it
+    if changes := bool(activate and active and active != before):
+        try:
+            set_adapter(model, active)  # what is in place goes by it
+        except (ConfigError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the adapters that were active can't be: {error}") from error
     try:
         load_adapter_state(model, checkpoint["state_dict"])
     except CheckpointError as error:
+        if changes:
+            set_adapter(model, before)
         saved = checkpoint[META]["adapters"]
         current = {name: config.to_dict() for name, config in adapters(model).items()}
         raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
-    active = checkpoint[META].get("active")  # older versions, and models with merged adapters, do not say it
-    if activate and active and active != active_weights(model):
-        try:
-            set_adapter(model, active)
-        except (ConfigError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the adapters that were active can't be: {error}") from error
     return notes
 
 
@@ -186,16 +200,7 @@ def _adapter_keys(model: nn.Module) -> set[str]:
 
 def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
     """Whether a configuration that is written in another way means the same for this model."""
-    if (config := config_from(saved)) == adapters(model)[name]:
-        return True
-    if not isinstance(config, LoRAConfig):
-        return False
-    drafted, problems = draft(model, config)
-    wanted = {t.name: t.tokens or (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
-    held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
-    return not problems and wanted == {
-        clean(n): a.tokens if isinstance(a, RowsAdapter) else (a.variant, a.r, a.scaling) for n, a in held.items()
-    }
+    return (config := config_from(saved)) == adapters(model)[name] or means_the_same(model, config, name)
 
 
 def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
-from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint
+from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint, places_in_full
 from lightning_lora.formats.files import INSTEAD, opened
 from lightning_lora.formats.peft_config import CONFIG, shown
 from lightning_lora.formats.peft_names import PeftNames
@@ -92,6 +92,7 @@ def checkpoint_adapter(
         fields=known[name],
     )
     names, alphas = PeftNames({}, str(path)), config.alpha_pattern or {}
+    own_in_full = {key: own for own, key in places_in_full(state, in_full.get(name, []), name).items()}
     for key, value in state.items():
         module, part = _split(key, name)
         if part is not None:
@@ -102,8 +103,8 @@ def checkpoint_adapter(
             layer.tensors[part] = _stored(f"{path}: {key}", value)
             layer.r = value.shape[-2] if part in ("A", "rows") and value.dim() > 1 else layer.r
             layer.tokens = tokens_of(module, config.trainable_token_indices) if part == "rows" else ()
-        elif key in in_full.get(name, []):
-            stored.in_full[key] = _stored(f"{path}: {key}", value)
+        elif key in own_in_full:
+            stored.in_full[own_in_full[key]] = _stored(f"{path}: {key}", value)
     if not stored.layers:
         raise CheckpointError(f"{path} holds no tensors of adapter {name!r}")
     return stored

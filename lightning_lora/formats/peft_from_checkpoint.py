@@ -29,6 +29,8 @@ def export_checkpoint(
 ) -> str:
     """Writes an adapter of a checkpoint as a PEFT folder, in the bytes that `save_adapter` would write at that step.
 
+    Where another adapter trained a module in full, the folder says so: what the base had there is not in the file.
+
     Args:
         checkpoint: The checkpoint.
         folder: The folder; appears as a whole or not at all, and other files in it stay.
@@ -83,6 +85,8 @@ def export_read(
     entry = {"adapter_name": name, "config": stored.fields, "base": base, "starts": starts}
     entry["step"] = whole.get("global_step")
     entry |= {"parts": record["noted"]} if record["noted"] else {}
+    beside = sorted(relative(key, prefix) for key in {*stored.beside} - stored.in_full.keys())
+    entry |= {"beside": beside} if beside else {}
     layers = len(stored.layers) - sum(len(parts) - 1 for parts in record["parts"].values())  # parts of one are one
     write_peft_folder(folder, tensors, fields, entry, layers, record["notes"])
     return name

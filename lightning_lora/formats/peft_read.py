@@ -81,6 +81,7 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         options=_options(config, file.entry),
         layers={},
         modules_to_save=list(config.get("modules_to_save") or []),
+        beside=list(file.entry.get("beside") or []),
         base=_base(folder, file.entry),
         init=start_of(config),
         is_target=names.is_target,
@@ -180,6 +181,10 @@ def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(f"{folder / WEIGHTS}: what it says of its base can't be read ({error})") from error
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     """Where the configuration is not that with which the tensors were written, and entries of a wrong kind."""
     entry = file.entry
@@ -197,10 +202,11 @@ def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     if (name := entry.get("adapter_name")) is not None and name_problems(name):
         yield f"{WEIGHTS} calls the adapter {shown(name)}, which is no name"
     yield from (f"{WEIGHTS} {problem}" for problem in noted_problems(entry.get("parts", {})))
-    starts = entry.get("starts") or []
-    are_names = isinstance(starts, list) and all(isinstance(name, str) for name in starts)
-    if not are_names or len({*starts}) < len(starts):
+    starts, beside = entry.get("starts") or [], entry.get("beside") or []
+    if not _are_names(starts) or len({*starts}) < len(starts):
         yield f"{WEIGHTS} says that {shown(starts)} started with a part of their weights"
+    if not _are_names(beside):
+        yield f"{WEIGHTS} says that other adapters trained {shown(beside)}"
     try:
         LoRAConfig.from_dict(entry.get("config") or {})
     except (LightningLoRAError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:

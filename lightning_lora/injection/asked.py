@@ -4,14 +4,31 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from lightning_lora.adapters import RowsAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.injection.copies import values_of
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.methods.added import added_modules
 from lightning_lora.methods.method import MethodConfig
+from lightning_lora.names import clean, is_within, joined
+from lightning_lora.targets import draft
 
+_PLACES = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "trainable_token_indices",
+    "modules_to_save",
+    "train_norms",
+}  # can be written in several ways that mean the same in a model
 ConfigT = TypeVar("ConfigT", bound=LoRAConfig | MethodConfig)
 
 
@@ -33,8 +50,31 @@ def check_adapter(model: nn.Module, config: LoRAConfig | MethodConfig, name: str
     held += [(found.host_name, found.module.config) for found in added_modules(model) if found.adapter_name == name]
     for where, own in held[:1]:
         old, new = own.to_dict(), config.to_dict()
-        if changes := [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)]:
+        changed = {key: f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)}
+        only_places = _PLACES.issuperset(changed) and means_the_same(model, config, name)
+        if changed and not (only_places and _trains_the_same(model, config, name)):
             raise ConfigError(
                 f"the model already has an adapter {name!r} (on {where}) with another configuration: "
-                f"{', '.join(changes)}. Use another adapter_name, or ll.eject(model) first"
+                f"{', '.join(changed.values())}. Use another adapter_name, or ll.eject(model) first; a callback's "
+                "init_from=... goes on from a file as well as ll.load_adapter does"
             )
+
+
+def means_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: str) -> bool:
+    """Whether a configuration, however it is written, means the layers, ranks and scales that an adapter has."""
+    if not isinstance(config, LoRAConfig):
+        return False
+    drafted, problems = draft(model, config)
+    wanted = {t.name: t.tokens or (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
+    held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
+    return not problems and wanted == {
+        clean(n): a.tokens if isinstance(a, RowsAdapter) else (a.variant, a.r, a.scaling) for n, a in held.items()
+    }
+
+
+def _trains_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: str) -> bool:
+    """Whether it means what an adapter trains in full."""
+    saved = [module.name for module in draft(model, config)[0].modules_to_save]
+    keys = [clean(joined(n, key)) for n, module in model.named_modules() for key, _ in values_of(module, name)]
+    known = [{outer for outer in saved if is_within(key, outer)} for key in keys]
+    return all(known) and set[str]().union(*known) == {*saved}

@@ -37,6 +37,12 @@ def kept_values(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield from ((adapter_name, key, value) for key, value in values.items() if key != WHOLE)
 
 
+def base_value(module: nn.Module, key: str) -> Tensor | None:
+    """What the base has for a module's own parameter; what is there now, where that is not known."""
+    copies: dict[str, dict[str, Tensor]] = vars(module).get(COPIES, {})
+    return copies.get(BASE, {}).get(key, module._parameters.get(key))
+
+
 def trained_by_others(model: nn.Module, adapter_name: str) -> dict[int, Tensor]:
     """The base's values of what other adapters train in full, by the ids of parameters; empty where not known."""
     found: dict[int, Tensor] = {}

@@ -13,14 +13,19 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, ConfigError, raise_all
-from lightning_lora.formats.checkpoint import META, is_adapter_checkpoint, load_adapters
+from lightning_lora.formats.checkpoint import META, is_adapter_checkpoint, load_adapters, places_in_full
 from lightning_lora.formats.fingerprint import fingerprint
 from lightning_lora.formats.shards_of_ranks import read_either
+from lightning_lora.injection.copies import bring, put_in_place
+from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import carry_out
+from lightning_lora.layers import base_modules
+from lightning_lora.loading.stored_config import by_owner
 from lightning_lora.methods.method import config_from
-from lightning_lora.names import is_within
+from lightning_lora.names import is_within, joined
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.targets import Plan, draft
+from lightning_lora.targets.walk import nodes
 
 _HOOK = "on_load_checkpoint"
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -57,7 +62,9 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     in_file = checkpoint["state_dict"].keys()
     model, checkpoint = _loaded(module_class, checkpoint, os.fspath(path), init_kwargs)
     state, of_base = checkpoint["state_dict"], model.state_dict().keys()
-    for name, values in checkpoint[META]["adapters"].items():
+    known, in_full = checkpoint[META]["adapters"], checkpoint[META].get("in_full", {})
+    plans: dict[str, Plan] = {}
+    for name, values in known.items():
         config = config_from(values)
         drafted, problems = draft(model, config)
         if problems:
@@ -65,9 +72,11 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
-        drafted = _without_others(drafted, name, checkpoint[META].get("in_full", {}))
+        if len(known) > 1:
+            plans[name], drafted = drafted, replace(drafted, modules_to_save=())
         dtypes = [t.dtype for key, t in state.items() if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))]
         carry_out(model, config, drafted, name, *dtypes[:1])
+    _bring(model, state, plans, in_full)
     ours = adapter_state_dict(model).keys() | extra_state(model).keys()
     loaded = (of_base - ours) - in_file  # Lightning did, where the hook brought weights of the base
     rest = {key: value for key, value in state.items() if key not in loaded}
@@ -76,12 +85,20 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
     return model if device is None else model.to(device)
 
 
-def _without_others(drafted: Plan, adapter_name: str, in_full: dict[str, list[str]]) -> Plan:
-    """A plan without the heads that the file has with another adapter, whichever of them comes first here."""
-    own = in_full.get(adapter_name, ())
-    others = [key for keys in in_full.values() for key in keys if key not in own]
-    kept = [saved for saved in drafted.modules_to_save if not any(is_within(key, saved.name) for key in others)]
-    return replace(drafted, modules_to_save=tuple(kept))
+def _bring(model: nn.Module, state: dict[str, Any], plans: dict[str, Plan], in_full: dict[str, list[str]]) -> None:
+    """Gives each of several adapters what it trains in full; of values for one module those of one are in place."""
+    tree, in_place = nodes(model), list[str]()
+    for name, plan in plans.items():
+        keys = [key for key in in_full.get(name, ()) if any(is_within(key, s.name) for s in plan.modules_to_save)]
+        places = places_in_full(state, keys, name)
+        in_place += [name] if any(key == place for key, place in places.items()) else []
+        for owner, parts in by_owner(places).items():
+            whole = any(s.name in tree and is_within(owner, s.name) for s in plan.modules_to_save)
+            values = {part: state[places[joined(owner, part)]] for part in parts}
+            bring(tree[owner].module, name, values, whole)
+    if plans:
+        put_in_place(base_modules(model), in_place)
+        freeze(model)
 
 
 def _device(options: dict[str, Any]) -> Any:
@@ -114,13 +131,18 @@ def _loaded(
 
 @contextmanager
 def _noted(module_class: type[nn.Module]) -> Iterator[dict[int, dict[str, Any]]]:
-    """Within this context it is noted, by the id of the module, which checkpoint a class's own hook has seen."""
+    """Within this context it is noted, by the id of the module, which checkpoint a class's own hook has seen.
+
+    Lightning goes on without what adapters train in full, which would take the place of the base's own.
+    """
     made = dict[int, dict[str, Any]]()
     original: Any = getattr(module_class, _HOOK)
 
     def hook(self: nn.Module, checkpoint: dict[str, Any]) -> None:
         original(self, checkpoint)
-        made[id(self)] = checkpoint
+        made[id(self)] = dict(checkpoint)
+        trained = {key for keys in checkpoint[META].get("in_full", {}).values() for key in keys}
+        checkpoint["state_dict"] = {k: value for k, value in checkpoint["state_dict"].items() if k not in trained}
 
     with _one_by_one:
         own = vars(module_class).get(_HOOK)

@@ -1,4 +1,4 @@
-"""What the configuration of a PEFT folder says that there is, and the file does not have."""
+"""Where the configuration of a PEFT folder and the tensors in it are not of the same layers."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_lora.errors import listing
 from lightning_lora.formats.peft_names import suffixes
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
-from lightning_lora.layers import kind_of_layer
+from lightning_lora.layers import Part, ReadWeight, kind_of_layer
 from lightning_lora.names import joined
 from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node, own_parameters
@@ -18,7 +18,7 @@ Tree = Mapping[str, Node]
 def missing(
     stored: StoredAdapter, tree: Tree, held: Mapping[str, StoredLayer], in_full: Collection[Tensor]
 ) -> Iterator[str]:
-    """Layers, parameters, rows and biases of a model that a folder names, and has no tensors for.
+    """What of a model a folder names and has no tensors for; and layers that it has some for, and does not name.
 
     Args:
         stored: The adapter.
@@ -42,6 +42,22 @@ def missing(
             f"tensors are missing: bias={stored.options['bias']!r} trains {listing(lost, 3)}, and there are none{why}: "
             "save it again, or set bias to 'none' in adapter_config.json to do without"
         )
+    if left := [*_unnamed(stored, tree, held)]:
+        yield (
+            f"tensors are left over: {listing(left, 3)} have some, and adapter_config.json does not name them, so that "
+            "PEFT leaves them out"
+        )
+
+
+def _unnamed(stored: StoredAdapter, tree: Tree, held: Mapping[str, StoredLayer]) -> Iterator[str]:
+    """Of a folder that PEFT wrote: what we write says itself with which configuration it goes."""
+    targets = stored.fields.get("target_modules")
+    if stored.entry or stored.is_target is None or not targets or targets == "all-linear":
+        return
+    for name, layer in held.items():
+        if not layer.is_rows and not isinstance(tree[name].module, (Part, ReadWeight)):
+            if not any(map(stored.is_target, map(stored.whole_name, tree[name].names))):
+                yield name
 
 
 def _layers(stored: StoredAdapter, tree: Tree) -> Iterator[str]:

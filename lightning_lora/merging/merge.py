@@ -162,20 +162,24 @@ def _chosen(layer: LoRALayer, wanted: Sequence[str] | None) -> tuple[str, ...]:
 
 def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Sequence[str] | None) -> Iterator[str]:
     """Why adapters can't be merged: the active ones, or the wanted ones."""
-    known = dict.fromkeys(name for layer in layers.values() for name in layer.lora)
+    known, in_context = dict.fromkeys(name for layer in layers.values() for name in layer.lora), context_problems(model)
+    merged = [name for name, layer in layers.items() if MERGED in vars(layer)]
+    active = [name for name, layer in layers.items() if layer.lora_active]
     if not layers:
         yield "the model has no adapters"
     elif wanted is not None and not wanted:
         yield f"adapter_names is empty. Known: {[*known]}"
+    elif wanted is None and not (active or merged or in_context):
+        yield f"no adapter is active. Known: {[*known]}: ll.set_adapter makes one so, ll.eject takes them off"
     if len(set(wanted or ())) < len(wanted or ()):
         yield f"a name is there twice in {wanted}: call ll.set_adapter with weights, and merge what is active"
-    yield from context_problems(model)
+    yield from in_context
     if is_spread(model):
         yield "the model is sharded over ranks: save the adapter, and merge it into the model on one device"
     yield from unknown_names(wanted or (), known)
     if waiting := [name for name, layer in layers.items() if (q := quantizer_of(layer)) and not q.is_packed(layer)]:
         yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"
-    if merged := [name for name, layer in layers.items() if MERGED in vars(layer)]:
+    if merged:
         yield f"adapters are merged already into {listing(merged)}: call ll.unmerge first"
     adapters = {name: layer.lora_adapters() for name, layer in layers.items()}
     yield from value_problems({n: {a: adapters[n][a] for a in _chosen(layer, wanted)} for n, layer in layers.items()})
