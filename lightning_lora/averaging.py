@@ -1,10 +1,12 @@
 """Averages of what a run trains, over its steps."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,6 +20,9 @@ from lightning_lora.patches import Patches
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+_ROUNDING = 1e-9  # of a part of a run
 
 
 class AdapterAveraging(CallbackBase):
@@ -43,6 +48,7 @@ class AdapterAveraging(CallbackBase):
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
+        ConfigError: When training begins, with a start if the length of the run is not known.
         UnsupportedError: When training begins, if parameters are in pieces.
         CheckpointError: If a checkpoint has averages of something else.
 
@@ -62,7 +68,7 @@ class AdapterAveraging(CallbackBase):
         self._own: dict[str, nn.Parameter] = {}
         self._average: dict[str, Tensor] = {}
         self._trained: dict[str, Tensor] | None = None  # while the model has the average, what it is trained on
-        self._count, self._step, self._first = 0, 0, 0
+        self._count, self._step = 0, 0
         self._training = False
 
     @override
@@ -83,8 +89,12 @@ class AdapterAveraging(CallbackBase):
                 f"AdapterAveraging: {listing(pieces, 3)} are in pieces, of which each rank has one: leave it out, or "
                 "train under DDP"
             )
+        if self.start and gone_by(trainer) is None:
+            raise ConfigError(
+                "AdapterAveraging: start is a part of the run, and how long that is can't be known: give the Trainer "
+                "max_steps, or max_epochs with data that have a length"
+            )
         self._step = trainer.global_step
-        self._first = int(self.start * trainer.estimated_stepping_batches) if self.start else 0
         self._training = True
         self._go_on()
 
@@ -93,10 +103,12 @@ class AdapterAveraging(CallbackBase):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called when a training batch ends. Takes the values in, if there was a step."""
-        step = trainer.global_step
-        if step == self._step or step <= self._first or step % self.every_n_steps:
+        before, self._step = self._step, trainer.global_step
+        if self._step // self.every_n_steps == before // self.every_n_steps:
             return
-        self._step, self._count = step, self._count + 1
+        if self.start and (gone_by(trainer) or 0.0) <= self.start + _ROUNDING:
+            return
+        self._count += 1
         with torch.no_grad():
             for name, p in self._own.items():
                 if self._count == 1:
@@ -120,6 +132,11 @@ class AdapterAveraging(CallbackBase):
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training ends. The model keeps the average."""
+        if not self._count:
+            rank_zero_warn(
+                f"AdapterAveraging: nothing was averaged in {trainer.global_step} steps, with start={self.start} and "
+                f"every_n_steps={self.every_n_steps}: the model has the values of the last one"
+            )
         self._enter()
         self._training = False
 
@@ -190,6 +207,16 @@ class AdapterAveraging(CallbackBase):
             for name, p in self._own.items():
                 p.copy_(self._trained[name])
             self._trained = None
+
+
+def gone_by(trainer: "Trainer") -> float | None:
+    """Which part of a fit's steps or batches has gone by, of what ends it first; None where no end is known."""
+    parts = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+    if epochs > 0 and math.isfinite(batches):
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready / max(batches, 1)
+        parts.append((trainer.current_epoch + done) / epochs)
+    return max(parts, default=None)
 
 
 def _problems(decay: Any, every_n_steps: Any, start: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ Exits with 0 on success, 2 on bad usage with one message, 1 on failure.
 """
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; that of the process by default.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names may have what an encoding lacks
     parser = argparse.ArgumentParser(prog="lightning-lora", description="LoRA and DoRA for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for command in (init, fit, generate, demo, plan, estimate, export, merge, combine, inspect, analyze, latency, lint):

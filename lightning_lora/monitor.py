@@ -77,7 +77,7 @@ class LoRAMonitor(CallbackBase):
         self.every_n_steps, self.adapter_names = every_n_steps, adapter_names
         self.per_layer, self.gradients, self.updates = per_layer, gradients, updates
         self._sites: dict[str, list[_Site]] = {}
-        self._step = 0
+        self._step, self._in_a_batch = 0, 1
         self._norms: dict[int, Tensor] = {}  # of gradients, by parameter
         self._before: dict[int, Tensor] = {}  # values before the step, by parameter
 
@@ -92,23 +92,26 @@ class LoRAMonitor(CallbackBase):
     @override
     def on_before_optimizer_step(self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Any) -> None:
         """Called before each step. Looks at gradients and keeps values, if this step is going to be logged."""
-        if not (self.gradients or self.updates) or not self._is_due(trainer.global_step + 1):
+        in_a_batch = max(self._in_a_batch, len(trainer.optimizers))  # what is due is told when the batch ends
+        if not (self.gradients or self.updates) or not self._is_due(trainer.global_step + in_a_batch):
             return
         own = held_by([optimizer])
         held = [p for sites in self._sites.values() for s in sites for p in s.adapter.parameters() if id(p) in own]
         if self.gradients:
             self._norms |= {id(p): _norm(p.grad) for p in held if p.grad is not None}
         if self.updates:
-            self._before |= {id(p): p.detach().clone() for p in held}
+            self._before |= {id(p): p.detach().clone() for p in held if id(p) not in self._before}
 
     @override
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called when a training batch ends. Logs, if a step of it is to be logged."""
-        due = self._is_due(trainer.global_step)
+        due, self._in_a_batch = self._is_due(trainer.global_step), trainer.global_step - self._step
         self._step = trainer.global_step
         if not due:
+            self._norms.clear()
+            self._before.clear()
             return
         values = {f"lora/{key}": value for name, sites in self._sites.items() for key, value in self._of(name, sites)}
         self._norms.clear()

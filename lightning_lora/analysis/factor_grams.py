@@ -38,7 +38,8 @@ def singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
     .. math:: (B A)(B A)^T \sim R^T (B^T B)\,R, \qquad R R^T = A A^T
 
-    whose eigenvalues are σ². Squares lose half of the digits: what is below about 1e-8 of the largest is rounding.
+    whose eigenvalues are σ². Squares lose half of the digits: what is below about 1e-8 of the factors' norms is
+    rounding, and 0 here. NaN where the factors are not finite.
 
     Args:
         gram_A: (n, r, r).
@@ -50,10 +51,19 @@ def singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     device = gram_A.device
     if device.type == "mps":  # it has no eigenvalues
         gram_A, gram_B = gram_A.cpu(), gram_B.cpu()
+    whole = _norm_squares(gram_A) * _norm_squares(gram_B)
+    finite = whole.isfinite()[..., None]
+    gram_A, gram_B = (torch.where(finite[..., None], gram, 0.0) for gram in (gram_A, gram_B))
     squares, Q = torch.linalg.eigh(gram_A)
     R = Q * squares.clamp_min(0).sqrt()[..., None, :]
     squares = torch.as_tensor(torch.linalg.eigvalsh(R.mT @ gram_B @ R))
-    return squares.clamp_min(0).sqrt().to(device)
+    rounding = gram_A.shape[-1] * torch.finfo(gram_A.dtype).eps * whole[..., None]
+    values = torch.where(squares > rounding, squares, 0.0).sqrt()
+    return torch.where(finite, values, torch.nan).to(device)
+
+
+def _norm_squares(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _wide(factor: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def spectrum(A: Tensor, B: Tensor, scale: float) -> Spectrum:
     """
     A, B = (factor.detach().to(device="cpu").to(torch.float64) for factor in (A, B))
     U, S, V = svd_of_product(A, scale * B)
-    negligible = max(B.shape[0], A.shape[1]) * torch.finfo(S.dtype).eps * S[:1]  # as in numpy's matrix_rank
-    n = int((negligible < S).sum())
+    size = abs(scale) * torch.linalg.vector_norm(A) * torch.linalg.vector_norm(B)  # of terms that may have cancelled
+    n = int((max(B.shape[0], A.shape[1]) * torch.finfo(S.dtype).eps * size < S).sum())
     return Spectrum(U[:, :n], S[:n], V[:n].T)
 
 
@@ -55,7 +55,7 @@ def effective_rank(S: Tensor) -> Tensor:
     """
     p = S / S.sum(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
     entropy = -torch.special.xlogy(p, p).sum(-1)
-    return torch.where(S.sum(-1) > 0, entropy.exp(), torch.zeros_like(entropy))
+    return torch.where(S.sum(-1) != 0, entropy.exp(), torch.zeros_like(entropy))
 
 
 def stable_rank(S: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_lora.commands.arguments import Commands
 
@@ -19,6 +20,19 @@ def add(commands: Commands) -> None:
         commands.add_parser(stage, help=text, add_help=False)
 
 
+def _named_files(arguments: Sequence[str]) -> list[Path]:
+    paths = [Path(argument.rpartition("=")[2]) for argument in arguments]
+    return [path for path in paths if path.suffix in (".yaml", ".yml", ".json") and path.is_file()]
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def run(arguments: Sequence[str]) -> None:
     """Runs one of them, with everything that follows the program's name."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,6 +46,11 @@ def run(arguments: Sequence[str]) -> None:
         RecipeCLI()
     except MisconfigurationException as error:  # what Lightning refuses, whenever it notices
         raise ConfigError(str(error)) from error
+    except UnicodeDecodeError as error:
+        odd = [path for path in _named_files(arguments) if not _is_text(path)]
+        if not odd:
+            raise
+        raise ConfigError(f"{odd[0]} is no text in UTF-8 ({error}): save it as such") from error
     finally:
         sys.argv = before
     if distributed.is_available() and distributed.is_initialized():

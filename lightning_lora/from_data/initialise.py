@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import ConfigError, listing, raise_all
-from lightning_lora.from_data.ranks import Step, by_gradients, by_variance, of_first_rank
+from lightning_lora.from_data.ranks import Step, by_gradients, by_variance
 from lightning_lora.from_data.settle import settle
 from lightning_lora.from_data.undisturbed import undisturbed
 from lightning_lora.inits import EVA, Kaiming, resolve
@@ -17,6 +17,7 @@ from lightning_lora.injection.inject import initialise
 from lightning_lora.layers import lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.names import clean
+from lightning_lora.ops.sharded import of_first_rank
 from lightning_lora.ops.streaming import PrincipalRows
 from lightning_lora.state import require_low_rank
 from lightning_lora.targets import Plan, draft
@@ -59,7 +60,9 @@ def initialise_from_data(
 
     Raises:
         ConfigError: For an adapter that is not there, needs no data or is trained already, and if there are no batches.
-        TargetError: If none of its linear layers is called, or the loss does not depend on them.
+            If inputs or gradients are not finite.
+        TargetError: If none of its linear layers is called, none of what they are called with varies, or the loss does
+            not depend on them.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject

@@ -38,28 +38,25 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return x if x.is_floating_point() and not x.is_nested and x.dim() > 0 else None
 
 
-def leaders(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, str]:
-    """The first of the layers with the same inputs, for each that is called (query, key and value have one input).
+class Calls:
+    """Which layers are called with the same inputs in a forward pass (query, key and value have one input)."""
 
-    Args:
-        layers: By name.
-        run: A forward pass of the model.
-    """
-    calls: dict[str, list[int]] = {}
-    last: tuple[Tensor, int] | None = None
-    count = 0
+    def __init__(self) -> None:
+        self._calls: dict[str, list[int]] = {}
+        self._last: tuple[Tensor, int] | None = None
+        self._count = 0
 
-    def hear(name: str, x: Tensor) -> None:
-        nonlocal last, count
+    def hear(self, name: str, x: Tensor) -> None:
+        """What a layer is called with."""
         version = 0 if x.is_inference() else x._version
-        if last is None or last[0] is not x or last[1] != version:
-            last, count = (x, version), count + 1  # that it is kept keeps another tensor from getting its place
-        calls.setdefault(name, []).append(count)
+        if self._last is None or self._last[0] is not x or self._last[1] != version:
+            self._last = x, version  # that it is kept keeps another tensor from getting its place
+            self._count += 1
+        self._calls.setdefault(name, []).append(self._count)
 
-    with listening(layers, hear):
-        run()
-    first: dict[tuple[int, ...], str] = {}
-    return {name: first.setdefault(tuple(heard), name) for name, heard in calls.items()}
+    def of(self, name: str) -> tuple[int, ...]:
+        """Which of all inputs a layer was called with; none if it was not called."""
+        return tuple(self._calls.get(name, ()))
 
 
 def counted(batch: Any, use_label_mask: bool) -> Tensor | None:

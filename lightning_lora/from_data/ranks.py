@@ -1,16 +1,17 @@
 """Which ranks and first values batches of data speak for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from lightning_lora.errors import ConfigError, TargetError
-from lightning_lora.from_data.inputs import counted, gradients, leaders, listening, rows
+from lightning_lora.from_data.components import Components
+from lightning_lora.from_data.inputs import counted, gradients
 from lightning_lora.inits import EVA
 from lightning_lora.layers import LoRALayer
+from lightning_lora.ops.finite import is_finite
 from lightning_lora.ops.sharded import all_objects, world_size
 from lightning_lora.ops.sketch import GradientSketch
 from lightning_lora.ops.spread import Share, spread
@@ -37,33 +38,19 @@ def by_variance(
     """
     r = {name: layer.lora_adapters()[adapter_name].r for name, layer in linears.items()}
     most = {name: min(init.most(r[name]), *layer.lora_matrix_shape(layer)) for name, layer in linears.items()}
-    first: dict[str, str] = {}
-    seen: dict[str, PrincipalRows] = {}
-    likeness: dict[str, float] = {}
-    mask: Tensor | None = None
-
-    def hear(name: str, x: Tensor) -> None:
-        before = seen[name].V
-        seen[name].add(rows(x, mask))
-        group = [r[other] for other, leader in first.items() if leader == name]
-        likeness[name] = seen[name].likeness(before, max(group))
-
-    for batch in _together(batches, init.batches, lambda: bool(likeness) and min(likeness.values()) >= init.tau):
+    components = Components(linears, r, most)
+    for batch in _together(batches, init.batches, lambda: components.settled(init.tau)):
         with torch.no_grad():
-            if not first:
-                first = _agreed(leaders(linears, partial(step, batch)))
-                counts = {
-                    leader: max(most[n] for n, own in first.items() if own == leader) for leader in first.values()
-                }
-                seen = {leader: PrincipalRows(count) for leader, count in counts.items()}
-            mask = counted(batch, init.use_label_mask)
-            with listening({leader: linears[leader] for leader in seen}, hear):
-                step(batch)
-    for leader in seen:
-        seen[leader] = _merged(seen[leader])
-    found = {name: seen[leader] for name, leader in first.items()}
+            components.take(batch, step, counted(batch, init.use_label_mask))
+    found = components.merged()
     shares = {name: Share(found[name].shares(most[name])) for name in linears if name in found}
-    return spread(shares, sum(r[name] for name in shares)), found
+    ranks = spread(shares, sum(r[name] for name in shares))
+    if not any(ranks.values()):
+        raise TargetError(
+            "initialise_from_data: what the batches give the layers does not vary (one row, or rows that are all the "
+            "same), so that there are no components to start from: give it more of the data"
+        )
+    return ranks, found
 
 
 def by_gradients(
@@ -88,6 +75,10 @@ def by_gradients(
     }
 
     def take(name: str, x: Tensor, delta: Tensor) -> None:
+        if not (is_finite(x) and is_finite(delta)):
+            raise ConfigError(
+                f"initialise_from_data: the inputs of {name}, or gradients of its outputs, are not finite in a batch"
+            )
         sketches[name].add(x, delta)
 
     for batch in _together(batches, GRADIENT_BATCHES, lambda: False):
@@ -99,7 +90,10 @@ def by_gradients(
                     "training_step (or forward=...) has to return it"
                 )
             torch.autograd.backward(loss)
-    reached = _agreed({name: name for name, sketch in sketches.items() if sketch.Y is not None})
+    each = all_objects([name for name, sketch in sketches.items() if sketch.Y is not None])
+    reached = [name for name in each[0] if all(name in other for other in each)]
+    if not reached:
+        raise TargetError("initialise_from_data: the batches reach none of the linear layers that have an adapter")
     gains = {name: [s * s for s in sketches[name].singular_values(most[name])] for name in reached}
     shares = {name: Share(gains[name], sum(shape[name]), least=1) for name in reached}
     return spread(shares, sum(r[name] * sum(shape[name]) for name in reached))
@@ -117,33 +111,6 @@ def _together(batches: Iterable[Any], most: int, enough: Callable[[], bool]) -> 
         count += 1
     if not count:
         raise ConfigError("initialise_from_data: there is no batch" + " on some rank" * (world_size() > 1))
-
-
-def _agreed(found: dict[str, str]) -> dict[str, str]:
-    """What every process has found of the layers, and so can be worked out together."""
-    each = all_objects(found)
-    shared = {name: leader for name, leader in each[0].items() if all(other.get(name) == leader for other in each)}
-    shared = {name: leader for name, leader in shared.items() if leader in shared}
-    if not shared:
-        raise TargetError("initialise_from_data: the batches reach none of the linear layers that have an adapter")
-    return shared
-
-
-def _merged(seen: PrincipalRows) -> PrincipalRows:
-    """The rows of all processes: the same on each, to the bit."""
-    first, *others = all_objects(seen.cpu())
-    for other in others:
-        first.merge(other)
-    return of_first_rank(first)  # type: ignore[no-any-return]
-
-
-def of_first_rank(value: Any) -> Any:
-    """What the first process has. A collective."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _loss_of(result: Any) -> Tensor | None:

@@ -155,6 +155,15 @@ def all_objects(value: Any) -> list[Any]:
     return values
 
 
+def of_first_rank(value: Any) -> Any:
+    """What the first rank has: a collective."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 @contextmanager
 def failing_together(what: str) -> Iterator[None]:
     """An error that a rank has within this context is one on every rank, and leaves none waiting for it. A collective.

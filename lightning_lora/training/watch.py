@@ -34,8 +34,8 @@ _WAYS_OUT = {
     "what is done to gradients before its step",
     "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step. In "
     "float16 Adam needs a larger eps: 1e-8 is 0 there",
-    "inactive": "ll.set_adapter made another adapter active before the backward pass, so that no gradient is kept for "
-    "this one: switch back behind that",
+    "inactive": "Before the backward pass ll.set_adapter made another adapter active, or requires_grad was turned off, "
+    "so that no gradient is kept for this one: do that behind it",
     "nothing": "The loss does not depend on what is trained: look for torch.no_grad, detach, argmax, and a loss that "
     "was told to require gradients",
     "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "

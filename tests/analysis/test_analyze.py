@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.analysis import analyze_files, subspace_similarity
+from lightning_lora.analysis.factor_grams import measure
 from lightning_lora.layers import lora_layers
 from tests.commands.files import adapted as adapted_model
 from tests.helpers.families import FAMILIES
@@ -408,3 +409,13 @@ def test_a_stack_of_experts_is_told_one_by_one(tmp_path):
     files = analyze_files(tmp_path / "a").layers.values()
     norms = sorted(layer.norm for layer in files)
     assert norms == pytest.approx(sorted(layer.norm for layer in found.values()), rel=1e-9)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_started_with_a_part_of_the_weight_and_did_not_move(init):
+    """Its two halves cancel, but for rounding, which is no spectrum."""
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 32)).double()
+    ll.inject(model, ll.LoRAConfig(r=8, lora_alpha=12, init_lora_weights=init, modules_to_save=None))
+    for layer in ll.analyze(model).layers.values():
+        assert (layer.norm, layer.effective_rank, layer.stable_rank) == (0, 0, 0)
+    assert not any(measure([layer.lora["default"] for _, layer in lora_layers(model)])["delta_norm"])

@@ -88,3 +88,23 @@ def test_inspect_and_lint_in_a_process(tmp_path):
     assert end.code == 1
     assert "is damaged" in end.output
     assert "Traceback" not in end.output
+
+
+def test_a_configuration_that_is_no_utf_8(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("# grüße\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", str(path)])
+    assert caught.value.code == 2
+    assert f"lightning-lora: {path} is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_names_that_the_encoding_of_the_output_lacks(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None))
+    ll.save_adapter(model, tmp_path / "für")
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "lightning_lora", "inspect", str(tmp_path / "für")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "f\\xfcr" in done.stdout

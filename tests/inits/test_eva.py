@@ -696,3 +696,70 @@ def test_what_was_done_by_hand_is_not_done_again(monkeypatch):
     trainer(ll.LoRA(r=4, init_lora_weights="eva", modules_to_save=None)).fit(module, data())
     assert ranks(module) == {t.name: t.r for t in plan.targets}
     assert all(layer.lora["default"].B.any() for _, layer in lora_layers(module))
+
+
+class TestBatchesThatDiffer:
+    """Which layers are called, and with what, is asked of each batch."""
+
+    @staticmethod
+    def parts(n: int = 6) -> list[torch.Tensor]:
+        scales = 2.0 ** -torch.arange(16)
+        return [torch.randn(32, 16) * (scales.flip(0) if i % 2 else scales) for i in range(n)]
+
+    @staticmethod
+    def start(net: nn.ModuleDict, parts: list, forward) -> None:
+        ll.inject(net, ll.LoRAConfig(r=4, init_lora_weights=EVA(rho=1, tau=1.0), modules_to_save=None))
+        ll.initialise_from_data(net, parts, forward=forward)
+
+    @staticmethod
+    def assert_components(layer, rows: list[torch.Tensor]) -> None:
+        X = torch.cat(rows).double()
+        V = torch.linalg.svd(X - X.mean(0))[2][:4]
+        overlap = torch.linalg.svdvals(layer.lora["default"].A.detach().double() @ V.T)
+        torch.testing.assert_close(overlap, torch.ones(4, dtype=torch.double), rtol=0, atol=1e-4)
+
+    def test_each_batch_is_of_one_layer(self):
+        net = nn.ModuleDict({"a": nn.Linear(16, 8), "b": nn.Linear(16, 8)})
+        parts = [("ab"[i % 2], x) for i, x in enumerate(self.parts())]
+        self.start(net, parts, lambda net, part: net[part[0]](part[1]))
+        for name in "ab":
+            self.assert_components(net[name], [x for own, x in parts if own == name])
+
+    def test_the_first_batch_reaches_none(self):
+        net = nn.ModuleDict({"a": nn.Linear(16, 8)})
+        parts = self.parts()
+        self.start(net, parts, lambda net, x: x if x is parts[0] else net["a"](x))
+        self.assert_components(net["a"], parts[1:])
+
+    def test_layers_that_share_an_input_at_first(self):
+        net = nn.ModuleDict({name: nn.Linear(16, 8) for name in "abcd"})
+        parts = self.parts()
+
+        def forward(net, x):
+            y = x if x is parts[0] or x is parts[1] else x.flip(1)
+            net["a"](x), net["c"](x), net["b"](y)
+            return net["d"](y) if x is not parts[3] else x
+
+        self.start(net, parts, forward)
+        others = [parts[0], parts[1], *(x.flip(1) for x in parts[2:])]
+        for name in "ac":
+            self.assert_components(net[name], parts)
+        self.assert_components(net["b"], others)
+        self.assert_components(net["d"], [*others[:3], *others[4:]])
+
+    @pytest.mark.parametrize("x", [torch.randn(1, 16), torch.ones(8, 16)], ids=["one row", "all the same"])
+    def test_inputs_that_do_not_vary(self, x):
+        net = nn.ModuleDict({"a": nn.Linear(16, 8)})
+        with pytest.raises(ll.TargetError, match="what the batches give the layers does not vary"):
+            self.start(net, [x], lambda net, x: net["a"](x))
+        assert ll.adapters(net), "nothing was taken off"
+
+    @pytest.mark.parametrize("options", [{"init_lora_weights": "eva"}, {"rank_pattern": "auto"}], ids=str)
+    @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, options, odd):
+        net = build()
+        ll.inject(net, ll.LoRAConfig(r=4, modules_to_save=None, **options))
+        bad = torch.randn(8, 16)
+        bad[0, 0] = odd
+        with pytest.raises(ll.ConfigError, match=r"initialise_from_data: .*blocks.\d.\w.* not finite"):
+            ll.initialise_from_data(net, [torch.randn(8, 16), bad], forward=lambda net, x: net(x).square().mean())

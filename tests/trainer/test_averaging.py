@@ -187,3 +187,73 @@ def test_what_is_refused():
         run(ll.AdapterAveraging(), module=module)
     with pytest.raises(ll.UnsupportedError, match=r"AdapterAveraging\(decay=None\) does it"):
         run(pl.callbacks.StochasticWeightAveraging(1e-2))
+
+
+class ByHand(Lit):
+    """Steps every few batches, with one optimizer or two."""
+
+    def __init__(self, every: int = 1, two: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization, self.every, self.two = False, every, two
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers() if self.two else [self.optimizers()]:
+            if (batch_idx + 1) % self.every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        parts = [self.net.blocks, self.net.head] if self.two else [self.net]
+        return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "taken"),
+    [
+        ((1, False), {"start": 0.5}, [4, 5, 6, 7]),
+        ((2, False), {"start": 0.5}, [5, 7]),
+        ((1, True), {"start": 0.5}, [4, 5, 6, 7]),
+        ((1, True), {"every_n_steps": 3}, [1, 2, 4, 5, 7]),  # behind steps 3, 6, 9, 12 and 15
+    ],
+    ids=str,
+)
+def test_loops_by_hand(module, options, taken):
+    _, module, seen = run(ll.AdapterAveraging(decay=None, **options), module=ByHand(*module))
+    mean = {key: torch.stack([seen.steps[i][key] for i in taken]).mean(0) for key in seen.steps[0]}
+    assert_same(values(module), mean)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(data().dataset)
+
+
+@pytest.mark.parametrize(
+    ("length", "taken"),
+    [
+        ({"max_steps": 4}, [2, 3]),
+        ({"max_epochs": -1, "max_steps": 4}, [2, 3]),
+        ({"max_epochs": 1}, None),
+        ({"max_epochs": -1}, None),
+    ],
+    ids=str,
+)
+def test_the_part_of_a_run_of_unknown_length(length, taken):
+    module, seen = Lit(), Seen()
+    callbacks = [ll.LoRA(r=4), seen, ll.AdapterAveraging(decay=None, start=0.5)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_time": "00:00:01:00"}
+    fit = pl.Trainer(accelerator="cpu", callbacks=callbacks, enable_checkpointing=False, **quiet, **length).fit
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    if taken is None:
+        with pytest.raises(ll.ConfigError, match="how long that is can't be known: give the Trainer max_steps"):
+            fit(module, loader)
+    else:
+        fit(module, loader)
+        mean = {key: torch.stack([seen.steps[i][key] for i in taken]).mean(0) for key in seen.steps[0]}
+        assert_same(values(module), mean)
+
+
+def test_that_nothing_was_averaged_is_told():
+    with pytest.warns(UserWarning, match="nothing was averaged in 8 steps, with start=0.0 and every_n_steps=9"):
+        run(ll.AdapterAveraging(every_n_steps=9))

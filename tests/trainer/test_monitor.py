@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 import lightning_lora as ll
 from lightning_lora.analysis.factor_grams import singular_values
 from lightning_lora.layers import lora_layers
+from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, Steps, build, data
 
 CLOSE = {"rel": 1e-6, "abs": 1e-9}  # a Gram matrix has half of the digits
@@ -239,3 +240,71 @@ def test_singular_values_from_gram_matrices(rank):
     dense = torch.linalg.svdvals(B @ A)[:, :rank].flip(1)
     assert torch.allclose(found, dense, rtol=1e-7, atol=1e-6)
     assert not singular_values(A @ A.mT, torch.zeros(3, rank, rank).double()).any()
+
+
+class TwoOptimizers(Steps, pl.LightningModule):
+    """One steps behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.automatic_optimization, self.found = build(), False, {}
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(block.parameters(), lr=0.1) for block in self.net.blocks]
+
+    def training_step(self, batch, batch_idx):
+        for i, optimizer in enumerate(self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            for name in "qo":
+                adapter = self.net.blocks[i].get_submodule(name).lora["default"]
+                norms = [p.grad.norm() for p in adapter.parameters()]
+                self.found[f"net.blocks.{i}.{name}"] = float(torch.stack(norms).norm())
+            optimizer.step()
+
+
+class Found(pl.Callback):
+    """What each batch's gradients were."""
+
+    def __init__(self) -> None:
+        self.rows = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rows[trainer.fit_loop.epoch_loop._batches_that_stepped] = dict(pl_module.found)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6])
+def test_every_optimizer_of_a_batch_counts(every):
+    monitor = ll.LoRAMonitor(every_n_steps=every, per_layer=True, gradients=True, updates=True)
+    logger, found = Memory(), Found()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callbacks = [ll.LoRA(r=3, modules_to_save=None), monitor, found]
+    pl.Trainer(accelerator="cpu", max_epochs=2, logger=logger, callbacks=callbacks, **quiet).fit(
+        TwoOptimizers(), data()
+    )
+    assert len(logger.rows) == {1: 8, 2: 8, 3: 5, 4: 4, 6: 2}[every]  # of 16 steps, two a batch
+    for step, row in logger.rows.items():
+        for key, norm in found.rows[step].items():
+            assert row[f"lora/default/{key}/grad_norm"] == pytest.approx(norm, rel=1e-5)
+            assert row[f"lora/default/{key}/step_norm"] == pytest.approx(0.1 * norm, rel=1e-3)
+
+
+def test_a_run_that_diverged_is_told_by_the_checks():
+    class Diverges(Lit):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.net.blocks[0].q.lora["default"].B.fill_(torch.nan)
+
+    with pytest.raises(ll.DeadAdapterError, match="not finite any more. The run diverged"):
+        trainer(ll.LoRA(r=3), ll.LoRAMonitor(every_n_steps=1), max_epochs=3).fit(Diverges(), data())
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_grams_that_are_not_finite(odd):
+    grams = torch.eye(3).repeat(2, 1, 1)
+    bad = grams.clone()
+    bad[1, 0, 0] = odd
+    S = singular_values(bad, grams)
+    assert torch.equal(S[0], torch.ones(3))
+    assert S[1].isnan().all()
