@@ -184,7 +184,7 @@ class MethodCallback(CallbackBase):
 
     @override
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Called when training ends. Warns about what never moved."""
+        """Called when training ends. Warns about what never moved, and refuses what diverged."""
         if self._strategy is not None and self._training is not None:
             self._strategy.rest()
             self._training.end()

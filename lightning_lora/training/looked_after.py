@@ -12,13 +12,15 @@ from lightning_lora.errors import DeadAdapterError, listing
 from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.names import clean
+from lightning_lora.ops.finite import is_finite
+from lightning_lora.ops.sharded import all_objects, own_part
 from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached, tells_steps
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
 from lightning_lora.training.second_look import BATCHES, SecondLook
-from lightning_lora.training.watch import PATIENCE, Watch
+from lightning_lora.training.watch import DIVERGED, PATIENCE, Watch
 
 
 class Training:
@@ -155,13 +157,20 @@ class Training:
         self._watches = [watch for watch in self._watches if not watch.done]
 
     def end(self) -> None:
-        """Training ends. Warns about what never moved, and about what moved and should not."""
+        """Training ends. Warns about what never moved, and about what moved and should not. A collective.
+
+        Raises:
+            DeadAdapterError: If what was trained is not finite.
+        """
         for watch in self._watches:
             watch.close(finished=True)
         if self._resting:
             rank_zero_warn(_never_active(self._resting))
         if (problem := self._base.changed()) is not None:
             rank_zero_warn(problem)
+        odd = [name for name, p in trained_parameters(self._model, self._names) if not is_finite(own_part(p))]
+        if found := {name: None for here in all_objects(odd) for name in here}:
+            raise DeadAdapterError(f"{listing(found, 4)}: {DIVERGED}")
 
     def close(self) -> None:
         """Takes all hooks off."""

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 import lightning_lora as ll
 from lightning_lora.training.second_look import BATCHES
 from tests.helpers.modules import trainer
+from tests.helpers.toy import Lit
+from tests.helpers.toy import data as toy_data
 
 STEPS = 12  # in an epoch
 
@@ -448,3 +450,20 @@ def test_a_sanity_check_that_leaves_an_adapter_of_another_kind_active():
     trainer(ll.LoRA(r=2, modules_to_save=None), max_epochs=3, num_sanity_val_steps=1).fit(module, data, data)
     assert module.net[0].lora["default"].B.any()
     assert not module.net[0].lora["ema"].B.any()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_that_diverged_behind_its_first_steps_does_not_end_as_if_it_had_not(odd, step):
+    """In its only epoch, after which nothing looks again."""
+
+    class Diverges(Lit):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == step:
+                with torch.no_grad():
+                    self.net.blocks[0].q.lora["default"].B[0, 0] = odd
+
+    with pytest.raises(
+        ll.DeadAdapterError, match=r"net.blocks.0.q.lora.default.B.*: not finite any more. The run diverged"
+    ):
+        trainer(ll.LoRA(r=2), max_epochs=1).fit(Diverges(), toy_data())

@@ -297,7 +297,7 @@ def test_a_run_that_diverged_is_told_by_the_checks():
                     self.net.blocks[0].q.lora["default"].B.fill_(torch.nan)
 
     with pytest.raises(ll.DeadAdapterError, match="not finite any more. The run diverged"):
-        trainer(ll.LoRA(r=3), ll.LoRAMonitor(every_n_steps=1), max_epochs=3).fit(Diverges(), data())
+        trainer(ll.LoRA(r=3), ll.LoRAMonitor(every_n_steps=1)).fit(Diverges(), data())
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
