@@ -44,7 +44,7 @@ class AdapterAveraging(CallbackBase):
     Args:
         decay: d of the EMA; None for the mean of all.
         every_n_steps: How often the values are taken, in optimizer steps.
-        start: Which part of all steps goes by before the first are.
+        start: Which part of the run goes by before the first are, in steps or batches, whichever ends it.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -89,7 +89,7 @@ class AdapterAveraging(CallbackBase):
                 f"AdapterAveraging: {listing(pieces, 3)} are in pieces, of which each rank has one: leave it out, or "
                 "train under DDP"
             )
-        if self.start and gone_by(trainer) is None:
+        if self.start and _gone_by(trainer) is None:
             raise ConfigError(
                 "AdapterAveraging: start is a part of the run, and how long that is can't be known: give the Trainer "
                 "max_steps, or max_epochs with data that have a length"
@@ -106,7 +106,7 @@ class AdapterAveraging(CallbackBase):
         before, self._step = self._step, trainer.global_step
         if self._step // self.every_n_steps == before // self.every_n_steps:
             return
-        if self.start and (gone_by(trainer) or 0.0) <= self.start + _ROUNDING:
+        if self.start and (_gone_by(trainer) or 0.0) <= self.start + _ROUNDING:
             return
         self._count += 1
         with torch.no_grad():
@@ -209,7 +209,7 @@ class AdapterAveraging(CallbackBase):
             self._trained = None
 
 
-def gone_by(trainer: "Trainer") -> float | None:
+def _gone_by(trainer: "Trainer") -> float | None:
     """Which part of a fit's steps or batches has gone by, of what ends it first; None where no end is known."""
     parts = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0

@@ -114,6 +114,25 @@ def test_a_run_that_began_with_others_active_resumes(folders, x, tmp_path):
     assert torch.equal(outputs(again, "a", x), outputs(module, "a", x))
 
 
+def test_a_models_own_choice_stays_with_the_values_of_the_file(folders, x, tmp_path):
+    """As for validate, test and predict with a model that has all adapters before."""
+
+    def setup(active: str) -> Lit:
+        module = Lit()
+        ll.load_adapter(module, folders["a"])
+        ll.inject(module, ll.LoRAConfig(r=2, lora_alpha=8, target_modules=["q"], **NO_HEAD), "new")
+        ll.set_adapter(module, active)
+        return module
+
+    callback = functools.partial(lora, adapter_name="new", **NO_HEAD)
+    path = fit(module := setup("new"), callback(), path=tmp_path)
+    again = setup("a")
+    trainer(callback()).predict(again, data(), ckpt_path=path)
+    assert again.net.blocks[0].q.lora_active == ("a",)
+    assert torch.equal(again.eval().net(x), outputs(module, "a", x))
+    assert torch.equal(outputs(again, "new", x), outputs(module, "new", x))
+
+
 def test_one_that_was_made_of_others(folders, x, tmp_path):
     module = Lit()
     ll.load_adapter(module, folders["a"])

@@ -138,19 +138,21 @@ def load_adapters(
         CheckpointError: If configuration, keys or shapes differ, each as "old -> new".
         BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
     """
-    notes, before = check_adapters(model, checkpoint, base), active_weights(model)
-    active = checkpoint[META].get("active")  # older versions, and models with merged adapters, do not say it
-    if changes := bool(activate and active and active != before):
+    notes, meta, before = check_adapters(model, checkpoint, base), checkpoint[META], active_weights(model)
+    active = meta.get("active")  # older versions, and models with merged adapters, do not say it
+    if changes := bool(active and active != before and (activate or meta.get("in_full"))):
         try:
-            set_adapter(model, active)  # what is in place goes by it
+            set_adapter(model, active)  # whose values in full are in place goes by it, here as in the file
         except (ConfigError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapters that were active can't be: {error}") from error
     try:
         load_adapter_state(model, checkpoint["state_dict"])
+        if changes and not activate:
+            set_adapter(model, before)
     except CheckpointError as error:
         if changes:
             set_adapter(model, before)
-        saved = checkpoint[META]["adapters"]
+        saved = meta["adapters"]
         current = {name: config.to_dict() for name, config in adapters(model).items()}
         raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
     return notes

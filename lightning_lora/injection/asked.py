@@ -17,18 +17,9 @@ from lightning_lora.names import clean, is_within, joined
 from lightning_lora.targets import draft
 
 _PLACES = {
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "target_parameters",
-    "layers_to_transform",
-    "trainable_token_indices",
-    "modules_to_save",
-    "train_norms",
-}  # can be written in several ways that mean the same in a model
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "target_parameters",
+    "layers_to_transform", "trainable_token_indices", "modules_to_save", "train_norms",
+}  # fmt: skip
 ConfigT = TypeVar("ConfigT", bound=LoRAConfig | MethodConfig)
 
 
@@ -51,8 +42,7 @@ def check_adapter(model: nn.Module, config: LoRAConfig | MethodConfig, name: str
     for where, own in held[:1]:
         old, new = own.to_dict(), config.to_dict()
         changed = {key: f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)}
-        only_places = _PLACES.issuperset(changed) and means_the_same(model, config, name)
-        if changed and not (only_places and _trains_the_same(model, config, name)):
+        if changed and not (changed.keys() <= _PLACES and means_the_same(model, config, name, in_full=True)):
             raise ConfigError(
                 f"the model already has an adapter {name!r} (on {where}) with another configuration: "
                 f"{', '.join(changed.values())}. Use another adapter_name, or ll.eject(model) first; a callback's "
@@ -60,21 +50,28 @@ def check_adapter(model: nn.Module, config: LoRAConfig | MethodConfig, name: str
             )
 
 
-def means_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: str) -> bool:
-    """Whether a configuration, however it is written, means the layers, ranks and scales that an adapter has."""
+def means_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: str, in_full: bool = False) -> bool:
+    """Whether a configuration means what an adapter is, which may be written in several ways.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        name: The adapter.
+        in_full: Whether what is trained in full matters, beside the layers, their ranks and scales.
+    """
     if not isinstance(config, LoRAConfig):
         return False
     drafted, problems = draft(model, config)
     wanted = {t.name: t.tokens or (config.variant, t.r, config.scaling(t.r, t.lora_alpha)) for t in drafted.targets}
     held = {n: layer.lora_adapters()[name] for n, layer in lora_layers(model) if name in layer.lora}
-    return not problems and wanted == {
+    same = not problems and wanted == {
         clean(n): a.tokens if isinstance(a, RowsAdapter) else (a.variant, a.r, a.scaling) for n, a in held.items()
     }
+    return same and not (in_full and _differ([module.name for module in drafted.modules_to_save], model, name))
 
 
-def _trains_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: str) -> bool:
-    """Whether it means what an adapter trains in full."""
-    saved = [module.name for module in draft(model, config)[0].modules_to_save]
+def _differ(saved: list[str], model: nn.Module, name: str) -> bool:
+    """Whether an adapter trains something in full that lies in none of these modules, or nothing of one of them."""
     keys = [clean(joined(n, key)) for n, module in model.named_modules() for key, _ in values_of(module, name)]
-    known = [{outer for outer in saved if is_within(key, outer)} for key in keys]
-    return all(known) and set[str]().union(*known) == {*saved}
+    outer = [{each for each in saved if is_within(key, each)} for key in keys]
+    return not all(outer) or set[str]().union(*outer) != {*saved}
