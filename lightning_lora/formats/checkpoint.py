@@ -26,6 +26,7 @@ from lightning_lora.formats.fingerprint import compare, pack
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.injection.asked import means_the_same
 from lightning_lora.layers import lora_layers
+from lightning_lora.marks import merged_layers
 from lightning_lora.methods.active import active_weights
 from lightning_lora.methods.method import config_from
 from lightning_lora.names import clean, joined
@@ -140,7 +141,8 @@ def load_adapters(
     """
     notes, meta, before = check_adapters(model, checkpoint, base), checkpoint[META], active_weights(model)
     active = meta.get("active")  # older versions, and models with merged adapters, do not say it
-    if changes := bool(active and active != before and (activate or meta.get("in_full"))):
+    changes = active and active != before and (activate or meta.get("in_full")) and not merged_layers(model)
+    if changes:
         try:
             set_adapter(model, active)  # whose values in full are in place goes by it, here as in the file
         except (ConfigError, TypeError, ValueError) as error:
