@@ -116,6 +116,34 @@ def test_a_loading_that_broke_off_changes_no_other(monkeypatch):
         model.load_state_dict(whole)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_is_loaded_into_merged_layers(strict):
+    """It would not show in what the model computes."""
+    model, other = build(), build()
+    for seed, each in enumerate((model, other)):
+        ll.inject(each, CONFIGS["lora"])
+        randomise(each, seed)
+    ll.merge(model)
+    before = copy.deepcopy(ll.adapter_state_dict(model))
+    with pytest.raises(RuntimeError, match="adapters are merged into .*: call ll.unmerge before others are loaded"):
+        model.load_state_dict(ll.adapter_state_dict(other), strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in ll.adapter_state_dict(model).items())
+    ll.unmerge(model)
+    model.load_state_dict(ll.adapter_state_dict(other))
+    assert_loaded(model, ll.adapter_state_dict(other))
+
+
+def test_adapters_that_came_from_a_folder(pair, tmp_path):
+    model, state = pair
+    if "bitfit" in ll.adapters(model)["default"].to_dict().get("method", ""):
+        pytest.skip("no folder of PEFT's")
+    ll.save_adapter(model, tmp_path / "folder")
+    again = build()
+    ll.load_adapter(again, tmp_path / "folder")
+    again.load_state_dict(state)
+    assert_loaded(again, state)
+
+
 def test_one_of_several():
     model = build()
     for name in ("one", "two"):

@@ -217,6 +217,17 @@ class TestTheSameInOtherWords:
         trainer(ll.LoRA(r=2, lora_alpha=8)).fit(again, data())
         assert not torch.equal(outputs(again, "default", x), outputs(module, "default", x))
 
+    def test_all_of_a_module_is_not_a_part_of_it(self, tmp_path):
+        """What came on top would be trained, and in no configuration."""
+        saved = ll.LoRAConfig(r=2, target_modules=["blocks.1.q"], modules_to_save=["blocks.0.norm"])
+        model = build()
+        ll.inject(model, saved)
+        ll.save_adapter(model, tmp_path / "folder")
+        again = build()
+        ll.load_adapter(again, tmp_path / "folder")
+        with pytest.raises(ll.ConfigError, match="modules_to_save"):
+            ll.inject(again, ll.LoRAConfig(r=2, target_modules=["blocks.1.q"], modules_to_save=["blocks.0"]))
+
     @pytest.mark.parametrize(
         ("options", "said"),
         [

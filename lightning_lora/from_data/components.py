@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.errors import ConfigError, TargetError, raise_all
 from lightning_lora.from_data.inputs import Calls, listening, rows
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.ops.sharded import all_objects, of_first_rank
 from lightning_lora.ops.streaming import PrincipalRows
+
+_WHERE = "initialise_from_data"
 
 
 class Components:
@@ -30,7 +32,7 @@ class Components:
         self._leader: dict[str, str] = {}  # of the layers that were called
         self._seen: dict[str, PrincipalRows] = {}  # by leader
         self._likeness: dict[str, float] = {}  # likewise
-        self._batches = 0
+        self._batches, self._problems = 0, list[str]()
 
     def take(self, batch: Any, step: Callable[[Any], Any], mask: Tensor | None) -> None:
         """Takes in a batch. A collective.
@@ -54,9 +56,11 @@ class Components:
         with listening(self._layers, hear):
             step(batch)
         new = self._regrouped(calls, before)
+        self._raise_together()
         if any(all_objects(bool(new))):  # a forward pass may need every process
             with listening(new, lambda name, x: self._absorb(name, rows(x, mask))):
                 step(batch)
+            self._raise_together()
 
     def settled(self, tau: float) -> bool:
         """Whether the cosine of the angle to the leading components of a batch ago is tau at least, in all layers."""
@@ -83,9 +87,14 @@ class Components:
                 found[group] = of_first_rank(first)
         return {name: found[group] for name, group in groups.items()}
 
+    def _raise_together(self) -> None:
+        """What one process has found is an error on each: none waits for the others."""
+        raise_all(ConfigError, {why: None for here in all_objects(self._problems[:1]) for why in here}, _WHERE)
+
     def _absorb(self, leader: str, taken: Tensor) -> None:
         if not is_finite(taken):
-            raise ConfigError(f"initialise_from_data: batch {self._batches} gives {leader} inputs that are not finite")
+            self._problems.append(f"batch {self._batches} gives {leader} inputs that are not finite")
+            return
         seen = self._seen[leader]
         before, rank = seen.V, max(self._ranks[name] for name, own in self._leader.items() if own == leader)
         seen.add(taken)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.errors import ConfigError, TargetError, raise_all
 from lightning_lora.from_data.components import Components
 from lightning_lora.from_data.inputs import counted, gradients
 from lightning_lora.inits import EVA
@@ -74,12 +74,13 @@ def by_gradients(
         for name in linears
     }
 
+    odd: list[str] = []
+
     def take(name: str, x: Tensor, delta: Tensor) -> None:
-        if not (is_finite(x) and is_finite(delta)):
-            raise ConfigError(
-                f"initialise_from_data: the inputs of {name}, or gradients of its outputs, are not finite in a batch"
-            )
-        sketches[name].add(x, delta)
+        if is_finite(x) and is_finite(delta):
+            sketches[name].add(x, delta)
+        else:
+            odd.append(f"the inputs of {name}, or gradients of its outputs, are not finite in a batch")
 
     for batch in _together(batches, GRADIENT_BATCHES, lambda: False):
         with torch.enable_grad(), gradients(linears, take):
@@ -90,6 +91,8 @@ def by_gradients(
                     "training_step (or forward=...) has to return it"
                 )
             torch.autograd.backward(loss)
+        problems = {why: None for here in all_objects(odd[:1]) for why in here}  # of any process, on each
+        raise_all(ConfigError, problems, "initialise_from_data")
     each = all_objects([name for name, sketch in sketches.items() if sketch.Y is not None])
     reached = [name for name in each[0] if all(name in other for other in each)]
     if not reached:

@@ -1,11 +1,12 @@
 """Adapters alone load strictly: ``model.load_state_dict(torch.load(best)["state_dict"])`` does not miss the base."""
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.injection.trained import trained_tensors
+from lightning_lora.marks import merged_layers, merged_problems
 from lightning_lora.methods.active import adapter_names
 from lightning_lora.names import clean
 
@@ -27,15 +28,25 @@ def take_nothing_alone(model: nn.Module) -> None:
             handle.remove()
 
 
-def _look(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Where there is something of adapters and no parameter of the base, nothing but adapters can be missing."""
+def _look(model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Where there is something of adapters and no parameter of the base, nothing but adapters can be missing.
+
+    While adapters are merged nothing is loaded: it would not show.
+    """
     vars(model).pop(_MISSED, None)  # of a loading that broke off
     given = {clean(key.removeprefix(prefix)) for key in state_dict if key.startswith(prefix)}
     of_all = {key for key, _ in trained_tensors(model, None)}
     base = {name for key, _ in model.named_parameters(remove_duplicate=False) if (name := clean(key)) not in of_all}
     by_adapter = [{key for key, _ in trained_tensors(model, name)} for name in adapter_names(model)]
-    if (wanted := [keys for keys in by_adapter if keys & given]) and not base & given:
-        vars(model)[_MISSED] = prefix, sorted(set[str]().union(*wanted) - given)
+    wanted = [keys for keys in by_adapter if keys & given]
+    if not wanted or base & given:
+        return
+    vars(model)[_MISSED] = prefix, sorted(set[str]().union(*wanted) - given)
+    if merged_layers(model):
+        *_, errors = rest
+        errors += merged_problems(model, "call ll.unmerge before others are loaded")
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
 
 
 def _forgive(model: nn.Module, incompatible_keys: Any) -> None:

@@ -8,8 +8,8 @@ from lightning_lora.adapters import RowsAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, raise_all
-from lightning_lora.injection.copies import values_of
-from lightning_lora.layers import lora_layers
+from lightning_lora.injection.copies import tensors_of, values_of
+from lightning_lora.layers import lora_layers, named_base_modules
 from lightning_lora.marks import merged_problems
 from lightning_lora.methods.added import added_modules
 from lightning_lora.methods.method import MethodConfig
@@ -71,7 +71,8 @@ def means_the_same(model: nn.Module, config: LoRAConfig | MethodConfig, name: st
 
 
 def _differ(saved: list[str], model: nn.Module, name: str) -> bool:
-    """Whether an adapter trains something in full that lies in none of these modules, or nothing of one of them."""
-    keys = [clean(joined(n, key)) for n, module in model.named_modules() for key, _ in values_of(module, name)]
-    outer = [{each for each in saved if is_within(key, each)} for key in keys]
-    return not all(outer) or set[str]().union(*outer) != {*saved}
+    """Whether what an adapter trains in full is not all of these modules and parameters, and nothing else."""
+    modules = [(clean(n), module) for n, module in named_base_modules(model)]
+    own = {joined(n, key) for n, module in modules for key, _ in values_of(module, name)}
+    keys = {joined(n, key) for n, module in modules for key in tensors_of(module)}
+    return own != {key for key in keys if any(is_within(key, each) for each in saved)}

@@ -15,6 +15,7 @@ from lightning_lora.formats.peft_parts import with_parts
 from lightning_lora.formats.peft_root import peft_root
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.inits import OLoRA, PiSSA
+from lightning_lora.injection.alone import take_adapters_alone
 from lightning_lora.injection.copies import bring, put_in_place, values_of
 from lightning_lora.injection.create import create
 from lightning_lora.injection.freeze import freeze
@@ -84,6 +85,7 @@ def place(
     freeze(model)
     guard(model)
     arrange(model)
+    take_adapters_alone(model)
     for key, table in tables.items():
         with torch.no_grad():
             misfits.own_tensors[key].copy_(table)

@@ -187,7 +187,7 @@ class MethodCallback(CallbackBase):
         """Called when training ends. Warns about what never moved, and refuses what diverged."""
         if self._strategy is not None and self._training is not None:
             self._strategy.rest()
-            self._training.end()
+            self._training.end(stopped=trainer.should_stop)
         self._forget()
 
     @override

@@ -156,8 +156,11 @@ class Training:
                 watch.close()
         self._watches = [watch for watch in self._watches if not watch.done]
 
-    def end(self) -> None:
+    def end(self, stopped: bool) -> None:
         """Training ends. Warns about what never moved, and about what moved and should not. A collective.
+
+        Args:
+            stopped: Whether something stopped the run before its end (EarlyStopping): it may have seen the divergence.
 
         Raises:
             DeadAdapterError: If what was trained is not finite.
@@ -170,7 +173,9 @@ class Training:
             rank_zero_warn(problem)
         odd = [name for name, p in trained_parameters(self._model, self._names) if not is_finite(own_part(p))]
         if found := {name: None for here in all_objects(odd) for name in here}:
-            raise DeadAdapterError(f"{listing(found, 4)}: {DIVERGED}")
+            if not stopped:
+                raise DeadAdapterError(f"{listing(found, 4)}: {DIVERGED}")
+            rank_zero_warn(f"{listing(found, 4)}: {DIVERGED}")
 
     def close(self) -> None:
         """Takes all hooks off."""

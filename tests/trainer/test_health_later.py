@@ -467,3 +467,18 @@ def test_a_run_that_diverged_behind_its_first_steps_does_not_end_as_if_it_had_no
         ll.DeadAdapterError, match=r"net.blocks.0.q.lora.default.B.*: not finite any more. The run diverged"
     ):
         trainer(ll.LoRA(r=2), max_epochs=1).fit(Diverges(), toy_data())
+
+
+def test_what_early_stopping_saw_is_a_warning():
+    """A script goes on with the best checkpoint from there."""
+
+    class Diverges(Lit):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.current_epoch == 1 and batch_idx == 3:
+                with torch.no_grad():
+                    self.net.blocks[0].q.lora["default"].B[0, 0] = torch.nan
+
+    stop = pl.callbacks.EarlyStopping("val_loss", check_finite=True, patience=5)
+    with pytest.warns(UserWarning, match="not finite any more. The run diverged"):
+        trainer(ll.LoRA(r=2), stop, max_epochs=4).fit(Diverges(), toy_data(), toy_data())
+    assert stop.stopped_epoch == 1
