@@ -47,8 +47,8 @@ class AdapterAveraging(CallbackBase):
         start: Which part of the run goes by before the first are, in steps or batches, whichever ends it.
 
     Raises:
-        ConfigError: With everything that is wrong with the arguments.
-        ConfigError: When training begins, with a start if the length of the run is not known.
+        ConfigError: With everything that is wrong with the arguments; when training begins, if there is a start and the
+            length of the run is not known.
         UnsupportedError: When training begins, if parameters are in pieces.
         CheckpointError: If a checkpoint has averages of something else.
 

@@ -26,6 +26,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_list_of_names(value: object) -> bool:
+    """Whether it is a list of strings."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def is_positive_int(value: Any) -> bool:
     """Whether it is an integer of 1 or more: a rank, or a number of things."""
     return is_int(value) and value > 0

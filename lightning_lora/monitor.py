@@ -109,13 +109,13 @@ class LoRAMonitor(CallbackBase):
         """Called when a training batch ends. Logs, if a step of it is to be logged."""
         due, self._in_a_batch = self._is_due(trainer.global_step), trainer.global_step - self._step
         self._step = trainer.global_step
-        if not due:
-            self._norms.clear()
-            self._before.clear()
-            return
-        values = {f"lora/{key}": value for name, sites in self._sites.items() for key, value in self._of(name, sites)}
+        if due:
+            self._log(trainer)
         self._norms.clear()
         self._before.clear()
+
+    def _log(self, trainer: "Trainer") -> None:
+        values = {f"lora/{key}": value for name, sites in self._sites.items() for key, value in self._of(name, sites)}
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -147,16 +147,16 @@ def load_adapters(
             set_adapter(model, active)  # whose values in full are in place goes by it, here as in the file
         except (ConfigError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapters that were active can't be: {error}") from error
+    loaded = False
     try:
         load_adapter_state(model, checkpoint["state_dict"])
-        if changes and not activate:
-            set_adapter(model, before)
+        loaded = True
     except CheckpointError as error:
-        if changes:
-            set_adapter(model, before)
-        saved = meta["adapters"]
-        current = {name: config.to_dict() for name, config in adapters(model).items()}
+        saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
         raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
+    finally:
+        if changes and not (loaded and activate):
+            set_adapter(model, before)
     return notes
 
 

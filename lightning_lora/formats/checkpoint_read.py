@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.checks import is_list_of_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint, places_in_full
@@ -129,14 +130,10 @@ def _check_records(path: str | os.PathLike[str]) -> None:
 def _wrong_kinds(known: Any, in_full: Any, state: Any) -> Iterator[str]:
     if not isinstance(known, dict) or not known or not all(isinstance(name, str) for name in known):
         yield "it does not name its adapters"
-    if not isinstance(in_full, dict) or not all(map(_is_list_of_names, in_full.values())):
+    if not isinstance(in_full, dict) or not all(map(is_list_of_names, in_full.values())):
         yield "it does not name what is trained in full"
     if not isinstance(state, dict) or not all(isinstance(key, str) and len(key) <= MOST_IN_KEY for key in state):
         yield "its state_dict does not name its tensors"
-
-
-def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _config(path: str | os.PathLike[str], name: str, values: Any) -> LoRAConfig:

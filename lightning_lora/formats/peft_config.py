@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.checks import is_alpha, is_int, is_number, is_positive_int, token_problems
+from lightning_lora.checks import is_alpha, is_int, is_list_of_names, is_number, is_positive_int, token_problems
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.names import last_part
 
@@ -113,7 +113,7 @@ def _problems(config: Mapping[str, Any]) -> Iterable[str]:
     for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(name)
         text = isinstance(value, str) and name not in ("modules_to_save", "target_parameters")
-        if not (value is None or text or (isinstance(value, list) and all(isinstance(part, str) for part in value))):
+        if not (value is None or text or is_list_of_names(value)):
             yield f"{name} must be a list of names, got {shown(value)}"
     for name, is_right in (("rank_pattern", _is_small_rank), ("alpha_pattern", _is_alpha)):
         value = config.get(name) or {}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.arguments import name_problems
+from lightning_lora.checks import is_list_of_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, LightningLoRAError, listing, raise_all
 from lightning_lora.formats.peft_config import CONFIG, edited, read_config, shown, start_of
@@ -181,10 +182,6 @@ def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(f"{folder / WEIGHTS}: what it says of its base can't be read ({error})") from error
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     """Where the configuration is not that with which the tensors were written, and entries of a wrong kind."""
     entry = file.entry
@@ -203,9 +200,9 @@ def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
         yield f"{WEIGHTS} calls the adapter {shown(name)}, which is no name"
     yield from (f"{WEIGHTS} {problem}" for problem in noted_problems(entry.get("parts", {})))
     starts, beside = entry.get("starts") or [], entry.get("beside") or []
-    if not _are_names(starts) or len({*starts}) < len(starts):
+    if not is_list_of_names(starts) or len({*starts}) < len(starts):
         yield f"{WEIGHTS} says that {shown(starts)} started with a part of their weights"
-    if not _are_names(beside):
+    if not is_list_of_names(beside):
         yield f"{WEIGHTS} says that other adapters trained {shown(beside)}"
     try:
         LoRAConfig.from_dict(entry.get("config") or {})

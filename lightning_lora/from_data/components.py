@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import ConfigError, TargetError, raise_all
 from lightning_lora.from_data.inputs import Calls, listening, rows
 from lightning_lora.ops.finite import is_finite
-from lightning_lora.ops.sharded import all_objects, of_first_rank
+from lightning_lora.ops.sharded import all_objects, of_any_rank, of_first_rank
 from lightning_lora.ops.streaming import PrincipalRows
 
 _WHERE = "initialise_from_data"
@@ -75,7 +75,7 @@ class Components:
         each = all_objects(self._leader)
         groups = {name: own for name in self._layers if any(own := tuple(leaders.get(name) for leaders in each))}
         if not groups:
-            raise TargetError("initialise_from_data: the batches reach none of the linear layers that have an adapter")
+            raise TargetError(f"{_WHERE}: the batches reach none of the linear layers that have an adapter")
         found: dict[tuple[str | None, ...], PrincipalRows] = {}
         for name, group in groups.items():
             if group not in found:
@@ -89,7 +89,7 @@ class Components:
 
     def _raise_together(self) -> None:
         """What one process has found is an error on each: none waits for the others."""
-        raise_all(ConfigError, {why: None for here in all_objects(self._problems[:1]) for why in here}, _WHERE)
+        raise_all(ConfigError, of_any_rank(self._problems[:1]), _WHERE)
 
     def _absorb(self, leader: str, taken: Tensor) -> None:
         if not is_finite(taken):

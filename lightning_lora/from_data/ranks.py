@@ -12,7 +12,7 @@ from lightning_lora.from_data.inputs import counted, gradients
 from lightning_lora.inits import EVA
 from lightning_lora.layers import LoRALayer
 from lightning_lora.ops.finite import is_finite
-from lightning_lora.ops.sharded import all_objects, world_size
+from lightning_lora.ops.sharded import all_objects, of_any_rank, world_size
 from lightning_lora.ops.sketch import GradientSketch
 from lightning_lora.ops.spread import Share, spread
 from lightning_lora.ops.streaming import PrincipalRows
@@ -91,8 +91,7 @@ def by_gradients(
                     "training_step (or forward=...) has to return it"
                 )
             torch.autograd.backward(loss)
-        problems = {why: None for here in all_objects(odd[:1]) for why in here}  # of any process, on each
-        raise_all(ConfigError, problems, "initialise_from_data")
+        raise_all(ConfigError, of_any_rank(odd[:1]), "initialise_from_data")
     each = all_objects([name for name, sketch in sketches.items() if sketch.Y is not None])
     reached = [name for name in each[0] if all(name in other for other in each)]
     if not reached:

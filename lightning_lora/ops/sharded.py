@@ -155,6 +155,11 @@ def all_objects(value: Any) -> list[Any]:
     return values
 
 
+def of_any_rank(names: list[str]) -> list[str]:
+    """What any rank has of something that is told by name, each once: a collective."""
+    return list(dict.fromkeys(name for here in all_objects(names) for name in here))
+
+
 def of_first_rank(value: Any) -> Any:
     """What the first rank has: a collective."""
     if world_size() == 1:

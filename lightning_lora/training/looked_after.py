@@ -13,7 +13,7 @@ from lightning_lora.layers import lora_layers
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.names import clean
 from lightning_lora.ops.finite import is_finite
-from lightning_lora.ops.sharded import all_objects, own_part
+from lightning_lora.ops.sharded import of_any_rank, own_part
 from lightning_lora.optim import RATIO, require_trained, without_ratio
 from lightning_lora.state import trained_parameters
 from lightning_lora.training.attached import Attached, tells_steps
@@ -172,7 +172,7 @@ class Training:
         if (problem := self._base.changed()) is not None:
             rank_zero_warn(problem)
         odd = [name for name, p in trained_parameters(self._model, self._names) if not is_finite(own_part(p))]
-        if found := {name: None for here in all_objects(odd) for name in here}:
+        if found := of_any_rank(odd):
             if not stopped:
                 raise DeadAdapterError(f"{listing(found, 4)}: {DIVERGED}")
             rank_zero_warn(f"{listing(found, 4)}: {DIVERGED}")
