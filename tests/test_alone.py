@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import lightning_lora as ll
 from lightning_lora.comparators.bitfit import BitFitConfig
 from lightning_lora.comparators.bottleneck import BottleneckConfig
 from lightning_lora.comparators.prefix import PrefixTuningConfig
+from lightning_lora.methods.active import active_adapters
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
 from tests.helpers.modules import trainer
@@ -153,6 +155,92 @@ def test_one_of_several():
     model.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in ll.adapter_state_dict(model, "two").items())
     assert all(torch.equal(v, before[k]) for k, v in ll.adapter_state_dict(model, "one").items())
+
+
+@pytest.fixture
+def with_heads(tmp_path):
+    """Makes models with two adapters that train a head each, one's of which is in place."""
+
+    def make(*, place: str, seed: int = 0, new: Callable[[], nn.Module] = build, head: str = "head") -> nn.Module:
+        both = new()
+        for name in ("one", "two"):
+            alone = new()
+            ll.inject(alone, ll.LoRAConfig(r=2, lora_alpha=8, modules_to_save=[head]), name)
+            randomise(alone, seed := seed + 1)
+            alone.get_submodule(head).load_state_dict(
+                {k: v + seed for k, v in alone.get_submodule(head).state_dict().items()}
+            )
+            ll.save_adapter(alone, tmp_path / f"{name}-{seed}", name)
+            ll.load_adapter(both, tmp_path / f"{name}-{seed}", name)
+        ll.set_adapter(both, place)
+        return both
+
+    return make
+
+
+def of_each(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    return {name: {k: v.clone() for k, v in ll.adapter_state_dict(model, name).items()} for name in ("one", "two")}
+
+
+def assert_same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensors in wanted.items():
+        assert found[name].keys() == tensors.keys()
+        assert all(torch.equal(found[name][key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("place", ["one", "two"])
+@pytest.mark.parametrize("other", ["one", "two"])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_each_gets_its_own_head(with_heads, place, other, inside, whole):
+    model, trained = with_heads(place=place), with_heads(place=other, seed=7)
+    base = (
+        {} if not whole else {**model.state_dict(), "head.weight": trained.head.weight, "head.bias": trained.head.bias}
+    )
+    state, wanted = {**base, **ll.adapter_state_dict(trained)}, of_each(trained)
+    assert not torch.equal(wanted["one"]["head.weight"], wanted["two"]["head.weight"])
+    if inside:
+        nn.ModuleDict({"net": model}).load_state_dict({f"net.{key}": value for key, value in state.items()})
+    else:
+        model.load_state_dict(state)
+    assert_same(of_each(model), wanted)
+    assert active_adapters(model) == [place]
+
+
+@pytest.mark.parametrize("place", ["one", "two"])
+def test_one_of_several_with_its_head(with_heads, place):
+    model, trained = with_heads(place=place), with_heads(place="two", seed=7)
+    wanted = {"one": of_each(trained)["one"], "two": of_each(model)["two"]}
+    model.load_state_dict(ll.adapter_state_dict(trained, "one"))
+    assert_same(of_each(model), wanted)
+
+
+def test_whose_a_head_is_has_to_be_known(with_heads):
+    model, trained = with_heads(place="one"), with_heads(place="two", seed=7)
+    before, each = of_each(model), of_each(trained)
+    with pytest.raises(RuntimeError, match="head.weight may be of 'one' or of 'two'.*ll.load_adapter"):
+        model.load_state_dict({**each["one"], **each["two"]})
+    assert all(torch.equal(of_each(model)[n][k], before[n][k]) for n in before for k in ("head.weight", "head.bias"))
+
+
+def test_a_head_that_is_missing_or_too_large(with_heads):
+    model, state = with_heads(place="one"), ll.adapter_state_dict(with_heads(place="one", seed=7))
+    kept = state["head.lora.two.bias"]
+    with pytest.raises(RuntimeError, match=r"head.lora.two.bias: \(1,\) given -> \(\d+,\) in the model"):
+        model.load_state_dict({**state, "head.lora.two.bias": kept[:1]})
+    del state["head.bias"]
+    with pytest.raises(RuntimeError, match='Missing key.*: "head.bias"[.]'):
+        model.load_state_dict(state)
+
+
+def test_two_names_of_one_head(with_heads):
+    model = with_heads(place="two", new=FAMILIES["gpt2"].make, head="lm_head")
+    other = with_heads(place="two", new=FAMILIES["gpt2"].make, head="lm_head", seed=7)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    ll.set_adapter(model, "one")
+    model.load_state_dict(ll.adapter_state_dict(other))
+    assert_same(of_each(model), of_each(other))
 
 
 def test_adapters_on_parameters():
