@@ -72,7 +72,8 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
                 f"the adapters of {os.fspath(path)} don't fit what __init__ and configure_model of "
                 f"{module_class.__name__} build (setup is not called here): {'; '.join(problems)}"
             )
-        if len(known) > 1:
+        keys = in_full.get(name, [])
+        if len(known) > 1 or places_in_full(state, keys, name).keys() == {*keys}:
             plans[name], drafted = drafted, replace(drafted, modules_to_save=())
         dtypes = [t.dtype for key, t in state.items() if key.endswith((f".lora.{name}.A", f".lora.{name}.rows"))]
         carry_out(model, config, drafted, name, *dtypes[:1])
@@ -86,7 +87,7 @@ def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[s
 
 
 def _bring(model: nn.Module, state: dict[str, Any], plans: dict[str, Plan], in_full: dict[str, list[str]]) -> None:
-    """Gives each of several adapters what it trains in full; of values for one module those of one are in place."""
+    """Gives each adapter what it trains in full, beside the base's; of a module one's are in place."""
     tree, in_place = nodes(model), list[str]()
     for name, plan in plans.items():
         keys = [key for key in in_full.get(name, ()) if any(is_within(key, s.name) for s in plan.modules_to_save)]

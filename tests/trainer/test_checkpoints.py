@@ -356,6 +356,9 @@ def test_load_from_checkpoint(tmp_path, built, use_dora):
     assert torch.equal(loaded.eval().net(x), module.eval().net(x))
     assert same(ll.adapter_state_dict(module), ll.adapter_state_dict(loaded))
     assert {p.dtype for n, p in loaded.named_parameters() if ".lora." in n} == {torch.bfloat16}
+    with ll.disable_adapters(loaded):
+        assert torch.equal(loaded.net(x), build().eval()(x)), "the base's own head is known"
+    assert torch.equal(loaded.net(x), module.net(x))
 
 
 def test_load_from_checkpoint_says_what_is_wrong(tmp_path):
