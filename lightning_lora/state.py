@@ -55,7 +55,7 @@ def require_low_rank(model: nn.Module, adapter_name: str) -> None:
 
 def require_adapter(model: nn.Module, adapter_name: str) -> LoRAConfig | MethodConfig:
     """The configuration of an adapter. Raises ConfigError if a model has none of that name."""
-    if adapter_name not in (known := adapters(model)):
+    if adapter_name not in [*(known := adapters(model))]:
         raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
     return known[adapter_name]
 

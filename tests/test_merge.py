@@ -86,6 +86,8 @@ def test_rows_are_merged_in_chunks(monkeypatch):
         (lambda m: ll.merge_and_unload(build()), ll.ConfigError, "no adapters"),
         (lambda m: (ll.merge(m.blocks[0]), ll.merge_and_unload(m)), ll.ConfigError, "merged already into blocks.0"),
         (lambda m: ll.merge(m, "defualt"), ll.ConfigError, "Did you mean 'default'"),
+        (lambda m: ll.merge(m, 3), ll.ConfigError, "there is no adapter 3. Known: .'default'."),
+        (lambda m: ll.adapter_state_dict(m, ["default"]), ll.ConfigError, "there is no adapter .'default'.. Known"),
         (lambda m: (ll.merge(m), ll.eject(m)), ll.ConfigError, "ll.unmerge first"),
         (lambda m: (ll.merge(m), ll.inject(m, ll.LoRAConfig(), "new")), ll.ConfigError, "ll.unmerge before"),
     ],

@@ -220,6 +220,9 @@ def test_mixed_batches_in_a_language_model():
         model(input_ids=ids)
     with pytest.raises(ll.ConfigError, match="there is no adapter 'c'"), ll.mixed_batch(model, ["c"]):
         pass
+    for wrong in ("ab", 3, None):
+        with pytest.raises(ll.ConfigError, match=f"takes a list .* got {wrong!r}"), ll.mixed_batch(model, wrong):
+            pass
 
 
 @pytest.mark.parametrize(("family", "table"), [("t5", "relative_attention_bias"), ("gpt2", "wpe")])

@@ -90,8 +90,9 @@ def merge(
             finite, or ``dtype`` is no dtype, or one for quantised layers. The base is what it was.
     """
     layers = dict(lora_layers(model))
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    wanted = None if names is None else list(names)
+    are_several = isinstance(adapter_names, Iterable) and not isinstance(adapter_names, str)
+    names: Any = adapter_names if are_several or adapter_names is None else [adapter_names]
+    wanted: list[str] | None = None if names is None else list(names)
     if isinstance(adapter_names, Mapping):
         raise ConfigError("merge takes names: call ll.set_adapter with the weights, and merge what is active")
     raise_all(ConfigError, merge_problems(model, layers, wanted), "merge")

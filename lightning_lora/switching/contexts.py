@@ -89,6 +89,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         ...     model(torch.ones(3, 16)).shape
         torch.Size([3, 4])
     """
+    if not isinstance(adapter_names, Sequence) or isinstance(adapter_names, str):
+        raise ConfigError(f"mixed_batch takes a list with an adapter, or None, for each sample; got {adapter_names!r}")
     names = dict.fromkeys(name for name in adapter_names if name is not None)
     layers, are_marked, hosts = parts_of(model)
     merged = merged_layers(model)
