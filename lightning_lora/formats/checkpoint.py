@@ -12,6 +12,9 @@
      "versions": {"lightning_lora": ..., "torch": ..., "lightning": ...},
      "rng": the random states of every rank (not in a weights-only file)}
 
+``module_arguments`` or, in a run of LightningCLI, ``hyper_parameters`` name the function that makes the module with its
+adapters (`lightning_lora.loading.instantiate`).
+
 Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it.
 """
 

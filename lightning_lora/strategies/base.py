@@ -27,6 +27,7 @@ from lightning_lora.formats.peft import check_exportable, peft_folder, require_p
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
 from lightning_lora.from_data.settle import adopt_ranks
+from lightning_lora.loading.instantiate import name_instantiator
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import failing_together, gathered_all, is_sharded
 from lightning_lora.optim import Moved
@@ -184,6 +185,7 @@ class StrategyAdapter:
         checkpoint[META] = {**checkpoint.get(META, {}), **describe(self.model, self.base)}
         if checkpoint.get("optimizer_states"):
             checkpoint[META]["optimized"] = pack(names_of(self.model, self.optimizers()))
+        name_instantiator(checkpoint, type(self.model))
         leave_out_base(self.model, checkpoint)
 
     def write_elsewhere(self, original: Callable[..., Any], checkpoint: Any, filepath: Any, options: Any) -> None:

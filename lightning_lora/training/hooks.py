@@ -20,6 +20,7 @@ from lightning_lora.formats.checkpoint import META, complete_averages
 from lightning_lora.formats.rng import collect_rng, gather_rng
 from lightning_lora.injection.create import default_seed
 from lightning_lora.lightning_packages import CallbackBase
+from lightning_lora.loading.instantiate import trust_instantiators
 from lightning_lora.marks import merged_layers
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.method import MethodConfig
@@ -44,6 +45,8 @@ from lightning_lora.training.whole_averages import keep_frozen
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+trust_instantiators()
 
 
 class MethodCallback(CallbackBase):

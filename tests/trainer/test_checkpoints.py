@@ -468,16 +468,18 @@ def test_what_the_modules_own_hook_makes_of_a_checkpoint_is_loaded(tmp_path):
     assert vars(Hooked)["on_load_checkpoint"].__qualname__ == "Hooked.on_load_checkpoint"
 
 
-def test_a_hook_that_can_not_be_followed_is_said(tmp_path):
-    """Files of LightningCLI may name a class below the one that is given."""
-    fit(tmp_path, epochs=1)
-    path = tmp_path / "epoch=0-step=4.ckpt"
-    saved = torch.load(path, weights_only=True)
+@pytest.mark.parametrize("load", [ll.load_from_checkpoint, lambda cls, path: cls.load_from_checkpoint(path)])
+def test_a_class_that_the_file_names(tmp_path, load):
+    """Files of LightningCLI may name one below that which is given."""
     names = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": f"{__name__}.Hooked"}
-    torch.save({**saved, "hyper_parameters": {**saved["hyper_parameters"], **names}}, path)
-    with pytest.raises(ll.CheckpointError, match="Hooked, which has an on_load_checkpoint of its own: give Hooked as"):
-        ll.load_from_checkpoint(pl.LightningModule, path)
-    assert isinstance(ll.load_from_checkpoint(Hooked, path), Hooked)
+    module = Lit()
+    module.save_hyperparameters(names)
+    fit(tmp_path, epochs=1, module=module)
+    loaded = load(pl.LightningModule, tmp_path / "epoch=0-step=4.ckpt")
+    assert isinstance(loaded, Hooked)
+    assert loaded.calls == 1
+    expected = {k: 2 * v if k.endswith(".B") else v for k, v in ll.adapter_state_dict(module).items()}
+    assert same(ll.adapter_state_dict(loaded), expected)
 
 
 # ---- elsewhere -----------------------------------------------------------------------------------------------------------
