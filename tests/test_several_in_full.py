@@ -245,3 +245,26 @@ class TestTheSameInOtherWords:
         ll.load_adapter(again, tmp_path / "folder")
         with pytest.raises(ll.ConfigError, match=f"another configuration: .*{said}.*init_from=... goes on from a file"):
             ll.inject(again, ll.LoRAConfig(**{"r": 2, "lora_alpha": 8, **options}))
+
+
+@pytest.mark.filterwarnings("ignore:.*is trained in full with adapter 'a', and stays as it is")
+def test_the_way_to_a_second_head(folders, x, tmp_path):
+    """Errors about one that another adapter has say what gives each its own."""
+    module = loaded(folders["a"], "a")
+    with pytest.raises(ll.CheckpointError, match="since adapter 'a' has it: before the run call ll.load_adapter.*'b'"):
+        fit(module, lora(adapter_name="b", init_from=folders["b"]), path=tmp_path)
+    module = loaded(folders["a"], "a")
+    ll.load_adapter(module, folders["b"], "b")
+    with pytest.raises(ll.ConfigError, match=r"with adapter 'a': call ll.set_adapter\(model, 'b'\), which has its own"):
+        fit(module, lora(adapter_name="b", **HEAD), path=tmp_path)
+    module = loaded(folders["a"], "a")
+    ll.load_adapter(module, folders["b"], "b")
+    ll.set_adapter(module, "b")
+    path = fit(module, lora(adapter_name="b", **HEAD), path=tmp_path)
+    callbacks = [lora(adapter_name="a", modules_to_save="auto"), lora(adapter_name="b", modules_to_save="auto")]
+    for each in (callbacks, callbacks[::-1]):
+        with pytest.raises(ll.CheckpointError, match="each of them has its own in the file, so let ll.load_from_check"):
+            trainer(*each).validate(Lit(), data(), ckpt_path=path, verbose=False)
+    again = ll.load_from_checkpoint(Lit, path)
+    for name in "ab":
+        assert torch.equal(outputs(again, name, x), outputs(module, name, x))

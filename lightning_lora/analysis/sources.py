@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.base import BaseFiles
-from lightning_lora.files.inspection import damage
+from lightning_lora.formats.damage import damage
 from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers

@@ -45,14 +45,15 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"base: {_base(base) if base else 'not known'}"
     yield f"integrity: all values are finite; {'checksums verified' if found['checksums'] == 'verified' else _NONE}"
     for adapter in found["adapters"]:
-        count, ranks = f"{adapter['parameters']:,}", ", ".join(map(str, adapter["ranks"]))
+        count, ranks, layers = f"{adapter['parameters']:,}", ", ".join(map(str, adapter["ranks"])), adapter["layers"]
+        where = f" on {len(layers)} layers, rank {ranks}" if layers else ""
         yield ""
         yield (
-            f"adapter {adapter['name'] or '(not named)'}: {adapter['kind']} on {len(adapter['layers'])} layers, rank "
-            f"{ranks}, {count} parameters, {format_bytes(adapter['bytes'])}"
+            f"adapter {adapter['name'] or '(not named)'}: {adapter['kind']}{where}, {count} parameters, "
+            f"{format_bytes(adapter['bytes'])}"
         )
-        rows = [layer for layer in adapter["layers"] if "tokens" in layer]
-        yield from _table([_COLUMNS, *(_row(layer) for layer in adapter["layers"] if layer not in rows)])
+        rows = [layer for layer in layers if "tokens" in layer]
+        yield from _table([_COLUMNS, *(_row(layer) for layer in layers if layer not in rows)]) if layers else ()
         for layer in rows:
             yield f"rows of tokens: {layer['name']} {listing([str(token) for token in layer['tokens']])}"
         for part in adapter["in_full"]:

@@ -31,14 +31,14 @@ from lightning_lora.errors import ConfigError, listing, raise_all
 from lightning_lora.injection.copies import bring
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdrawn_on_error
-from lightning_lora.layers import attach, lora_layers
+from lightning_lora.layers import attach
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.methods.active import adapter_names
 from lightning_lora.names import joined, outermost
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.state import low_rank_adapters
-from lightning_lora.switching.chosen import unknown_names, weight_problems
+from lightning_lora.switching.chosen import no_low_rank, weight_problems
 from lightning_lora.targets.walk import Node, nodes
 
 _Layers = Mapping[str, tuple[Node, dict[str, LowRankAdapter]]]
@@ -117,7 +117,6 @@ def combine_adapters(
         'both': cat of 'korean', 'coding' on 1 layers, rank 4
     """
     problems = [*_argument_problems(adapter_name, method, rank, density, seed)]
-    known = {name for _, layer in lora_layers(model) for name in layer.lora}
     if adapter_name in adapter_names(model):
         problems.append(f"adapter_name={adapter_name!r} is taken: ll.delete_adapter removes that one")
     problems += merged_problems(model, "call ll.unmerge first")
@@ -125,7 +124,7 @@ def combine_adapters(
         problems.append(f"weights must map names of adapters to numbers, got {weights!r}")
         raise_all(ConfigError, problems, "combine_adapters")
     weights = dict(weights)
-    problems += unknown_names([*weights], known)
+    problems += no_low_rank(model, weights)
     problems += weight_problems(weights)
     layers, in_full, of_tokens = held(model, weights), trained_in_full(model, weights), held_rows(model, weights)
     problems += [

@@ -26,7 +26,7 @@ from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.switching.chosen import unknown_names
+from lightning_lora.switching.chosen import no_low_rank
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.walk import Node
 
@@ -66,7 +66,7 @@ def to_lora(
     """
     layers = held(model, [adapter_name])
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
-    problems = [*unknown_names([adapter_name], known), *merged_problems(model, "call ll.unmerge first")]
+    problems = [*no_low_rank(model, [adapter_name]), *merged_problems(model, "call ll.unmerge first")]
     problems += [*value_problems({name: here for name, (_, here) in layers.items()}), *_rank_problems(rank, layers)]
     problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]
     raise_all(ConfigError, problems, "to_lora")

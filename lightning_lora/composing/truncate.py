@@ -21,7 +21,7 @@ from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.ops.low_rank import singular_values
 from lightning_lora.ops.norms import accumulation_dtype, row_chunks
-from lightning_lora.switching.chosen import unknown_names
+from lightning_lora.switching.chosen import no_low_rank
 from lightning_lora.targets.walk import Node
 
 
@@ -70,7 +70,7 @@ def truncate(
     """
     layers = held(model, [adapter_name])
     known = {name for _, layer in lora_layers(model) for name in layer.lora}
-    problems = [*_argument_problems(rank, energy), *unknown_names([adapter_name], known)]
+    problems = [*_argument_problems(rank, energy), *no_low_rank(model, [adapter_name])]
     problems += merged_problems(model, "call ll.unmerge first")
     problems += [*value_problems({name: here for name, (_, here) in layers.items()})]
     problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]

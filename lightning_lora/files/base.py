@@ -78,8 +78,9 @@ class BaseFiles:
         stored = self.stored
         if stored.base is None or allow_base_mismatch:
             return []
+        trained = {each for name in stored.trained for each in self._groups.get(name, [name])}
         try:
-            return compare(stored.base, self._fingerprint(), stored.trained)
+            return compare(stored.base, self._fingerprint(), trained)
         except BaseMismatchError as error:
             raise BaseMismatchError(
                 f"{stored.source}: {error}, or allow that they differ (--allow-base-mismatch)"

@@ -1,7 +1,7 @@
 """What is in a checkpoint or a PEFT folder, and whether it is intact: every tensor is read."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
-from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint, stored_in_full
+from lightning_lora.formats.damage import damage, unreadable
 from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import read_folder, require_peft_folder
@@ -41,8 +42,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     meta = checkpoint[META]
-    stored = [checkpoint_adapter(path, checkpoint, name) for name in meta["adapters"]]
-    raise_all(CheckpointError, [problem for each in stored for problem in damage(each)])
+    known = meta["adapters"]
+    of_others = [name for name, values in known.items() if isinstance(values, dict) and "method" in values]
+    stored = {name: checkpoint_adapter(path, checkpoint, name) for name in known if name not in of_others}
+    others = {name: stored_in_full(path, checkpoint, name) for name in of_others}
+    problems = [problem for each in stored.values() for problem in damage(each)]
+    problems += [problem for tensors in others.values() for problem in unreadable(tensors.values())]
+    raise_all(CheckpointError, problems)
     return {
         "path": str(path),
         "format": "checkpoint",
@@ -52,7 +58,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "versions": meta.get("versions", {}),
         "checksums": "none",
         "base": _base(meta["base"], None),
-        "adapters": [_adapter(each) for each in stored],
+        "adapters": [
+            _adapter(stored[name]) if name in stored else _of_other_method(name, config, others[name])
+            for name, config in known.items()
+        ],
     }
 
 
@@ -74,31 +83,6 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def damage(stored: StoredAdapter) -> Iterator[str]:
-    """What is wrong with the tensors of an adapter: all of them are read."""
-    for tensor in _tensors(stored):
-        try:
-            tensor.read()
-        except CheckpointError as error:
-            yield str(error)
-    for name, layer in stored.layers.items():
-        if layer.is_rows:
-            if layer.tensors["rows"].shape[:1] != (len(layer.tokens),) or layer.tensors.keys() != {"rows"}:
-                rows = layer.tensors["rows"].shape
-                yield f"{stored.source}: {name}: its rows are no {len(layer.tokens)} rows of tokens: {rows}"
-            continue
-        for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
-            shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
-            whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
-            if not whole or not _fit(shapes[0], shapes[1], layer.r, stored.depth(layer)):
-                yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
-
-
-def _tensors(stored: StoredAdapter) -> Iterator[StoredTensor]:
-    yield from (tensor for layer in stored.layers.values() for tensor in layer.tensors.values())
-    yield from stored.in_full.values()
-
-
 def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any] | None:
     if fingerprint is None:
         return None if name is None else {"name": name, "sha256": None, "tensors": None, "quantization": None}
@@ -116,17 +100,34 @@ def _adapter(stored: StoredAdapter) -> dict[str, Any]:
         _layer(name, layer, scale(layer.r, layer.lora_alpha), None if layer.is_rows else stored.depth(layer))
         for name, layer in stored.layers.items()
     ]
-    in_full = [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in stored.in_full.items()]
     return {
         "name": stored.adapter_name,
         "kind": "dora" if stored.options["use_dora"] else "lora",
         "ranks": sorted({layer.r for layer in stored.layers.values() if not layer.is_rows}),
         "modules_to_save": stored.modules_to_save,
         "config": stored.fields,
-        **_size(_tensors(stored)),
+        **_size(stored.tensors()),
         "layers": layers,
-        "in_full": in_full,
+        "in_full": _in_full(stored.in_full),
     }
+
+
+def _of_other_method(name: str, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    """What another method than LoRA has, which is on no layers and has no ranks."""
+    return {
+        "name": name,
+        "kind": config["method"],
+        "ranks": [],
+        "modules_to_save": config.get("modules_to_save"),
+        "config": config,
+        **_size(tensors.values()),
+        "layers": [],
+        "in_full": _in_full(tensors),
+    }
+
+
+def _in_full(tensors: dict[str, StoredTensor]) -> list[dict[str, Any]]:
+    return [{"name": key, "shape": [*tensor.shape], **_size([tensor])} for key, tensor in tensors.items()]
 
 
 def _layer(name: str, layer: StoredLayer, scale: float, depth: int | None) -> dict[str, Any]:
@@ -150,13 +151,6 @@ def _layer(name: str, layer: StoredLayer, scale: float, depth: int | None) -> di
         "norm_magnitude": _norm(values.get("magnitude")),
         **_size(layer.tensors.values()),
     }
-
-
-def _fit(A: tuple[int, ...], B: tuple[int, ...], r: int, depth: int | None) -> bool:
-    """Whether these are the shapes of pairs of rank r, for one matrix or for those of a stack, ours or PEFT's."""
-    if depth is not None and len(A) == 3:
-        return len(B) == 3 and A[0] == B[0] and A[1] == B[2] == r
-    return A[0] == B[1] == r * (depth or 1)
 
 
 def _each(factors: dict[str, Tensor], depth: int | None) -> dict[str, Tensor]:

@@ -213,6 +213,7 @@ def _is_same_here(model: nn.Module, name: str, saved: dict[str, Any]) -> bool:
 def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:
     """That what one adapter trained in full belongs to another one here: it would be saved with that."""
     here = {name: keys_in_full(model, name) for name in adapters(model)}
+    listed = [key for keys in in_full.values() for key in keys]
     moved = [
         (old, new, both)
         for old, keys in in_full.items()
@@ -220,8 +221,13 @@ def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:
         if (both := [key for key in keys if key in here[new] and key not in here.get(old, ())])
     ]
     return [
-        f"{listing(keys, 4)}: trained in full with adapter {old!r} -> {new!r}: what neither of them names belongs to "
-        f"the first that finds it, so let the callback of {old!r} come first"
+        f"{listing(keys, 4)}: trained in full with adapter {old!r} -> {new!r}: "
+        + (
+            "each of them has its own in the file, so let ll.load_from_checkpoint make the module"
+            if any(listed.count(key) > 1 for key in keys)
+            else "what neither of them names belongs to the first that finds it, so let the callback of "
+            f"{old!r} come first"
+        )
         for old, new, keys in moved
     ]
 

@@ -87,13 +87,13 @@ def checkpoint_adapter(
             for key in ("lora_dropout", "use_rslora", "use_dora", "bias", "dora_dropout", "init_lora_weights")
         },
         layers={},
+        in_full=stored_in_full(path, checkpoint, name),
         modules_to_save=[],
         beside=[key for keys in in_full.values() for key in keys],
         base=base,
         fields=known[name],
     )
     names, alphas = PeftNames({}, str(path)), config.alpha_pattern or {}
-    own_in_full = {key: own for own, key in places_in_full(state, in_full.get(name, []), name).items()}
     for key, value in state.items():
         module, part = _split(key, name)
         if part is not None:
@@ -104,11 +104,24 @@ def checkpoint_adapter(
             layer.tensors[part] = _stored(f"{path}: {key}", value)
             layer.r = value.shape[-2] if part in ("A", "rows") and value.dim() > 1 else layer.r
             layer.tokens = tokens_of(module, config.trainable_token_indices) if part == "rows" else ()
-        elif key in own_in_full:
-            stored.in_full[own_in_full[key]] = _stored(f"{path}: {key}", value)
     if not stored.layers:
         raise CheckpointError(f"{path} holds no tensors of adapter {name!r}")
     return stored
+
+
+def stored_in_full(
+    path: str | os.PathLike[str], checkpoint: dict[str, Any], adapter_name: str
+) -> dict[str, StoredTensor]:
+    """What an adapter trains in full, by name in the model; of another method than LoRA all that it has.
+
+    Args:
+        path: What the checkpoint is called in errors.
+        checkpoint: What `read_checkpoint` gave.
+        adapter_name: The adapter.
+    """
+    state, keys = checkpoint["state_dict"], checkpoint[META].get("in_full", {}).get(adapter_name, [])
+    places = places_in_full(state, keys, adapter_name)
+    return {key: _stored(f"{path}: {place}", state[place]) for key, place in places.items()}
 
 
 def _check_records(path: str | os.PathLike[str]) -> None:

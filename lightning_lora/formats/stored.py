@@ -112,6 +112,11 @@ class StoredAdapter:
         frozen = {f"{name}.weight" for name in self.layers}
         return [key for key in self.in_full if key in frozen]
 
+    def tensors(self) -> Iterator[StoredTensor]:
+        """All that it has."""
+        yield from (tensor for layer in self.layers.values() for tensor in layer.tensors.values())
+        yield from self.in_full.values()
+
     def depth(self, layer: StoredLayer) -> int | None:
         """How many matrices a layer's weight is a stack of, by its tensors; None for one matrix.
 

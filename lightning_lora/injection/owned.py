@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import base_modules
-from lightning_lora.marks import TRAINED
+from lightning_lora.marks import COPIES, TRAINED
 from lightning_lora.methods.method import MethodConfig
 from lightning_lora.targets import Plan
 from lightning_lora.targets.walk import Node, nodes
@@ -42,9 +42,14 @@ def without_owned(
     reasons = {name: f"trained in full with adapter {owner!r}" for name, owner in owned.items()}
     if _is_asked_for(config, drafted, owned):
         which = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
+        has_own = any(adapter_name in vars(module).get(COPIES, {}) for module in base_modules(model))
         raise ConfigError(
-            f"{config.method}: {which}: leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, "
-            "or train one by one"
+            f"{config.method}: {which}: "
+            + (
+                f"call ll.set_adapter(model, {adapter_name!r}), which has its own"
+                if has_own
+                else f"leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, or train one by one"
+            )
         )
     frozen = [name for name, owner in owned.items() if trained is not None and owner not in trained]
     notes = [f"{name} is {reasons[name]}, and stays as it is in this run" for name in frozen]

@@ -13,10 +13,11 @@ from lightning_lora.formats.peft_parameters import from_peft
 from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
-from lightning_lora.injection.copies import tensors_of, values_of
+from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import LoRALayer, kind_of_layer, original_type
 from lightning_lora.loading.heads import head_hint, size_hint
 from lightning_lora.loading.missing import missing
+from lightning_lora.loading.untrained import not_trained
 from lightning_lora.loading.untying import untying
 from lightning_lora.names import ancestors, joined
 from lightning_lora.targets.choice import whole_and_parts
@@ -239,7 +240,9 @@ class Misfits:
                 f"the model's adapter {self.adapter_name!r} is {' and '.join(odd)}: give the target_modules and "
                 "exclude_modules that the file's was made with, or another adapter_name"
             )
-        yield from self._not_trained()
+        brought = {key: tensor for key, tensor in self.own_tensors.items() if key in self.stored.in_full}
+        config = next(iter(self.held.values())).lora_adapters()[self.adapter_name].config
+        yield from not_trained(self.stored, self.tree, config, self.adapter_name, brought)
         variant = "dora" if self.stored.options["use_dora"] else "lora"
         for name, found in self.found.items():
             if (layer := self.held.get(found.node.name)) is None or not found.stored.r:
@@ -253,18 +256,3 @@ class Misfits:
             new = f"{adapter.variant}, r={adapter.r}, scale {adapter.scaling:g}"
             if old != new:
                 yield f"{name}: {old} in the file -> {new} in the model"
-
-    def _not_trained(self) -> Iterator[str]:
-        """What the file has in full and the model's own adapter does not train: its checkpoints would not fit it."""
-        tree, name = self.tree.values(), self.adapter_name
-        trained = {id(tensors_of(node.module)[key]) for node in tree for key, _ in values_of(node.module, name)}
-        brought = [key for key in self.stored.in_full if key in self.own_tensors and key not in self.stored.tables]
-        if odd := [key for key in brought if id(self.own_tensors[key]) not in trained]:
-            own: Any = next(iter(self.held.values())).lora_adapters()[name].config
-            said = {**self.stored.fields, **(self.stored.entry.get("config") or {})}
-            asked = {key: said.get(key) for key in ("modules_to_save", "bias", "train_norms")}
-            others = [f"{k}={v!r}" for k, v in asked.items() if v not in (None, "none", False, getattr(own, k))]
-            yield (
-                f"the file has {listing(odd, 3)} in full, which the model's adapter {name!r} does not train: ask for "
-                f"the same ({', '.join(others) or 'name it in modules_to_save'})"
-            )

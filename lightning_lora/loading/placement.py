@@ -128,6 +128,7 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
     trained = stored.trained
     for node in tree.values():
         trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
+    trained |= {name for names in parameter_owners(tree).values() if not trained.isdisjoint(names) for name in names}
     try:
         assert stored.base is not None
         return compare(stored.base, fingerprint(root), trained)

@@ -18,11 +18,12 @@ from lightning_lora.merging.report import Comparison, LayerMerge, MergeReport
 from lightning_lora.merging.tied_rows import tied_alike
 from lightning_lora.merging.values import value_problems
 from lightning_lora.methods.active import active_adapters
+from lightning_lora.methods.added import rest, wake
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 from lightning_lora.ops.sharded import is_spread
 from lightning_lora.quantization import is_quantized, quantizer_of
-from lightning_lora.switching.chosen import rival_modules, unknown_names
+from lightning_lora.switching.chosen import as_list, no_low_rank, rival_modules
 from lightning_lora.targets.walk import nodes, parameter_owners
 
 
@@ -72,7 +73,8 @@ def merge(
     untied for as long as it is merged: the other end keeps the base's values. Where tied tables have the same rows
     trained (``trainable_token_indices``) they stay tied.
 
-    Until `unmerge` the model computes with exactly the adapters that were merged: others are not active.
+    Until `unmerge` the model computes with exactly the adapters that were merged: others are not active. (Without
+    ``adapter_names`` what other methods have added stays active.)
 
     Args:
         model: The model, or a part of it.
@@ -90,9 +92,7 @@ def merge(
             finite, or ``dtype`` is no dtype, or one for quantised layers. The base is what it was.
     """
     layers = dict(lora_layers(model))
-    are_several = isinstance(adapter_names, Iterable) and not isinstance(adapter_names, str)
-    names: Any = adapter_names if are_several or adapter_names is None else [adapter_names]
-    wanted: list[str] | None = None if names is None else list(names)
+    wanted = None if adapter_names is None else as_list(adapter_names)
     if isinstance(adapter_names, Mapping):
         raise ConfigError("merge takes names: call ll.set_adapter with the weights, and merge what is active")
     raise_all(ConfigError, merge_problems(model, layers, wanted), "merge")
@@ -127,6 +127,7 @@ def merge(
                 f"merge: {listing(odd, 3)}: with what was merged the weights are too large for their dtype"
             )
         if wanted is not None:
+            rest(model)
             put_in_place(base_modules(model), [*wanted, *active_adapters(model)])
         if probe is None:
             return MergeReport(entries)
@@ -154,6 +155,7 @@ def unmerge(model: nn.Module) -> None:
         if originals.keeps_base:  # a copy that was made while adapters were disabled has the base's
             originals.swap(layer)
         layer.lora_active = originals.active
+    wake(model)
     put_in_place(base_modules(model), active_adapters(model))
 
 
@@ -177,7 +179,7 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
     yield from in_context
     if is_spread(model):
         yield "the model is sharded over ranks: save the adapter, and merge it into the model on one device"
-    yield from unknown_names(wanted or (), known)
+    yield from no_low_rank(model, wanted or ())
     if waiting := [name for name, layer in layers.items() if (q := quantizer_of(layer)) and not q.is_packed(layer)]:
         yield f"{listing(waiting, 3)}: quantised when moved to a device: do that first"
     if merged:

@@ -13,6 +13,7 @@ from lightning_lora.methods.method import MethodConfig
 from lightning_lora.ops.masters import Masters
 
 KEY = "lora_added"  # where a module keeps what was added to it, by adapter
+_RESTING = "_lora_resting"  # on an added module that was active
 
 
 class Added(Masters):
@@ -126,6 +127,20 @@ def add(host: nn.Module, adapter_name: str, module: Added) -> None:
 def mark(module: Added, adapter_name: str) -> None:
     """Marks an added module as trained in full with its adapter."""
     vars(module)[TRAINED] = dict.fromkeys((WHOLE, *module._parameters), adapter_name)
+
+
+def rest(model: nn.Module) -> None:
+    """Leaves out what was added, until `wake`."""
+    for found in added_modules(model):
+        if found.module.active:
+            found.module.active, vars(found.module)[_RESTING] = False, True
+
+
+def wake(model: nn.Module) -> None:
+    """Undoes `rest`."""
+    for found in added_modules(model):
+        if vars(found.module).pop(_RESTING, False):
+            found.module.active = True
 
 
 def remove(host: nn.Module, adapter_name: str) -> None:

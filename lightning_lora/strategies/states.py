@@ -25,7 +25,7 @@ def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> Non
     if sizes != own:
         raise CheckpointError(
             f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
-            "configure_optimizers, loraplus_lr_ratio and modules_to_save"
+            "configure_optimizers, loraplus_lr_ratio, modules_to_save and active adapters (ll.set_adapter)"
         )
 
 

@@ -9,6 +9,7 @@ from lightning_lora.checks import is_alpha
 from lightning_lora.errors import ConfigError, did_you_mean, listing
 from lightning_lora.injection.copies import kept_values, values_of
 from lightning_lora.layers import lora_layers
+from lightning_lora.methods.added import added_modules
 from lightning_lora.names import clean, is_inside, is_within
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.roles import ask
@@ -29,14 +30,18 @@ def weights_of(adapters: object) -> dict[str, float]:
 
 
 def _names_in(adapters: Any) -> list[str]:
-    are_several = isinstance(adapters, Iterable) and not isinstance(adapters, str)
-    names: list[Any] = list(adapters) if are_several else [adapters]
+    names = as_list(adapters)
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(
             f"set_adapter: it takes a name, a list of names, or a mapping from names to weights, got {adapters!r}; "
             "`with ll.disable_adapters(model)` gives the base"
         )
     return names
+
+
+def as_list(names: Any) -> list[Any]:
+    """What may be one name or several."""
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
 
 def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:
@@ -46,6 +51,16 @@ def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:
         for name in names
         if name not in known
     ]
+
+
+def no_low_rank(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which of some names are of no adapter of LoRA."""
+    of_others = {found.adapter_name: found.module.config.method for found in added_modules(model)}
+    known = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora)
+    asked = dict.fromkeys(names)
+    others = [name for name in asked if name in of_others and name not in known]
+    problems = [f"adapter {name!r} is {of_others[name]}: this can be had of LoRA's only" for name in others]
+    return problems + unknown_names([name for name in asked if name not in others], known)
 
 
 def weight_problems(weights: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ from lightning_lora.injection.copies import put_in_place, values_of
 from lightning_lora.layers import LoRALayer, Mixture, ReadWeight, lora_layers
 from lightning_lora.marks import MERGED, SUSPENDED, Context, merged_layers
 from lightning_lora.methods.added import added_to
-from lightning_lora.switching.chosen import other_tables, unknown_names
+from lightning_lora.switching.chosen import no_low_rank, other_tables
 from lightning_lora.switching.merged import base_in_place
 from lightning_lora.switching.parts import marked_modules, parts_of
 
@@ -95,11 +95,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     layers, are_marked, hosts = parts_of(model)
     merged = merged_layers(model)
     problems = [f"adapters are merged into {listing(merged)}: call ll.unmerge first"] if merged else []
-    problems += unknown_names([*names], {name for layer in layers for name in layer.lora})
+    problems += (unknown := no_low_rank(model, names))
     problems += [
         f"adapter {name!r} has its own {type(module).__name__} (modules_to_save), over which no batch can be mixed"
         for module in (marked_modules(model) if are_marked else ())
-        for name in names
+        for name in (() if unknown else names)
         if any(True for _ in values_of(module, name))
     ][:1]
     problems += [

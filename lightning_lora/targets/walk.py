@@ -1,6 +1,6 @@
 """The modules of a model with all their names, and the parameters that tie them together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -102,7 +102,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else inner
 
 
-def parameter_owners(tree: dict[str, Node]) -> dict[int, list[str]]:
+def parameter_owners(tree: Mapping[str, Node]) -> dict[int, list[str]]:
     """The names of every parameter, by identity: more than one name means that it is tied."""
     owners: dict[int, list[str]] = {}
     for node in tree.values():

@@ -141,3 +141,14 @@ def test_a_model_gets_no_adapter_beside_it(weights, tmp_path, capsys):
     run("export", tmp_path / "run.ckpt", model)
     run("export", tmp_path / "run.ckpt", model)
     assert (model / "tokenizer.json").exists()
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path, capsys):
+    fitted(tmp_path, "llama")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    lost = next(key for key in saved["state_dict"] if key.endswith(".A"))
+    del saved["state_dict"][lost]
+    torch.save(saved, tmp_path / "run.ckpt")
+    said = fails(1, capsys, "export", tmp_path / "run.ckpt", tmp_path / "out")
+    assert f"{lost.partition('.lora.')[0]}: A and B are no matrices of rank" in said
+    assert not (tmp_path / "out").exists()

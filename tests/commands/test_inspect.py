@@ -8,9 +8,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
+from lightning_lora.comparators import Bottleneck
 from lightning_lora.layers import lora_layers
 from tests.commands.files import adapted, fails, fitted, run
 from tests.helpers.families import FAMILIES
+from tests.helpers.modules import Wrapped, one_batch, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6"),  # PEFT's use of transformers
@@ -174,3 +176,23 @@ def test_a_rank_that_is_not_that_of_the_tensors(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "r": 2}))
     for command in ("inspect", "analyze"):
         assert "q_proj: A and B are no matrices of rank 2: [(4, 32), (32, 4)]" in fails(1, capsys, command, tmp_path)
+
+
+def test_other_methods_beside_lora(tmp_path, capsys):
+    made = FAMILIES["bert"]
+    module = Wrapped(made.make)
+    fit = trainer(ll.LoRA(r=2, modules_to_save=None), Bottleneck(bottleneck_size=4, adapter_name="narrow"))
+    fit.fit(module, one_batch(made.batch(module.net)))
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    lora, narrow = told(capsys, tmp_path / "run.ckpt")["adapters"]
+    own = ll.adapter_state_dict(module, "narrow")
+    assert (lora["name"], lora["kind"], narrow["name"], narrow["kind"]) == ("default", "lora", "narrow", "bottleneck")
+    assert narrow.keys() == ADAPTER_KEYS
+    assert narrow["parameters"] == sum(value.numel() for value in own.values())
+    assert {part["name"]: part["shape"] for part in narrow["in_full"]} == {k: [*v.shape] for k, v in own.items()}
+    run("inspect", tmp_path / "run.ckpt")
+    assert f"adapter narrow: bottleneck, {narrow['parameters']:,} parameters, " in capsys.readouterr().out
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    saved["state_dict"][next(iter(own))].view(-1)[0] = float("nan")
+    torch.save(saved, tmp_path / "run.ckpt")
+    assert f"{next(iter(own))}" in fails(1, capsys, "inspect", tmp_path / "run.ckpt")

@@ -180,3 +180,42 @@ def test_a_name_is_of_one_method(tmp_path):
     with pytest.raises(ll.CheckpointError, match="the model has bitfit called 'both': pass another adapter_name"):
         ll.load_adapter(model, tmp_path / "a", adapter_name="both")
     assert {*ll.adapters(model)} == {"both", "a"}
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prefix"])
+def test_what_is_merged_by_name_computes_alone(method):
+    model, made = frozen("llama" if method == "prefix" else "bert"), {**NEUTRAL, **VIRTUAL}[method]
+    x = batch("llama" if method == "prefix" else "bert")
+    ll.inject(model, made, "other")
+    stirred(model)
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=8, use_dora=True, modules_to_save=None), "lora")
+    stirred(model)
+
+    def logits(active):
+        ll.set_adapter(model, active)
+        return model(**x).logits.detach()
+
+    alone, both = logits("lora"), logits(["other", "lora"])
+    assert not torch.allclose(alone, both, atol=1e-3)
+    for names, expected in (("lora", alone), (None, both)):
+        ll.merge(model, names)
+        torch.testing.assert_close(model(**x).logits, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(copy.deepcopy(model)(**x).logits, expected, rtol=1e-9, atol=1e-9)
+        ll.unmerge(model)
+        assert torch.equal(model(**x).logits, both)
+
+
+def test_what_can_be_had_of_loras_only():
+    model = frozen("bert")
+    ll.inject(model, BottleneckConfig(bottleneck_size=4), "other")
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None), "lora")
+    for act in (
+        lambda: ll.merge(model, ["lora", "other"]),
+        lambda: ll.combine_adapters(model, {"lora": 1, "other": 1}, "both"),
+        lambda: ll.to_lora(model, 2, "other"),
+        lambda: ll.truncate(model, 1, adapter_name="other"),
+        lambda: ll.mixed_batch(model, ["lora", "other"]).__enter__(),
+    ):
+        with pytest.raises(ll.ConfigError, match="adapter 'other' is bottleneck: this can be had of LoRA's only") as e:
+            act()
+        assert "there is no adapter" not in str(e.value)

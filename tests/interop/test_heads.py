@@ -8,7 +8,9 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.files.merge import merge_files
-from tests.helpers.families import DECODER, KV
+from tests.commands.files import fitted
+from tests.helpers.families import DECODER, FAMILIES, KV
+from tests.helpers.modules import Wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's use
 BERT, LLAMA = tf.BertConfig, lambda **options: tf.LlamaConfig(**KV, **options)
@@ -116,3 +118,25 @@ def test_a_head_that_peft_can_not_tell_from_others(head, others, tmp_path):
         ll.UnsupportedError, match=f"{head}: PEFT goes by ends of names, and would take {others} for it"
     ):
         ll.save_adapter(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "t5"])
+def test_one_end_of_tied_tables_from_a_checkpoint(tmp_path, family):
+    """The table that the base has under its first name is what the other end's adapter trains."""
+    module = fitted(tmp_path, family, modules_to_save=["lm_head"])
+    fresh = Wrapped(FAMILIES[family].make)
+    ll.load_adapter(fresh, tmp_path / "run.ckpt")
+    own, wanted = ll.adapter_state_dict(fresh), ll.adapter_state_dict(module)
+    assert own.keys() == wanted.keys()
+    assert all(torch.equal(own[key], value) for key, value in wanted.items())
+    FAMILIES[family].make().save_pretrained(tmp_path / "base")
+    merge_files(tmp_path / "base", tmp_path / "run.ckpt", tmp_path / "merged")
+    ll.merge_and_unload(module)
+    merged = type(module.net).from_pretrained(tmp_path / "merged").state_dict()
+    for key, value in module.net.state_dict().items():
+        torch.testing.assert_close(merged[key], value, rtol=0, atol=2e-6)
+    other = Wrapped(FAMILIES[family].make)
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if "layernorm" in n or "layer_norm" in n).add_(1)
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(other, tmp_path / "run.ckpt")
