@@ -4,12 +4,16 @@ from collections.abc import Iterable, Iterator
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.stored import StoredAdapter, StoredTensor
+from lightning_lora.formats.tensors import FLOATS
 
 
 def damage(stored: StoredAdapter) -> Iterator[str]:
     """What is wrong with the tensors of an adapter: all of them are read."""
     yield from unreadable(stored.tensors())
     for name, layer in stored.layers.items():
+        for part, tensor in layer.tensors.items():
+            if tensor.dtype not in FLOATS.values():
+                yield f"{stored.source}: {name}: {part} is {tensor.dtype}, where numbers with a fraction are needed"
         if layer.is_rows:
             if layer.tensors["rows"].shape[:1] != (len(layer.tokens),) or layer.tensors.keys() != {"rows"}:
                 rows = layer.tensors["rows"].shape

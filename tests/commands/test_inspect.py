@@ -156,6 +156,10 @@ def test_damage(tmp_path, capsys):
     A, B = (next(key for key in held if f"q_proj.lora_{part}" in key) for part in "AB")
     save_file({**held, A: torch.ones(4), B: torch.ones(32, 3)}, weights)
     assert "q_proj: A and B are no matrices of rank 4: [(4,), (32, 3)]" in fails(1, capsys, "inspect", tmp_path / "a")
+    save_file({**held, A: held[A].to(torch.int8)}, weights)
+    assert "q_proj: A is torch.int8, where numbers with a fraction are needed" in fails(
+        1, capsys, "inspect", tmp_path / "a"
+    )
     (tmp_path / "a" / "adapter_config.json").write_text("{")
     assert "is no JSON" in fails(1, capsys, "inspect", tmp_path / "a")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "run.ckpt").read_bytes()[:5000])
