@@ -37,12 +37,16 @@ def name_instantiator(checkpoint: dict[str, Any], module_class: type) -> dict[st
         if by in _CLIS:
             checkpoint["hyper_parameters"] = {**saved, _KEY: _OURS_BY_CLI}
         return {}
-    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    arguments = inspect.signature(module_class).parameters.items()
-    if checkpoint.get("hparams_name") in [name for name, argument in arguments if argument.kind not in several]:
+    name = checkpoint.get("hparams_name")
+    if name is not None and _is_argument(name, module_class):
         return {_KEY: _OURS}
     checkpoint[_BESIDE] = {_KEY: _OURS}
     return {}
+
+
+def _is_argument(name: str, module_class: type) -> bool:
+    argument = inspect.signature(module_class).parameters.get(name)
+    return argument is not None and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
 
 
 def trust_instantiators() -> None:
