@@ -40,6 +40,7 @@ class DoRAAdapter(LowRankAdapter):
     def __init__(self, shape: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(shape, **kwargs)
         self.magnitude = nn.Parameter(torch.ones(shape[:-1], dtype=self.A.dtype, device=self.A.device))
+        self._derived: Tensor | None = None  # the magnitude that followed from a weight, which a trained one is not
         # Of the frozen rows, where they can't change unseen. No buffer: averages pair those of a model and of its copy.
         self.squares: Tensor | None = None
         self._squares_of: tuple[int, int] | None = None  # the weight's memory and version to which they belong
@@ -58,6 +59,17 @@ class DoRAAdapter(LowRankAdapter):
         super().initialise(W, A, B, of_the_weight)
         self._take_norms(W)
 
+    @property
+    @override
+    def untouched(self) -> bool:
+        return self.adds_nothing and (self.A.is_meta or not self.initialised or self._is_derived())
+
+    def _is_derived(self) -> bool:
+        derived, magnitude = self._derived, gathered(self.magnitude.detach())
+        return (
+            derived is not None and derived.shape == magnitude.shape and torch.equal(derived.to(magnitude), magnitude)
+        )
+
     @override
     @torch.no_grad()
     def follow(self, host: Host) -> None:
@@ -69,17 +81,20 @@ class DoRAAdapter(LowRankAdapter):
     @torch.no_grad()
     def resize(self, before: Tensor, after: Tensor) -> None:
         """The magnitudes become those with which g is what it was: norms change where rows get longer."""
+        was_derived = self._is_derived()
         gain = gain_of(self.magnitude, merged_row_norms(before, *self.update(), self.scaling))
         super().resize(before, after)
         self.squares = None
         norms = merged_row_norms(after, *self.update(), self.scaling)
         self.magnitude.data = (norms * resized(gain, norms.shape, 1.0)).to(self.magnitude)
         self.magnitude.grad = None
+        self._derived = self.magnitude.detach().to("cpu", copy=True) if was_derived else None
 
     def _take_norms(self, W: Tensor) -> None:
         """The magnitude with which the merged weight is what it is without one; a weight may be packed elsewhere."""
         A, B = (gathered(factor).to(W.device) for factor in self.update())
         copy_whole_(self.magnitude, merged_row_norms(gathered(W), A, B, self.scaling))
+        self._derived = gathered(self.magnitude.detach()).to("cpu", copy=True)
 
     @override
     def forget(self) -> None:

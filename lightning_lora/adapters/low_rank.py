@@ -73,6 +73,11 @@ class LowRankAdapter(Adapter):
     @property
     @override
     def untouched(self) -> bool:
+        return self.adds_nothing
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the update is 0, or there is none yet."""
         if self.A.is_meta or not self.initialised:
             return True
         if self.start_A is not None and self.start_B is not None:

@@ -112,7 +112,7 @@ def _reduced(
     """A and B of less rank with a scale of 1, the norm of the update, and the part of it that is lost."""
     A, B = (factor.to(accumulation_dtype(factor)) for factor in adapter.update())
     A = A * adapter.scaling
-    if adapter.untouched:  # what rounding leaves of an update that is 0 is no direction to learn in
+    if adapter.adds_nothing:  # what rounding leaves of an update that is 0 is no direction to learn in
         B = torch.zeros_like(B)
     most = min(A.shape[-2], *A.shape[-1:], B.shape[-2])
     r = min(rank, most) if rank is not None else min(_rank_for(A, B, float(energy or 1)), most)
