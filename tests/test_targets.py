@@ -673,3 +673,36 @@ def test_the_table():
     assert any(line[:3] == ["classifier", "Linear", "99"] and "full:" in line for line in lines)
     assert lines[-1] == ["total", "6,499", "trainable"] or lines[-1][0] == "total"
     assert "skipped: output embedding" in str(ll.plan(llama(), ll.LoRAConfig()))
+
+
+class Classified(nn.Module):
+    """As timm's models are, which say what their classifier is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.conv_head = nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
+        self.head = nn.ModuleDict({"norm": nn.LayerNorm(8), "fc": nn.Linear(8, 3)})
+
+    def get_classifier(self) -> nn.Module:
+        return self.head["fc"]
+
+
+def test_where_a_model_says_its_classifier_nothing_else_is_a_head():
+    model = nn.ModuleDict({"net": Classified(), "head": nn.Linear(3, 2)})
+    plan = ll.plan(model, ll.LoRAConfig())
+    assert {saved.name for saved in plan.modules_to_save} == {"net.head.fc", "head"}
+    assert [target.name for target in plan.targets] == ["net.body"]
+
+
+def test_a_predictor_is_what_is_new_of_a_detector():
+    """The names are those of torchvision's Faster R-CNN, whose heads are pretrained."""
+    boxes = {
+        "box_head": nn.ModuleDict({"fc6": nn.Linear(8, 8)}),
+        "box_predictor": nn.ModuleDict({"s": nn.Linear(8, 3)}),
+    }
+    detector = nn.ModuleDict({"rpn": nn.ModuleDict({"head": nn.Conv2d(3, 3, 1)}), "roi_heads": nn.ModuleDict(boxes)})
+    plan = ll.plan(detector, ll.LoRAConfig())
+    assert [saved.name for saved in plan.modules_to_save] == ["roi_heads.box_predictor"]
+    assert [target.name for target in plan.targets] == ["roi_heads.box_head.fc6"]
+    speech = nn.ModuleDict({"body": nn.Linear(8, 8), "duration_predictor": nn.Linear(8, 3)})
+    assert not ll.plan(speech, ll.LoRAConfig()).modules_to_save, "it may be a pretrained part"

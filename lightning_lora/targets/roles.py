@@ -131,9 +131,12 @@ def _outside_of_pretrained(pretrained: list[Node], tree: dict[str, Node], roles:
 def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], roles: Roles) -> None:
     """Plain torch modules: what is named like a head, unless nothing would be left to adapt."""
     candidates = [n for n in tree.values() if not is_numbered(n.name) and n.name not in roles.outside]
-    heads = _named_like_heads(candidates, list(tree.values()))
+    heads = _behind_heads(_named_like_heads(candidates, list(tree.values())), tree)
     for node in tree.values():
-        if (classifier := ask(node.module, "get_classifier", name_of)) is not None:
+        if (
+            classifier := ask(node.module, "get_classifier", name_of)
+        ) is not None:  # what else is called so is pretrained
+            heads = {name: reason for name, reason in heads.items() if not is_inside(name, node.name)}
             heads[classifier] = "the classifier of a timm model"
     layers = [n.name for n in tree.values() if n.kind is not None]
     if not all(any(is_within(name, h) for h in heads) for name in layers):
@@ -149,6 +152,16 @@ def _named_like_heads(candidates: list[Node], among: list[Node]) -> dict[str, st
         if next(node.module.parameters(), None) is not None
         and (_HEAD.fullmatch(last_part(node.name)) or (last_part(node.name) == "fc" and node is linears[-1]))
     }
+
+
+def _behind_heads(heads: dict[str, str], tree: dict[str, Node]) -> dict[str, str]:
+    """In torchvision's detectors what is new is the ``box_predictor`` behind a pretrained ``box_head``."""
+    pairs = {name: f"{name.removesuffix('head')}predictor" for name in heads if name.endswith("_head")}
+    pairs = {name: predictor for name, predictor in pairs.items() if predictor in tree}
+    left = {name: reason for name, reason in heads.items() if name not in pairs}
+    if pairs:
+        left = {name: reason for name, reason in left.items() if name.split(".")[-2:] != ["rpn", "head"]}
+    return left | dict.fromkeys(pairs.values(), "the predictor behind a head")
 
 
 def _parts_without(name: str, inner: list[str], tree: dict[str, Node]) -> Iterator[tuple[str, bool]]:
