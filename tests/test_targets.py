@@ -706,3 +706,12 @@ def test_a_predictor_is_what_is_new_of_a_detector():
     assert [target.name for target in plan.targets] == ["roi_heads.box_head.fc6"]
     speech = nn.ModuleDict({"body": nn.Linear(8, 8), "duration_predictor": nn.Linear(8, 3)})
     assert not ll.plan(speech, ll.LoRAConfig()).modules_to_save, "it may be a pretrained part"
+
+
+def test_a_module_that_only_holds_layers_says_how_they_are_named():
+    model = nn.ModuleDict(
+        {"backbone": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "out": nn.Linear(8, 2)}
+    )
+    with pytest.raises(ll.TargetError, match=r"no layer type.*'backbone[.]\*' names the 2 layers in it"):
+        ll.plan(model, ll.LoRAConfig(target_modules=["backbone"]))
+    assert len(ll.plan(model, ll.LoRAConfig(target_modules=["backbone.*"])).targets) == 2

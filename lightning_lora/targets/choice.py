@@ -76,7 +76,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
             choice.notes += [f"{node.name}: {doubt}. It was named, and gets an adapter"] if doubt else []
     if config.target_parameters is not None:
         choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
-    choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, names)) is not None]
+    choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, tree)) is not None]
     both = whole_and_parts(choice.chosen)
     choice.problems += [*blocks.problems(), *(f"{n} gets adapters as a whole and in parts: choose one" for n in both)]
     rows_alone = config.trainable_token_indices is not None and not config.target_modules
@@ -155,10 +155,10 @@ def left_heads(tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: 
     return [f"{name} is not trained ({why}): name it in modules_to_save if it is to be" for name, why in left.items()]
 
 
-def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) -> str | None:
+def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, tree: dict[str, Node]) -> str | None:
     """Every pattern of target_modules must match a layer that can have an adapter."""
     if not hits:
-        return unmatched("target_modules", pattern, names)
+        return unmatched("target_modules", pattern, [name for node in tree.values() for name in node.names])
     kinds, obstacles = [node for node in hits if node.kind is not None] or hits, {}
     for node in kinds:
         if (why := probe.obstacle(node)) is None:
@@ -167,6 +167,11 @@ def _no_use(pattern: Pattern, hits: list[Node], probe: Probe, names: list[str]) 
     reasons = listing([f"{name}: {why}" for name, why in obstacles.items()], 3)
     read = matrices(kinds)[:1]
     hint = f". What it reads can be: target_parameters={read}" if read else ""
+    for hit in [] if read else hits:
+        within = [n for n in tree.values() if n.kind is not None and is_inside(n.name, hit.name)]
+        if count := sum(probe.obstacle(node) is None for node in within):
+            hint = f". '{hit.name}.*' names the {count} layers in it"
+            break
     return f"target_modules: {pattern.text!r} matches nothing that can be adapted ({reasons}){hint}"
 
 
