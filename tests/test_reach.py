@@ -77,3 +77,25 @@ def test_layers_that_are_packed_count_whole():
 def test_it_is_a_warning():
     with pytest.warns(UserWarning, match="adapters are on 128 of 5,248 weights"):
         ll.inject(Recurrent(), ll.LoRAConfig(r=2))
+
+
+class Linear(nn.Module):
+    """As graph networks have their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_linears_that_are_not_torchs_own():
+    model = nn.ModuleDict({"conv": nn.ModuleDict({"lin": Linear(), "lin_r": Linear()}), "out": nn.Linear(8, 8)})
+    (note,) = ll.plan(model, ll.LoRAConfig(r=2)).notes
+    assert note.startswith("conv.lin, conv.lin_r: of tests.test_reach.Linear, which is no torch.nn.Linear")
+    assert "target_parameters=['lin.weight', 'lin_r.weight'] adapts it" in note
+    plan = ll.plan(model, ll.LoRAConfig(r=2, target_parameters=["lin.weight", "lin_r.weight"]))
+    assert [target.name for target in plan.targets] == ["out", "conv.lin.weight", "conv.lin_r.weight"]
+    for options in ({"exclude_modules": ["conv.*", "lin", "lin_r"]}, {"modules_to_save": ["conv"]}):
+        assert not ll.plan(model, ll.LoRAConfig(r=2, **options)).notes

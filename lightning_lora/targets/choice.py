@@ -15,7 +15,7 @@ from lightning_lora.targets.kinds import in_attention, in_mlp
 from lightning_lora.targets.parameters import chosen_parameters
 from lightning_lora.targets.patterns import Pattern, modules_within, parse, tails, unmatched
 from lightning_lora.targets.probe import Probe
-from lightning_lora.targets.reach import little_reached, matrices, ways_in
+from lightning_lora.targets.reach import little_reached, matrices, other_linears, ways_in
 from lightning_lora.targets.roles import FROZEN, Roles
 from lightning_lora.targets.saved import SavedModule
 from lightning_lora.targets.walk import Node
@@ -84,7 +84,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
     elif "all-linear" in words and config.target_parameters is None:
         meant = [node for node in tree.values() if node.name not in excluded and blocks.admits(node.names)]
-        choice.notes += little_reached(meant, choice.chosen, in_full)
+        choice.notes += other_linears(meant, in_full) or little_reached(meant, choice.chosen, in_full)
     return choice
 
 

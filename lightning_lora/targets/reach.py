@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.errors import listing
 from lightning_lora.layers import Part
-from lightning_lora.names import is_within, joined
+from lightning_lora.names import is_within, joined, last_part
 from lightning_lora.targets.parameters import EXPERTS, is_stack_of_experts
 from lightning_lora.targets.walk import Node, own_parameters
 
@@ -41,6 +41,30 @@ def little_reached(meant: Iterable[Node], chosen: list[Node], in_full: Collectio
     return [
         f"adapters are on {reached:,} of {reached + outside:,} weights, as most are in no linear layers. "
         f"{ways_in(others)}"
+    ]
+
+
+def other_linears(meant: Iterable[Node], in_full: Collection[str]) -> list[str]:
+    """A note on layers that are called Linear and are no torch.nn.Linear: "all-linear" does not mean them.
+
+    Args:
+        meant: The modules without those that the user leaves out.
+        in_full: Names of what is trained in full.
+    """
+    found = [
+        node
+        for node in meant
+        if node.kind is None and node.cls.__name__ == "Linear" and not issubclass(node.cls, nn.Linear)
+        if not any(is_within(node.name, outer) for outer in in_full)
+        if any(key == "weight" and p.requires_grad for key, p in _matrices(node))
+    ]
+    if not found:
+        return []
+    ends = list(dict.fromkeys(f"{last_part(node.name)}.weight" for node in found))
+    types = listing(dict.fromkeys(f"{node.cls.__module__}.Linear" for node in found), 2)
+    return [
+        f"{listing([node.name for node in found], 3)}: of {types}, which is no torch.nn.Linear, and left as it is: "
+        f"target_parameters={ends} adapts it"
     ]
 
 
