@@ -214,6 +214,8 @@ def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:
     """That what one adapter trained in full belongs to another one here: it would be saved with that."""
     here = {name: keys_in_full(model, name) for name in adapters(model)}
     listed = [key for keys in in_full.values() for key in keys]
+    each = "each of them has its own in the file, so let ll.load_from_checkpoint make the module"
+    first = "what neither of them names belongs to the first that finds it, so let the callback of {!r} come first"
     moved = [
         (old, new, both)
         for old, keys in in_full.items()
@@ -222,12 +224,7 @@ def _other_owners(model: nn.Module, in_full: dict[str, list[str]]) -> list[str]:
     ]
     return [
         f"{listing(keys, 4)}: trained in full with adapter {old!r} -> {new!r}: "
-        + (
-            "each of them has its own in the file, so let ll.load_from_checkpoint make the module"
-            if any(listed.count(key) > 1 for key in keys)
-            else "what neither of them names belongs to the first that finds it, so let the callback of "
-            f"{old!r} come first"
-        )
+        f"{each if any(listed.count(key) > 1 for key in keys) else first.format(old)}"
         for old, new, keys in moved
     ]
 

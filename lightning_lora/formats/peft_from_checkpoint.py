@@ -68,7 +68,7 @@ def export_read(
         The adapter's name.
 
     Raises:
-        CheckpointError: If it holds no such adapter, or values that are not finite.
+        CheckpointError: If it holds no such adapter, not all of it, or values that are not finite.
         UnsupportedError: If PEFT would compute something else with it, naming the layers.
         ConfigError: If the folder can't be replaced or holds a model, or there is no adapter of that name.
     """

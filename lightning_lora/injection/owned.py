@@ -42,15 +42,10 @@ def without_owned(
     reasons = {name: f"trained in full with adapter {owner!r}" for name, owner in owned.items()}
     if _is_asked_for(config, drafted, owned):
         which = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
-        has_own = any(adapter_name in vars(module).get(COPIES, {}) for module in base_modules(model))
-        raise ConfigError(
-            f"{config.method}: {which}: "
-            + (
-                f"call ll.set_adapter(model, {adapter_name!r}), which has its own"
-                if has_own
-                else f"leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, or train one by one"
-            )
-        )
+        way_out = f"leave it out of modules_to_save (and bias, train_norms) of {adapter_name!r}, or train one by one"
+        if any(adapter_name in vars(module).get(COPIES, {}) for module in base_modules(model)):
+            way_out = f"call ll.set_adapter(model, {adapter_name!r}), which has its own"
+        raise ConfigError(f"{config.method}: {which}: {way_out}")
     frozen = [name for name, owner in owned.items() if trained is not None and owner not in trained]
     notes = [f"{name} is {reasons[name]}, and stays as it is in this run" for name in frozen]
     kept = tuple(saved for saved in drafted.modules_to_save if saved.name not in owned)
