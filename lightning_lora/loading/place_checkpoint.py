@@ -38,7 +38,8 @@ def place_checkpoint(model: nn.Module, checkpoint: dict[str, Any], in_file: Coll
     """
     if not is_adapter_checkpoint(checkpoint):
         return  # the module's hook made another one of it
-    state, meta, own = checkpoint["state_dict"], check_format(checkpoint), model.state_dict().keys()
+    meta, own, given = check_format(checkpoint), model.state_dict().keys(), checkpoint["state_dict"]
+    state: dict[str, Any] = {key: v.cpu() if isinstance(v, Tensor) else v for key, v in given.items()}
     known, in_full = meta["adapters"], meta.get("in_full", {})
     trained = {key for keys in in_full.values() for key in keys}  # takes no place of the base's own
     model.load_state_dict({k: v for k, v in state.items() if k in own and k not in trained}, strict=False)
@@ -61,7 +62,7 @@ def place_checkpoint(model: nn.Module, checkpoint: dict[str, Any], in_file: Coll
     rest = {key: value for key, value in state.items() if key not in loaded}
     for note in load_adapters(model, {**checkpoint, "state_dict": rest}, fingerprint(model)):
         warnings.warn(note, stacklevel=2)
-    device = next(value.device for value in state.values() if isinstance(value, Tensor))  # where Lightning puts it
+    device = next(value.device for value in given.values() if isinstance(value, Tensor))  # where Lightning puts it
     checkpoint["state_dict"] = {k: v.to(device) for k, v in adapter_state_dict(model).items()} | extra_state(model)
 
 
