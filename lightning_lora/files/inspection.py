@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
-from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint, stored_in_full
+from lightning_lora.formats.checkpoint_read import checkpoint_adapter, other_method, read_checkpoint, stored_in_full
 from lightning_lora.formats.damage import damage, unreadable
 from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import apart, base_problems
@@ -43,7 +43,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     meta = checkpoint[META]
     known = meta["adapters"]
-    of_others = [name for name, values in known.items() if isinstance(values, dict) and "method" in values]
+    of_others = [name for name, config in known.items() if other_method(config) is not None]
     stored = {name: checkpoint_adapter(path, checkpoint, name) for name in known if name not in of_others}
     others = {name: stored_in_full(path, checkpoint, name) for name in of_others}
     problems = [problem for each in stored.values() for problem in damage(each)]

@@ -70,7 +70,7 @@ def checkpoint_adapter(
             else " Say which by adapter_name (--adapter of a command), or make a folder of one: lightning-lora export."
         )
         raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
-    if isinstance(known[name], dict) and (method := known[name].get("method")) is not None:
+    if (method := other_method(known[name])) is not None:
         raise UnsupportedError(
             f"{path}: adapter {name!r} is {method}: ll.load_from_checkpoint loads it, and a run that goes on from it"
         )
@@ -107,6 +107,11 @@ def checkpoint_adapter(
     if not stored.layers:
         raise CheckpointError(f"{path} holds no tensors of adapter {name!r}")
     return stored
+
+
+def other_method(config: Any) -> str | None:
+    """The method of an adapter in a checkpoint, by its configuration there, if that is another one than LoRA."""
+    return config.get("method") if isinstance(config, dict) else None
 
 
 def stored_in_full(

@@ -10,6 +10,11 @@ from lightning_lora.formats.tensors import FLOATS
 def damage(stored: StoredAdapter) -> Iterator[str]:
     """What is wrong with the tensors of an adapter: all of them are read."""
     yield from unreadable(stored.tensors())
+    yield from misshapen(stored)
+
+
+def misshapen(stored: StoredAdapter) -> Iterator[str]:
+    """What is missing, or is no matrix of its layer's rank: values are not read."""
     for name, layer in stored.layers.items():
         for part, tensor in layer.tensors.items():
             if tensor.dtype not in FLOATS.values():

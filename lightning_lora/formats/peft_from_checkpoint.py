@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
-from lightning_lora.formats.damage import damage
+from lightning_lora.formats.damage import misshapen
 from lightning_lora.formats.fingerprint import unpack, within
 from lightning_lora.formats.peft_names import PREFIX
 from lightning_lora.formats.peft_parameters import stacked_for_peft
@@ -75,7 +75,7 @@ def export_read(
     check_no_model(folder)
     stored = checkpoint_adapter(path, whole, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name), "export")
-    raise_all(CheckpointError, damage(stored))
+    raise_all(CheckpointError, misshapen(stored))  # values are looked at when they are read
     name, meta = str(stored.adapter_name), whole[META]
     record = _record(path, meta, name)
     raise_all(UnsupportedError, record["problems"], f"PEFT can't have adapter {name!r}")
