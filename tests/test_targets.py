@@ -262,6 +262,12 @@ def test_the_head_of_a_frozen_judge_is_not_trained():
     """But where everything is frozen: then the user did what LoRA does."""
     found = ll.plan(Judged(frozen=True), ll.LoRAConfig(r=2))
     assert [saved.name for saved in found.modules_to_save] == ["net.head"]
+    assert found.skipped["judge.head"] == "frozen before LoRA came, beside net, which was not"
+    assert not found.notes
+    other = Judged(frozen=True)
+    other.judge.more = nn.Linear(8, 8).requires_grad_(False)  # it is no twin any more
+    found = ll.plan(other, ll.LoRAConfig(r=2))
+    assert [saved.name for saved in found.modules_to_save] == ["net.head"]
     assert found.skipped["judge.head"] == "a head that was frozen before LoRA came"
     assert not found.notes
     both = ["net.head", "judge.head"]

@@ -1,6 +1,7 @@
 """Which layers get an adapter, and why the others do not."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from lightning_lora.targets.probe import Probe
 from lightning_lora.targets.reach import little_reached, matrices, other_linears, ways_in
 from lightning_lora.targets.roles import FROZEN, Roles
 from lightning_lora.targets.saved import SavedModule
+from lightning_lora.targets.twins import meant
 from lightning_lora.targets.walk import Node
 
 
@@ -39,7 +41,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     by_tail = tails(tree)
     hits = {p.text: [n for n in by_tail.get(p.tail, ()) if any(map(p.matches, n.names))] for p in patterns}
     hits = {text: [part for node in nodes for part in _read_parts(node, tree)] for text, nodes in hits.items()}
-    hits = {text: _outermost(nodes) for text, nodes in hits.items()}
+    hits = {text: meant(_outermost(nodes), roles.twins, attrgetter("name")) for text, nodes in hits.items()}
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
@@ -75,7 +77,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
             choice.chosen.append(node)
             choice.notes += [f"{node.name}: {doubt}. It was named, and gets an adapter"] if doubt else []
     if config.target_parameters is not None:
-        choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, choice.problems)
+        choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, roles.twins, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, tree)) is not None]
     both = whole_and_parts(choice.chosen)
     choice.problems += [*blocks.problems(), *(f"{n} gets adapters as a whole and in parts: choose one" for n in both)]
@@ -83,8 +85,8 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     if not choice.chosen and not choice.problems and not rows_alone:
         choice.problems.append(_nothing_left(config, choice.skipped, tree))
     elif "all-linear" in words and config.target_parameters is None:
-        meant = [node for node in tree.values() if node.name not in excluded and blocks.admits(node.names)]
-        choice.notes += other_linears(meant, in_full) or little_reached(meant, choice.chosen, in_full)
+        left = [node for node in tree.values() if node.name not in excluded and blocks.admits(node.names)]
+        choice.notes += other_linears(left, in_full) or little_reached(left, choice.chosen, in_full)
     return choice
 
 
@@ -132,8 +134,8 @@ def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:
 
 def _excluded(tree: dict[str, Node], wanted: Patterns | None, roles: Roles, problems: list[str]) -> set[str]:
     words, patterns = _split(wanted) if wanted is not None else (set[str](), [])
-    meant = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
-    return meant | modules_within("exclude_modules", patterns, tree, problems)
+    by_word = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
+    return by_word | modules_within("exclude_modules", patterns, tree, problems)
 
 
 def left_heads(tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: Roles) -> list[str]:

@@ -1,7 +1,7 @@
 """target_parameters: parameters that are read, not called."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig, Patterns
 from lightning_lora.layers import ReadWeight, StandIn, kind_of, original_type
 from lightning_lora.names import is_within, joined
 from lightning_lora.targets.patterns import Pattern, parse, unmatched
+from lightning_lora.targets.twins import meant
 from lightning_lora.targets.walk import Node, own_parameters
 
 EXPERTS = "experts"
@@ -29,7 +30,12 @@ def _is_parameter(tree: dict[str, Node], name: str) -> bool:
 
 
 def chosen_parameters(
-    tree: dict[str, Node], config: LoRAConfig, taken: list[Node], in_full: set[str], problems: list[str]
+    tree: dict[str, Node],
+    config: LoRAConfig,
+    taken: list[Node],
+    in_full: set[str],
+    twins: Collection[str],
+    problems: list[str],
 ) -> list[Node]:
     """What target_parameters adds to the layers that are adapted.
 
@@ -38,6 +44,7 @@ def chosen_parameters(
         config: What is asked for.
         taken: The layers that are adapted anyway.
         in_full: Names of modules and parameters that are trained in full.
+        twins: Names of frozen twins.
         problems: Gets what is wrong.
 
     Returns:
@@ -57,7 +64,7 @@ def chosen_parameters(
             hits = [name for name in parameters if pattern.matches(name)]
             if not hits:
                 problems.append(unmatched("target_parameters", pattern, [*parameters]))
-        for name in hits:
+        for name in meant(hits, twins, str):
             node = _node(tree, name)
             if any(is_within(name, outer) for outer in in_full):
                 problems.append(f"target_parameters: {name} is trained in full: choose one")

@@ -13,6 +13,7 @@ from lightning_lora.errors import ConfigError, TargetError, listing, raise_all
 from lightning_lora.layers import Part
 from lightning_lora.marks import BROKEN
 from lightning_lora.methods.method import Addition, MethodConfig
+from lightning_lora.names import is_within
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose, left_heads
 from lightning_lora.targets.parameters import is_undropped, type_of
@@ -123,14 +124,15 @@ def draft(
     roles, problems = find_roles(tree), list[str]()
     left = left_heads(tree, config, roles)
     saved = saved_modules(tree, config, roles, problems)
+    own = {name: node for name, node in tree.items() if not any(is_within(name, twin) for twin in roles.twins)}
     if isinstance(config, MethodConfig):
-        return _draft_method(tree, config, saved, problems)
+        return _draft_method(own, config, saved, problems)
     choice = choose(tree, config, roles, saved)
     bad_weights = {node.name: why for node in choice.chosen if (why := weight_problem(node))}
     usable = [node for node in choice.chosen if node.name not in bad_weights]
     problems += [*choice.problems, *bad_weights.values()]
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
-    rows = table_rows(tree, config, choice.chosen, in_full, problems)
+    rows = table_rows(tree, config, choice.chosen, in_full, roles.twins, problems)
     owners = parameter_owners(tree)
     targets = _targets(usable, owners, config, problems)
     high = [
@@ -146,8 +148,8 @@ def draft(
             "there"
         )
     left += own_left(tree, config, saved)
-    saved += norms(tree, config, saved, problems)
-    saved += biases(tree, config, usable, saved)
+    saved += norms(own, config, saved, problems)
+    saved += biases(own, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
 
 

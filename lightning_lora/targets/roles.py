@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import base_modules
-from lightning_lora.marks import TRAINED, was_trainable
+from lightning_lora.marks import was_trainable
 from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
 from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
+from lightning_lora.targets.twins import frozen_twins, trainable_parameters
 from lightning_lora.targets.walk import Node, own_parameters, unwrapped
 
 FROZEN = "a head that was frozen before LoRA came"
@@ -31,10 +32,11 @@ class Roles:
     heads: dict[str, str] = field(default_factory=dict)  # new: to be trained in full
     outside: dict[str, str] = field(default_factory=dict)  # neither new nor part of the backbone
     routers: dict[str, str] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)  # frozen, beside others of their kind that are not
 
     def reason_against(self, name: str) -> str | None:
         """Why a layer does not count as a dense linear of the backbone; None when it does."""
-        for role in (self.routers, self.outside, self.heads):
+        for role in (self.twins, self.routers, self.outside, self.heads):
             for outer, reason in role.items():
                 if is_within(name, outer):
                     return reason
@@ -54,22 +56,19 @@ def find_roles(tree: dict[str, Node]) -> Roles:
     else:
         _heads_of_plain_modules(tree, name_of, roles)
     roles.heads = {name: roles.heads[name] for name in outermost(roles.heads)}
-    _leave_frozen(tree, roles)
+    trainable = trainable_parameters(tree)
+    roles.twins = frozen_twins(tree, trainable)
+    _leave_frozen(trainable, roles)
     return roles
 
 
-def _leave_frozen(tree: dict[str, Node], roles: Roles) -> None:
+def _leave_frozen(trainable: list[str], roles: Roles) -> None:
     """A head that the user froze, where not everything is frozen, is that of a teacher or a judge, and no new one."""
-    trainable = [
-        joined(node.name, key)
-        for node in tree.values()
-        for key, _ in own_parameters(node.module)
-        if was_trainable(node.module, key) or key in vars(node.module).get(TRAINED, ())
-    ]
     for name in [*roles.heads] if trainable else ():
         if not any(is_within(key, name) for key in trainable):
             del roles.heads[name]
-            roles.outside[name] = FROZEN
+            if not any(is_within(name, twin) for twin in roles.twins):
+                roles.outside[name] = FROZEN
 
 
 def _output_embeddings(tree: dict[str, Node], name_of: dict[int, str], pretrained: list[Node]) -> dict[str, str]:

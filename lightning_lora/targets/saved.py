@@ -16,6 +16,7 @@ from lightning_lora.names import is_within, joined, outermost
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.roles import Roles
+from lightning_lora.targets.twins import meant
 from lightning_lora.targets.walk import Node, own_parameters
 
 _LISTS = (nn.ParameterList, nn.ParameterDict)
@@ -49,7 +50,7 @@ def saved_modules(
             hits += [name for name in parameters if pattern.matches(name)]
             if not hits:
                 problems.append(unmatched("modules_to_save", pattern, [*tree, *parameters]))
-            wanted.update(dict.fromkeys(hits, "modules_to_save"))
+            wanted.update(dict.fromkeys(meant(hits, roles.twins, str), "modules_to_save"))
         wanted = {name: wanted[name] for name in outermost(wanted)}
     return tuple(filter(None, (_saved(name, why, tree, parameters, problems) for name, why in wanted.items())))
 

@@ -1,6 +1,7 @@
 """trainable_token_indices: rows of token tables that are trained one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,6 +13,7 @@ from lightning_lora.targets.kinds import pretrained_models
 from lightning_lora.targets.patterns import parse, unmatched
 from lightning_lora.targets.probe import Probe, weight_problem
 from lightning_lora.targets.roles import ask
+from lightning_lora.targets.twins import meant
 from lightning_lora.targets.walk import Node
 
 
@@ -24,7 +26,12 @@ class TableRows(NamedTuple):
 
 
 def table_rows(
-    tree: dict[str, Node], config: LoRAConfig, taken: list[Node], in_full: set[str], problems: list[str]
+    tree: dict[str, Node],
+    config: LoRAConfig,
+    taken: list[Node],
+    in_full: set[str],
+    twins: Collection[str],
+    problems: list[str],
 ) -> list[TableRows]:
     """The rows that trainable_token_indices names, also where a layer's table is tied to such a one.
 
@@ -33,11 +40,12 @@ def table_rows(
         config: What is asked for.
         taken: The layers that are adapted.
         in_full: Names of modules and parameters that are trained in full.
+        twins: Names of frozen twins.
         problems: Gets what is wrong.
     """
     found: list[TableRows] = []
     probe = Probe(config)
-    for first, tokens in _wanted(tree, config, problems):
+    for first, tokens in _wanted(tree, config, twins, problems):
         group = tied_tables(tree, first)
         if any(other.node is group[0] for other in found):
             if tokens != next(other.tokens for other in found if other.node is group[0]):
@@ -52,11 +60,13 @@ def table_rows(
     return found
 
 
-def _wanted(tree: dict[str, Node], config: LoRAConfig, problems: list[str]) -> Iterator[tuple[Node, tuple[int, ...]]]:
+def _wanted(
+    tree: dict[str, Node], config: LoRAConfig, twins: Collection[str], problems: list[str]
+) -> Iterator[tuple[Node, tuple[int, ...]]]:
     """Tables, and which rows of them."""
     wanted = config.trainable_token_indices
     if not isinstance(wanted, dict):
-        if wanted is not None and (node := _input_table(tree, problems)) is not None:
+        if wanted is not None and (node := _input_table(tree, twins, problems)) is not None:
             yield node, tuple(wanted)
         return
     for key, tokens in wanted.items():
@@ -64,10 +74,10 @@ def _wanted(tree: dict[str, Node], config: LoRAConfig, problems: list[str]) -> I
         hits = [node for node in tree.values() if node.name and any(map(pattern.matches, node.names))]
         if not hits:
             problems.append(unmatched("trainable_token_indices", pattern, [n for x in tree.values() for n in x.names]))
-        yield from ((node, tuple(tokens)) for node in hits)
+        yield from ((node, tuple(tokens)) for node in meant(hits, twins, attrgetter("name")))
 
 
-def _input_table(tree: dict[str, Node], problems: list[str]) -> Node | None:
+def _input_table(tree: dict[str, Node], twins: Collection[str], problems: list[str]) -> Node | None:
     """The token embedding: transformers models know theirs; elsewhere it is called embed_tokens, or is the only one."""
     name_of = {id(node.module): node.name for node in tree.values()}
     asked = (ask(node.module, "get_input_embeddings", name_of) for node in pretrained_models(tree))
@@ -76,6 +86,7 @@ def _input_table(tree: dict[str, Node], problems: list[str]) -> Node | None:
         tables = [node for node in tree.values() if issubclass(node.cls, nn.Embedding)]
         found = [node for node in tables if last_part(node.name) == "embed_tokens"] or tables
         found = [node for node in found if node is tied_tables(tree, node)[0]]
+    found = meant(found, twins, attrgetter("name"))
     if len(found) == 1:
         return found[0]
     names = f"there are {listing([node.name for node in found])}" if found else "the model has none"
