@@ -181,11 +181,22 @@ class AdapterAveraging(CallbackBase):
         self._leave()
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._averaged():
+        with self.averaged():
             return original(*args, **kwargs)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the average, and the values that it had before there was one.
+
+        It makes a mean teacher of the student itself (arXiv:1703.01780, section 2): no second model, whose base would be
+        the same. Ask the teacher before the student, as a backward pass needs the values that its forward pass had:
+
+        .. code-block:: python
+
+            with self.averaging.averaged(), torch.no_grad():
+                wanted = self.net(weak)
+            loss = F.mse_loss(self.net(strong), wanted)
+        """
         is_there = self._trained is not None
         self._enter()
         try:

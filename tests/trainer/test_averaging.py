@@ -257,3 +257,40 @@ def test_the_part_of_a_run_of_unknown_length(length, taken):
 def test_that_nothing_was_averaged_is_told():
     with pytest.warns(UserWarning, match="nothing was averaged in 8 steps, with start=0.0 and every_n_steps=9"):
         run(ll.AdapterAveraging(every_n_steps=9))
+
+
+class MeanTeacher(Lit):
+    """Learns what the average of itself says of the same input."""
+
+    def __init__(self, averaging: ll.AdapterAveraging) -> None:
+        super().__init__()
+        self.averaging, self.teachers, self.told = [averaging], [], []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with self.averaging[0].averaged(), torch.no_grad():
+            self.teachers.append(values(self))
+            self.told.append(self.net(x))
+        own = self.net(x)
+        return torch.nn.functional.cross_entropy(own, y) + (own - self.told[-1]).square().mean()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_student_that_is_its_own_mean_teacher(use_dora, tmp_path):
+    """The teacher has the averages of all steps so far, the student goes on from where it was, and so does a resume."""
+    averaging = ll.AdapterAveraging(decay=0.5)
+    trained = {"lora": {"use_dora": use_dora}}
+    _, module, seen = run(averaging, tmp_path, epochs=2, module=MeanTeacher(averaging), **trained)
+    expected = seen.steps[0]
+    for step, teacher in zip(seen.steps, module.teachers[1:], strict=False):
+        expected = {key: 0.5 * value + 0.5 * step[key] for key, value in expected.items()}
+        assert_same(teacher, expected)
+    fresh = Lit()
+    ll.load_adapter(fresh, tmp_path / "step=4.ckpt")
+    x = next(iter(data()))[0]
+    again = ll.AdapterAveraging(decay=0.5)
+    _, resumed, _ = run(again, tmp_path / "x", 2, MeanTeacher(again), tmp_path / "step=4.ckpt", **trained)
+    assert_same(values(fresh), resumed.teachers[0], rtol=0, atol=0)
+    assert_same(values(resumed), values(module), rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.told, module.told[4:], strict=True))
+    assert not torch.equal(resumed.told[-1], fresh.eval().net(x))
