@@ -188,8 +188,8 @@ class AdapterAveraging(CallbackBase):
     def averaged(self) -> Iterator[None]:
         """Within it the model has the average, and the values that it had before there was one.
 
-        It makes a mean teacher of the student itself (arXiv:1703.01780, section 2): no second model, whose base would be
-        the same. Ask the teacher before the student, as a backward pass needs the values that its forward pass had:
+        It makes a mean teacher of the student itself (arXiv:1703.01780, section 2): no second model, whose base would
+        be the same. Ask the teacher before the student, as a backward pass needs the values of its forward pass:
 
         .. code-block:: python
 

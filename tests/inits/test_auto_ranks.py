@@ -152,6 +152,10 @@ def test_a_run_and_its_files(options, tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(FAMILY.make(), str(tmp_path / "peft")).eval()
     torch.testing.assert_close(theirs(**part).logits, logits, rtol=1e-4, atol=1e-4)
+    for source in ("peft", "epoch=1.ckpt"):  # a fit goes on with what was loaded, by the configuration that it had
+        ll.load_adapter(loaded := Wrapped(FAMILY.make), tmp_path / source)
+        trainer(lora(), max_epochs=1).fit(loaded, loader)
+        assert ranks(loaded) == found
 
 
 def test_with_eva_it_is_evas_own():

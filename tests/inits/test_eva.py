@@ -435,6 +435,28 @@ def test_a_run_starts_from_a_folder_without_a_look(trained, monkeypatch):
         run.validate(module, DataLoader(batches(1), batch_size=None))
 
 
+@pytest.mark.filterwarnings("ignore:.*never moved")  # at a learning rate of 0
+@pytest.mark.parametrize("source", ["epoch=1.peft", "epoch=1.ckpt"])
+def test_a_fit_goes_on_with_what_was_loaded(trained, source, monkeypatch):
+    """The configuration that the run had says no ranks, and the file has those that data gave."""
+    monkeypatch.setattr("lightning_lora.training.phases.fill_from_data", None)
+    module = Wrapped(FAMILY.make, lr=0.0)
+    ll.load_adapter(module, trained[1] / source)
+    before = ll.adapter_state_dict(module)
+    options = {"init_lora_weights": "eva", "modules_to_save": None}
+    run = trainer(ll.LoRA(r=4, lora_alpha=6, **options))
+    run.fit(module, DataLoader(batches(), batch_size=None))
+    assert ranks(module) == ranks(trained[0])
+    after = ll.adapter_state_dict(module)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    run.fit(module, DataLoader(batches(), batch_size=None))
+    for other in ({"r": 8, "lora_alpha": 12}, {"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 6, "use_dora": True}):
+        ll.load_adapter(again := Wrapped(FAMILY.make), trained[1] / source)
+        with pytest.raises(ll.ConfigError, match="already has an adapter 'default'"):
+            trainer(ll.LoRA(**other, **options)).fit(again, DataLoader(batches(), batch_size=None))
+
+
 def test_another_rank_is_still_refused(trained):
     twin = Wrapped(FAMILY.make)
     run = trainer(ll.LoRA(r=8, lora_alpha=6, init_lora_weights="eva", modules_to_save=None))
