@@ -13,9 +13,9 @@ from typing_extensions import override
 from lightning_lora.checks import is_int, is_number
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.lightning_packages import CallbackBase
-from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import is_plain
+from lightning_lora.optim import trained_in_run
 from lightning_lora.patches import Patches
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class AdapterAveraging(CallbackBase):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Goes on with the averages of a checkpoint, if it has some."""
-        self._own = {clean(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self._own = trained_in_run(pl_module, trainer.optimizers)
         if pieces := [name for name, p in self._own.items() if not is_plain(p)]:
             raise UnsupportedError(
                 f"AdapterAveraging: {listing(pieces, 3)} are in pieces, of which each rank has one: leave it out, or "

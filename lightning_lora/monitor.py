@@ -1,6 +1,6 @@
 """What adapters become while they are trained, for any Lightning logger."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class LoRAMonitor(CallbackBase):
     @override
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Called when training begins. Finds the adapters."""
-        found = _sites(pl_module, self.adapter_names)
+        found = _sites(pl_module, self.adapter_names, held_by(trainer.optimizers))
         if self.gradients and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise UnsupportedError("LoRAMonitor: DeepSpeed frees gradients before a step: leave gradients=True out")
         self._sites, self._step = found, trainer.global_step
@@ -167,7 +167,8 @@ class LoRAMonitor(CallbackBase):
 def _together(sites: list[_Site], norms: Mapping[int, Tensor]) -> Tensor:
     """By layer the norm of what its adapter's tensors have together."""
     columns = [[norms[id(p)] for p in site.adapter.parameters() if id(p) in norms] for site in sites]
-    return torch.stack([_norm(torch.stack(own)) if own else torch.zeros(()) for own in columns]).double().cpu()
+    zero = next(iter(norms.values())).new_zeros(())
+    return torch.stack([_norm(torch.stack(own)) if own else zero for own in columns]).double().cpu()
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -184,8 +185,8 @@ def _argument_problems(every_n_steps: Any, adapter_names: Any, flags: Mapping[st
     yield from flag_problems(**flags)
 
 
-def _sites(model: nn.Module, adapter_names: list[str] | None) -> dict[str, list[_Site]]:
-    """The layers of each adapter that is watched.
+def _sites(model: nn.Module, adapter_names: list[str] | None, in_run: Container[int]) -> dict[str, list[_Site]]:
+    """The layers of each adapter that is watched: of all that the run trains, if none is named.
 
     Raises:
         ConfigError: If there is no such adapter.
@@ -194,7 +195,7 @@ def _sites(model: nn.Module, adapter_names: list[str] | None) -> dict[str, list[
     found: dict[str, list[tuple[str, LoRALayer, LowRankAdapter]]] = {}
     for name, layer in lora_layers(model):
         for adapter_name, adapter in layer.lora_pairs().items():
-            if adapter.A.requires_grad or adapter_names is not None:
+            if adapter.A.requires_grad or id(adapter.A) in in_run or adapter_names is not None:
                 found.setdefault(adapter_name, []).append((clean(name), layer, adapter))
     problems = [
         f"there is no adapter {name!r}.{did_you_mean(name, found)} Known: {[*found]}"

@@ -72,6 +72,12 @@ def held_by(optimizers: Iterable[Any]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
+def trained_in_run(model: nn.Module, optimizers: Iterable[Any]) -> dict[str, nn.Parameter]:
+    """What a run trains, by name: also an adapter that is not active just now, which optimizers hold all the same."""
+    held = held_by(optimizers)
+    return {clean(name): p for name, p in model.named_parameters() if p.requires_grad or id(p) in held}
+
+
 def require_trained(model: nn.Module, optimizers: list[Optimizer], without: Collection[int] = ()) -> None:
     """Raises DeadAdapterError, with names, if a trainable parameter is in no optimizer, but for some by their ids."""
     held = held_by(optimizers) | {*without}

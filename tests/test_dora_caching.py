@@ -125,6 +125,14 @@ def test_nothing_is_left_of_it(taken):
             check(twin)
         model[0].lora["default"].B.data.mul_(1.5)
         check(model)
+        with (caching := ll.dora_caching(model)):
+            with caching:
+                model(X)
+            taken.clear()
+            model(X)
+            assert not taken
+        model[0].lora["default"].B.data.mul_(1.5)
+        check(model)
 
 
 def test_several_adapters_and_switches():
@@ -188,6 +196,23 @@ def test_a_trainer_takes_them_once_for_each_batch(taken):
     ll.inject(plain.model, ll.LoRAConfig(r=4, lora_alpha=6, use_dora=True, modules_to_save=None))
     plain.load_state_dict(module.state_dict())
     torch.testing.assert_close(plain.eval().write(ids), texts, rtol=0, atol=0)
+
+
+def test_a_step_that_calls_another(taken):
+    """What is written behind torch's back after a test is seen, as it was before there was one."""
+
+    class Both(Lit):
+        def test_step(self, batch, batch_idx):
+            return self.validation_step(batch, batch_idx)
+
+    run, module = trainer(ll.LoRA(r=2, lora_alpha=6, use_dora=True), max_epochs=1), Both()
+    run.fit(module, data())
+    run.test(module, data(), verbose=False)
+    x = next(iter(data()))[0]
+    with torch.no_grad():
+        module.eval().net(x)
+        module.net.blocks[0].q.lora["default"].B.data.mul_(9)
+        torch.testing.assert_close(module.net(x), ll.merge_and_unload(copy.deepcopy(module)).net(x))
 
 
 def test_values_of_each_validation_are_the_current_ones():

@@ -18,7 +18,8 @@ class ReplicatedGradients:
     accumulate, this gives what it would give after all of them.
 
     Args:
-        parameters: The same ones in the same order on every rank; of tensor-parallel ones the local part counts.
+        parameters: The same ones in the same order on every rank; of tensor-parallel ones the local part counts. Those
+            of an adapter that is not active are left out as long as it isn't, which it is on every rank then.
         group: The process group over which the data is spread.
     """
 
@@ -31,7 +32,9 @@ class ReplicatedGradients:
     @torch.no_grad()
     def average(self) -> None:
         """A collective. A parameter that got a gradient on any rank has one on every rank then."""
-        for parameters in self._by_dtype.values():
+        for held in self._by_dtype.values():
+            if not (parameters := [p for p in held if p.requires_grad]):
+                continue
             parts = [own_part(p if p.grad is None else p.grad) for p in parameters]
             given = parts[0].new_tensor([p.grad is not None for p in parameters])
             pieces = [

@@ -17,6 +17,7 @@ from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean, joined
 from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, placed_like
+from lightning_lora.optim import trained_in_run
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.strategies.base import StrategyAdapter, plain_optimizer
@@ -57,7 +58,8 @@ class ShardedAdapter(StrategyAdapter):
     @override
     def average_gradients(self) -> None:
         if self._gradients is None:
-            replicated = [p for p in self.model.parameters() if p.requires_grad and not self.is_reduced(p)]
+            trained = trained_in_run(self.model, self.optimizers()).values()
+            replicated = [p for p in trained if not self.is_reduced(p)]
             self._gradients = ReplicatedGradients(replicated, self.data_parallel_group())
         self._gradients.average()
 

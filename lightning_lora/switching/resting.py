@@ -33,17 +33,17 @@ class dora_caching:  # noqa: N801
     def __init__(self, model: nn.Module) -> None:
         adapters = (adapter for _, layer in lora_layers(model) for adapter in layer.lora_adapters().values())
         self._all = [adapter for adapter in adapters if isinstance(adapter, DoRAAdapter)]
-        self._own: list[DoRAAdapter] = []
+        self._own: list[list[DoRAAdapter]] = []  # by entry: it may be entered within itself
 
     def __enter__(self) -> Self:
-        self._own = [adapter for adapter in self._all if not adapter.resting]  # of others somebody else sees to it
-        for adapter in self._own:
+        own = [adapter for adapter in self._all if not adapter.resting]  # of others somebody else sees to it
+        self._own.append(own)
+        for adapter in own:
             adapter.rest(True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for adapter in self._own:
+        for adapter in self._own.pop():
             adapter.rest(False)
-        self._own = []

@@ -174,6 +174,7 @@ def fit(
     start=None,
     every=1,
     disk=None,
+    turns=False,
 ):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     for key, values in (by_rank or {}).items():
@@ -207,6 +208,7 @@ def fit(
             ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=every),
             NoDropout(),
             *([counter] if counter else []),
+            *([ll.LoRA(r=2, lora_alpha=3, adapter_name="second", **lora_options(lora)), Turns()] if turns else []),
         ],
         plugins=[AsyncCheckpointIO(Disk(disk))] if disk else None,
         **(trainer or {}),
@@ -313,6 +315,13 @@ class Disk(TorchCheckpointIO):
 class NoDropout(pl.Callback):
     def on_fit_start(self, trainer, pl_module):
         no_dropout(pl_module)
+
+
+class Turns(pl.Callback):
+    """Two adapters take turns, the one that is not first in the model begins."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        ll.set_adapter(pl_module, ("second", "default")[batch_idx % 2])
 
 
 class Bytes(pl.Callback):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gloo
 
 BY_VALUE = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 PISSA = {"init_lora_weights": "pissa"}
+TURNS = {"turns": True, "lora": {"modules_to_save": None}}
 DORA, QDORA = {"use_dora": True}, {"use_dora": True, "quantization": "nf4-dq"}
 ONE = {
     "lora": {"strategy": "auto"},
@@ -28,6 +29,7 @@ ONE = {
     "bf16": {"strategy": "auto", "module": {"dtype": "bfloat16"}},
     "pissa": {"strategy": "auto", "lora": {**PISSA, "save_peft": True}},
     "from": {"strategy": "auto", "lora": DORA, "start": "dora"},
+    "turns": {"strategy": "auto", **TURNS},
 }
 TWO = {
     "ddp": {"strategy": "ddp", "count": True, "test": True},
@@ -47,6 +49,8 @@ TWO = {
         "strategy": "fsdp",
         "lora": {**QDORA, "quantization": {"mode": "nf4-dq", "quant_storage": "float32"}},
     },
+    "ddp_find_unused_parameters_true-turns": {"strategy": "ddp_find_unused_parameters_true", **TURNS},
+    "fsdp-turns": {"strategy": "fsdp", **TURNS},
     "fsdp-bf16": {"strategy": "fsdp", "module": {"dtype": "bfloat16"}},
 }
 FSDP2 = {
@@ -69,6 +73,12 @@ FSDP2 = {
     "fsdp2-checkpointing": {"strategy": "fsdp2", "module": {"checkpointing": True}},
     "fsdp2-compiled": {"strategy": "fsdp2", "module": {"compiled": True}},
     "fsdp2-offload": {"strategy": "fsdp2", "module": {"offload": True}, "test": True},
+    "fsdp2-turns": {"strategy": "fsdp2", **TURNS},
+    "fsdp2-turns-sharded": {
+        "strategy": "fsdp2",
+        "turns": True,
+        "lora": {"modules_to_save": None, "shard_adapters": True},
+    },
     "fsdp2-bf16": {"strategy": "fsdp2", "module": {"dtype": "bfloat16"}},
     "tp": {"strategy": "tp"},
     "tp-dora": {
@@ -157,6 +167,7 @@ REFERENCE = {
     "hybrid-dora": "dora",
     "hybrid-clip": "clip",
     "saved-less": "lora",
+    "turns-sharded": "turns",
 }
 RUNS = [*TWO, *FSDP2, *FOUR]
 

@@ -294,3 +294,29 @@ def test_a_student_that_is_its_own_mean_teacher(use_dora, tmp_path):
     assert_same(values(resumed), values(module), rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(resumed.told, module.told[4:], strict=True))
     assert not torch.equal(resumed.told[-1], fresh.eval().net(x))
+
+
+class Alternating(Lit):
+    """Two adapters that take turns, of which validation has the second."""
+
+    def training_step(self, batch, batch_idx):
+        ll.set_adapter(self, ("default", "second")[batch_idx % 2])
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        ll.set_adapter(self, "second")
+        super().validation_step(batch, batch_idx)
+
+
+def test_adapters_that_take_turns_are_averaged_and_watched():
+    lora = {"modules_to_save": None}
+    monitor = ll.LoRAMonitor(every_n_steps=1)
+    second = ll.LoRA(r=2, lora_alpha=5, adapter_name="second", **lora)
+    run_, module, seen = run(
+        ll.AdapterAveraging(decay=None), epochs=1, module=Alternating(), lora=lora, others=[second, monitor]
+    )
+    expected = {key: sum(step[key] for step in seen.steps) / len(seen.steps) for key in seen.steps[0]}
+    assert {key.split(".")[-2] for key in expected} == {"default", "second"}
+    assert_same(values(module), expected)
+    watched = {key.split("/")[1] for key in run_.callback_metrics if key.startswith("lora/")}
+    assert watched == {"default", "second"}
