@@ -216,6 +216,32 @@ def test_a_row_without_direction_or_magnitude_learns():
     torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("name", [*OPTIMIZERS][:3])
+def test_a_magnitude_that_was_put_to_0_learns_on(name, attach):
+    """What has its gradient from y / m can't have it where m is 0; it is seen when a user clamps, and when it is over."""
+    model, parameters = build()
+    optimizer = OPTIMIZERS[name](parameters)
+    if attach:
+        ll.attach_optimizer(model, optimizer)
+    step(model, optimizer)
+    magnitudes = [layer.lora["default"].magnitude for layer in (model[0], model[2])]
+    for clamped in (True, False, True):
+        with torch.no_grad():
+            for magnitude in magnitudes if clamped else ():
+                magnitude[::2] = 0
+        twin = copy.deepcopy(model)
+        for each in (model, twin):
+            each(X).sub(3).square().sum().backward()
+        for magnitude, other in zip(magnitudes, (twin[0], twin[2]), strict=True):
+            gradient = other.lora["default"].magnitude.grad
+            assert gradient[::2].all()
+            torch.testing.assert_close(magnitude.grad, gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(magnitude.all() for magnitude in magnitudes)
+
+
 def test_compiled_graphs_read_the_norms_where_they_are():
     torch.compiler.reset()
     model, parameters = build()

@@ -142,8 +142,10 @@ class DoRAAdapter(LowRankAdapter):
         return rest
 
     def outdated(self, host: Host) -> bool:
-        """Values have changed: whether norms are kept, which have to be taken anew."""
+        """An optimizer has changed values: whether norms are kept, which have to be taken anew."""
         self.known.outdate()
+        if self.known.nonzero is not None and not self.magnitude.is_inference():
+            self.known.nonzero = id(self.magnitude), self.magnitude._version  # a step leads to no 0
         if self.known.norms is None or not self.training or torch.is_inference_mode_enabled():
             return False
         return is_plain(self.A) and host.lora_is_whole()
@@ -206,15 +208,24 @@ class DoRAAdapter(LowRankAdapter):
         if self.share is not None:
             return None
         known = self.known
-        if known.at_zero is None or known.at_zero:
-            known.at_zero = bool((self.magnitude == 0).any())
-        if known.at_zero:
+        if self._at_zero():
             return None  # what is multiplied by 0 can't be had back from the product
         if (rest := self._at_rest(host)) is not None:
             return LowRank(*self.update(), self.scaling, self.magnitude, rest.norms, rest.rows)
         norms = self.norms(host)
         rows = known.rows if norms is known.norms else None
         return LowRank(*self.update(), self.scaling, self.magnitude, norms, rows)
+
+    def _at_zero(self) -> bool:
+        """Whether a magnitude is 0: looked at again when something other than an attended optimizer wrote to it."""
+        magnitude = self._parameters["magnitude"]
+        assert magnitude is not None
+        if isinstance(magnitude, FakeTensor):
+            return False
+        now = id(magnitude), 0 if magnitude.is_inference() else magnitude._version
+        if self.known.nonzero != now:
+            self.known.nonzero = None if bool((magnitude == 0).any()) else now
+        return self.known.nonzero is None
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:

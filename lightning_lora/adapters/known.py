@@ -28,14 +28,14 @@ class Known:
     are when an optimizer has made a step: compiled graphs read them there. They count as long as there are versions.
     """
 
-    __slots__ = ("at_zero", "norms", "rest", "rows", "versions")
+    __slots__ = ("nonzero", "norms", "rest", "rows", "versions")
 
     def __init__(self) -> None:
         self.norms: Tensor | None = None
         self.rows: RowGain | None = None
         self.versions: tuple[Any, ...] | None = None
         self.rest: Rest | None = None
-        self.at_zero: bool | None = None  # whether a magnitude is 0
+        self.nonzero: tuple[int, int] | None = None  # the magnitude, and the version, of which no value was 0
 
     def outdate(self) -> None:
         """Values may have changed."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.analysis.memory_copy import pack, shape_copy
 from lightning_lora.analysis.memory_count import Step, counted, frozen_bytes
 from lightning_lora.analysis.memory_inputs import as_shapes, likely_batch, loss_of, one_text_per_row, transformers_model
@@ -160,8 +159,6 @@ def _adapt(net: nn.Module, config: LoRAConfig) -> None:
         for each in layer.lora_adapters().values():
             adapter: Any = each
             adapter.initialised = True  # what its values are changes no shape
-            if isinstance(adapter, DoRAAdapter):
-                adapter.known.at_zero = False  # nor is a magnitude 0
 
 
 def _prepare(root: Any, way: Way) -> None:
