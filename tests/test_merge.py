@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
+from lightning_lora.comparators import BitFitConfig
 from tests.helpers.families import FAMILIES, TIED, logits_of, tied
 from tests.helpers.layers import randomise
 from tests.helpers.toy import build
@@ -234,10 +235,27 @@ def test_what_is_not_finite_is_refused_with_the_base_intact(act, value):
     assert model.blocks[0].q.lora_active == ("default",)
 
 
+def test_a_base_that_is_not_finite_is_told_as_such():
+    model = adapted(torch.bfloat16)
+    with torch.no_grad():
+        model.blocks[1].o.weight[0, 0] = torch.nan
+    with pytest.raises(ll.ConfigError, match=r"blocks.1.o: NaN or infinite values when merged: the base has them"):
+        ll.merge(model)
+    assert model.blocks[1].o.lora_active == ("default",)
+
+
+def test_a_model_with_another_methods_adapters_alone():
+    ll.inject(model := build(), BitFitConfig(modules_to_save=None), "biases")
+    with pytest.raises(ll.ConfigError, match="no adapters of LoRA: only these can be merged$"):
+        ll.merge(model)
+    with pytest.raises(ll.ConfigError, match="merge: adapter 'biases' is bitfit: .*$"):
+        ll.merge(model, "biases")
+
+
 def test_weights_that_grow_beyond_their_dtype_are_refused():
     model = adapted(torch.float16, scale=1e6)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ll.ConfigError, match="blocks.0.q, .*the weights are too large for their dtype"):
+    with pytest.raises(ll.ConfigError, match="blocks.0.q, .*the update is too large for the dtype"):
         ll.merge(model)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
@@ -377,7 +395,7 @@ def test_unloading_gives_what_merging_gives(dtype, use_dora):
 def test_unloading_into_float16_changes_nothing_if_it_does_not_fit():
     model = adapted(torch.float16, scale=1e6)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ll.ConfigError, match="the weights are too large for their dtype"):
+    with pytest.raises(ll.ConfigError, match="the update is too large for the dtype"):
         ll.merge_and_unload(model)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key

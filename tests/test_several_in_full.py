@@ -131,6 +131,13 @@ def test_a_models_own_choice_stays_with_the_values_of_the_file(folders, x, tmp_p
     assert again.net.blocks[0].q.lora_active == ("a",)
     assert torch.equal(again.eval().net(x), outputs(module, "a", x))
     assert torch.equal(outputs(again, "new", x), outputs(module, "new", x))
+    none = setup("a")
+    ll.inject(none, ll.LoRAConfig(r=2, target_modules=["q"], **NO_HEAD), "third")
+    ll.set_adapter(none, "third")
+    ll.delete_adapter(none, "third")
+    assert not none.net.blocks[0].q.lora_active
+    trainer(callback()).predict(none, data(), ckpt_path=path)
+    assert none.net.blocks[0].q.lora_active == ("new",), "where none was active there is no choice to keep"
 
 
 def test_one_that_was_made_of_others(folders, x, tmp_path):

@@ -158,7 +158,7 @@ def load_adapters(
         saved, current = meta["adapters"], {name: config.to_dict() for name, config in adapters(model).items()}
         raise CheckpointError("\n".join([str(error), *_differences(saved, current, _PLACES)])) from None
     finally:
-        if changes and not (loaded and activate):
+        if changes and before and not (loaded and activate):
             set_adapter(model, before)
     return notes
 

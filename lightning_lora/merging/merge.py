@@ -124,7 +124,8 @@ def merge(
                 layer.lora_active = ()
         if odd := [name for name, entry in entries.items() if not math.isfinite(entry.error)]:
             raise ConfigError(
-                f"merge: {listing(odd, 3)}: with what was merged the weights are too large for their dtype"
+                f"merge: {listing(odd, 3)}: NaN or infinite values when merged: the base has them, or the update is too "
+                "large for the dtype of the weights"
             )
         if wanted is not None:
             rest(model)
@@ -168,8 +169,8 @@ def merge_problems(model: nn.Module, layers: dict[str, LoRALayer], wanted: Seque
     known, in_context = dict.fromkeys(name for layer in layers.values() for name in layer.lora), context_problems(model)
     merged = [name for name, layer in layers.items() if MERGED in vars(layer)]
     active = [name for name, layer in layers.items() if layer.lora_active]
-    if not layers:
-        yield "the model has no adapters"
+    if not layers and not wanted:
+        yield "the model has no adapters of LoRA: only these can be merged"
     elif wanted is not None and not wanted:
         yield f"adapter_names is empty. Known: {[*known]}"
     elif wanted is None and not (active or merged or in_context):
