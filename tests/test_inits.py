@@ -227,3 +227,12 @@ def test_the_state_says_how_an_adapter_started():
     model.load_state_dict({**net().state_dict(), **back}, strict=True)
     assert model[0].lora["default"].start_A is None
     torch.testing.assert_close(model(X), net()(X), rtol=1e-12, atol=1e-12)
+
+
+def test_other_options_of_an_initialisation_are_another_configuration():
+    model = net()
+    ll.inject(model, ll.LoRAConfig(r=2, init_lora_weights=PiSSA(niter=2)))
+    ll.inject(model, ll.LoRAConfig(r=2, init_lora_weights=PiSSA(niter=2)))
+    with pytest.raises(ll.ConfigError, match=r"init_lora_weights: PiSSA\(niter=2\) -> PiSSA\(niter=16\)"):
+        ll.inject(model, ll.LoRAConfig(r=2, init_lora_weights=PiSSA()))
+    assert len({PiSSA(niter=2), PiSSA(niter=2), PiSSA(), LoftQ()}) == 3

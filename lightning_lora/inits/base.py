@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_lora.config import INITS
 
@@ -45,6 +46,18 @@ class Init(ABC):
         Returns:
             A (r, in) and B (out, r).
         """
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    @override
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
 
 _InitT = TypeVar("_InitT", bound=type[Init])

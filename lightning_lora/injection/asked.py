@@ -10,6 +10,7 @@ from lightning_lora.adapters import RowsAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.inits import Init
 from lightning_lora.injection.copies import tensors_of, values_of
 from lightning_lora.layers import lora_layers, named_base_modules
 from lightning_lora.marks import merged_problems
@@ -61,6 +62,9 @@ def check_adapter(model: nn.Module, config: LoRAConfig | MethodConfig, name: str
 
 def _changed(own: LoRAConfig | MethodConfig, config: LoRAConfig | MethodConfig) -> dict[str, str]:
     old, new = own.to_dict(), config.to_dict()
+    inits = [getattr(each, "init_lora_weights", None) for each in (own, config)]
+    if all(isinstance(init, Init) for init in inits):  # files have the name alone
+        old["init_lora_weights"], new["init_lora_weights"] = inits
     return {key: f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)}
 
 

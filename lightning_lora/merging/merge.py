@@ -124,8 +124,8 @@ def merge(
                 layer.lora_active = ()
         if odd := [name for name, entry in entries.items() if not math.isfinite(entry.error)]:
             raise ConfigError(
-                f"merge: {listing(odd, 3)}: NaN or infinite values when merged: the base has them, or the update is too "
-                "large for the dtype of the weights"
+                f"merge: {listing(odd, 3)}: NaN or infinite values when merged: the base has them, or the update is "
+                "too large for the dtype of the weights"
             )
         if wanted is not None:
             rest(model)
