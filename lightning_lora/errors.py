@@ -72,6 +72,26 @@ def listing(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "layer"), counted(3, "layer")
+    ('1 layer', '3 layers')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def no_adapter(adapter_name: object, known: Iterable[str]) -> str:
+    """That there is no adapter of a name, and which there are."""
+    known = list(known)
+    return f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {known}"
+
+
+def of_another_method(adapter_name: str, method: str) -> str:
+    """That what is asked for takes adapters of LoRA, and this is none."""
+    return f"adapter {adapter_name!r} is {method}, and this takes adapters of LoRA only"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another package says, or what kind of error it is where that says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.analysis.factor_grams import measure
 from lightning_lora.checks import flag_problems, is_int
-from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.errors import ConfigError, UnsupportedError, listing, no_adapter, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.names import clean
@@ -197,11 +197,7 @@ def _sites(model: nn.Module, adapter_names: list[str] | None, in_run: Container[
         for adapter_name, adapter in layer.lora_pairs().items():
             if adapter.A.requires_grad or id(adapter.A) in in_run or adapter_names is not None:
                 found.setdefault(adapter_name, []).append((clean(name), layer, adapter))
-    problems = [
-        f"there is no adapter {name!r}.{did_you_mean(name, found)} Known: {[*found]}"
-        for name in adapter_names or ()
-        if name not in found
-    ]
+    problems = [no_adapter(name, found) for name in adapter_names or () if name not in found]
     if not found:
         problems = ["the model has no adapters that are trained: add ll.LoRA(...) to the callbacks"]
     raise_all(ConfigError, problems, "LoRAMonitor")

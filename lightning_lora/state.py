@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+    listing,
+    no_adapter,
+    of_another_method,
+    raise_all,
+)
 from lightning_lora.injection.copies import values_of
 from lightning_lora.injection.trained import trained_tensors
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers, named_base_modules
@@ -50,13 +58,13 @@ def low_rank_adapters(model: nn.Module) -> dict[str, LoRAConfig]:
 def require_low_rank(model: nn.Module, adapter_name: str) -> None:
     """Raises ConfigError if a model has no adapter of that name, and UnsupportedError if it is of another method."""
     if isinstance(config := require_adapter(model, adapter_name), MethodConfig):
-        raise UnsupportedError(f"adapter {adapter_name!r} is {config.method}: this can be had of LoRA's only")
+        raise UnsupportedError(of_another_method(adapter_name, config.method))
 
 
 def require_adapter(model: nn.Module, adapter_name: str) -> LoRAConfig | MethodConfig:
     """The configuration of an adapter. Raises ConfigError if a model has none of that name."""
     if adapter_name not in [*(known := adapters(model))]:
-        raise ConfigError(f"there is no adapter {adapter_name!r}.{did_you_mean(adapter_name, known)} Known: {[*known]}")
+        raise ConfigError(no_adapter(adapter_name, known))
     return known[adapter_name]
 
 

@@ -510,7 +510,7 @@ def test_to_lora_of_a_packed_base_that_lacks_what_it_started_with():
     model = build().eval()
     ll.inject(model, ll.LoRAConfig(r=2, init_lora_weights="pissa", modules_to_save=None))
     ll.quantize(model, "nf4")
-    with pytest.raises(ll.ConfigError, match="quantised without what 'default' started with"):
+    with pytest.raises(ll.ConfigError, match="quantised without the first factors of 'default'"):
         ll.to_lora(model, 4)
     x = X.float()
     expected = model(x)

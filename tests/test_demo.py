@@ -65,7 +65,7 @@ def test_options(tmp_path):
     ("arguments", "message"),
     [
         (["demo", "--r", "0"], "r must be a positive integer, got 0"),
-        (["demo", "--steps", "0"], "must be at least 1"),
+        (["demo", "--steps", "0"], "must be a whole number of at least 1"),
         (["demo", "--r", "many"], "invalid int value"),
         (["dmeo"], "invalid choice"),
         ([], "SUBCOMMAND"),

@@ -1018,7 +1018,8 @@ def test_one_of_several_in_a_checkpoint(several, models):
         assert {n: config.r for n, config in ll.adapters(model).items()} == {name: r}
     message = "holds the adapters korean, coding"
     refused(models, several, f"{message}. Say which by adapter_name")
-    refused(models, several, f"{message}. Did you mean 'korean'", adapter_name="koraen")
+    known = r"there is no adapter 'koraen'. Did you mean 'korean'\? Known: \['korean', 'coding'\]"
+    refused(models, several, known, adapter_name="koraen")
 
 
 def test_the_only_one_in_a_checkpoint_may_have_another_name(checkpoint):

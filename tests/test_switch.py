@@ -235,7 +235,7 @@ def test_no_batch_is_mixed_where_no_dimension_counts_samples(family, table):
         ll.inject(model, ll.LoRAConfig(r=2, target_modules=[target], modules_to_save=None), name)
     randomise(model)
     with (
-        pytest.raises(ll.ConfigError, match=f"{table}: looked up by something else than tokens"),
+        pytest.raises(ll.ConfigError, match=f"{table}: looked up by other things than tokens"),
         ll.mixed_batch(model, ["positions", *[None] * 6]),
     ):
         pass

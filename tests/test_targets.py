@@ -721,3 +721,14 @@ def test_a_module_that_only_holds_layers_says_how_they_are_named():
     with pytest.raises(ll.TargetError, match=r"no layer type.*'backbone[.]\*' names the 2 layers in it"):
         ll.plan(model, ll.LoRAConfig(target_modules=["backbone"]))
     assert len(ll.plan(model, ll.LoRAConfig(target_modules=["backbone.*"])).targets) == 2
+
+
+def test_a_head_that_no_forward_calls_gets_no_adapter():
+    """ESM's contact_head is for predict_contacts alone: an adapter on it would be dead."""
+    config = tf.EsmConfig(**SMALL, vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary")
+    for cls, outer in ((tf.EsmForMaskedLM, "esm."), (tf.EsmForSequenceClassification, "esm."), (tf.EsmModel, "")):
+        plan = ll.plan(cls(config), ll.LoRAConfig(r=2))
+        assert plan.skipped[f"{outer}contact_head.regression"] == "EsmModel.forward never calls it"
+        assert any(target.name.endswith("query") for target in plan.targets)
+    named = ll.LoRAConfig(r=2, target_modules=["regression"])
+    assert [target.name for target in ll.plan(tf.EsmModel(config), named).targets] == ["contact_head.regression"]

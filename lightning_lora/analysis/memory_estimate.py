@@ -13,6 +13,7 @@ from lightning_lora.analysis.memory_cards import GIB, RESERVE
 from lightning_lora.analysis.memory_count import LayerBytes
 from lightning_lora.analysis.memory_strategy import Parts
 from lightning_lora.analysis.summary import format_bytes
+from lightning_lora.errors import counted
 
 _NAMES = {
     "base": "frozen base",
@@ -166,5 +167,5 @@ def _by_bits(layers: tuple[LayerBytes, ...]) -> str:
         count, size = groups.get(key, (0, 0))
         groups[key] = count + 1, size + layer.bytes
     return ", ".join(
-        f"{count} module{'s' * (count > 1)} {key} ({format_bytes(size)})" for key, (count, size) in groups.items()
+        f"{counted(count, 'module')} {key} ({format_bytes(size)})" for key, (count, size) in groups.items()
     )

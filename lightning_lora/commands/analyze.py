@@ -89,5 +89,5 @@ def _directions(text: str) -> int | Literal["exact"]:
         return "exact"
     try:
         return positive_int(text)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"must be a number of directions or 'exact', got {text!r}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.commands.arguments import Commands, existing
+from lightning_lora.errors import counted
 
 _COLUMNS = ("layer", "r", "scale", "|A|", "|B|", "|dW|", "|m|", "parameters")
 
@@ -46,7 +47,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"integrity: all values are finite; {'checksums verified' if found['checksums'] == 'verified' else _NONE}"
     for adapter in found["adapters"]:
         count, ranks, layers = f"{adapter['parameters']:,}", ", ".join(map(str, adapter["ranks"])), adapter["layers"]
-        where = f" on {len(layers)} layers, rank {ranks}" if layers else ""
+        where = f" on {counted(len(layers), 'layer')}, rank {ranks}" if layers else ""
         yield ""
         yield (
             f"adapter {adapter['name'] or '(not named)'}: {adapter['kind']}{where}, {count} parameters, "

@@ -109,8 +109,8 @@ def absorbed_problems(layers: Mapping[str, tuple[Node, Any]], adapter_name: str)
     if not absorbed:
         return []
     return [
-        f"{listing(absorbed, 3)}: quantised without what {adapter_name!r} started with, which has to stay for "
-        f"that: ll.combine_adapters(model, {{{adapter_name!r}: 1.0}}, 'another name', 'svd', rank) gives a LoRA "
+        f"{listing(absorbed, 3)}: quantised without the first factors of {adapter_name!r}, which can't be replaced "
+        f"there. ll.combine_adapters(model, {{{adapter_name!r}: 1.0}}, 'another name', 'svd', rank) makes a LoRA "
         "beside it"
     ]
 

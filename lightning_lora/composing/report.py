@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
+from lightning_lora.errors import counted
+
 
 @dataclass(frozen=True)
 class LayerCombination:
@@ -36,7 +38,7 @@ class CombineReport:
         ranks = sorted({layer.rank for layer in self.layers.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         of = ", ".join(map(repr, sources))
-        lines = [f"{self.adapter_name!r}: {self.method} of {of} on {len(self.layers)} layers, {rank}"]
+        lines = [f"{self.adapter_name!r}: {self.method} of {of} on {counted(len(self.layers), 'layer')}, {rank}"]
         if any(layer.error > 0 for layer in self.layers.values()):
             worst = max(self.layers, key=lambda name: self.layers[name].error)
             mean = sum(layer.error for layer in self.layers.values()) / len(self.layers)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
+from lightning_lora.errors import counted
+
 
 @dataclass(frozen=True)
 class LayerTruncation:
@@ -53,7 +55,7 @@ class TruncateReport:
             sum(x.parameters for x in self.layers.values()),
         ]
         lines = [
-            f"{self.adapter_name!r}: {_ranks(before)} -> {_ranks(after)} on {len(self.layers)} layers, "
+            f"{self.adapter_name!r}: {_ranks(before)} -> {_ranks(after)} on {counted(len(self.layers), 'layer')}, "
             f"{counts[0]:,} -> {counts[1]:,} parameters",
             f"of the updates {self.error:.2%} was lost, {_most(self.layers, 'error')}",
         ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checks import is_list_of_names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, no_adapter, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint, places_in_full
 from lightning_lora.formats.files import INSTEAD, opened
 from lightning_lora.formats.peft_config import CONFIG, shown
@@ -64,12 +64,12 @@ def checkpoint_adapter(
     known, in_full = meta["adapters"], meta.get("in_full", {})
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
-        hint = (
-            did_you_mean(name, known)
-            if name
-            else " Say which by adapter_name (--adapter of a command), or make a folder of one: lightning-lora export."
+        if name:
+            raise CheckpointError(f"{path}: {no_adapter(name, known)}")
+        raise CheckpointError(
+            f"{path} holds the adapters {listing(known)}. Say which by adapter_name (--adapter of a command), or make "
+            "a folder of one: lightning-lora export."
         )
-        raise CheckpointError(f"{path} holds the adapters {listing(known)}.{hint}")
     if (method := other_method(known[name])) is not None:
         raise UnsupportedError(
             f"{path}: adapter {name!r} is {method}: ll.load_from_checkpoint loads it, and a run that goes on from it"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, counted
 from lightning_lora.formats.stored import StoredAdapter, StoredTensor
 from lightning_lora.formats.tensors import FLOATS
 
@@ -22,13 +22,13 @@ def misshapen(stored: StoredAdapter) -> Iterator[str]:
         if layer.is_rows:
             if layer.tensors["rows"].shape[:1] != (len(layer.tokens),) or layer.tensors.keys() != {"rows"}:
                 rows = layer.tensors["rows"].shape
-                yield f"{stored.source}: {name}: its rows are no {len(layer.tokens)} rows of tokens: {rows}"
+                yield f"{stored.source}: {name}: it should have rows of {counted(len(layer.tokens), 'token')}: {rows}"
             continue
         for A, B in (("A", "B"), *([("start_A", "start_B")] if "start_A" in layer.tensors else [])):
             shapes = [layer.tensors[part].shape for part in (A, B) if part in layer.tensors]
             whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
             if not whole or not _fit(shapes[0], shapes[1], layer.r, stored.depth(layer)):
-                yield f"{stored.source}: {name}: {A} and {B} are no matrices of rank {layer.r}: {shapes}"
+                yield f"{stored.source}: {name}: {A} and {B} are no pair of rank {layer.r}: their shapes are {shapes}"
 
 
 def unreadable(tensors: Iterable[StoredTensor]) -> Iterator[str]:

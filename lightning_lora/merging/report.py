@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.errors import listing
+from lightning_lora.errors import counted, listing
 from lightning_lora.ops.norms import Scratch
 
 
@@ -50,7 +50,7 @@ class MergeReport:
     @override
     def __str__(self) -> str:
         changed = {name: layer for name, layer in self.layers.items() if layer.norm > 0}
-        lines = [f"merged {len(self.layers)} layers, {len(changed)} of them changed"]
+        lines = [f"merged {counted(len(self.layers), 'layer')}, of which {len(changed)} changed"]
         if changed:
             worst = min(changed, key=lambda name: changed[name].survived)
             mean = sum(layer.survived for layer in changed.values()) / len(changed)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.checks import is_alpha
-from lightning_lora.errors import ConfigError, did_you_mean, listing
+from lightning_lora.errors import ConfigError, listing, no_adapter, of_another_method
 from lightning_lora.injection.copies import kept_values, values_of
 from lightning_lora.layers import lora_layers
 from lightning_lora.methods.added import added_modules
@@ -46,11 +46,7 @@ def as_list(names: Any) -> list[Any]:
 
 def unknown_names(names: Iterable[str], known: Collection[str]) -> list[str]:
     """Which of some names no adapter has."""
-    return [
-        f"there is no adapter {name!r}.{did_you_mean(str(name), known)} Known: {sorted(known)}"
-        for name in names
-        if name not in known
-    ]
+    return [no_adapter(name, sorted(known)) for name in names if name not in known]
 
 
 def no_low_rank(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -59,7 +55,7 @@ def no_low_rank(model: nn.Module, names: Iterable[str]) -> list[str]:
     known = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora)
     asked = dict.fromkeys(names)
     others = [name for name in asked if name in of_others and name not in known]
-    problems = [f"adapter {name!r} is {of_others[name]}: this can be had of LoRA's only" for name in others]
+    problems = [of_another_method(name, of_others[name]) for name in others]
     return problems + unknown_names([name for name in asked if name not in others], known)
 
 
@@ -93,5 +89,9 @@ def other_tables(model: nn.Module, names: Collection[str]) -> list[str]:
     of_tokens = {ask(module, "get_input_embeddings", name_of) for module in pretrained.values()} - {None}
     tables = [n for n in tables if any(is_inside(n, outer) for outer in pretrained)]
     tables = [n for n in tables if not any(is_within(n, str(known)) for known in of_tokens)]
-    what = f"{listing([clean(n) for n in tables], 3)}: looked up by something else than tokens, maybe of no sample"
-    return [f"{what}: leave out such layers, or run one batch for each adapter"] if tables else []
+    what = f"{listing([clean(n) for n in tables], 3)}: looked up by other things than tokens, maybe by positions"
+    return (
+        [f"{what}, which are of no one sample: leave out such layers, or run one batch for each adapter"]
+        if tables
+        else []
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import base_modules
+from lightning_lora.layers import base_modules, leaves_alone
 from lightning_lora.marks import was_trainable
 from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
 from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
@@ -103,6 +103,9 @@ def _heads_of_pretrained(node: Node, tree: dict[str, Node], name_of: dict[int, s
     """
     model: Any = node.module
     base, cls = name_of[id(unwrapped(model.base_model))], node.cls
+    own = [key for key in tree[base].module._modules if _HEAD.fullmatch(key)]  # ESM's contact_head
+    own = [key for key in own if all(leaves_alone(part, key) for part in (tree[base].cls, cls))]
+    roles.outside |= {joined(base, key): f"{tree[base].cls.__name__}.forward never calls it" for key in own}
     if any(is_inside(output, node.name) for output in roles.outside):
         for name, _ in _parts_without(node.name, [base], tree):
             roles.outside.setdefault(name, "part of the pretrained language-model head")

@@ -39,13 +39,13 @@ class BaseWeights:
         in_parts = is_spread(model) or any(map(is_partitioned, model.parameters()))
         if not in_parts and (names := changed(described, self._first)):
             raise CheckpointError(
-                f"weights of the frozen base got other values behind configure_model: {listing(names, 4)}. A "
-                "checkpoint describes the base that is there then, and a run that goes on looks for it before "
-                "on_fit_start: load them in __init__, setup or configure_model"
+                f"the frozen base changed after configure_model: {listing(names, 4)}. Checkpoints describe the base as "
+                "it was then, and a run that goes on from one would refuse this base: load its weights in __init__, "
+                "setup or configure_model"
             )
         if names := changed(described, self._first, buffers=True):
             rank_zero_warn(
-                f"buffers of the frozen base were filled behind configure_model: {listing(names, 4)}. No file has "
+                f"buffers of the frozen base were filled after configure_model: {listing(names, 4)}. No file has "
                 "them: fill them in __init__, setup or configure_model, or keep them in the LightningModule itself, "
                 "whose buffers are saved"
             )

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_lora.errors import counted
 from lightning_lora.formats.rng import own_rng, restore_rng
 
 
@@ -22,8 +23,8 @@ class RandomStates:
         self._state = own_rng(states, trainer.global_rank, trainer.world_size)
         if self._state is None:
             rank_zero_info(
-                f"The checkpoint has the random states of {len(states)} processes, and this run has "
-                f"{trainer.world_size} (of one that broke off they are those of rank 0): they are not restored"
+                f"Random states are not restored: the checkpoint has those of {counted(len(states), 'rank')}, and "
+                f"this run has {trainer.world_size}. (That of a run which broke off has those of rank 0.)"
             )
         else:
             restore_rng(self._state)

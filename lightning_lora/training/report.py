@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_lora.analysis.summary import Summary, format_bytes
+from lightning_lora.errors import counted
 from lightning_lora.targets import Plan
 from lightning_lora.targets.table import table
 
@@ -40,9 +41,9 @@ def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
 def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
     """The same in one line, for a log."""
     count = len(plan.modules_to_save)
-    in_full = f" and {count} part{'s' * (count > 1)} in full" if count else ""
+    in_full = f" and {counted(count, 'part')} in full" if count else ""
     added = sum(addition.parameters > 0 for addition in plan.additions)
-    on = f"{added} module{'s' * (added != 1)}" if plan.additions else f"{len(plan.targets)} layers"
+    on = counted(added, "module") if plan.additions else counted(len(plan.targets), "layer")
     return f"{plan.method} adapter {adapter_name!r} on {on}{in_full}: {counts}"
 
 

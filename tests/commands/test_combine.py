@@ -174,7 +174,7 @@ def test_what_is_refused(tmp_path, capsys):
     assert "'svd' needs a rank" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "svd")
     assert "needs equal ranks" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "linear")
     assert "adapter_name='a b' can't be used" in fails(2, capsys, "combine", out, one, "--adapter-name", "a b")
-    assert "must be at least 1" in fails(2, capsys, "combine", tmp_path / "x", one, "--rank", 0)
+    assert "must be a whole number of at least 1" in fails(2, capsys, "combine", tmp_path / "x", one, "--rank", 0)
     assert "does not exist" in fails(2, capsys, "combine", tmp_path / "x", one, tmp_path / "none:0.5")
     assert "FOLDER:WEIGHT" in fails(2, capsys, "combine", tmp_path / "x")
     assert "holds no adapter_config.json" in fails(1, capsys, "combine", tmp_path / "x", tmp_path)

@@ -117,7 +117,7 @@ def test_arguments_that_are_wrong(tmp_path, capsys):
     model = described(tmp_path)
     said = fails(2, capsys, "estimate", model, "--card", "big", "--optimizer", "adamx", "--strategy", "dp")
     assert all(words in said for words in ("4 problems", "card must be", "optimizer must be", "strategy must be"))
-    assert "must be at least 1, got 0" in fails(2, capsys, "estimate", model, "--devices", 0)
+    assert "must be a whole number of at least 1, got '0'" in fails(2, capsys, "estimate", model, "--devices", 0)
     assert "has 64 positions, got 65" in fails(2, capsys, "estimate", model, "--seq-len", 65)
     assert "'q_prj'" in fails(1, capsys, "plan", model, "--target-modules", "q_prj")
     assert "lora_alpha must be finite and not 0" in fails(2, capsys, "plan", model, "--lora-alpha", 0)

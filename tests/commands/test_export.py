@@ -150,5 +150,5 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path, capsys):
     del saved["state_dict"][lost]
     torch.save(saved, tmp_path / "run.ckpt")
     said = fails(1, capsys, "export", tmp_path / "run.ckpt", tmp_path / "out")
-    assert f"{lost.partition('.lora.')[0]}: A and B are no matrices of rank" in said
+    assert f"{lost.partition('.lora.')[0]}: A and B are no pair of rank" in said
     assert not (tmp_path / "out").exists()

@@ -155,7 +155,9 @@ def test_damage(tmp_path, capsys):
     assert "holds NaN or infinite values" in fails(1, capsys, "inspect", tmp_path / "a")
     A, B = (next(key for key in held if f"q_proj.lora_{part}" in key) for part in "AB")
     save_file({**held, A: torch.ones(4), B: torch.ones(32, 3)}, weights)
-    assert "q_proj: A and B are no matrices of rank 4: [(4,), (32, 3)]" in fails(1, capsys, "inspect", tmp_path / "a")
+    assert "q_proj: A and B are no pair of rank 4: their shapes are [(4,), (32, 3)]" in fails(
+        1, capsys, "inspect", tmp_path / "a"
+    )
     save_file({**held, A: held[A].to(torch.int8)}, weights)
     assert "q_proj: A is torch.int8, where numbers with a fraction are needed" in fails(
         1, capsys, "inspect", tmp_path / "a"
@@ -179,7 +181,9 @@ def test_a_rank_that_is_not_that_of_the_tensors(tmp_path, capsys):
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**said, "r": 2}))
     for command in ("inspect", "analyze"):
-        assert "q_proj: A and B are no matrices of rank 2: [(4, 32), (32, 4)]" in fails(1, capsys, command, tmp_path)
+        assert "q_proj: A and B are no pair of rank 2: their shapes are [(4, 32), (32, 4)]" in fails(
+            1, capsys, command, tmp_path
+        )
 
 
 def test_other_methods_beside_lora(tmp_path, capsys):

@@ -216,6 +216,8 @@ def test_what_can_be_had_of_loras_only():
         lambda: ll.truncate(model, 1, adapter_name="other"),
         lambda: ll.mixed_batch(model, ["lora", "other"]).__enter__(),
     ):
-        with pytest.raises(ll.ConfigError, match="adapter 'other' is bottleneck: this can be had of LoRA's only") as e:
+        with pytest.raises(
+            ll.ConfigError, match="adapter 'other' is bottleneck, and this takes adapters of LoRA only"
+        ) as e:
             act()
         assert "there is no adapter" not in str(e.value)

@@ -203,7 +203,9 @@ def test_what_peft_has_not(folder):
     ll.inject(model, BottleneckConfig())
     with pytest.raises(ll.UnsupportedError, match="PEFT has no 'bottleneck': keep adapter 'default' in a checkpoint"):
         ll.save_adapter(model, folder)
-    with pytest.raises(ll.UnsupportedError, match="adapter 'default' is bottleneck: this can be had of LoRA's only"):
+    with pytest.raises(
+        ll.UnsupportedError, match="adapter 'default' is bottleneck, and this takes adapters of LoRA only"
+    ):
         ll.analyze(model)
     with pytest.raises(ll.ConfigError, match="already has an adapter 'default'.*another configuration"):
         ll.inject(model, PrefixTuningConfig())

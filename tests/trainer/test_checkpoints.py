@@ -420,7 +420,7 @@ def test_buffers_of_another_base(tmp_path):
 
 
 def test_buffers_that_are_filled_too_late_for_a_file(tmp_path):
-    with pytest.warns(UserWarning, match=r"filled behind configure_model: net.first.running_mean\. No file has them"):
+    with pytest.warns(UserWarning, match=r"filled after configure_model: net.first.running_mean\. No file has them"):
         fit(tmp_path, epochs=1, module=Standardised(late=0.5))
 
 
