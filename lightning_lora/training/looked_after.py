@@ -20,11 +20,12 @@ from lightning_lora.training.attached import Attached, tells_steps
 from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
 from lightning_lora.training.second_look import BATCHES, SecondLook
+from lightning_lora.training.steps import Steps
 from lightning_lora.training.watch import DIVERGED, PATIENCE, Watch
 
 
 class Training:
-    """The trained tensors, in the first steps and now and then later; the weights of the frozen base, in all of them.
+    """The trained tensors, in the first steps and now and then later; steps and the frozen base, in all of them.
 
     Args:
         model: The model, as training begins.
@@ -51,6 +52,7 @@ class Training:
         self._began: int | None = None
         self._began_with = [name for name, _ in trained_parameters(model, adapter_names)]
         self._attached: list[Attached] = []
+        self._steps: Steps | None = None
         self.check_base: Callable[[], None] = self._base.check_values
         self._follow(optimizers)
 
@@ -64,6 +66,7 @@ class Training:
             )
         self._watches = [Watch(self._model, optimizers, self._names)]
         self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
+        self._steps = Steps(dict(trained_parameters(self._model, self._names)), optimizers)
         self._base.optimizers = optimizers
 
     def begin_batch(self, listed: list[Any], optimizers: Callable[[], list[Optimizer]], step: int) -> None:
@@ -155,6 +158,8 @@ class Training:
             if watch.done:
                 watch.close()
         self._watches = [watch for watch in self._watches if not watch.done]
+        if self._steps is not None:
+            self._steps.end_batch()
 
     def end(self, stopped: bool) -> None:
         """Training ends. Warns about what never moved, and about what moved and should not. A collective.
@@ -167,6 +172,8 @@ class Training:
         """
         for watch in self._watches:
             watch.close(finished=True)
+        if self._steps is not None:
+            self._steps.close(finished=True)
         if self._resting:
             rank_zero_warn(_never_active(self._resting))
         if (problem := self._base.changed()) is not None:
@@ -182,6 +189,8 @@ class Training:
         for watch in self._watches:
             watch.close()
         self._watches = []
+        if self._steps is not None:
+            self._steps.close()
         for attached in self._attached:
             attached.remove()
         self._attached = []
