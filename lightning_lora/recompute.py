@@ -51,7 +51,8 @@ def checkpoint_activations(model: nn.Module, patches: Patches) -> list[str]:
     if not names:
         raise UnsupportedError(
             "gradient_checkpointing: the model has no repeated blocks with adapters (modules of one class in a "
-            "ModuleList or Sequential); use torch.utils.checkpoint with use_reentrant=False in its forward"
+            "ModuleList or Sequential, which hold layers and are none themselves); use torch.utils.checkpoint with "
+            "use_reentrant=False in its forward"
         )
     return names
 

@@ -180,9 +180,17 @@ def keep_weights_only(checkpoint: dict[str, Any]) -> None:
     checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
 
 
-def complete_averages(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Puts the base into a loaded checkpoint of weight averaging, in place: that loads whole models."""
+def complete_averages(model: nn.Module, checkpoint: dict[str, Any], goes_on: bool) -> None:
+    """Puts the base into a loaded checkpoint of weight averaging, in place: that loads whole models.
+
+    Args:
+        model: The model.
+        checkpoint: What was loaded.
+        goes_on: Whether training does. Otherwise the averages are what is wanted, and a callback that has some from a
+            fit before would load the values that these are of.
+    """
     if "averaging_state" in checkpoint:
+        checkpoint["current_model_state"] = checkpoint["current_model_state" if goes_on else "state_dict"]
         for part in ("state_dict", "current_model_state"):
             checkpoint[part] = {**model.state_dict(), **checkpoint[part]}
 

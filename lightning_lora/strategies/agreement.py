@@ -20,8 +20,12 @@ from lightning_lora.patches import Patches
 from lightning_lora.quantization import Quantizer, quantizer_of
 
 
-def require_same_settings(settings: Mapping[str, Any]) -> None:
+def require_same_settings(settings: Mapping[str, Any], way_out: str = "") -> None:
     """A collective.
+
+    Args:
+        settings: By name.
+        way_out: What makes them the same.
 
     Raises:
         ConfigError: On every rank, naming what differs, if ranks were given different settings.
@@ -34,7 +38,7 @@ def require_same_settings(settings: Mapping[str, Any]) -> None:
         if each[0].get(key) != other.get(key)
     ]
     if different:
-        raise ConfigError(f"LoRA: ranks differ: {'; '.join(different[:5])}")
+        raise ConfigError(f"LoRA: ranks differ: {'; '.join(different[:5])}{way_out and f'. {way_out}'}")
 
 
 def require_same_checkpoint(path: str | os.PathLike[str] | None) -> None:
@@ -47,7 +51,8 @@ def require_same_checkpoint(path: str | os.PathLike[str] | None) -> None:
         ConfigError: On every rank, if ranks are to go on from different files, or some of them from none.
         CheckpointError: On every rank, if some have no such file. Where none has, reading it says so.
     """
-    require_same_settings({"ckpt_path": path and Path(path).name})
+    way_out = "A metric that is monitored is logged with sync_dist=True, or one path is given to all ranks"
+    require_same_settings({"ckpt_path": path and Path(path).name}, way_out)
     each = all_objects(path is None or "://" in str(path) or Path(path).exists())
     if len(set(each)) > 1:
         raise CheckpointError(

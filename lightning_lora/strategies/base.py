@@ -35,7 +35,14 @@ from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, adapters, extra_state, widen
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
-from lightning_lora.strategies.states import in_order, names_of, require_same_groups, require_same_ratios
+from lightning_lora.strategies.states import (
+    in_order,
+    names_of,
+    of_the_same_kind,
+    plain_optimizer,
+    require_same_groups,
+    require_same_ratios,
+)
 
 
 class Options(NamedTuple):
@@ -237,7 +244,8 @@ class StrategyAdapter:
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Loads optimizer states after a check that they are for these parameters."""
         states = self._checked_states(checkpoint)
-        original({**checkpoint, "optimizer_states": files.own_storage(states)})
+        with of_the_same_kind(self.optimizers()):
+            original({**checkpoint, "optimizer_states": files.own_storage(states)})
 
     def _checked_states(self, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
         """The states of the optimizers, which are for these parameters, in the order that these have now."""
@@ -255,11 +263,6 @@ class StrategyAdapter:
             return states
         current = names_of(self.model, self.optimizers())
         return [in_order(*each) for each in zip(states, unpack(packed), current, strict=False)]
-
-
-def plain_optimizer(optimizer: Any) -> Any:
-    """An optimizer without what Lightning puts around it."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _whole(state: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from lightning_lora.ops.sharded import copy_whole_, gathered_all, is_sharded, pl
 from lightning_lora.optim import trained_in_run
 from lightning_lora.patches import Patches
 from lightning_lora.state import adapter_state_dict, extra_state
-from lightning_lora.strategies.base import StrategyAdapter, plain_optimizer
+from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.gradients import ReplicatedGradients, clip_by_norm, clip_by_value, split_apart
+from lightning_lora.strategies.states import of_the_same_kind, plain_optimizer
 
 
 class ShardedAdapter(StrategyAdapter):
@@ -129,7 +130,8 @@ class ShardedAdapter(StrategyAdapter):
     @override
     def load_optimizer_state_dict(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers(), self._checked_states(checkpoint), strict=True):
-            optimizer.load_state_dict(_placed(files.own_storage(state), optimizer))
+            with of_the_same_kind([optimizer]):
+                optimizer.load_state_dict(_placed(files.own_storage(state), optimizer))
             split_apart(optimizer)
 
     @override

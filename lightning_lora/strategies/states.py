@@ -1,6 +1,7 @@
 """Optimizer states, which torch knows by the position of their parameters, by the names of these."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -10,7 +11,13 @@ from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.names import clean
 from lightning_lora.optim import RATIO
 
+_FILLED_IN = {"foreach", "fused", "capturable", "differentiable", "maximize"}  # of which a state may know nothing
 Names = list[list[str | None]]  # of one optimizer, by group; None for what is no parameter of the model
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """An optimizer without what Lightning puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def names_of(model: nn.Module, optimizers: Iterable[Any]) -> list[Names]:
@@ -27,6 +34,23 @@ def require_same_groups(saved: Iterable[Sized], current: Iterable[Sized]) -> Non
             f"the optimizer's parameter groups differ, {sizes} -> {own} tensors: resume with the same "
             "configure_optimizers, loraplus_lr_ratio, modules_to_save and active adapters (ll.set_adapter)"
         )
+
+
+@contextmanager
+def of_the_same_kind(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Raises CheckpointError if what is loaded into optimizers within it is of others, which torch does not look at."""
+    others = "the checkpoint has the state of another optimizer than"
+    way_out = "resume with the same one, or start a new run from its adapters (init_from)"
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(
+            f"{others} {listing(type(each).__name__ for each in optimizers)}, without {error}: {way_out}"
+        ) from error
+    for optimizer in optimizers:
+        needed = getattr(optimizer, "defaults", {}).keys() - _FILLED_IN
+        if missing := sorted({key for group in optimizer.param_groups for key in needed if key not in group}):
+            raise CheckpointError(f"{others} {type(optimizer).__name__}, without {listing(missing, 4)}: {way_out}")
 
 
 def require_same_ratios(saved: Iterable[Mapping[str, Any]], current: Iterable[Mapping[str, Any]]) -> None:

@@ -207,8 +207,9 @@ class MethodCallback(CallbackBase):
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was loaded, before the train dataloader's iterator is made."""
         if _family(trainer)[0] is self:
-            complete_averages(pl_module, checkpoint)
-            if trainer.state.fn == "fit" and (states := checkpoint.get(META, {}).get("rng")) is not None:
+            fits = trainer.state.fn == "fit"
+            complete_averages(pl_module, checkpoint, fits)
+            if fits and (states := checkpoint.get(META, {}).get("rng")) is not None:
                 self._random.resume(states, trainer)
 
     @override

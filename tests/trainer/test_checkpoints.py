@@ -927,3 +927,41 @@ def test_a_module_called_lora_is_no_adapter():
     ll.inject(model, ll.LoRAConfig(r=2, target_modules=["body"], modules_to_save=["net.lora"]))
     assert is_base_checkpoint(model, {"state_dict": state})
     assert not is_base_checkpoint(model, {"state_dict": ll.adapter_state_dict(model)})
+
+
+OTHERS = {
+    "AdamW": torch.optim.AdamW,
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+    "Adam": torch.optim.Adam,
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lacks"),
+    [
+        ("AdamW", "SGD", "SGD, without dampening, momentum"),
+        ("SGD", "AdamW", "AdamW, without "),
+        ("AdamW", "RMSprop", "RMSprop, without alpha"),
+        ("RMSprop", "SGD", "SGD, without dampening"),
+        ("AdamW", "Adagrad", "Adagrad, without .*lr_decay"),
+        ("AdamW", "Adam", None),
+        ("SGD", "SGD", None),
+    ],
+)
+def test_the_state_of_another_optimizer(before, after, lacks, tmp_path):
+    """torch would fail in the first step, and name nothing."""
+
+    def fit(kind, **options):
+        module = Lit(optimizers_=lambda module: OTHERS[kind](module.parameters(), lr=1e-2))
+        run = trainer(ll.LoRA(r=2), max_epochs=2 if options else 1)
+        run.fit(module, data(), **options)
+        return run
+
+    fit(before).save_checkpoint(path := tmp_path / "a.ckpt")
+    if lacks is None:
+        fit(after, ckpt_path=path)
+        return
+    with pytest.raises(ll.CheckpointError, match=rf"the state of another optimizer than {lacks}.*init_from"):
+        fit(after, ckpt_path=path)

@@ -392,6 +392,20 @@ def test_weight_averaging_behind_lora(tmp_path):
     assert all(torch.equal(value, adapters_of(module)[key]) for key, value in adapters_of(resumed).items())
 
 
+@averaging
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_behind_a_fit_averages_are_what_a_checkpoint_gives(tmp_path, stage):
+    """Lightning's callback would load what they are the averages of, as long as it has those of a fit."""
+    best = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    run, module = trainer(ll.LoRA(r=4, lora_alpha=6), EMAWeightAveraging(decay=0.5), best, max_epochs=2), Lit()
+    run.fit(module, data())
+    saved = torch.load(path := tmp_path / "epoch=0.ckpt", weights_only=True)
+    getattr(run, stage)(module, data(), ckpt_path=path)
+    own = ll.adapter_state_dict(module)
+    assert all(torch.equal(own[key], value) for key, value in saved["state_dict"].items())
+    assert any(not torch.equal(own[key], value) for key, value in saved["current_model_state"].items())
+
+
 class Scaled(Lit):
     """With buffers of the base that are no zeros."""
 
