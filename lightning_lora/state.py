@@ -17,7 +17,7 @@ from lightning_lora.errors import (
     of_another_method,
     raise_all,
 )
-from lightning_lora.injection.copies import values_of
+from lightning_lora.injection.copies import persistent_buffers, values_of
 from lightning_lora.injection.trained import trained_tensors
 from lightning_lora.layers import LoRALayer, base_modules, lora_layers, named_base_modules
 from lightning_lora.layers.starting import start_misfit
@@ -210,13 +210,6 @@ def _own_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not any(map(is_fsdp_wrapper, model.modules())):
         return [("", model)]
     return [(f"{name}.", child) for name, child in modules_beside_the_base(model) if name and "." not in name]
-
-
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own buffers that ``state_dict`` holds."""
-    for key, buffer in module._buffers.items():
-        if buffer is not None and key not in module._non_persistent_buffers_set:
-            yield key, buffer
 
 
 def modules_beside_the_base(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -17,7 +17,7 @@ from lightning_lora.formats.fingerprint import compare, part
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
 from lightning_lora.formats.peft_older import is_older
-from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.peft_read import adapter_folder, read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import write_peft_folder
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter
@@ -102,8 +102,7 @@ def _read(path: Path, stack: ExitStack) -> _Source:
 
 def _overwritten(out: Path, sources: Iterable[Path]) -> Iterator[str]:
     for path in sources:
-        folder = path.parent if path.suffix == ".safetensors" else path
-        if folder.resolve() == out.resolve():
+        if adapter_folder(path).resolve() == out.resolve():
             yield f"{path} would be written over: give another folder than {out}"
 
 

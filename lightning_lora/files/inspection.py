@@ -15,7 +15,7 @@ from lightning_lora.formats.checkpoint_read import checkpoint_adapter, other_met
 from lightning_lora.formats.damage import damage, unreadable
 from lightning_lora.formats.fingerprint import described_weights
 from lightning_lora.formats.peft_parameters import apart, base_problems
-from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.peft_read import adapter_folder, read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
@@ -31,8 +31,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: If it is damaged or holds values that are not finite, with every tensor.
         UnsupportedError: If it asks for mathematics that are not built here.
     """
-    source = Path(path)
-    source = source.parent if source.suffix == ".safetensors" else source
+    source = adapter_folder(Path(path))
     if is_checkpoint(source):
         return _checkpoint(source)
     require_peft_folder(source, "give a PEFT folder or a checkpoint")

@@ -23,7 +23,7 @@ from lightning_lora.formats.peft_tasks import HEADS
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.tensors import TensorFile
-from lightning_lora.names import has_end, last_part
+from lightning_lora.names import has_end, has_part, last_part
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -210,7 +210,7 @@ def _peft(folder: _Folder) -> Iterator[tuple[str | None, str]]:
             yield None, f"PEFT {peft.__version__} has no field {name!r} (here {value!r:.60}) and ignores it: update it"
     for key, name in _unread(folder, (*_FACTORS, *_TABLES, ".lora_magnitude_vector", ".lora_magnitude_vector.weight")):
         saved = folder.config.get("modules_to_save") or ()
-        inside = any(f".{part}." in f".{name}." for part in saved) or ".base_layer." in key
+        inside = any(has_part(name, part) for part in saved) or ".base_layer." in key
         inside = inside or (has_end(key, ROWS) and bool(folder.config.get("trainable_token_indices")))
         if not inside and not (name.endswith(".bias") and folder.config.get("bias") in ("all", "lora_only")):
             yield name, "no field of the configuration says what it is, so that it is not loaded"

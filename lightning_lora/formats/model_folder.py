@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing, raise_all
+from lightning_lora.formats.peft_config import CONFIG as ADAPTER_CONFIG
 from lightning_lora.formats.shards import Shard
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-ADAPTER = "adapter_config.json"
 
 _OTHER_WEIGHTS = (  # ends of files that hold weights of the base, or say where they are
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
@@ -101,8 +101,8 @@ class ModelFolder:
                     "it was made from, which the adapter fits as well"
                 )
                 break
-        if (self.path / ADAPTER).is_file():
-            yield f"it holds {ADAPTER}, with which transformers loads an adapter beside the model: give the model alone"
+        if (self.path / ADAPTER_CONFIG).is_file():
+            yield f"it holds {ADAPTER_CONFIG}, by which transformers loads an adapter too: give the model alone"
         if not (self.path / WEIGHTS).is_file() and not (self.path / INDEX).is_file():
             pickled = [*self.path.glob("pytorch_model*.bin")]
             hint = f"{pickled[0].name} is a pickle: load it and save it with save_pretrained" if pickled else "none"

@@ -38,6 +38,11 @@ def is_peft_folder(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+def adapter_folder(path: Path) -> Path:
+    """A PEFT folder, also where its file of tensors is what was given."""
+    return path.parent if path.suffix == ".safetensors" else path
+
+
 def require_peft_folder(folder: Path, hint: str, source: object = None) -> None:
     """Nothing, for a folder with a PEFT configuration in it.
 

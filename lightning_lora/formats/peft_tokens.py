@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import RowsAdapter, TiedRows, TokenRows
 from lightning_lora.errors import listing
-from lightning_lora.layers import LoRALayer, has_own_forward, original_type
+from lightning_lora.layers import LoRALayer, has_own_forward, original_type, told_by
 from lightning_lora.ops.sharded import gathered
 from lightning_lora.targets.kinds import is_pretrained
 from lightning_lora.targets.walk import Node
@@ -31,7 +31,7 @@ class ExportedRows:
         self.tables = {name: adapter for name, adapter in found.items() if isinstance(adapter, TokenRows)}
         self.tied = [name for name, adapter in found.items() if isinstance(adapter, TiedRows)]
         self._tree, self._root = tree, tree[""].module
-        self._input = _ask(self._root, "get_input_embeddings")
+        self._input = _told_by(self._root, "get_input_embeddings")
 
     def problems(self, has_pairs: bool) -> Iterator[str]:
         """What of them PEFT would not have, or would have elsewhere too."""
@@ -52,7 +52,7 @@ class ExportedRows:
                 f"{listing(self.tied, 3)} is tied to {listing([*self.tables], 3)}, of which PEFT does not know: untie "
                 "them, or set tie_word_embeddings in the model's config"
             )
-        if by_input and ties and not self.tied and _ask(self._root, "get_output_embeddings") is not None:
+        if by_input and ties and not self.tied and _told_by(self._root, "get_output_embeddings") is not None:
             yield "tie_word_embeddings is set and nothing is tied: PEFT would change rows of the output embedding too"
 
     def fields(self, short: Callable[[str], str]) -> dict[str, Any]:
@@ -80,11 +80,5 @@ def peft_rows_problem(layer: Any) -> str | None:
     return None
 
 
-def _ask(root: Any, method: str) -> nn.Module | None:
-    if not is_pretrained(root):
-        return None
-    try:
-        found: nn.Module | None = getattr(root, method)()
-    except (AttributeError, NotImplementedError):  # some have none
-        return None
-    return found
+def _told_by(root: nn.Module, method: str) -> nn.Module | None:
+    return told_by(root, method) if is_pretrained(root) else None

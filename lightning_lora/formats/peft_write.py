@@ -15,6 +15,7 @@ from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.model_folder import CONFIG as MODEL_CONFIG
 from lightning_lora.formats.peft_config import CONFIG, write_config
 from lightning_lora.formats.tensor_write import write_tensors
+from lightning_lora.ops.samples import SAMPLES
 
 _MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 WEIGHTS = "adapter_model.safetensors"
@@ -82,5 +83,5 @@ def decode(base: dict[str, Any]) -> dict[str, Any]:
         ValueError: If it is none.
     """
     parameters, samples = (bytearray(base64.b64decode(base[key], validate=True)) for key in ("parameters", "samples"))
-    rows = torch.frombuffer(samples, dtype=torch.float32).view(-1, 4) if samples else torch.empty(0, 4)
+    rows = torch.frombuffer(samples, dtype=torch.float32).view(-1, SAMPLES) if samples else torch.empty(0, SAMPLES)
     return {**base, "parameters": torch.frombuffer(parameters, dtype=torch.uint8), "samples": rows}

@@ -1,6 +1,6 @@
 """One initialisation per file: from the frozen weight, the rank and the scale to the first A and B."""
 
-from lightning_lora.inits.base import Init, Stage, init, plain_defaults, resolve, stage_of
+from lightning_lora.inits.base import Init, Stage, init, resolve, stage_of
 from lightning_lora.inits.eva import EVA
 from lightning_lora.inits.gaussian import Gaussian
 from lightning_lora.inits.kaiming import Kaiming
@@ -20,7 +20,6 @@ __all__ = [
     "PiSSA",
     "Stage",
     "init",
-    "plain_defaults",
     "resolve",
     "stage_of",
 ]

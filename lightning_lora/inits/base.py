@@ -1,8 +1,7 @@
 """What an initialisation is, and how one is found by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, ClassVar, TypeVar
 
@@ -83,15 +82,3 @@ def resolve(spec: str | Callable[..., Any]) -> Callable[..., Any]:
 def stage_of(spec: str | Callable[..., Any]) -> Stage:
     """When an initialisation can be run; a function of the user's own at once."""
     return getattr(INITS[spec] if isinstance(spec, str) else spec, "stage", Stage.INJECTED)
-
-
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """The CPU and float32 as defaults: Lightning builds models under the run's device and dtype."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)

@@ -14,10 +14,17 @@ from lightning_lora.methods.added import Added
 from lightning_lora.ops.sharded import copy_whole_, placed_like
 
 
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers that ``state_dict`` holds."""
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            yield key, buffer
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and the buffers that ``state_dict`` holds."""
-    buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-    return {key: tensor for key, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
+    """The same, and its own parameters."""
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    return {**own, **dict(persistent_buffers(module))}
 
 
 def values_of(module: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,9 @@
 """How an input meets an adapter: one mixin per layer type, put onto the user's own module by a class swap."""
 
 from lightning_lora.layers import activation, conv, conv1d, embedding, quantized, read  # noqa: F401  (registers the layer types)
+from lightning_lora.layers.arrange import arrange
 from lightning_lora.layers.base import GAINED, LoRALayer, Mixture
-from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules
+from lightning_lora.layers.find import base_modules, lora_layers, named_base_modules, told_by
 from lightning_lora.layers.layouts import layouts
 from lightning_lora.layers.parts import Fused, Part
 from lightning_lora.layers.read import Reading, ReadWeight, read_layers, readable
@@ -22,7 +23,6 @@ from lightning_lora.layers.registry import (
     reaches_base_forward,
     registered_base,
 )
-from lightning_lora.layers.siblings import arrange
 from lightning_lora.layers.stand_in import StandIn, stand_ins
 from lightning_lora.layers.swap import (
     LockedStatistics,
@@ -70,6 +70,7 @@ __all__ = [
     "rebase",
     "registered_base",
     "stand_ins",
+    "told_by",
     "undressed",
     "unlock_statistics",
     "weights_read",

@@ -9,10 +9,11 @@ from typing_extensions import override
 
 from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.errors import ConfigError
-from lightning_lora.inits import Stage, plain_defaults, resolve
-from lightning_lora.layers.starting import factors_of_each, start_misfit
+from lightning_lora.inits import Stage, resolve
+from lightning_lora.layers.starting import first_factors, start_misfit
 from lightning_lora.marks import MERGED
 from lightning_lora.names import joined
+from lightning_lora.ops.defaults import plain_defaults
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
@@ -214,10 +215,7 @@ class LoRALayer(Base):
         self, init: Callable[..., Any], W: Tensor, adapter: LowRankAdapter
     ) -> tuple[Tensor, Tensor, bool]:
         """The first A and B, and whether they are a part of the weight: what the initialisation says."""
-        if W.dim() == 3:
-            factors = factors_of_each(init, W, adapter)
-        else:
-            factors = init(W, adapter.r, adapter.scaling, adapter.generator())
+        factors = first_factors(init, W, adapter)
         shapes = [tuple(factor.shape) for factor in factors if isinstance(factor, Tensor)]
         if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)] or len(factors) > 2:
             wanted = f"{tuple(adapter.A.shape)} and {tuple(adapter.B.shape)}"

@@ -9,6 +9,15 @@ from lightning_lora.layers.base import LoRALayer
 CHILD = "_lora_weights"  # where a module keeps what stands for parameters that it reads: no part of any name
 
 
+def told_by(model: nn.Module, method: str) -> nn.Module | None:
+    """The module that a method returns (``get_input_embeddings``) which not every model has, or answers."""
+    try:
+        found: nn.Module | None = getattr(type(model), method)(model)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found
+
+
 def base_modules(model: nn.Module) -> list[nn.Module]:
     """A module and all below it, each once, without adapters."""
     found: dict[int, nn.Module] = {}

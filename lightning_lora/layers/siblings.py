@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.encoders import keep_to_layers
 from lightning_lora.layers.reading import used_beside_forward
 from lightning_lora.layers.source import syntax_of
-from lightning_lora.layers.tables import keep_tables
 
 _KEY: Any = "lightning_lora"  # of the hooks: the same in all modules, or compiled graphs could not be shared among them
 _GROUPS = "_lora_groups"  # on a module: names of its layers with adapters that it calls with the same input
@@ -113,25 +111,18 @@ def scope() -> Scope | None:
     return stack[-1] if stack else None
 
 
-def arrange(model: nn.Module) -> None:
-    """Hooks the modules of a model that call several layers with adapters with the same input, and no others.
-
-    Encoders of torch's are seen to as well (`lightning_lora.layers.encoders`), and models that can resize their token
-    tables (`lightning_lora.layers.tables`).
-    """
-    for module in model.modules():
-        keep_to_layers(module)
-        keep_tables(module)
-        vars(module).pop(_GROUPS, None)
-        if wanted := not isinstance(module, LoRALayer) and bool(groups := _groups(module)):
-            vars(module)[_GROUPS] = groups
-        if wanted and _KEY not in module._forward_pre_hooks:
-            module._forward_pre_hooks[_KEY] = _enter
-            module._forward_hooks[_KEY] = _leave
-            module._forward_hooks_always_called[_KEY] = True
-        elif not wanted and _KEY in module._forward_pre_hooks:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
-                hooks.pop(_KEY, None)
+def keep_together(module: nn.Module) -> None:
+    """Hooks a module that calls several layers with adapters with the same input, and no other one."""
+    vars(module).pop(_GROUPS, None)
+    if wanted := not isinstance(module, LoRALayer) and bool(groups := _groups(module)):
+        vars(module)[_GROUPS] = groups
+    if wanted and _KEY not in module._forward_pre_hooks:
+        module._forward_pre_hooks[_KEY] = _enter
+        module._forward_hooks[_KEY] = _leave
+        module._forward_hooks_always_called[_KEY] = True
+    elif not wanted and _KEY in module._forward_pre_hooks:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+            hooks.pop(_KEY, None)
 
 
 def _groups(module: nn.Module) -> tuple[tuple[str, ...], ...]:

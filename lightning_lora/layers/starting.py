@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 MISFIT = 0.01  # of the norm of an adapter's first product: another machine's decomposition of the same weight
 
 
-def factors_of_each(init: Callable[..., Any], W: Tensor, adapter: "LowRankAdapter") -> tuple[Tensor, Tensor]:
-    """The first factors of a stack: each of its matrices has its own, drawn one after the other."""
+def first_factors(init: Callable[..., Any], W: Tensor, adapter: "LowRankAdapter") -> Any:
+    """What an initialisation gives a matrix; each one of a stack has its own, drawn one after the other."""
     generator = adapter.generator()
+    if W.dim() == 2:
+        return init(W, adapter.r, adapter.scaling, generator)
     pairs = [init(matrix, adapter.r, adapter.scaling, generator) for matrix in W]
     return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import RowsAdapter
 from lightning_lora.errors import ConfigError, UnsupportedError, listing
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.find import base_modules, lora_layers
+from lightning_lora.layers.find import base_modules, lora_layers, told_by
 from lightning_lora.marks import COPIES, MERGED, TRAINED
 
 _METHOD = "resize_token_embeddings"
@@ -77,7 +77,7 @@ class Resizing:
 def _tables(model: Any) -> dict[str, LoRALayer]:
     """The layers with adapters that have a row for each token."""
     rows = len(model.get_input_embeddings().weight)
-    output = _output(model)
+    output: Any = told_by(model, "get_output_embeddings")
     return {
         name: layer
         for name, layer in lora_layers(model)
@@ -105,13 +105,6 @@ def _check(tables: dict[str, LoRALayer], rows: int) -> None:
                 f"{_METHOD}: {name} has trained rows of the tokens {listing(lost)}, which would be cut off: "
                 f"{rows} rows are too few"
             )
-
-
-def _output(model: Any) -> Any:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _take_over(layer: Any, new: Any) -> None:

@@ -10,8 +10,10 @@ from lightning_lora.arguments import name_problems
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
 from lightning_lora.formats.files import is_remote
+from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.peft_prompts import is_prompt_folder, load_prompt_folder
-from lightning_lora.formats.peft_read import read_folder, require_peft_folder
+from lightning_lora.formats.peft_read import adapter_folder, read_folder, require_peft_folder
+from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.loading.placement import place
@@ -78,7 +80,7 @@ def _located(source: str | os.PathLike[str]) -> Path | str:
         return os.fspath(source)
     path = Path(source)
     is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/")) and path.suffix not in _FILES
-    path = path.parent if path.suffix == ".safetensors" else path
+    path = adapter_folder(path)
     return _from_hub(str(source)) if is_hub_id and not path.exists() else path
 
 
@@ -86,7 +88,7 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # whatever a hub, a proxy or a missing network may answer
         raise FileNotFoundError(
             f"{repository} is no folder here, and the hub does not give it: {type(error).__name__}: {error}"

@@ -37,7 +37,7 @@ class Quantizer(ABC):
         """The weight (out, in) that a parameter stands for, as `convert` and `repack` make it."""
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
-        """The same, for what a model gives its layer.
+        """The layer's product, as `forward` has it, with what a model gives the layer.
 
         Raises:
             UnsupportedError: If that is integers.

@@ -11,13 +11,13 @@ same cell as a midpoint this says nothing, and these few, which the table marks,
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from bitsandbytes import functional as F4
 from torch import Tensor
+
+from lightning_lora.ops.defaults import float32_by_default
 
 CELLS = 1 << 15  # a power of two: multiplying by it is exact. The table stays in the cache of a core
 PIECE = 1 << 17  # weights at a time and thread; whole blocks, of any size, and whole words
@@ -55,17 +55,6 @@ def values(kind: str, device: torch.device) -> Tensor:
     with float32_by_default():
         made: Tensor = F4.get_4bit_type(kind, device=device)
     return made
-
-
-@contextmanager
-def float32_by_default() -> Iterator[None]:
-    """While bitsandbytes makes its tables: they are in the default dtype, and some are kept for good."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def quantize_4bit(W: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor] | None:

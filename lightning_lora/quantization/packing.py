@@ -5,7 +5,8 @@ from bitsandbytes import functional as F4
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
-from lightning_lora.quantization.nearest import float32_by_default, quantize_4bit, values
+from lightning_lora.ops.defaults import float32_by_default
+from lightning_lora.quantization.nearest import quantize_4bit, values
 
 PIECE = 1 << 16  # weights that are packed at a time on a CPU; whole blocks, of any size
 

@@ -9,7 +9,7 @@ from lightning_lora.errors import ConfigError, UnsupportedError, first_line, rai
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
-from lightning_lora.formats.model_folder import ADAPTER
+from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import prompt_ids, render_prompt
@@ -40,9 +40,9 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
         raise UnsupportedError(f"{source} is an adapter for {task}, which makes no texts: use lightning-lora predict")
     tokenizer = load_tokenizer(named)
     place = resolve(named)
-    if (Path(place) / ADAPTER).is_file():
+    if (Path(place) / CONFIG).is_file():
         raise UnsupportedError(
-            f"{named}, the base of {source}, holds {ADAPTER}, with which transformers loads an adapter beside the "
+            f"{named}, the base of {source}, holds {CONFIG}, with which transformers loads an adapter beside the "
             "model: give the model alone (--base)"
         )
     auto: Any = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM

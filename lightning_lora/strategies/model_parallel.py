@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.optim import Moved
-from lightning_lora.strategies.adapters import DATA_PARALLEL, is_reduced_by_fsdp, place, withheld
+from lightning_lora.strategies.mesh import DATA_PARALLEL, is_reduced_by_fsdp, place_on_mesh, withheld
 from lightning_lora.strategies.registry import handles
 from lightning_lora.strategies.sharded import ShardedAdapter
 
@@ -36,7 +36,7 @@ class ModelParallelAdapter(ShardedAdapter):
 
     @override
     def place(self, model: nn.Module) -> None:
-        place(model, self.strategy.device_mesh, self.options.shard_adapters)
+        place_on_mesh(model, self.strategy.device_mesh, self.options.shard_adapters)
 
     @override
     def rest(self) -> None:

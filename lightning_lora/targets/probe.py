@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapters import variant_class
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inits import Stage, plain_defaults, resolve
+from lightning_lora.inits import Stage, resolve
 from lightning_lora.layers import (
     GAINED,
     LoRALayer,
@@ -25,6 +25,7 @@ from lightning_lora.layers import (
     reaches_base_forward,
     registered_base,
 )
+from lightning_lora.ops.defaults import plain_defaults
 from lightning_lora.ops.sharded import is_plain
 from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.uncalled import read_instead, tied_to

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers import base_modules, leaves_alone
+from lightning_lora.layers import base_modules, leaves_alone, told_by
 from lightning_lora.marks import was_trainable
 from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
 from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
@@ -186,8 +186,5 @@ def _children(name: str, tree: dict[str, Node]) -> list[str]:
 
 
 def ask(module: nn.Module, method: str, name_of: dict[int, str]) -> str | None:
-    """The name of the module that a method returns which not every model has, and some refuse to answer."""
-    try:
-        return name_of.get(id(getattr(type(module), method)(module)))
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+    """The name of the module that a model tells by a method."""
+    return name_of.get(id(told_by(module, method)))

@@ -280,7 +280,7 @@ def test_bases_that_can_not_be_merged_into(tmp_path, capsys):
     (base / "config.json").write_text(json.dumps(config))
     (base / "adapter_config.json").write_text("{}")
     said = fails(1, capsys, "merge", "--base", base, tmp_path / "adapter", tmp_path / "out")
-    assert "loads an adapter beside the model: give the model alone" in said
+    assert "loads an adapter too: give the model alone" in said
     (base / "adapter_config.json").unlink()
     for path in base.glob("model*"):
         path.unlink()

@@ -26,7 +26,7 @@ def withheld(model: nn.Module) -> AbstractContextManager[None]:
     return undressed([layer for layer in layers if type(layer) is lora_class(type(layer).lora_plain_class)])
 
 
-def place(model: nn.Module, mesh: Any, shard: bool | None) -> None:
+def place_on_mesh(model: nn.Module, mesh: Any, shard: bool | None) -> None:
     """Places adapters as their layers' weights are.
 
     Where a weight is split for tensor parallelism, A and B are split with it: with its rows B, with its columns A.
