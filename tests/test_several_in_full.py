@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from tests.commands.files import run
 from tests.helpers.layers import randomise
 from tests.helpers.modules import trainer
 from tests.helpers.toy import WIDTH, Lit, build, data
@@ -153,11 +154,17 @@ def test_one_that_was_made_of_others(folders, x, tmp_path):
     assert all(torch.equal(outputs(again, name, x), expected) for name, expected in wanted.items())
 
 
-def test_a_folder_says_what_others_trained(folders, tmp_path):
+def test_a_folder_says_what_others_trained(folders, tmp_path, capsys):
     module = Lit()
     ll.load_adapter(module, folders["a"])
     path = fit(module, lora(adapter_name="new", **NO_HEAD), path=tmp_path)
     exported(path, "new", tmp_path)
+    said = "without it: net.head.bias, net.head.weight"
+    assert said in (tmp_path / "new.peft" / "README.md").read_text()
+    run("export", path, tmp_path / "by-command", "--adapter", "new")
+    assert "other adapters trained net.head.bias, net.head.weight in full" in capsys.readouterr().out
+    run("export", path, tmp_path / "other", "--adapter", "a")
+    assert "other adapters" not in capsys.readouterr().out
     other = Lit()
     with torch.no_grad():
         other.net.blocks[0].o.weight.mul_(2)

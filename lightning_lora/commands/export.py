@@ -23,7 +23,11 @@ def add(commands: Commands) -> None:
 
 def run(checkpoint: Path, out: Path, adapter: str | None) -> None:
     """Runs it."""
+    from lightning_lora.errors import listing
     from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+    from lightning_lora.formats.peft_read import read_folder
 
     name = export_checkpoint(checkpoint, out, adapter)
     print(f"adapter {name!r} of {checkpoint} is in {out}")
+    if beside := read_folder(out).beside:
+        print(f"other adapters trained {listing(beside, 3)} in full, which this one does not bring")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.damage import misshapen
@@ -88,9 +88,12 @@ def export_read(
     entry["step"] = whole.get("global_step")
     entry |= {"parts": record["noted"]} if record["noted"] else {}
     beside = sorted(relative(key, prefix) for key in {*stored.beside} - stored.in_full.keys())
-    entry |= {"beside": beside} if beside else {}
+    notes: list[str] = record["notes"]
+    if beside:
+        entry["beside"] = beside
+        notes = [*notes, f"Trained beside what other adapters trained in full, and without it: {listing(beside, 3)}."]
     layers = len(stored.layers) - sum(len(parts) - 1 for parts in record["parts"].values())  # parts of one are one
-    write_peft_folder(folder, tensors, fields, entry, layers, record["notes"])
+    write_peft_folder(folder, tensors, fields, entry, layers, notes)
     return name
 
 
