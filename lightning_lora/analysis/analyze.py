@@ -15,7 +15,7 @@ from lightning_lora.analysis.sources import Source, aligned, file_sources, model
 from lightning_lora.analysis.spectra import ENERGIES, Spectrum, effective_rank, energy, spectrum, stable_rank
 from lightning_lora.analysis.subspaces import compare_spectra
 from lightning_lora.checks import is_int, is_number
-from lightning_lora.errors import ConfigError, did_you_mean, listing, raise_all
+from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.peft_parameters import unnamed
@@ -176,6 +176,10 @@ def _analysis(
     settings: WeightSVD | None,
     notes: tuple[str, ...] = (),
 ) -> Analysis:
+    if not sources:
+        raise UnsupportedError(
+            f"analyze: adapter {described[1]!r} of {described[0]} is rows of tokens alone, and no product B A"
+        )
     layers, compared, beside = dict[str, LayerAnalysis](), {}, dict[str, Source]()
     if others is not None:
         beside = {source.name: source for source in aligned(sources, others[1], others[0])}

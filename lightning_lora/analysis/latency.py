@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.analysis.memory_inputs import likely_batch, transformers_model
+from lightning_lora.analysis.memory_inputs import likely_batch, positions_problem, transformers_model
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import arrange, lora_layers, undressed
 from lightning_lora.merging.merge import merge, unmerge
@@ -57,6 +57,15 @@ class Latency:
         return asdict(self)
 
 
+def _asked(root: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]:
+    """A batch without what only a loss needs; a decoder is given what it would have to say."""
+    batch = likely_batch(root, batch_size, seq_len)
+    labels = batch.pop("labels", None)
+    if labels is not None and root.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = labels
+    return {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions")}
+
+
 @torch.no_grad()
 def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int = 15, repeat: int = 3) -> Latency:
     """Times a model with adapters, of which one or more are active, in eval mode, where its weights are.
@@ -83,13 +92,18 @@ def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int
     others = sorted({name for layer in layers for name in layer.lora} - {*active}) if len(active) == 1 else []
     if (root := transformers_model(model)) is None:
         raise ConfigError("latency: only transformers models are known to take what is made up here")
-    batch = {key: value.to(_device(model)) for key, value in likely_batch(root, batch_size, seq_len).items()}
+    batch = {key: value.to(_device(model)) for key, value in _asked(root, batch_size, seq_len).items()}
     dtype = next(p.dtype for p in root.parameters() if p.is_floating_point())
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     model.eval()
     run = _Timer(root, batch, repeat)
     times: dict[str, list[float]] = {key: [] for key in ("base", "adapted", "merged", "switch", "merge", "unmerge")}
-    run.forward()
+    try:
+        run.forward()
+    except (IndexError, RuntimeError) as error:
+        if (problem := positions_problem(root, seq_len)) is None:
+            raise
+        raise ConfigError(f"latency: {problem}") from error
     for _ in range(rounds):
         with _bare(model):
             times["base"].append(run.forward())

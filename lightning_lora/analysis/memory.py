@@ -9,7 +9,7 @@ from torch import nn
 from lightning_lora.analysis.memory_advice import cheaper_ways
 from lightning_lora.analysis.memory_cards import card_bytes, card_problem
 from lightning_lora.analysis.memory_estimate import MemoryEstimate
-from lightning_lora.analysis.memory_inputs import transformers_model
+from lightning_lora.analysis.memory_inputs import positions_problem, transformers_model
 from lightning_lora.analysis.memory_optimizer import optimizer_bytes, optimizer_name, optimizer_problem
 from lightning_lora.analysis.memory_run import Run, Steps
 from lightning_lora.analysis.memory_step import Way
@@ -167,6 +167,5 @@ def _problems(
     if not isinstance(model, nn.Module):
         yield f"model must be an nn.Module, got {type(model).__name__}"
     elif example_inputs is None and (root := transformers_model(model)) is not None:
-        most = getattr(root.config, "max_position_embeddings", None)
-        if is_int(seq_len) and is_int(most) and seq_len > most:
-            yield f"seq_len: {type(root).__name__} has {most} positions, got {seq_len} (--seq-len)"
+        if (problem := positions_problem(root, seq_len)) is not None:
+            yield problem

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_lora.checks import is_int
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers import original_type
 from lightning_lora.patches import Patches
@@ -23,6 +24,14 @@ def transformers_model(model: nn.Module) -> nn.Module | None:
     """The transformers model that a module is, or that is the only one in it."""
     found = pretrained_models(nodes(model))
     return found[0].module if len(found) == 1 else None
+
+
+def positions_problem(model: Any, seq_len: Any) -> str | None:
+    """That a transformers model has fewer positions than a batch is to have tokens; None where it has not."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if not is_int(seq_len) or not is_int(most) or seq_len <= most:
+        return None
+    return f"seq_len: {type(model).__name__} has {most} positions, got {seq_len} (--seq-len)"
 
 
 def likely_batch(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]:

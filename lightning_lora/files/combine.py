@@ -157,6 +157,11 @@ def _differences(sources: Sequence[_Source]) -> Iterator[str]:
             compare(first or {}, second or {}, trained)
         except BaseMismatchError as error:
             yield f"{other.path} and {known[0].path} are of different bases ({error}); --allow-base-mismatch allows it"
+    if len(known) < len(sources):  # then names are all there is to tell
+        named = {source.path: source.stored.fields.get("base_model_name_or_path") for source in sources}
+        if len(set(filter(None, named.values()))) > 1:
+            said = listing([f"{path} of {name}" for path, name in named.items() if name], 3)
+            yield f"different bases are named: {said}; --allow-base-mismatch allows it"
 
 
 def _names(sources: Sequence[_Source]) -> list[str]:

@@ -18,9 +18,9 @@ from lightning_lora.recipes.needs import check_measured, check_shared_out, files
 from lightning_lora.recipes.order import EpochSampler, resumable
 from lightning_lora.recipes.parts import Examples, Feed, Part, split, whole
 from lightning_lora.recipes.records import check_source
-from lightning_lora.recipes.sources import Reading, told
-from lightning_lora.recipes.store import Store, cache_folder
-from lightning_lora.recipes.tokens import filler_of, open_tokenizer
+from lightning_lora.recipes.sources import Reading, reading_of, told
+from lightning_lora.recipes.store import Store
+from lightning_lora.recipes.tokens import filler_of
 
 
 class TextDataModule(LightningDataModule):
@@ -97,6 +97,7 @@ class TextDataModule(LightningDataModule):
         self.template_of_prompts = prompt_template  # how a prompt alone is put to what was trained
         self._reading: Reading | None = None
         self._parts = dict[str, Part]()
+        self._asked, self._given_labels = list[Any](), self.labels
         raise_all(ConfigError, self._problems(), "TextDataModule")
 
     def _problems(self) -> list[str]:
@@ -129,7 +130,7 @@ class TextDataModule(LightningDataModule):
         needed = files_for(stage, self.sources)
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
-        reading = self._reading = self._reading or self._new_reading()
+        reading = self._reading_of_the_recipe()
         if reading.regression and self.labels:
             raise ConfigError(f"regression has no classes, got data.labels={self.labels}: leave them out")
         if "classification" in reading.kinds and not reading.regression:
@@ -160,32 +161,17 @@ class TextDataModule(LightningDataModule):
         sampled = getattr(getattr(self.trainer, "strategy", None), "distributed_sampler_kwargs", None)
         return sampled or {"num_replicas": 1, "rank": 0}
 
-    def _new_reading(self) -> Reading:
+    def _reading_of_the_recipe(self) -> Reading:
+        """What reads files for the recipe of this run: another one may have other tokens, and other classes."""
         recipe = self._recipe
-        base, kinds = self.base or getattr(recipe, "base", None), getattr(recipe, "kinds", ())
-        if base is None or not (kinds or self.kind):
-            raise ConfigError("TextDataModule: the module is no recipe: say base (a model's folder or name) and kind")
-        if self.kind is not None:
-            if kinds and self.kind not in kinds:
-                raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {self.kind}")
-            kinds = (self.kind,)
-        padded = type(recipe).__name__ if "classification" in kinds else None
-        its_own = None if self.base else recipe
-        self.tokenizer, length = open_tokenizer(base, its_own, self.max_length, self.pad_token, padded)
-        return Reading(
-            kinds=tuple(kinds),
-            who=type(recipe).__name__,
-            tokenizer=self.tokenizer,
-            max_length=length,
-            overlong=self.overlong,
-            columns=self.columns,
-            prompt_template=self.prompt_template,
-            separate=getattr(recipe, "separate", False),
-            regression=getattr(recipe, "regression", False),
-            cache=cache_folder(self.cache_dir),
-            streaming=self.streaming,
-            workers=self.num_workers,
-        )
+        asked = [getattr(recipe, name, None) for name in ("base", "kinds", "separate", "regression")]
+        if self._reading is None or (recipe is not None and asked != self._asked):
+            self._reading, self._asked = reading_of(self, recipe), asked
+            self.tokenizer = self._reading.tokenizer
+            self.labels = self._given_labels
+            self.stores.clear()
+            self._parts.clear()
+        return self._reading
 
     def examples(self, name: str) -> Examples | None:
         """The examples of ``train``, ``val``, ``test`` or ``predict``, as they are fed."""

@@ -204,15 +204,19 @@ def _open(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
 
 
 def _cut(own: Encoder, text: str, role: Literal["text", "text_target"] = "text") -> list[int] | None:
-    """Tokens with the special ones at both ends, which a cut leaves there; a target may have others than a source."""
+    """Tokens with the special ones at both ends, which a cut leaves there; a target may have others than a source.
+
+    A target that is cut has no end, which would be learnt as that of what was cut off.
+    """
     ids = list(own.tokenizer(**{role: text}, verbose=False)["input_ids"])
     if len(ids) <= own.max_length:
         return ids
     own.refuse_or_count(len(ids))
     if own.overlong == "drop":
         return None
-    made = own.tokenizer(**{role: text}, truncation=True, max_length=own.max_length)
-    return list(made["input_ids"])
+    made = list(own.tokenizer(**{role: text}, truncation=True, max_length=own.max_length)["input_ids"])
+    ends = {own.tokenizer.eos_token_id, own.tokenizer.sep_token_id} - {None}
+    return made[:-1] if role == "text_target" and made[-1] in ends else made
 
 
 _KINDS: dict[str, Callable[[Encoder, dict[str, Any]], Iterator[Example]]] = {

@@ -146,13 +146,19 @@ def _label_problems(value: Any, name: str, labels: list[str] | None) -> Iterator
         yield f"{name!r} is {value!r}, which is none of the {len(labels)} classes {listing(labels, 12)}"
 
 
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether it has a text, or calls tools, with which the content may be null."""
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
 def _message_problems(messages: Any, name: str, is_open: bool) -> Iterator[str]:
     if not isinstance(messages, list) or not messages:
         yield f"{name!r} must be a list of messages with role and content, got {messages!r:.40}"
         return
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            yield f"{name!r}[{i}] must be {{role: ..., content: text}}, got {message!r:.60}"
+        if not isinstance(message, dict) or not _says_something(message):
+            yield f"{name!r}[{i}] must be {{role: ..., content: text}}, or have tool_calls, got {message!r:.60}"
         elif message.get("role") not in ROLES:
             yield f"{name!r}[{i}] has the role {message.get('role')!r}: give one of {', '.join(ROLES)}"
     roles = [m.get("role") for m in messages if isinstance(m, dict)]

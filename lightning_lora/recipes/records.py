@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,7 +47,7 @@ def read_records(source: str, streaming: bool = False) -> Iterator[Record]:
     """
     if source.startswith(HUB):
         for row, fields in enumerate(dataset(source, streaming), 1):
-            yield Record(dict(fields), f"{source}, row {row}")
+            yield Record(_without_nulls(fields), f"{source}, row {row}")
         return
     for path in files_of(source):
         found = False
@@ -163,6 +163,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Record]]:
                 while fields := _any_length(lambda: next(rows, None)):
                     where = f"{path}:{rows.line_num}"
                     if None in fields or None in fields.values():
+                        if not any(names):
+                            raise ConfigError(f"{path}: the first line is empty: begin with the names of the columns")
                         columns = listing(names)
                         raise ConfigError(
                             f"{where}: not as many values as columns ({columns}): quote values with {delimiter!r}"
@@ -225,7 +227,18 @@ def _parquet(path: Path) -> Iterator[Record]:
                 return
             for fields in batch.to_pylist():
                 row += 1
-                yield Record(fields, f"{path}, row {row}")
+                yield Record(_without_nulls(fields), f"{path}, row {row}")
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what its format fills in: in Arrow all objects of a column have the keys of all others."""
+    return {name: value if value is None else _as_written(value) for name, value in fields.items()}
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_written(v) for key, v in value.items() if v is not None}
+    return [_as_written(each) for each in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -68,8 +68,8 @@ class Samples(Callback):
         for prompt, (shown, complete) in zip(self.prompts, self._shown, strict=True):
             text = generate_behind(pl_module, shown, self.max_new_tokens, complete)
             rows.append({"step": step, "prompt": prompt, "text": text})
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
         if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -13,6 +13,7 @@ from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.loading.load import load_adapter, read_stored
 from lightning_lora.recipes.chat import prompt_ids, render_prompt
+from lightning_lora.recipes.complete import check_complete
 from lightning_lora.recipes.generation import generation_options
 from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve
 from lightning_lora.switching.resting import dora_caching
@@ -47,11 +48,12 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
         )
     auto: Any = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(place)
+        model, found = auto.from_pretrained(place, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{named}, the base of {source}, can't be loaded: {first_line(error)}: give --base"
         ) from error
+    check_complete(model, named, found["missing_keys"])
     load_adapter(model, source, adapter_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

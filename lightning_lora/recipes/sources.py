@@ -13,7 +13,8 @@ from lightning_lora.recipes.fields import Schema, checked, find_schema
 from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
-from lightning_lora.recipes.store import Store, open_store, write_store
+from lightning_lora.recipes.store import Store, cache_folder, open_store, write_store
+from lightning_lora.recipes.tokens import open_tokenizer
 
 FORMAT = 4  # of what is cached: a change of what tokens mean raises it
 
@@ -99,7 +100,11 @@ class Reading:
             schema.kind,
             sorted(schema.columns.items()),
             schema.is_open,
-            tokenizer.backend_tokenizer.to_str(),
+            {
+                **json.loads(tokenizer.backend_tokenizer.to_str()),
+                "truncation": None,
+                "padding": None,
+            },  # of a call before
             getattr(tokenizer, "chat_template", None),
             sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items()),
             [getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
@@ -110,6 +115,38 @@ class Reading:
             labels,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def reading_of(data: Any, recipe: Any) -> Reading:
+    """What reads the files of a data module for a recipe, or for what the data module says itself.
+
+    Raises:
+        ConfigError: If nothing says which tokens are wanted, or the recipe trains on something else.
+    """
+    base, kinds = data.base or getattr(recipe, "base", None), getattr(recipe, "kinds", ())
+    if base is None or not (kinds or data.kind):
+        raise ConfigError("TextDataModule: the module is no recipe: say base (a model's folder or name) and kind")
+    if data.kind is not None:
+        if kinds and data.kind not in kinds:
+            raise ConfigError(f"kind: {type(recipe).__name__} trains on {' or '.join(kinds)}, not {data.kind}")
+        kinds = (data.kind,)
+    padded = type(recipe).__name__ if "classification" in kinds else None
+    its_own = None if data.base else recipe
+    tokenizer, length = open_tokenizer(base, its_own, data.max_length, data.pad_token, padded)
+    return Reading(
+        kinds=tuple(kinds),
+        who=type(recipe).__name__,
+        tokenizer=tokenizer,
+        max_length=length,
+        overlong=data.overlong,
+        columns=data.columns,
+        prompt_template=data.prompt_template,
+        separate=getattr(recipe, "separate", False),
+        regression=getattr(recipe, "regression", False),
+        cache=cache_folder(data.cache_dir),
+        streaming=data.streaming,
+        workers=data.num_workers,
+    )
 
 
 def told(source: str, store: Store, max_length: int) -> str:

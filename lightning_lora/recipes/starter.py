@@ -18,6 +18,7 @@ from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.records import read_records
 from lightning_lora.recipes.tokens import LONGEST, check_pair, context_of, load_config, load_tokenizer, resolve
 
+_CUT = ("input_ids", "rejected_input_ids", "labels")  # what `max_length` cuts
 SEEN = 500  # records that lengths are taken of
 
 
@@ -78,7 +79,7 @@ def look(data: str, base: str) -> Look:
     names = None if numbers or not labels else in_order(labels)
     encoder = Encoder(schema, tokenizer, 1 << 20, labels=names, separate=recipe == "Seq2SeqLM")
     first = islice(checked(read_records(data), schema), SEEN)
-    lengths = sorted(len(example["input_ids"]) for example in encoder.encode(first))
+    lengths = sorted(max(len(example.get(part, ())) for part in _CUT) for example in encoder.encode(first))
     if not lengths:
         raise ConfigError(f"{data}: nothing to learn in its first {SEEN} records")
     needs_pad = recipe == "SequenceClassifier" and tokenizer.pad_token_id is None

@@ -419,3 +419,10 @@ def test_what_started_with_a_part_of_the_weight_and_did_not_move(init):
     for layer in ll.analyze(model).layers.values():
         assert (layer.norm, layer.effective_rank, layer.stable_rank) == (0, 0, 0)
     assert not any(measure([layer.lora["default"] for _, layer in lora_layers(model)])["delta_norm"])
+
+
+def test_rows_of_tokens_alone_are_no_product():
+    model = FAMILIES["llama"].make()
+    ll.inject(model, ll.LoRAConfig(target_modules=[], trainable_token_indices=[3, 4], modules_to_save=None))
+    with pytest.raises(ll.UnsupportedError, match="adapter 'default' of .* is rows of tokens alone"):
+        ll.analyze(model)

@@ -229,3 +229,20 @@ def test_the_same_adapter_twice(tmp_path):
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
     product = found[name.format("B")] @ found[name.format("A")]
     torch.testing.assert_close(product, 1.5 * expected[name.format("B")] @ expected[name.format("A")])
+
+
+def test_adapters_of_bases_with_other_names(tmp_path, capsys):
+    """Where no fingerprint is known, names are all there is to tell."""
+    base = FAMILIES["llama"].make()
+    for name, of in (("one", "meta/llama"), ("two", "other/mistral"), ("three", None)):
+        get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+        config = json.loads((file := tmp_path / name / "adapter_config.json").read_text())
+        file.write_text(json.dumps({**config, "base_model_name_or_path": of}))
+    folders = [tmp_path / name for name in ("one", "two")]
+    said = fails(1, capsys, "combine", tmp_path / "out", *folders)
+    assert "different bases are named: " in said
+    assert "one of meta/llama" in said
+    assert "two of other/mistral; --allow-base-mismatch allows it" in said
+    assert not (tmp_path / "out").exists()
+    run("combine", tmp_path / "out", *folders, "--allow-base-mismatch")
+    run("combine", tmp_path / "others", tmp_path / "one", tmp_path / "three")

@@ -323,3 +323,17 @@ def test_classes_in_another_order_are_refused(bert, tmp_path):
         other.validate(
             SequenceClassifier(bert, labels=names[::-1]), datamodule=TextDataModule(val=path), ckpt_path="a.ckpt"
         )
+
+
+def test_a_data_module_is_read_anew_for_another_recipe(llama, bert, tmp_path):
+    """Another model has other tokens, and other classes."""
+    path = files.jsonl(
+        tmp_path / "a.jsonl", [{**p, **c} for p, c in zip(files.prompts(), files.classes(), strict=True)]
+    )
+    data = TextDataModule(path, val_split=0.25, batch_size=4)
+    trainer = functools.partial(pl.Trainer, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    for module in (SequenceClassifier(bert), CausalLM(llama), SequenceClassifier(bert)):
+        trainer(enable_progress_bar=False, limit_val_batches=0, callbacks=[ll.LoRA(r=2)]).fit(module, datamodule=data)
+        assert data.tokenizer.get_vocab() == module.tokenizer.get_vocab()
+        assert ("labels" in data.stores["train"].fields) == isinstance(module, CausalLM)
+        assert (data.labels is None) == isinstance(module, CausalLM)

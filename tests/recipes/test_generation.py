@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
 from lightning_lora.cli import main
@@ -156,3 +157,32 @@ def test_a_base_that_holds_an_adapter_is_refused(llama, tmp_path, capsys):
     assert "both, the base of adapter, holds adapter_config.json" in said
     assert "give the model alone (--base)" in said
     main(["generate", "both", "--base", llama, "--prompt", "hi", "--max-new-tokens", "2"])
+
+
+def test_a_base_that_lacks_its_head_writes_nothing(llama, tmp_path):
+    """transformers fills it with random values, other ones each time."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    module = CausalLM(llama)
+    module.configure_model()
+    ll.inject(module.model, ll.LoRAConfig(r=2))
+    ll.save_adapter(module.model, tmp_path / "adapter")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ll.ConfigError, match="lm_head.weight: in none of its files, so they would be random"):
+        open_adapter(str(tmp_path / "adapter"), str(folder))
+
+
+def test_every_rank_asks_where_samples_go(llama, tmp_path, monkeypatch):
+    """Lightning answers together: a rank that did not ask would leave the others waiting."""
+    asked, log_dir = [], pl.Trainer.log_dir.fget
+    monkeypatch.setattr(pl.Trainer, "log_dir", property(lambda self: asked.append(self.global_step) or log_dir(self)))
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts(8))
+    samples = Samples(["hi"], every_n_steps=1, max_new_tokens=2)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=2, callbacks=[ll.LoRA(r=2), samples], default_root_dir=tmp_path, **options)
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, val=path, batch_size=4))
+    assert asked[-2:] == [1, 2]
+    assert not (tmp_path / "samples.jsonl").exists()

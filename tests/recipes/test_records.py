@@ -4,6 +4,8 @@ import csv
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_lora import ConfigError
@@ -251,3 +253,29 @@ def test_records_keep_their_other_columns(tmp_path):
     path = files.jsonl(tmp_path / "a.jsonl", [{"q": "p", "response": "r", "topic": "t"}])
     (record,) = checked(read_records(path), find_schema(path, ("prompt",), {"prompt": "q"}, "X"))
     assert json.dumps(record.fields, sort_keys=True) == '{"prompt": "p", "q": "p", "response": "r", "topic": "t"}'
+
+
+def test_arrow_fills_in_what_others_have(tmp_path):
+    """In Parquet all objects of a column have the keys of all others, and a template would show the nulls."""
+    call = {"name": "f", "arguments": {"z": 1}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    others = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "name": "me"}]
+    rows = [{"messages": turns, "id": None}, {"messages": others, "id": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [record.fields for record in read_records(str(tmp_path / "a.parquet"))]
+    assert found[0]["messages"] == [turns[0], {"role": "assistant", "tool_calls": [call]}]
+    assert found[1]["messages"] == others
+    assert [each["id"] for each in found] == [None, "b"]
+
+
+def test_a_turn_that_only_calls_tools(tmp_path):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    path = files.jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    schema = find_schema(path, ("messages",), None, "X")
+    assert [record.fields["messages"] for record in checked(read_records(path), schema)] == [turns]
+
+
+def test_a_table_that_begins_with_an_empty_line(tmp_path):
+    (tmp_path / "a.csv").write_text("\ntext,label\nx,a\n")
+    with pytest.raises(ConfigError, match="a.csv: the first line is empty: begin with the names of the columns"):
+        list(read_records(str(tmp_path / "a.csv")))
