@@ -1,6 +1,7 @@
 """Injection: initial values, names, freezing, failure, and the way back."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ import lightning_lora as ll
 from lightning_lora.injection import inject
 from lightning_lora.layers import lora_layers
 from tests.helpers.families import DECODER, FAMILIES, KV
+from tests.helpers.layers import randomise
 from tests.helpers.modules import Wrapped, one_batch, trainer
 from tests.helpers.toy import build
 
@@ -393,3 +395,32 @@ def test_tied_weights(tmp_path):
     model.save_pretrained(tmp_path)
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(tokens).logits, active, rtol=1e-4, atol=1e-5)
+
+
+def test_save_pretrained_would_leave_adapters_behind(tmp_path):
+    """transformers would write them under names that it does not read: the folder would load as the base."""
+    model = FAMILIES["llama"].make().eval()
+    tokens, own = torch.arange(1, 6)[None], type(model).save_pretrained
+    base = model(tokens).logits
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=6))
+    randomise(model)
+    active = model(tokens).logits
+    for each in (model, model.model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ll.ConfigError, match=r"save_pretrained: .*q_proj.* have adapters.* ll.save_adapter"):
+            each.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+    def loaded():
+        return tf.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits
+
+    ll.merge(model)
+    model.save_pretrained(tmp_path / "a")
+    torch.testing.assert_close(loaded(), active, rtol=1e-4, atol=1e-5)
+    ll.unmerge(model)
+    with pytest.raises(ll.ConfigError, match="save_pretrained"):
+        model.save_pretrained(tmp_path / "a")
+    ll.eject(model)
+    assert "save_pretrained" not in vars(model)
+    assert type(model).save_pretrained is own
+    model.save_pretrained(tmp_path / "a")
+    assert torch.equal(loaded(), base)

@@ -5,7 +5,6 @@ adapters and marks. While a model has any, its own method is wrapped, on the ins
 it is, with more rows or fewer.
 """
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_lora.adapters import RowsAdapter
 from lightning_lora.errors import ConfigError, UnsupportedError, listing
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.find import base_modules, lora_layers, told_by
+from lightning_lora.layers.instead import Instead
 from lightning_lora.marks import COPIES, MERGED, TRAINED
 
 _METHOD = "resize_token_embeddings"
@@ -23,31 +23,17 @@ _METHOD = "resize_token_embeddings"
 
 def keep_tables(module: nn.Module) -> None:
     """Sees to a module's way to resize its tables, if it has one, while it has adapters, and only then."""
-    if not hasattr(type(module), _METHOD):
-        return
-    modules = base_modules(module)
-    if any(isinstance(inner, LoRALayer) or TRAINED in vars(inner) or COPIES in vars(inner) for inner in modules):
-        vars(module).setdefault(_METHOD, Resizing(module))
-    elif isinstance(vars(module).get(_METHOD), Resizing):
-        del vars(module)[_METHOD]
+    Resizing.keep(module, lambda: any(map(_is_adapted, base_modules(module))))
 
 
-class Resizing:
-    """A model's ``resize_token_embeddings``, by which its adapters are resized too.
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, LoRALayer) or TRAINED in vars(module) or COPIES in vars(module)
 
-    Args:
-        model: The model, which has it as an attribute: it is not held by it. That of a copy is the copy's.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+class Resizing(Instead):
+    """A model's ``resize_token_embeddings``, by which its adapters are resized too."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Resizing":
-        model: Any = self._model()
-        return Resizing(memo.get(id(model), model))
-
-    def __reduce__(self) -> Any:
-        return Resizing, (self._model(),)
+    name = _METHOD
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Does what the model's own method does, and the rest."""

@@ -5,6 +5,7 @@ full, or both. What is added counts as trained in full with its adapter: so free
 checks need to know nothing of the method.
 """
 
+import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -124,6 +125,7 @@ class MethodConfig:
 
 
 _ConfigT = TypeVar("_ConfigT", bound=type[MethodConfig])
+_OTHERS = "lightning_lora.comparators"  # which registers methods; asked for by name, as they bring Lightning
 _METHODS: dict[str, type[MethodConfig]] = {}
 
 
@@ -147,6 +149,8 @@ def config_from(values: Mapping[str, Any]) -> LoRAConfig | MethodConfig:
     if (name := values.get("method")) is None:
         return LoRAConfig.from_dict(values)
     if name not in _METHODS:
+        importlib.import_module(_OTHERS)
+    if name not in _METHODS:
         raise ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), _METHODS)} Known: {sorted(_METHODS)}")
     cls = _METHODS[name]
     given = {key: value for key, value in values.items() if key != "method"}
@@ -168,6 +172,7 @@ def method_of_peft(fields: Mapping[str, Any], source: str) -> MethodConfig:
         CheckpointError: If they make no sense.
         UnsupportedError: If the method is not built here.
     """
+    importlib.import_module(_OTHERS)
     kinds = {cls.peft_type: cls for cls in _METHODS.values() if cls.peft_type is not None}
     if (kind := fields.get("peft_type")) not in kinds:
         raise UnsupportedError(f"{source} is of peft_type {kind!r}: only LORA and {', '.join(sorted(kinds))} are built")

@@ -1,6 +1,8 @@
 """Prefixes and prompts in PEFT folders: what PEFT loads computes the same, and what PEFT wrote loads here."""
 
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -209,3 +211,18 @@ def test_what_peft_has_not(folder):
         ll.analyze(model)
     with pytest.raises(ll.ConfigError, match="already has an adapter 'default'.*another configuration"):
         ll.inject(model, PrefixTuningConfig())
+
+
+def test_a_process_that_never_asked_for_other_methods_reads_their_files(folder, tmp_path):
+    """They register when something of theirs is imported."""
+    peft.get_peft_model(frozen("llama"), OTHERS["prefix"](TASKS["llama"])).save_pretrained(folder)
+    torch.save(frozen("llama"), tmp_path / "model.pt")
+    code = (
+        "import sys, torch, lightning_lora as ll\n"
+        "assert 'lightning_lora.comparators' not in sys.modules\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        f"ll.load_adapter(model, {str(folder)!r})\n"
+        "print([config.method for config in ll.adapters(model).values()])"
+    )
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert end.stdout.strip() == "['prefix_tuning']", end.stderr
