@@ -21,7 +21,8 @@ from lightning_lora.training.base_weights import BaseWeights
 from lightning_lora.training.health import check_again
 from lightning_lora.training.second_look import BATCHES, SecondLook
 from lightning_lora.training.steps import Steps
-from lightning_lora.training.watch import DIVERGED, PATIENCE, Watch
+from lightning_lora.training.watch import DIVERGED, Watch
+from lightning_lora.training.ways_out import PATIENCE
 
 
 class Training:

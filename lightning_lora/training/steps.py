@@ -13,7 +13,7 @@ from lightning_lora.errors import DeadAdapterError, listing
 from lightning_lora.optim import held_by
 from lightning_lora.training.attached import tells_steps
 from lightning_lora.training.second_look import BATCHES
-from lightning_lora.training.watch import PATIENCE
+from lightning_lora.training.ways_out import PATIENCE
 
 _WAY_OUT = (
     "call optimizer.step() in manual optimization, and optimizer.step(closure=closure) in an optimizer_step of your "

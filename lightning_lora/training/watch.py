@@ -23,27 +23,10 @@ from lightning_lora.state import trained_parameters
 from lightning_lora.targets.walk import nodes
 from lightning_lora.training.attached import tells_steps
 from lightning_lora.training.movement import below_compiled, gradient_of, mark_of
+from lightning_lora.training.ways_out import PATIENCE, WAYS_OUT, left_out
 
-PATIENCE = 100  # optimizer steps in which a tensor may wait: for a warm-up from 0, an expert that gets no token
-_WAYS_OUT = {
-    "called": "Its output does not reach the loss: name the layer in exclude_modules. If it lies in a reentrant "
-    "activation checkpoint, use torch.utils.checkpoint with use_reentrant=False. If it is to rest in the first steps "
-    f"alone (torch.no_grad, detach), give it a learning rate of 0 for these, at most {PATIENCE}",
-    "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
-    "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
-    "what is done to gradients before its step",
-    "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step. In "
-    "float16 Adam needs a larger eps: 1e-8 is 0 there",
-    "inactive": "Before the backward pass ll.set_adapter made another adapter active, or requires_grad was turned off, "
-    "so that no gradient is kept for this one: do that behind it",
-    "nothing": "The loss does not depend on what is trained: look for torch.no_grad, detach, argmax, and a loss that "
-    "was told to require gradients",
-    "late": "Its gradient or learning rate stayed 0, or each update was rounded away (adapter_dtype='float32' keeps "
-    "small ones), or its layer was never reached: call the module whose forward reads its weight (and not a method of "
-    "it), or name it in exclude_modules",
-}
 _WEIGHTS = {"weight", "in_proj_weight"}
-DIVERGED = f"not finite any more. {_WAYS_OUT['diverged']}"
+DIVERGED = f"not finite any more. {WAYS_OUT['diverged']}"
 
 
 class Watch:
@@ -75,6 +58,7 @@ class Watch:
         self._names = {id(p): name for name, p in trained_parameters(model, adapter_names) if p.requires_grad}
         for key in (*held_by(each for each in optimizers if not tells_steps(each)), *without):
             self._names.pop(key, None)
+        self._all = [*self._names.values()]
         self._before: dict[int, Tensor] = {}
         self._steps: dict[int, int] = {}
         self._owners: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
@@ -189,7 +173,7 @@ class Watch:
         if steps >= PATIENCE and called:
             names = listing([self._names[id(p)] for p in called], 4)
             raise DeadAdapterError(
-                f"{names}: called in {steps} steps in which nothing had a gradient. {_WAYS_OUT['nothing']}"
+                f"{names}: called in {steps} steps in which nothing had a gradient. {WAYS_OUT['nothing']}"
             )
 
     def _conclude(self, optimizer: Optimizer, steps: int, dead: dict[str, list[str]]) -> None:
@@ -197,8 +181,9 @@ class Watch:
         if not dead and steps >= PATIENCE:
             late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p, optimizer)]
             if late:
-                dead[f"did not move in {PATIENCE} steps. {_WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
-        raise_all(DeadAdapterError, [f"{listing(names, 4)}: {why}" for why, names in dead.items()], "dead adapters")
+                dead[f"did not move in {PATIENCE} steps. {WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
+        problems = [f"{listing(names, 4)}: {why}{left_out(names, self._all, why)}" for why, names in dead.items()]
+        raise_all(DeadAdapterError, problems, "dead adapters")
 
     def _is_alternative(self, parameter: nn.Parameter, optimizer: Optimizer) -> bool:
         """Whether it was not reached, but a module beside it in a list was: an expert, a head for another task.
@@ -235,14 +220,14 @@ class Watch:
             if waits:
                 return None
             if self._was_called(holder, optimizer) and not parameter.requires_grad:
-                return f"called, but no gradient came back. {_WAYS_OUT['inactive']}"
+                return f"called, but no gradient came back. {WAYS_OUT['inactive']}"
             if self._was_called(holder, optimizer):
-                return f"called, but no gradient came back. {_WAYS_OUT['called']}"
+                return f"called, but no gradient came back. {WAYS_OUT['called']}"
             if any(
                 self._was_called(parent, optimizer) and _mentions_weight(cast("Any", type(parent)))
                 for parent in parents
             ):
-                return f"the module around it was called and it was not. {_WAYS_OUT['read']}"
+                return f"the module around it was called and it was not. {WAYS_OUT['read']}"
             return None
         self._had_gradient.add(id(parameter))
         if not gathered(gradient.any()):
@@ -254,7 +239,7 @@ class Watch:
             return True
         if waits or before.any():
             return None
-        return f"it has a gradient, and the optimizer left it at 0. {_WAYS_OUT['stuck']}"
+        return f"it has a gradient, and the optimizer left it at 0. {WAYS_OUT['stuck']}"
 
 
 @cache

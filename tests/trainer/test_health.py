@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_lora as ll
 from lightning_lora.layers import attach, lora_layers
 from lightning_lora.training.health import check_before
-from lightning_lora.training.watch import PATIENCE
+from lightning_lora.training.ways_out import PATIENCE
 from tests.helpers.families import FAMILIES
 from tests.helpers.modules import Wrapped, one_batch, trainer
 from tests.helpers.toy import Lit, data
@@ -76,9 +76,30 @@ class UnusedOutput(nn.Module):
 
 def test_an_output_that_is_not_used():
     with pytest.raises(
-        ll.DeadAdapterError, match=r"net.pooler.lora.default.A.*called, but no gradient.*exclude_modules"
+        ll.DeadAdapterError,
+        match=r"net.pooler.lora.default.A.*called, but no gradient.*exclude_modules=\['net.pooler'\]$",
     ):
         fit(UnusedOutput())
+
+
+class Tower(nn.Module):
+    """Of which the model takes what comes before its last block, as LLaVA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(3))
+        self.text = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            before, x = x, block(x)
+        return self.text(before)
+
+
+def test_what_to_leave_out_can_be_copied():
+    with pytest.raises(ll.DeadAdapterError, match=r"That is (exclude_modules=\['net.blocks.2'\])$"):
+        fit(Tower(), lora={"modules_to_save": None})
+    fit(Tower(), lora={"modules_to_save": None, "exclude_modules": ["net.blocks.2"]}, steps=3)
 
 
 def test_multihead_attention_is_handled():

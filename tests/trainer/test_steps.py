@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import lightning_lora as ll
-from lightning_lora.training.watch import PATIENCE
+from lightning_lora.training.ways_out import PATIENCE
 from tests.helpers.modules import trainer
 from tests.helpers.toy import Lit, data
 
