@@ -194,3 +194,39 @@ def test_a_causal_judge():
         model = nn.ModuleDict({"policy": policy, "judge": one.requires_grad_(False)})
         found = {t.name.split(".")[0] for t in ll.plan(model, ll.LoRAConfig(r=2)).targets}
         assert found == ({"policy", "judge"} if one is judge else {"policy"})
+
+
+class Plainly(pl.LightningModule):
+    """Without transformers, where shapes tell: those of packed weights are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.student(batch) - 2 * self.teacher(batch)).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_a_teacher_of_plain_layers_stays_dense_beside_a_packed_student(quantization, tmp_path):
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    loader = torch.utils.data.DataLoader(torch.randn(4, 64), batch_size=2)
+    module = Plainly()
+    before = copy.deepcopy(module.teacher.state_dict())
+    run = trainer(ll.LoRA(r=2, lora_alpha=6, quantization=quantization), max_epochs=2)
+    run.fit(module, loader)
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader)
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert module.teacher.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in module.teacher.state_dict().items())
+    again = Plainly()
+    trainer(ll.LoRA(r=2, lora_alpha=6, quantization=quantization), max_epochs=4).fit(again, loader, ckpt_path=path)
+    assert again.teacher.state_dict().keys() == before.keys()
+    assert not outside(ll.plan(again, ll.LoRAConfig(r=2)))

@@ -114,7 +114,7 @@ def combine_adapters(
         >>> for name in ("korean", "coding"):
         ...     _ = inject(model, LoRAConfig(r=2), name)
         >>> print(combine_adapters(model, {"korean": 0.7, "coding": 0.3}, adapter_name="both"))
-        'both': cat of 'korean', 'coding' on 1 layers, rank 4
+        'both': cat of 'korean', 'coding' on 1 layer, rank 4
     """
     problems = [*_argument_problems(adapter_name, method, rank, density, seed)]
     if adapter_name in adapter_names(model):

@@ -62,7 +62,7 @@ def to_lora(
         >>> model = nn.Sequential(nn.Linear(16, 4))
         >>> _ = inject(model, LoRAConfig(r=2, use_dora=True))
         >>> print(to_lora(model, rank=3))
-        'default': svd of 'default' on 1 layers, rank 3
+        'default': svd of 'default' on 1 layer, rank 3
     """
     layers = held(model, [adapter_name])
     known = {name for _, layer in lora_layers(model) for name in layer.lora}

@@ -65,7 +65,7 @@ def truncate(
         >>> _ = inject(model, LoRAConfig(r=4))
         >>> model[0].lora["default"].B.data[0, 0] = 1.0
         >>> print(truncate(model, energy=0.99))
-        'default': rank 4 -> rank 1 on 1 layers, 80 -> 20 parameters
+        'default': rank 4 -> rank 1 on 1 layer, 80 -> 20 parameters
         of the updates 0.00% was lost, most in 0: 0.00%
     """
     layers = held(model, [adapter_name])

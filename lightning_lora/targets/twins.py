@@ -4,10 +4,12 @@ import re
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.marks import TRAINED, was_trainable
 from lightning_lora.names import ancestors, is_inside, is_within, joined, relative
+from lightning_lora.quantization import is_quantized
 from lightning_lora.targets.kinds import is_numbered, pretrained_models
 from lightning_lora.targets.walk import Node, own_parameters
 
@@ -67,8 +69,15 @@ def _are_twins(node: Node, other: Node, tree: dict[str, Node], pretrained: Colle
 
 def _shapes(node: Node, tree: dict[str, Node]) -> dict[str, tuple[int, ...]]:
     return {
-        joined(relative(inner.name, node.name), key): () if is_lazy(p) else tuple(p.shape)
+        joined(relative(inner.name, node.name), key): _shape(inner, key, p)
         for inner in tree.values()
         if is_within(inner.name, node.name)
         for key, p in own_parameters(inner.module)
     }
+
+
+def _shape(node: Node, key: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    """A packed weight has the shape that it had."""
+    if key == "weight" and node.kind is not None and is_quantized(node.module):
+        return node.kind.lora_matrix_shape(node.module)
+    return () if is_lazy(parameter) else tuple(parameter.shape)

@@ -24,7 +24,7 @@ class RandomStates:
         if self._state is None:
             rank_zero_info(
                 f"Random states are not restored: the checkpoint has those of {counted(len(states), 'rank')}, and "
-                f"this run has {trainer.world_size}. (That of a run which broke off has those of rank 0.)"
+                f"this run has {trainer.world_size}. (That of a run that broke off has those of rank 0.)"
             )
         else:
             restore_rng(self._state)
@@ -68,11 +68,14 @@ def reload_as_due(loop: Any, trainer: Any, epoch: int) -> bool:
 def is_behind_an_epoch(loop: Any) -> bool:
     """Whether a run was resumed from a file that was saved behind the last batch of an epoch, or at its end.
 
-    One that was saved by the validation in between is none of these: Lightning itself goes on to that epoch's end.
+    Also behind a fit that ended with it: a run of so many steps would take that epoch for one that goes on. One that
+    was saved by the validation in between is none of these: Lightning itself goes on to that epoch's end.
     """
     batches = loop.epoch_loop
     is_last = loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch
-    return bool(is_last or loop.restarted_on_epoch_end or loop.resumed_on_epoch_end)
+    epochs = loop.epoch_progress.current
+    is_over = loop.restarting and epochs.ready == epochs.completed and batches.batch_progress.is_last_batch
+    return bool(is_last or is_over or loop.restarted_on_epoch_end or loop.resumed_on_epoch_end)
 
 
 def finish_epoch(loop: Any) -> None:

@@ -117,6 +117,26 @@ def test_a_run_of_so_many_steps(tmp_path, kind, validates, checkpoint):
     assert_resumes_twice(tmp_path, LOADERS[kind], **options)
 
 
+@pytest.mark.parametrize("first", [{"max_steps": 8, "max_epochs": None}, {"max_epochs": 2}, {"max_steps": 8}], ids=str)
+@pytest.mark.parametrize("then", [{"max_steps": 16, "max_epochs": None}, {"max_epochs": 4}, {"max_steps": 16}], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "distributed", "stream", "recipes"])
+def test_behind_a_fit_that_ended_with_an_epoch(tmp_path, kind, first, then):
+    """By ``trainer.save_checkpoint``; with plain Lightning an epoch of one batch would come first.
+
+    A loader that saves its state draws a random number when it is asked for it there, in torchdata.
+    """
+    whole = fit(tmp_path / "whole", LOADERS[kind], **then)
+    pl.seed_everything(1, verbose=False)
+    module = Lit()
+    run = trainer(ll.LoRA(r=4, lora_dropout=0.2), **{"max_epochs": 4, "num_sanity_val_steps": 0, **first})
+    run.fit(module, LOADERS[kind]())
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    rest = fit(tmp_path / "rest", LOADERS[kind], path, seed=2, **then)
+    assert [batch[:4] for batch in rest[0].batches] == [batch[:4] for batch in whole[0].batches[8:]]
+    if kind != "recipes":
+        assert_goes_on(rest, whole)
+
+
 @pytest.mark.parametrize("kind", ["plain", "stateful", "recipes"])
 def test_epochs_of_some_batches(tmp_path, kind):
     """The loader is not at its end when the epoch is."""
