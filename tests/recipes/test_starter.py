@@ -90,3 +90,19 @@ def test_any_text_is_one_line_of_yaml_and_comes_back(text):
     }
     if text.isprintable():
         assert all(char in made for char in text)
+
+
+@pytest.mark.parametrize("kind", ["rejected", "response"])
+def test_all_that_is_cut_is_measured(kind, llama, t5, tmp_path, capsys, monkeypatch):
+    """A rejected response, and one that is apart from its prompt, are cut at max_length too."""
+    monkeypatch.chdir(tmp_path)
+    long = "one two three " * 30
+    records = [
+        {"prompt": "a", "chosen": f"b {i}", "rejected": long}
+        if kind == "rejected"
+        else {"prompt": "a", "response": long}
+        for i in range(8)
+    ]
+    files.jsonl(tmp_path / "a.jsonl", records)
+    main(["init", "a.jsonl", "--model", str(llama if kind == "rejected" else t5)])
+    assert yaml.safe_load(Path("run.yaml").read_text())["data"]["max_length"] == 256
