@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
@@ -413,6 +414,10 @@ def test_save_pretrained_would_leave_adapters_behind(tmp_path):
     def loaded():
         return tf.AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits
 
+    for method, given in (("add_adapter", peft.LoraConfig(target_modules=["q_proj"])), ("load_adapter", "somewhere")):
+        with pytest.raises(ll.ConfigError, match=f"{method}: the model has adapters of lightning_lora, and PEFT would"):
+            getattr(model, method)(given)
+    assert torch.equal(model(tokens).logits, active)
     ll.merge(model)
     model.save_pretrained(tmp_path / "a")
     torch.testing.assert_close(loaded(), active, rtol=1e-4, atol=1e-5)
@@ -420,7 +425,24 @@ def test_save_pretrained_would_leave_adapters_behind(tmp_path):
     with pytest.raises(ll.ConfigError, match="save_pretrained"):
         model.save_pretrained(tmp_path / "a")
     ll.eject(model)
-    assert "save_pretrained" not in vars(model)
+    assert not {"save_pretrained", "add_adapter", "load_adapter"} & {*vars(model)}
     assert type(model).save_pretrained is own
     model.save_pretrained(tmp_path / "a")
     assert torch.equal(loaded(), base)
+
+    class Own(pl.LightningModule):
+        """Whose methods know of adapters."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = build()
+
+        def save_pretrained(self, folder):
+            ll.save_adapter(self, folder)
+
+        def load_adapter(self, folder):
+            ll.load_adapter(self, folder)
+
+    ll.inject(own := Own(), ll.LoRAConfig(r=2))
+    own.save_pretrained(tmp_path / "own")
+    own.load_adapter(tmp_path / "own")

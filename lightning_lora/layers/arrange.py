@@ -3,7 +3,7 @@
 from torch import nn
 
 from lightning_lora.layers.encoders import keep_to_layers
-from lightning_lora.layers.instead import keep_saving
+from lightning_lora.layers.instead import keep_apart
 from lightning_lora.layers.siblings import keep_together
 from lightning_lora.layers.tables import keep_tables
 
@@ -13,5 +13,5 @@ def arrange(model: nn.Module) -> None:
     for module in model.modules():
         keep_to_layers(module)
         keep_tables(module)
-        keep_saving(module)
+        keep_apart(module)
         keep_together(module)

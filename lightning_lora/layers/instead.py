@@ -19,6 +19,8 @@ class Instead:
     """
 
     name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Whose method it is in place of; that of anybody if there are none. One of a user's own may know of adapters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -33,7 +35,8 @@ class Instead:
     @classmethod
     def keep(cls, module: nn.Module, wanted: Callable[[], bool]) -> None:
         """Puts it on a module whose class has such a method, or takes it off."""
-        if not hasattr(type(module), cls.name):
+        own = getattr(type(module), cls.name, None)
+        if own is None or (cls.packages and getattr(own, "__module__", "").partition(".")[0] not in cls.packages):
             return
         if wanted():
             vars(module).setdefault(cls.name, cls(module))
@@ -45,6 +48,7 @@ class Saving(Instead):
     """``save_pretrained``, which would write adapters where nothing reads them: the folder loads as the base."""
 
     name = "save_pretrained"
+    packages = ("transformers", "diffusers", "huggingface_hub")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Does what the model's own method does, where adapters are merged.
@@ -62,6 +66,28 @@ class Saving(Instead):
         return getattr(type(model), self.name)(model, *args, **kwargs)
 
 
-def keep_saving(module: nn.Module) -> None:
-    """Sees to what a module is saved by, while it has adapters."""
-    Saving.keep(module, lambda: any(True for _ in lora_layers(module)))
+class Adding(Instead):
+    """transformers' ``add_adapter``: PEFT's layers would hide those that have adapters, and freeze these."""
+
+    name = "add_adapter"
+    packages = ("transformers", "diffusers")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ConfigError."""
+        ours = {"add_adapter": "ll.inject", "load_adapter": "ll.load_adapter"}[self.name]
+        raise ConfigError(
+            f"{self.name}: the model has adapters of lightning_lora, and PEFT would freeze them. {ours} gives it "
+            "another one beside them; ll.eject or ll.merge_and_unload takes them off"
+        )
+
+
+class Loading(Adding):
+    """transformers' ``load_adapter``, likewise."""
+
+    name = "load_adapter"
+
+
+def keep_apart(module: nn.Module) -> None:
+    """Sees to methods of a module that know nothing of its adapters, while it has some."""
+    for instead in (Saving, Adding, Loading):
+        instead.keep(module, lambda: any(True for _ in lora_layers(module)))
