@@ -36,7 +36,9 @@ class Instead:
     def keep(cls, module: nn.Module, wanted: Callable[[], bool]) -> None:
         """Puts it on a module whose class has such a method, or takes it off."""
         own = getattr(type(module), cls.name, None)
-        if own is None or (cls.packages and getattr(own, "__module__", "").partition(".")[0] not in cls.packages):
+        if own is None or (
+            cls.packages and (getattr(own, "__module__", None) or "").partition(".")[0] not in cls.packages
+        ):
             return
         if wanted():
             vars(module).setdefault(cls.name, cls(module))
