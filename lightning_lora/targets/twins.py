@@ -37,10 +37,11 @@ def frozen_twins(tree: dict[str, Node], trainable: Collection[str]) -> dict[str,
         tree: The modules of the model.
         trainable: The names of its parameters that are trainable.
     """
+    count = sum(1 for node in tree.values() for _ in own_parameters(node.module))
+    if len(trainable) in (0, count):
+        return {}
     live = {outer for key in trainable for outer in ("", *ancestors(key)[1:])}
     frozen = [node for node in tree.values() if node.name not in live and node.name.rpartition(".")[0] in live]
-    if not frozen or not live:
-        return {}
     pretrained = {node.name: node for node in pretrained_models(tree)}
     found: dict[str, str] = {}
     for top in frozen:
