@@ -144,8 +144,8 @@ class DoRAAdapter(LowRankAdapter):
     def outdated(self, host: Host) -> bool:
         """An optimizer has changed values: whether norms are kept, which have to be taken anew."""
         self.known.outdate()
-        if self.known.nonzero is not None and not self.magnitude.is_inference():
-            self.known.nonzero = id(self.magnitude), self.magnitude._version  # a step leads to no 0
+        if self.known.nonzero is not None:
+            self.known.nonzero = _version_of(self.magnitude)  # a step leads to no 0
         if self.known.norms is None or not self.training or torch.is_inference_mode_enabled():
             return False
         return is_plain(self.A) and host.lora_is_whole()
@@ -222,8 +222,7 @@ class DoRAAdapter(LowRankAdapter):
         assert magnitude is not None
         if isinstance(magnitude, FakeTensor):
             return False
-        now = id(magnitude), 0 if magnitude.is_inference() else magnitude._version
-        if self.known.nonzero != now:
+        if self.known.nonzero != (now := _version_of(magnitude)):
             self.known.nonzero = None if bool((magnitude == 0).any()) else now
         return self.known.nonzero is None
 
@@ -244,6 +243,11 @@ class DoRAAdapter(LowRankAdapter):
         update = host.lora_low_rank(dropped, A.to(dtype), B.to(dtype)).to(out.dtype)
         update = update * host.lora_per_row(of_update.to(out.dtype))
         return out + (update + product * host.lora_per_row(of_base.to(out.dtype)))  # the small parts first
+
+
+def _version_of(tensor: Tensor) -> tuple[int, int]:
+    """Which tensor it is, and how often changed; what was made in inference mode does not count that."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,7 +1,6 @@
 """Methods that a model has on the instance, in place of its class's, while it has adapters."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -33,14 +32,16 @@ class Instead:
         return type(self), (self._model(),)
 
     @classmethod
-    def keep(cls, module: nn.Module, wanted: Callable[[], bool]) -> None:
-        """Puts it on a module whose class has such a method, or takes it off."""
+    def is_for(cls, module: nn.Module) -> bool:
+        """Whether the class of a module has such a method."""
         own = getattr(type(module), cls.name, None)
-        if own is None or (
-            cls.packages and (getattr(own, "__module__", None) or "").partition(".")[0] not in cls.packages
-        ):
-            return
-        if wanted():
+        whose = (getattr(own, "__module__", None) or "").partition(".")[0]
+        return own is not None and (not cls.packages or whose in cls.packages)
+
+    @classmethod
+    def keep(cls, module: nn.Module, wanted: bool) -> None:
+        """Puts it on a module, or takes it off."""
+        if wanted:
             vars(module).setdefault(cls.name, cls(module))
         elif isinstance(vars(module).get(cls.name), cls):
             del vars(module)[cls.name]
@@ -73,12 +74,12 @@ class Adding(Instead):
 
     name = "add_adapter"
     packages = ("transformers", "diffusers")
+    ours: ClassVar[str] = "ll.inject"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ConfigError."""
-        ours = {"add_adapter": "ll.inject", "load_adapter": "ll.load_adapter"}[self.name]
         raise ConfigError(
-            f"{self.name}: the model has adapters of lightning_lora, and PEFT would freeze them. {ours} gives it "
+            f"{self.name}: the model has adapters of lightning_lora, and PEFT would freeze them. {self.ours} gives it "
             "another one beside them; ll.eject or ll.merge_and_unload takes them off"
         )
 
@@ -87,9 +88,12 @@ class Loading(Adding):
     """transformers' ``load_adapter``, likewise."""
 
     name = "load_adapter"
+    ours = "ll.load_adapter"
 
 
 def keep_apart(module: nn.Module) -> None:
     """Sees to methods of a module that know nothing of its adapters, while it has some."""
-    for instead in (Saving, Adding, Loading):
-        instead.keep(module, lambda: any(True for _ in lora_layers(module)))
+    if kinds := [kind for kind in (Saving, Adding, Loading) if kind.is_for(module)]:
+        wanted = any(True for _ in lora_layers(module))
+        for kind in kinds:
+            kind.keep(module, wanted)

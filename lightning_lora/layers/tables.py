@@ -23,7 +23,8 @@ _METHOD = "resize_token_embeddings"
 
 def keep_tables(module: nn.Module) -> None:
     """Sees to a module's way to resize its tables, if it has one, while it has adapters, and only then."""
-    Resizing.keep(module, lambda: any(map(_is_adapted, base_modules(module))))
+    if Resizing.is_for(module):
+        Resizing.keep(module, any(map(_is_adapted, base_modules(module))))
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -125,7 +125,6 @@ class MethodConfig:
 
 
 _ConfigT = TypeVar("_ConfigT", bound=type[MethodConfig])
-_OTHERS = "lightning_lora.comparators"  # which registers methods; asked for by name, as they bring Lightning
 _METHODS: dict[str, type[MethodConfig]] = {}
 
 
@@ -140,6 +139,12 @@ def method(name: str) -> Callable[[_ConfigT], _ConfigT]:
     return register
 
 
+def _methods() -> dict[str, type[MethodConfig]]:
+    """Those that are registered, with the package's own, which bring Lightning: nothing imports them before."""
+    importlib.import_module("lightning_lora.comparators")
+    return _METHODS
+
+
 def config_from(values: Mapping[str, Any]) -> LoRAConfig | MethodConfig:
     """The configuration that a checkpoint holds.
 
@@ -148,11 +153,9 @@ def config_from(values: Mapping[str, Any]) -> LoRAConfig | MethodConfig:
     """
     if (name := values.get("method")) is None:
         return LoRAConfig.from_dict(values)
-    if name not in _METHODS:
-        importlib.import_module(_OTHERS)
-    if name not in _METHODS:
-        raise ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), _METHODS)} Known: {sorted(_METHODS)}")
-    cls = _METHODS[name]
+    if name not in (methods := _methods()):
+        raise ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), methods)} Known: {sorted(methods)}")
+    cls = methods[name]
     given = {key: value for key, value in values.items() if key != "method"}
     known = [f.name for f in fields(cls)]
     raise_all(
@@ -172,8 +175,7 @@ def method_of_peft(fields: Mapping[str, Any], source: str) -> MethodConfig:
         CheckpointError: If they make no sense.
         UnsupportedError: If the method is not built here.
     """
-    importlib.import_module(_OTHERS)
-    kinds = {cls.peft_type: cls for cls in _METHODS.values() if cls.peft_type is not None}
+    kinds = {cls.peft_type: cls for cls in _methods().values() if cls.peft_type is not None}
     if (kind := fields.get("peft_type")) not in kinds:
         raise UnsupportedError(f"{source} is of peft_type {kind!r}: only LORA and {', '.join(sorted(kinds))} are built")
     if (parts := fields.get("num_transformer_submodules")) not in (None, 1, 2):

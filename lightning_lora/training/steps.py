@@ -40,8 +40,10 @@ class Steps:
         self._handle = register_optimizer_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        held = next((each.held for each in self._each if each.optimizer is optimizer), None)
+        held = held_by([optimizer]) if held is None else held  # of one within another, as SAM has it
         for each in self._each:
-            each.stepped |= optimizer is each.optimizer or not each.held.isdisjoint(held_by([optimizer]))
+            each.stepped |= optimizer is each.optimizer or not each.held.isdisjoint(held)
 
     def end_batch(self) -> None:
         """A training batch ends.
