@@ -117,7 +117,7 @@ def estimate_memory(
         parameters=step.parameters,
         trainable=step.trainable,
         layers=step.layers,
-        options=run.options(),
+        options=run.options() | ({} if example_inputs is None else {"batch_size": None, "seq_len": None}),
         card=size,
         compared=_compared(steps, run) if compare else {},
     )

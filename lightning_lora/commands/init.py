@@ -31,7 +31,7 @@ def run(data: str, model: str, output: Path, runs: str | None) -> None:
     if output.exists():
         raise ConfigError(f"{output} exists: give another -o, or remove it")
     seen = look(data, model)
-    memory = weigh(model, seen.max_length, BATCH)
+    memory = weigh(model, seen, BATCH)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(write_yaml(data, model, seen, memory, runs or f"runs/{output.stem}"), encoding="utf-8")
     print(f"{data}: {seen.records:,} records, {seen.schema.kind}; recipe {seen.recipe}")

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.checks import choice_problems, is_int, is_number
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.ops.row_losses import row_losses, widened
-from lightning_lora.ops.sharded import gathered, is_sharded
+from lightning_lora.ops.sharded import PLAIN, gathered, is_sharded
 from lightning_lora.ops.transforms import in_transform, without_autocast
 
 ROWS = 256  # tokens at a time, at least: products of fewer rows wait for the head to be read
@@ -94,10 +95,10 @@ def linear_cross_entropy(
         loss = F.cross_entropy(widened(logits), targets, ignore_index=ignore_index, **options)
         return loss.view(labels.shape) if reduction == "none" else loss
 
-    rows, kept = hidden.reshape(-1, hidden.shape[-1]), (targets != ignore_index).nonzero().squeeze(1)
+    rows, kept = hidden.reshape(-1, hidden.shape[-1]), _that_count(targets, ignore_index)
     if len(kept) < len(targets):
         rows, targets = rows.index_select(0, kept), targets[kept]
-    if weight is None or type(weight) not in (Tensor, nn.Parameter):
+    if weight is None or type(weight) not in PLAIN:
         losses = _through_function(rows, product, targets, ignore_index, label_smoothing, chunk_size)
     else:
         _check_range(targets, len(weight), ignore_index)
@@ -174,13 +175,20 @@ def _problems(
         yield f"chunk_size must be a number of tokens, or None, got {chunk_size!r}"
 
 
+def _that_count(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which tokens have a label; on shapes alone, which don't tell, all."""
+    if isinstance(targets, FakeTensor):
+        return torch.arange(len(targets), device=targets.device)
+    return (targets != ignore_index).nonzero().squeeze(1)
+
+
 def _tokens_at_a_time(vocabulary: int, device: torch.device) -> int:
     logits = LOGITS if device.type == "cpu" else 16 * LOGITS
     return max(ROWS, logits // max(1, vocabulary) // 64 * 64)
 
 
 def _check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    low, high = map(int, targets.aminmax()) if len(targets) else (0, 0)
+    low, high = map(int, targets.aminmax()) if len(targets) and not isinstance(targets, FakeTensor) else (0, 0)
     if low < 0 or high >= vocabulary:
         raise IndexError(
             f"linear_cross_entropy: label {low if low < 0 else high} is out of bounds of a vocabulary of {vocabulary}. "

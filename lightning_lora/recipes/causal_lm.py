@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
-from lightning_lora.recipes.language import LanguageModel
+from lightning_lora.recipes.language import LanguageModel, Scores
 from lightning_lora.recipes.measures import TokenMeasures
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.packing import in_one_row
@@ -47,15 +47,24 @@ class CausalLM(LanguageModel):
         if getattr(data, "packing", False):
             self._one_row = check_isolation(self)
 
+    @override
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch's tokens."""
+        scores, targets = self._scored(batch)
+        return scores.losses(targets)
+
     def loss(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor | None, int]:
         """The loss of a batch, how many tokens were the most likely ones if asked for, and how many there are."""
+        scores, targets = self._scored(batch)
+        count = int((targets != IGNORED).sum())
+        return scores.losses(targets), scores.hits(targets) if measure else None, count
+
+    def _scored(self, batch: Batch) -> tuple[Scores, Tensor]:
+        """What tells how likely tokens are, and the tokens that are wanted."""
         if "position_ids" in batch and self._in_one_row():
             batch = in_one_row(batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        count = int((targets != IGNORED).sum())
-        scores = self.scores(inputs)
-        return scores.losses(targets), scores.hits(targets) if measure else None, count
+        return self.scores(inputs), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def _in_one_row(self) -> bool:
         """Whether the rows of a packed batch go behind each other; tried here where there is a batch before a fit."""

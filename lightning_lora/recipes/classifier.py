@@ -70,12 +70,16 @@ class SequenceClassifier(Recipe):
         for name in ("val", "val_base", "test"):
             self.measures[name] = nn.ModuleDict(_measures(len(self.labels or ())))
         super().configure_model()
+
+    @override
+    def take(self, model: Any) -> None:
+        """Makes a base this recipe's, with a head on its mean if that is asked for."""
         if self.pooling == "mean":
-            base: Any = self.model
-            width, count = base.config.get_text_config().hidden_size, 1 if self.regression else len(self.labels or ())
-            self.head = nn.Linear(width, count, dtype=base.dtype)
-            if getattr(base, "pooler", None) is not None:
-                base.pooler = None  # what it makes of the first token would go nowhere
+            width, count = model.config.get_text_config().hidden_size, 1 if self.regression else len(self.labels or ())
+            self.head = nn.Linear(width, count, dtype=model.dtype)
+            if getattr(model, "pooler", None) is not None:
+                model.pooler = None  # what it makes of the first token would go nowhere
+        super().take(model)
 
     def _fill_as_the_data(self) -> None:
         """Tells the model what texts are filled up with: a decoder's head looks for the last token that is another.
@@ -128,6 +132,11 @@ class SequenceClassifier(Recipe):
         if self.regression:
             return F.mse_loss(outputs, labels.to(outputs.dtype))
         return F.cross_entropy(outputs, labels.long())
+
+    @override
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch."""
+        return self.loss(self.outputs(batch), batch["labels"])
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

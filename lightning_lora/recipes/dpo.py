@@ -102,6 +102,11 @@ class DPO(LanguageModel):
         told = {"accuracy": accuracy, "margin": margin.mean(), "chosen": rewards[0].mean()}
         return loss, {"loss": loss.detach(), **told, "rejected": rewards[1].mean()}
 
+    @override
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch."""
+        return self.loss(batch)[0]
+
     def _log_all(self, stage: str, told: dict[str, Tensor], batch: Batch) -> None:
         for key, value in told.items():
             shown = key in ("loss", "accuracy")

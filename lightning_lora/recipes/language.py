@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -88,6 +89,8 @@ class LanguageModel(Recipe):
         head = self.model.get_output_embeddings()
         if holds_a_part(self) or not isinstance(head, nn.Linear) or head.out_features < LARGE:
             return None
+        if isinstance(head.weight, FakeTensor):  # there is nothing to compare on shapes alone
+            return past_head
         return next((way for way in (past_head, through_base) if is_plain(self, way)), None)
 
     @override

@@ -8,19 +8,18 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.checks import DTYPES, choice_problems, is_number
-from lightning_lora.errors import ConfigError, first_line, raise_all
-from lightning_lora.quantize import quantize
+from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
-from lightning_lora.recipes.complete import check_complete
+from lightning_lora.recipes.building import built, loaded, shard
 from lightning_lora.recipes.parts import Feed
-from lightning_lora.recipes.sharded import Files, open_files
+from lightning_lora.recipes.sharded import open_files
 from lightning_lora.recipes.together import batches_of_ranks
-from lightning_lora.recipes.tokens import load_config, load_tokenizer, resolve
+from lightning_lora.recipes.tokens import load_tokenizer
 from lightning_lora.recompute import let_run_again
 from lightning_lora.switching.contexts import disable_adapters
 from lightning_lora.switching.resting import dora_caching
@@ -110,67 +109,28 @@ class Recipe(LightningModule):
         if self.model is not None:
             return
         files = None if self.device_mesh is None else open_files(self.base)
-        self.model = None if files is None else self._build(files)
-        if self.model is None:
-            files, self.model = None, self._load()
-        if self.gradient_checkpointing:
-            let_run_again(self.model)
-        blocks = repeated_blocks(self.model)
-        if self.torch_compile:
-            for block in blocks:
-                block.compile()
-        if self.device_mesh is not None:
-            self._shard(blocks, files)
-
-    def _asked(self) -> tuple[Any, Any, dict[str, Any]]:
-        """The class that builds the base, its configuration, and further options."""
-        import transformers
-
-        config = load_config(self.base)
-        self.adjust(config)
-        attention = self.attn_implementation
-        options = {} if attention is None else {"attn_implementation": attention}
-        return getattr(transformers, self.auto_class), config, options
-
-    def _build(self, files: Files) -> Any:
-        auto_class, config, options = self._asked()
-        model = files.build(auto_class, config, self.dtype_of_base, **options)
+        model = None if files is None else built(self, files)
         if model is None:
-            return None
-        new = [name for name, own in model.named_parameters() if not own.is_meta]
-        check_complete(model, self.base, new, has_new_head=self.head_as_labels, unused=self.unused)
-        return model.train()
+            files, model = None, loaded(self)
+        self.take(model)
+        if self.device_mesh is not None:
+            shard(self, repeated_blocks(model), files)
 
-    def _load(self) -> Any:
-        auto_class, config, options = self._asked()
-        dtype = self.dtype_of_base if self.dtype_of_base == "auto" else getattr(torch, self.dtype_of_base)
-        options |= {"ignore_mismatched_sizes": self.head_as_labels, "output_loading_info": True}
-        try:
-            model, found = auto_class.from_pretrained(resolve(self.base), config=config, dtype=dtype, **options)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"{self.base} can't be loaded as {self.auto_class}: {first_line(error)}") from error
-        odd = [key for key, *_ in found["mismatched_keys"]]
-        check_complete(model, self.base, found["missing_keys"], odd, self.head_as_labels, self.unused)
-        return model.train()
+    def take(self, model: Any) -> None:
+        """Makes a base that was built this recipe's, ready to train."""
+        self.model = model
+        if self.gradient_checkpointing:
+            let_run_again(model)
+        for block in repeated_blocks(model) if self.torch_compile else ():
+            block.compile()
 
     def adjust(self, config: Any) -> None:
         """Changes the configuration before the model is built."""
 
-    def _shard(self, blocks: list[nn.Module], files: Files | None) -> None:
-        """FSDP2: the blocks one by one, then the rest; packed before that, if the run wants it packed."""
-        from torch.distributed.fsdp import fully_shard
-
-        wanted = [getattr(callback, "quantization", None) for callback in getattr(self.trainer, "callbacks", ())]
-        packing = [settings for settings in wanted if settings]
-        if packing and files is not None:
-            files.map(self.model)
-        for settings in packing:
-            quantize(self.model, settings)
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        for module in [*blocks, self.model]:
-            fully_shard(module, mesh=mesh)
-        if files is not None and not packing:
-            files.fill(self.model, self.trainer.strategy.root_device)
+    @override
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch, which training learns."""
+        raise NotImplementedError
 
     @override
     def configure_optimizers(self) -> Any:

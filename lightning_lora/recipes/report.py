@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from lightning_lora.analysis.memory import estimate_memory
+from lightning_lora.analysis.memory_optimizer import optimizer_problem
 from lightning_lora.analysis.summary import format_bytes, summary
 from lightning_lora.callback import LoRA
-from lightning_lora.errors import LightningLoRAError
 from lightning_lora.recipes.data import TextDataModule
+from lightning_lora.recipes.footprint import footprint, strategy_of
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.watch import peak_memory
 
@@ -79,29 +78,24 @@ def _rows(trainer: Trainer, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _estimate(trainer: Trainer, recipe: Recipe) -> int | None:
     """Bytes for tensors at the peak of a step; None for a model that can't be followed on shapes alone."""
-    import transformers
-
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     lora, data = next((c for c in callbacks if isinstance(c, LoRA)), None), _data(trainer)
     if lora is None or data is None:
         return None
-    sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"
-    try:
-        with torch.device("meta"):
-            shapes = getattr(transformers, recipe.auto_class).from_config(recipe.model.config, dtype=recipe.model.dtype)
-        return estimate_memory(
-            shapes,
-            lora.config,
-            lora.quantization,
-            batch_size=data.batch_size,
-            seq_len=data.longest,
-            strategy="fsdp2" if sharded else "ddp",
-            devices=trainer.world_size,
-            gradient_checkpointing=lora.gradient_checkpointing or recipe.gradient_checkpointing,
-            precision=str(trainer.precision),
-        ).total
-    except (LightningLoRAError, ValueError, RuntimeError, TypeError):
-        return None
+    optimizer = type(trainer.optimizers[0]) if trainer.optimizers else "adamw"
+    found = footprint(
+        recipe,
+        lora.config,
+        lora.quantization,
+        batch_size=data.batch_size,
+        seq_len=data.longest,
+        optimizer="adamw" if optimizer_problem(optimizer) else optimizer,
+        strategy=strategy_of(trainer),
+        devices=trainer.world_size,
+        gradient_checkpointing=lora.gradient_checkpointing or recipe.gradient_checkpointing,
+        precision=str(trainer.precision),
+    )
+    return None if found is None else found.total
 
 
 def _data(trainer: Trainer) -> TextDataModule | None:

@@ -61,6 +61,11 @@ class Seq2SeqLM(LanguageModel):
         return self.scores(inputs).losses(batch["labels"])
 
     @override
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch's tokens."""
+        return self.loss(batch)
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.loss(batch), int((batch["labels"] != IGNORED).sum())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count)

@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 
-from lightning_lora.analysis.memory import estimate_memory
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, LightningLoRAError, listing
+from lightning_lora.errors import ConfigError, listing
+from lightning_lora.recipes.causal_lm import CausalLM
+from lightning_lora.recipes.classifier import SequenceClassifier
+from lightning_lora.recipes.dpo import DPO
 from lightning_lora.recipes.encode import Encoder
 from lightning_lora.recipes.fields import ALSO_READ, KINDS, Schema, checked, guess_columns
+from lightning_lora.recipes.footprint import footprint
 from lightning_lora.recipes.labels import class_name, in_order
+from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.records import read_records
+from lightning_lora.recipes.seq2seq import Seq2SeqLM
 from lightning_lora.recipes.tokens import LONGEST, check_pair, context_of, load_config, load_tokenizer, resolve
 
 _CUT = ("input_ids", "rejected_input_ids", "labels")  # what `max_length` cuts
+RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (CausalLM, Seq2SeqLM, SequenceClassifier, DPO)}
 SEEN = 500  # records that lengths are taken of
 
 
@@ -140,18 +146,25 @@ class Memory:
 
     Args:
         room: Bytes of the accelerator, or of this machine.
-        dense: Bytes that LoRA takes on the base as it is, in bfloat16.
-        packed: Bytes on a base in nf4 with double quantisation.
+        dense: Bytes that LoRA takes on the base as it is.
+        packed: Bytes on a base in nf4 with double quantisation, with gradient checkpointing.
+        dtype: That of the base.
     """
 
     room: int
     dense: int
     packed: int
+    dtype: str
 
     @property
     def wants_packing(self) -> bool:
         """Whether the base has to be packed, with a tenth to spare."""
         return self.dense > 0.9 * self.room
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether even that would not do."""
+        return self.packed > 0.9 * self.room
 
 
 def room() -> int:
@@ -161,22 +174,21 @@ def room() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def weigh(base: str, seq_len: int, batch_size: int, available: int | None = None) -> Memory | None:
+def weigh(base: str, seen: Look, batch_size: int, available: int | None = None) -> Memory | None:
     """What training takes with and without packing; None if the model can't be followed on shapes alone."""
-    import transformers
-
-    config = load_config(base)
-    auto = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModel"
-    try:
-        with torch.device("meta"):
-            model = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16)
-        totals = [
-            estimate_memory(model, LoRAConfig(r=16), packed, batch_size=batch_size, seq_len=seq_len).total
-            for packed in (None, "nf4-dq")
-        ]
-    except (LightningLoRAError, ValueError, RuntimeError, NotImplementedError):
+    options: dict[str, Any] = {}
+    if seen.recipe == "SequenceClassifier":
+        labels = [str(i) for i in range(seen.classes)] or None
+        options = {"labels": labels, "regression": labels is None, "pooling": "mean" if seen.pools else "model"}
+    recipe = RECIPES[seen.recipe](base, **options)
+    lora = LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.05)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "seq_len": seen.max_length}
+    dense = footprint(recipe, lora, None, **sizes)
+    packed = footprint(recipe, lora, "nf4-dq", gradient_checkpointing=True, **sizes)
+    if dense is None or packed is None:
         return None
-    return Memory(room() if available is None else available, *totals)
+    dtype = str(load_config(base).dtype or torch.get_default_dtype()).removeprefix("torch.")
+    return Memory(room() if available is None else available, dense.total, packed.total, dtype)
 
 
 def folder_of(base: str) -> str:

@@ -36,9 +36,11 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield f"# Lengths: {median} tokens in the middle, {seen.lengths[-1]} at most (of the first {len(seen.lengths)})."
     if memory is not None:
         yield (
-            f"# Memory for training, estimated: {format_bytes(memory.dense)} in bfloat16, "
-            f"{format_bytes(memory.packed)} with a base in 4 bits, of {format_bytes(memory.room)}."
+            f"# Memory for training, estimated: {format_bytes(memory.dense)} with the base in {memory.dtype}, "
+            f"{format_bytes(memory.packed)} in 4 bits and with gradient_checkpointing, of {format_bytes(memory.room)}."
         )
+        if memory.wants_more:
+            yield "# That is too much here even so: take a smaller batch_size, max_length or model."
     yield "# Run it:      lightning-lora fit --config THIS_FILE"
     yield "# Change it:   lightning-lora fit --config THIS_FILE --lora.r 32 --trainer.max_epochs 1"
     yield "seed_everything: 1"
@@ -89,7 +91,7 @@ def _lines(data: str, base: str, seen: Look, memory: Memory | None, runs: str) -
     yield "  target_modules: all-linear            # or attention, mlp, a list of names"
     yield "  use_dora: false                       # true: learns the magnitudes of rows too; a little slower"
     if memory is not None and memory.wants_packing:
-        yield "  quantization: nf4-dq                  # the base in 4 bits: in 16 it would not fit"
+        yield "  quantization: nf4-dq                  # the base in 4 bits: as it is it would not fit"
         yield "  gradient_checkpointing: true          # less memory, a third more time"
     else:
         yield "  quantization: null                    # nf4-dq: the base in 4 bits, where memory is short"

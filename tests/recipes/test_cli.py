@@ -64,6 +64,7 @@ def test_each_yaml_runs(name, llama, monkeypatch, tmp_path, capsys):
     assert base["quantization"] == ("nf4-dq" if name in ("qlora", "qdora") else None)
     said = capsys.readouterr().out
     assert f"checkpoint: {path}" in said
+    assert "memory, estimated" in said
     if name == "lora":
         assert (path.with_suffix(".peft") / "adapter_config.json").exists()
 
@@ -94,6 +95,7 @@ def test_several_devices(name, packed, llama, tmp_path):
     assert checkpoint["global_step"] == 2
     assert checkpoint["lightning_lora"]["base"]["quantization"] == packed
     assert said.count("checkpoint: ") == 1
+    assert "memory, estimated" in said
     assert re.search(r"a step +8 rows \(2 x 2 accumulated x 2 devices\)", said)
 
 
@@ -253,12 +255,15 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
     from lightning_lora.recipes.starter_yaml import write_yaml
 
     seen = look(data, llama)
-    enough = weigh(llama, 64, 4)
+    enough = weigh(llama, seen, 4)
     assert enough.packed < enough.dense
     assert yaml.safe_load(write_yaml(data, llama, seen, enough, "runs"))["lora"]["quantization"] is None
-    short = weigh(llama, 64, 4, available=enough.dense)
-    written = yaml.safe_load(write_yaml(data, llama, seen, short, "runs"))["lora"]
+    short = weigh(llama, seen, 4, available=enough.dense)
+    text = write_yaml(data, llama, seen, short, "runs")
+    assert "with the base in float32" in text and "too much" not in text
+    written = yaml.safe_load(text)["lora"]
     assert (written["quantization"], written["gradient_checkpointing"]) == ("nf4-dq", True)
+    assert "too much here even so" in write_yaml(data, llama, seen, weigh(llama, seen, 4, available=1000), "runs")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torchmetrics.text import Perplexity
 
 import lightning_lora as ll
 from lightning_lora.recipes import DPO, CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule, dpo_loss
+from lightning_lora.recipes.building import built, loaded
 from lightning_lora.recipes.sharded import open_files
 from tests.recipes import files
 
@@ -216,7 +217,7 @@ def test_a_base_whose_files_lack_weights(case, llama, bert, tmp_path):
         fit(module, TextDataModule(path, val=path), 1)
     if not classifies:  # as ranks read it that hold parts
         with pytest.raises(ll.ConfigError, match=said):
-            module._build(open_files(str(folder))) or module._load()
+            built(module, open_files(str(folder))) or loaded(module)
 
 
 def test_a_decoder_as_classifier_needs_a_pad_token(tmp_path):
