@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--allow-base-mismatch", action="store_true", help="combine adapters of different bases, that fit"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over an adapter that is in OUT")
     parser.set_defaults(run=run)
 
 
@@ -41,6 +42,7 @@ def run(
     seed: int,
     adapter_name: str,
     allow_base_mismatch: bool,
+    overwrite: bool,
 ) -> None:
     """Runs it."""
     from lightning_lora.files.combine import combine_files
@@ -54,6 +56,7 @@ def run(
         seed=seed,
         adapter_name=adapter_name,
         allow_base_mismatch=allow_base_mismatch,
+        overwrite=overwrite,
     )
     print(report)
     print(f"the adapter is in {out}")

@@ -40,6 +40,7 @@ def combine_files(
     seed: int = 0,
     adapter_name: str = "combined",
     allow_base_mismatch: bool = False,
+    overwrite: bool = False,
 ) -> CombineReport:
     """Makes one adapter of several, as `combine_adapters` does, from files alone.
 
@@ -52,16 +53,18 @@ def combine_files(
         seed: What DARE draws from.
         adapter_name: What the new adapter is called.
         allow_base_mismatch: Combine adapters of different bases, whose shapes fit.
+        overwrite: Write over an adapter that is in ``out``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ConfigError: If ``out`` is one of the sources; and with every problem that `combine_adapters` finds.
+        ConfigError: If ``out`` is one of the sources, or holds another adapter; and with every problem that
+            `combine_adapters` finds.
         CheckpointError: If a file is damaged, or the adapters do not fit together.
         BaseMismatchError: If they were trained on different bases.
         UnsupportedError: If that takes the base: for DoRA, for what PEFT started with a part of each weight, and for
             parts of layers by other methods than "cat" and "svd".
     """
-    raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources]), "combine")
+    raise_all(ConfigError, _overwritten(Path(out), [Path(path) for path, _ in sources], overwrite), "combine")
     with ExitStack() as stack:
         read = [_read(Path(path), stack) for path, _ in sources]
         raise_all(CheckpointError, _incomplete(read), "combine")
@@ -100,10 +103,12 @@ def _read(path: Path, stack: ExitStack) -> _Source:
     return _Source(path, read_folder(folder))
 
 
-def _overwritten(out: Path, sources: Iterable[Path]) -> Iterator[str]:
-    for path in sources:
-        if adapter_folder(path).resolve() == out.resolve():
-            yield f"{path} would be written over: give another folder than {out}"
+def _overwritten(out: Path, sources: Iterable[Path], overwrite: bool) -> Iterator[str]:
+    taken = [path for path in sources if adapter_folder(path).resolve() == out.resolve()]
+    for path in taken:
+        yield f"{path} would be written over: give another folder than {out}"
+    if not (taken or overwrite) and (out / "adapter_config.json").exists():
+        yield f"{out}, where the new adapter goes, holds one already: give another folder first, or --overwrite"
 
 
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:

@@ -97,6 +97,11 @@ def render(messages: Messages, tokenizer: Any, asks: bool = False, tools: Tools 
     return text
 
 
+def marks_turns(tokenizer: Any) -> bool:
+    """Whether the chat template says itself, with ``{% generation %}``, where the assistant speaks."""
+    return bool(re.search(r"{%-?\s*generation\b", getattr(tokenizer, "chat_template", None) or ""))
+
+
 def tools_of(fields: Mapping[str, Any]) -> Tools:
     """What the assistant of a record may call, in a list or as its JSON; None where nothing is said.
 
@@ -122,12 +127,12 @@ def encode_messages(messages: Messages, tokenizer: Any, tools: Tools = None) -> 
     Raises:
         ConfigError: If it can't be told where the assistant speaks.
     """
-    template, exact = getattr(tokenizer, "chat_template", None) or "", _with_whole_offsets(tokenizer, len(tokenizer))
-    if re.search(r"{%-?\s*generation\b", template):
+    exact = _with_whole_offsets(tokenizer, len(tokenizer))
+    if marks_turns(tokenizer):
         made = exact.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=template,
+            chat_template=tokenizer.chat_template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -158,7 +158,7 @@ def _classification(own: Encoder, fields: dict[str, Any]) -> Iterator[Example]:
         yield {"input_ids": ids, "label": [own.labels.index(class_name(value))]}
         return
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, OverflowError):
         number = math.nan
     if not abs(number) < GREATEST:

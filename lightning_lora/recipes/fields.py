@@ -140,7 +140,7 @@ def _problems(own: dict[str, Any], schema: Schema, labels: list[str] | None) -> 
 
 def _label_problems(value: Any, name: str, labels: list[str] | None) -> Iterator[str]:
     is_endless = isinstance(value, float) and not math.isfinite(value)
-    if isinstance(value, (bool, list, dict)) or is_endless or not str(value).strip():
+    if isinstance(value, (list, dict)) or is_endless or not str(value).strip():
         yield f"{name!r} must be a class (text or a number), got {value!r:.40}"
     elif labels is not None and class_name(value) not in labels:
         yield f"{name!r} is {value!r}, which is none of the {len(labels)} classes {listing(labels, 12)}"

@@ -13,10 +13,10 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 def class_name(value: Any) -> str:
     """The name of a class, one for 1, 1.0 and "1.0": a CSV has whole numbers with a point where others are missing.
 
-    >>> [class_name(value) for value in (1, 1.0, "1.0", "01", 0.5, "v1.0")]
-    ['1', '1', '1', '01', '0.5', 'v1.0']
+    >>> [class_name(value) for value in (1, 1.0, "1.0", "01", 0.5, "v1.0", True)]
+    ['1', '1', '1', '01', '0.5', 'v1.0', 'true']
     """
-    text = str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     return str(int(text.partition(".")[0])) if _WHOLE.fullmatch(text) else text
 
 

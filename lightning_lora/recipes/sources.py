@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.recipes.chat import marks_turns
 from lightning_lora.recipes.encode import Encoder, Overlong
 from lightning_lora.recipes.fields import Schema, checked, find_schema
 from lightning_lora.recipes.labels import class_name, in_order
@@ -82,9 +83,10 @@ class Reading:
         examples = encoded(encoder, checked(self._records(source), schema, labels), source, self.workers)
         store = write_store(examples, path, encoder.notes)
         if store is None:
+            marked = " (or {% generation %} in the chat template marks nothing)" if marks_turns(self.tokenizer) else ""
             raise ConfigError(
                 f"{source}: nothing is left of {encoder.notes['records']} examples within {self.max_length} tokens: "
-                "raise data.max_length"
+                f"raise data.max_length{marked}"
             )
         return store
 

@@ -143,7 +143,7 @@ def test_paths_with_colons(tmp_path):
     for name in ("a:b", "a:0.5", "c"):
         ll.save_adapter(adapted(base), tmp_path / name)
     for source, weight in (("a:b", 1.0), ("a:b:0.25", 0.25), ("a:0.5", 1.0), ("a:0.5:-2", -2.0), ("c:1e-1", 0.1)):
-        run("combine", tmp_path / "out", tmp_path / source)
+        run("combine", tmp_path / "out", tmp_path / source, "--overwrite")
         B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
         expected = tensors(tmp_path / "c")[B] * (weight * 1.5)
         torch.testing.assert_close(tensors(tmp_path / "out")[B], expected)
@@ -173,7 +173,9 @@ def test_what_is_refused(tmp_path, capsys):
     assert len(re.findall("must be a finite number and not 0", said)) == 2
     assert "'svd' needs a rank" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "svd")
     assert "needs equal ranks" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "linear")
-    assert "adapter_name='a b' can't be used" in fails(2, capsys, "combine", out, one, "--adapter-name", "a b")
+    assert "adapter_name='a b' can't be used" in fails(
+        2, capsys, "combine", tmp_path / "x", one, "--adapter-name", "a b"
+    )
     assert "must be a whole number of at least 1" in fails(2, capsys, "combine", tmp_path / "x", one, "--rank", 0)
     assert "does not exist" in fails(2, capsys, "combine", tmp_path / "x", one, tmp_path / "none:0.5")
     assert "FOLDER:WEIGHT" in fails(2, capsys, "combine", tmp_path / "x")
@@ -246,3 +248,17 @@ def test_adapters_of_bases_with_other_names(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     run("combine", tmp_path / "out", *folders, "--allow-base-mismatch")
     run("combine", tmp_path / "others", tmp_path / "one", tmp_path / "three")
+
+
+def test_an_adapter_in_the_way_is_written_over_only_if_asked(tmp_path, capsys):
+    """The first argument is the folder to write: an adapter named there first would be lost."""
+    _, (one, two) = saved(tmp_path, "llama", [{}, {}])
+    before = tensors(tmp_path / one)
+    said = fails(2, capsys, "combine", tmp_path / one, tmp_path / two)
+    assert (
+        f"{tmp_path / 'one'}, where the new adapter goes, holds one already: give another folder first, or --overwrite"
+        in said
+    )
+    assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())
+    run("combine", tmp_path / one, f"{tmp_path / two}:0.7", "--overwrite")
+    assert not all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())

@@ -162,7 +162,13 @@ def test_files_are_refused_before_the_model_is_loaded(llama, bert, tmp_path):
     assert "Unloaded needs messages or prompt and response or text: name them: columns={prompt: question, " in said
     files.jsonl(path, files.prompts())
     said = refusal(Unloaded(llama), TextDataModule(str(path), max_length=4))
-    assert "nothing is left of 24 examples within 4 tokens: raise data.max_length" in said
+    assert said.endswith("nothing is left of 24 examples within 4 tokens: raise data.max_length")
+    files.jsonl(path, files.conversations())
+    template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    marking = shutil.copytree(llama, tmp_path / "marking")
+    (marking / "chat_template.jinja").write_text(template)
+    said = refusal(Unloaded(str(marking)), TextDataModule(str(path)))
+    assert "raise data.max_length (or {% generation %} in the chat template marks nothing)" in said
     assert "max_length=512, but" in refusal(Unloaded(llama), TextDataModule(str(path), max_length=512))
     assert "pad_token 'PAD' is none of the tokens" in refusal(
         Unloaded(llama), TextDataModule(str(path), pad_token="PAD")
@@ -290,6 +296,7 @@ def test_held_out_examples_that_are_trained_on_are_told(name, llama, tmp_path):
         ([1, 1.0, "1.0", "0.0", 0], ["0", "1"], [1, 1, 1, 0, 0]),
         (["²", "1", "01"], ["01", "1", "²"], [2, 1, 0]),
         ([0.5, "1.5", 10], ["0.5", "1.5", "10"], [0, 1, 2]),
+        ([True, False, True], ["false", "true"], [1, 0, 1]),
     ],
 )
 def test_numbers_as_classes_keep_their_order(labels, expected, numbers, bert, tmp_path):
@@ -310,6 +317,10 @@ def test_classes_in_another_order_are_refused(bert, tmp_path):
     said = refusal(UnloadedClassifier(bert, labels=names), TextDataModule(path, labels=names[::-1]))
     assert "data.labels are gamma, beta, alpha and model.labels alpha, beta, gamma: the order numbers" in said
     said = refusal(UnloadedClassifier(bert, regression=True), TextDataModule(path, labels=names))
+    yes = files.jsonl(tmp_path / "yes.jsonl", [{"text": "x", "label": True}])
+    assert "the label is True: regression needs numbers" in refusal(
+        UnloadedClassifier(bert, regression=True), TextDataModule(yes, val_split=0)
+    )
     assert "regression has no classes, got data.labels=['alpha', 'beta', 'gamma']: leave them out" in said
     data = TextDataModule(path, val=path, batch_size=12)
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
