@@ -134,7 +134,7 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
-    known = _KNOWN | _IRRELEVANT if _names_embeddings(config) else {*_KNOWN, *_IRRELEVANT, _TYING}
+    known = _KNOWN | _IRRELEVANT if _adapts_embeddings(config) else {*_KNOWN, *_IRRELEVANT, _TYING}
     for name, value in config.items():
         if name not in known and value not in (None, False, [], {}, ""):
             yield f"{name[:80]}={shown(value)} is not supported, and would change what the adapter computes"
@@ -146,12 +146,10 @@ def _unsupported(config: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
-def _names_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a table may be adapted or saved. Rows of tied tables are tied in PEFT, whatever it is told."""
-    named = [config.get(field) or [] for field in ("modules_to_save", "target_modules")]
-    return any(
-        isinstance(names, str) or not _EMBEDDINGS.isdisjoint(last_part(name) for name in names) for names in named
-    )
+def _adapts_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a table may be adapted: one saved in full, or rows of one, is one with its tied end, told or not."""
+    names = config.get("target_modules") or []
+    return isinstance(names, str) or not _EMBEDDINGS.isdisjoint(last_part(name) for name in names)
 
 
 def edited(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterable[str]:
