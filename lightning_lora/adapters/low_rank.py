@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,15 @@ class LowRankAdapter(Adapter):
         A, B = (factor.to(device=like.device, dtype=like.dtype) for factor in (self.start_A, self.start_B))
         return A, B
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, without the detour that attributes of modules take."""
+        own: Any = self._parameters
+        return (own["A"], own["B"]) if "A" in own else (self.A, self.B)  # where a strategy keeps them elsewhere
+
     def update(self) -> tuple[Tensor, Tensor]:
         r"""Factors of :math:`\Delta W / s`: A and B, or :math:`[A; A_0]` and :math:`[B, -B_0]`."""
         if self._buffers["start_A"] is None:
-            return self.A, self.B
+            return self.pair()
         assert self.start_A is not None and self.start_B is not None  # noqa: PT018
         A, B = placed_like(self.start_A, self.A), placed_like(self.start_B, self.B)  # FSDP2 shards no buffers
         return torch.cat([self.A, A], dim=-2), torch.cat([self.B, -B], dim=-1)

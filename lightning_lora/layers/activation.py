@@ -1,7 +1,7 @@
 """nn.Linear and its subclasses: y = f(x) + what the active adapters add."""
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,24 +41,30 @@ class LoRALinear(LoRALayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_active and not self.lora_absorbed and self.lora_mixture is None:
             return self.lora_stored_forward(input, *args, **kwargs)  # merged, or switched off: as if it had no adapters
-        if not args and not kwargs and _is_usual(input) and (out := self.lora_fused(input)) is not None:
-            return out
+        if not args and not kwargs and _is_usual(input) and (adapter := self.lora_alone()) is not None:
+            in_few = not (torch.is_grad_enabled() or adapter.training or torch.is_autocast_enabled(input.device.type))
+            out = self.lora_in_few(adapter, input) if in_few else self.lora_fused(adapter, input)
+            if out is not None:
+                return out
         return super().forward(input, *args, **kwargs)
 
-    def lora_fused(self, x: Tensor) -> Tensor | None:
+    def lora_in_few(self, adapter: LowRankAdapter, x: Tensor) -> Tensor | None:
+        """The output without gradients and dropout, by few operations; None where it has to be plain."""
+        if (site := self.lora_site(adapter, x, x.dtype)) is None:
+            return None
+        if are_few(x):
+            return linear_of_few(x, site)
+        return linear_of_many(x, site) if site.adapter.magnitude is None else fused_linears(x, [site], 0.0)[0]
+
+    def lora_fused(self, adapter: LowRankAdapter, x: Tensor) -> Tensor | None:
         """The output in one step, with those of layers that will get the same input; None where it has to be plain."""
         running = None if x.is_inference() else scope()  # it has no version
         if running is not None and (out := running.take(self, x)) is not None:
             return out
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if (adapter := self.lora_alone()) is None or (site := self.lora_site(adapter, x, dtype)) is None:
+        if (site := self.lora_site(adapter, x, dtype)) is None:
             return None
-        if not torch.is_grad_enabled() and not adapter.training and not autocast:
-            if are_few(x):
-                return linear_of_few(x, site)
-            if site.adapter.magnitude is None:
-                return linear_of_many(x, site)
         config, p = adapter.config, adapter.config.lora_dropout if adapter.training else 0.0
         if p > 0 and config.use_dora and config.dora_dropout == "input":
             return fused_dora_dropout(x.to(dtype), site, p)
@@ -82,8 +88,10 @@ class LoRALinear(LoRALayer):
             return None
         adapter: Any = self._modules["lora"]._modules[self.lora_active[0]]  # type: ignore[union-attr]
         usual = adapter.initialised and not adapter._forward_hooks and len(adapter._forward_pre_hooks) == 1  # its own
-        pair = usual and isinstance(adapter, LowRankAdapter) and is_plain(adapter.A) and is_plain(adapter.B)
-        return adapter if pair else None
+        if not usual or not isinstance(adapter, LowRankAdapter):
+            return None
+        A, B = adapter.pair()
+        return adapter if is_plain(A) and is_plain(B) else None
 
     def lora_sibling(self, first: LowRankAdapter, x: Tensor, dtype: torch.dtype) -> Site | None:
         """What can be computed together with a layer that has this adapter, before it is called itself."""
@@ -104,13 +112,17 @@ class LoRALinear(LoRALayer):
         weight = None if self.lora_absorbed else self.lora_operand(x, dtype)
         if weight is None or (low_rank := adapter.beside(self)) is None:
             return None
-        return Site(weight, self.bias, low_rank)  # type: ignore[arg-type]
+        own: Any = self._parameters  # attributes of modules take a detour, which tokens one by one notice
+        bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return Site(weight, bias, low_rank)
 
     def lora_operand(self, x: Tensor, dtype: torch.dtype) -> Tensor | Packed | None:
         """The weight, if the layer's forward is the product with it, in this dtype."""
-        weight: Any = self.weight
+        own: Any = self._parameters
+        cls: Any = type(self)
+        weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
         fits = weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64)
-        usual = is_plain(weight) and not weight.requires_grad and _is_product(cast("Any", type(self)))
+        usual = is_plain(weight) and not weight.requires_grad and _is_product(cls)
         return self.lora_oriented(weight) if usual and fits and weight.device == x.device else None
 
     def lora_oriented(self, weight: Tensor) -> Tensor:

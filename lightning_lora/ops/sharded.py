@@ -22,7 +22,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor that this process has as a whole, and of no kind of its own."""
-    return type(tensor) in PLAIN and "ds_id" not in tensor.__dict__ and not is_flattened(tensor)
+    if type(tensor) not in PLAIN:
+        return False
+    marks = tensor.__dict__
+    return not marks or not ("ds_id" in marks or is_flattened(tensor))
 
 
 def is_flattened(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.ops.operand import Packed, operand
+from lightning_lora.ops.operand import Packed
 from lightning_lora.ops.site import Site
 
 FEW = 16  # rows of an input; from some thirty on, casting A and B is the faster way
@@ -34,19 +34,23 @@ def linear_of_many(x: Tensor, site: Site) -> Tensor:
 
 def linear_of_few(x: Tensor, site: Site) -> Tensor:
     """The same for few rows, also with a DoRA adapter."""
-    (weight, bias, adapter), row = site, site.adapter.row_gain()
-    (A, B, scale, *_), out = adapter, _frozen_linear(x, weight, bias if row is None else None)
+    weight, bias, adapter = site
+    A, B, row = adapter.A, adapter.B, None if adapter.magnitude is None else adapter.row_gain()
+    out = _frozen_linear(x, weight, bias if row is None else None)
     if x.dtype != A.dtype:
         dtype = torch.promote_types(x.dtype, A.dtype)
-        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
+        x = x.to(dtype)
+        if dtype != A.dtype:
+            A, B = A.to(dtype), B.to(dtype)
     h = F.linear(x, A)
     if row is None:
-        return out.add_(F.linear(h, B), alpha=scale)
-    small = F.linear(h.mul_(scale), B).mul_(row.gain).addcmul_(out, row.change)  # first: what is rounded is the sum
+        return out.add_(F.linear(h, B), alpha=adapter.scale)
+    small = F.linear(h.mul_(adapter.scale), B).mul_(row.gain).addcmul_(out, row.change)  # rounded is only the sum
     return out.add_(small if bias is None else small.add_(bias))
 
 
 def _frozen_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
-    """The product with a frozen weight, in the dtype of its input."""
-    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    return F.linear(x, operand(weight, x.dtype), bias) if isinstance(weight, Tensor) else weight.product(x, bias)
+    """The product with a frozen weight, in the dtype of its input, which that of a tensor is."""
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.product(x, bias)
