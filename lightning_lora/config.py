@@ -219,7 +219,8 @@ class Quantization:
     """How the frozen base is quantised (QLoRA, arXiv:2305.14314, section 3).
 
     Args:
-        mode: ``"nf4"``, ``"nf4-dq"`` (double quantisation), ``"fp4"``, ``"fp4-dq"`` or ``"int8"``.
+        mode: ``"nf4"``, ``"nf4-dq"`` (double quantisation), ``"fp4"``, ``"fp4-dq"`` or ``"int8"``, which has a scale
+            for each row, and none of the options for 4 bits.
         compute_dtype: Dtype of the products; None follows the input.
         quant_storage: Dtype of the packed bytes.
         ignore_modules: Modules that stay dense.
@@ -253,6 +254,12 @@ class Quantization:
         ]
         if not is_int(self.blocksize) or not 32 <= self.blocksize <= 4096 or self.blocksize & (self.blocksize - 1):
             problems.append(f"blocksize must be a power of two from 32 to 4096, got {self.blocksize!r}")
+        if self.mode == "int8":
+            four_bit = {"compute_dtype": None, "quant_storage": "uint8", "blocksize": 64}
+            given = [
+                f"{name}={getattr(self, name)!r}" for name, unset in four_bit.items() if getattr(self, name) != unset
+            ]
+            problems += [f"mode='int8' has no {', '.join(given)}: leave that out"] if given else []
         if self.ignore_modules is not None:
             problems += pattern_problems("ignore_modules", self.ignore_modules)
         raise_all(ConfigError, problems, "Quantization")

@@ -732,3 +732,23 @@ def test_a_head_that_no_forward_calls_gets_no_adapter():
         assert any(target.name.endswith("query") for target in plan.targets)
     named = ll.LoRAConfig(r=2, target_modules=["regression"])
     assert [target.name for target in ll.plan(tf.EsmModel(config), named).targets] == ["contact_head.regression"]
+
+
+def mamba():
+    return tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("mixtral", {"target_modules": ["attention", "mlp"]}, r"target_modules: 'mlp' .*target_parameters='experts'"),
+        ("mixtral", {"exclude_modules": "mlp"}, "exclude_modules: 'mlp' matches no linear layer here: leave it out"),
+        ("mamba", {"exclude_modules": ["attention"]}, "exclude_modules: 'attention' matches no linear layer here"),
+        ("mamba", {"target_modules": ["attention", "in_proj"]}, "target_modules: 'attention' matches no linear layer"),
+    ],
+)
+def test_words_that_mean_no_layer(family, options, said):
+    """Beside others they would do nothing, and nothing would say so."""
+    made = mamba if family == "mamba" else FAMILIES[family].make
+    with pytest.raises(ll.TargetError, match=said):
+        ll.plan(made(), ll.LoRAConfig(**options))

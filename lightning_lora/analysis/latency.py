@@ -14,6 +14,7 @@ from lightning_lora.analysis.memory_inputs import likely_batch, positions_proble
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import arrange, lora_layers, undressed
 from lightning_lora.merging.merge import merge, unmerge
+from lightning_lora.switching.resting import dora_caching
 from lightning_lora.switching.switch import set_adapter
 
 
@@ -43,7 +44,7 @@ class Latency:
     Args:
         batch_size: Samples.
         seq_len: Tokens of each.
-        forward: Of the base, adapted and merged.
+        forward: Of the base, adapted and merged, and where there is a DoRA of it within `dora_caching`.
         others: Of switching to another adapter and back, merging, and unmerging.
     """
 
@@ -97,7 +98,9 @@ def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     model.eval()
     run = _Timer(root, batch, repeat)
-    times: dict[str, list[float]] = {key: [] for key in ("base", "adapted", "merged", "switch", "merge", "unmerge")}
+    keys = ("base", "adapted", "merged", "dora_caching", "switch", "merge", "unmerge")
+    times: dict[str, list[float]] = {key: [] for key in keys}
+    has_dora = any(layer.lora_adapters()[name].variant == "dora" for layer in layers for name in layer.lora_active)
     try:
         run.forward()
     except (IndexError, RuntimeError) as error:
@@ -108,14 +111,17 @@ def measure_latency(model: nn.Module, batch_size: int, seq_len: int, rounds: int
         with _bare(model):
             times["base"].append(run.forward())
         times["adapted"].append(run.forward())
+        if has_dora:
+            with dora_caching(model):
+                times["dora_caching"].append(run.forward())
         if others:
             times["switch"].append(run.once(lambda: set_adapter(model, others[0])))
             set_adapter(model, active[0])
         times["merge"].append(run.once(lambda: merge(model)))
         times["merged"].append(run.forward())
         times["unmerge"].append(run.once(lambda: unmerge(model)))
-    forward = [_timing(key, times[key], times["base"]) for key in ("base", "adapted", "merged")]
-    rest = [_timing(key, times[key], None) for key in ("switch", "merge", "unmerge") if times[key]]
+    forward = [_timing(key, times[key], times["base"]) for key in keys[:4] if times[key]]
+    rest = [_timing(key, times[key], None) for key in keys[4:] if times[key]]
     return Latency(batch_size, seq_len, tuple(forward), tuple(rest))
 
 

@@ -22,12 +22,14 @@ def add(commands: Commands) -> None:
         "latency",
         help="time a model without an adapter, with it, and with it merged",
         description="Times forward passes of a transformers model without an adapter, with it, and with it merged, "
-        "and how long switching, merging and unmerging take. All are timed in turn, round by round, and compared "
+        "and how long switching, merging and unmerging take; of DoRA also what it is with its norms kept, as texts are "
+        "generated (dora_caching). All are timed in turn, round by round, and compared "
         "within a round: medians of ratios, with the middle half of them. Without ADAPTER one with random values is "
         "made, of the rank and on the layers that are asked for.",
         epilog="example: lightning-lora latency adapters/prose --base models/llama --batch-size 1 --seq-len 1 128",
     )
     parser.add_argument("adapter", metavar="ADAPTER", nargs="?", type=existing, help="a PEFT folder or a checkpoint")
+    parser.add_argument("--adapter", metavar="NAME", dest="adapter_name", help="which, of a checkpoint with several")
     parser.add_argument("--base", metavar="DIR", type=existing_folder, required=True, help="the transformers model")
     parser.add_argument("--batch-size", type=positive_int, default=1, help="samples (default: %(default)s)")
     parser.add_argument(
@@ -43,6 +45,7 @@ def add(commands: Commands) -> None:
 
 def run(
     adapter: Path | None,
+    adapter_name: str | None,
     base: Path,
     batch_size: int,
     seq_len: list[int],
@@ -60,7 +63,7 @@ def run(
     if adapter is None:
         _random(model, config)
     else:
-        _read(model, adapter)
+        _read(model, adapter, adapter_name)
     found = [measure_latency(model, batch_size, length, rounds) for length in seq_len]
     if as_json:
         print(json.dumps([each.to_dict() for each in found], sort_keys=True))
@@ -83,14 +86,15 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
     return cls.from_pretrained(base, dtype=getattr(torch, dtype)).to(place).eval()
 
 
-def _read(model: Any, adapter: Path) -> None:
-    from lightning_lora.loading.load import load_adapter
+def _read(model: Any, adapter: Path, adapter_name: str | None) -> None:
+    from lightning_lora.loading.load import read_stored
+    from lightning_lora.loading.placement import place
     from lightning_lora.switching.switch import set_adapter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it was trained on: times don't depend on values
-        load_adapter(model, adapter, "one", allow_base_mismatch=True)
-        load_adapter(model, adapter, "other", allow_base_mismatch=True)
+        for name in ("one", "other"):
+            place(model, read_stored(adapter, adapter_name), name, allow_base_mismatch=True, dtype=None)
     set_adapter(model, "one")
 
 
@@ -112,10 +116,10 @@ def _random(model: Any, config: Any) -> None:
 
 def _lines(found: "Latency") -> Iterator[str]:
     yield f"batch {found.batch_size}, {found.seq_len} tokens"
-    yield f"  {'forward':<10}{'ms':>10}  of the base, by the median (and the middle half) of ratios"
+    yield f"  {'forward':<12}{'ms':>10}  of the base, by the median (and the middle half) of ratios"
     for timing in found.forward:
         spread = f"{timing.ratio:.3f} ({timing.low:.3f} to {timing.high:.3f})" if timing.name != "base" else "1"
-        yield f"  {timing.name:<10}{1e3 * timing.seconds:>10.3f}  {spread}"
+        yield f"  {timing.name:<12}{1e3 * timing.seconds:>10.3f}  {spread}"
     for timing in found.others:
         middle = f"({1e3 * timing.low:.3f} to {1e3 * timing.high:.3f})"
-        yield f"  {timing.name:<10}{1e3 * timing.seconds:>10.3f}  {middle}"
+        yield f"  {timing.name:<12}{1e3 * timing.seconds:>10.3f}  {middle}"

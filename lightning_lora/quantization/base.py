@@ -196,7 +196,7 @@ def quantizer_for(settings: Quantization) -> Quantizer:
         importlib.import_module(_BACKENDS["bitsandbytes"])
     except ImportError as error:
         raise UnsupportedError(
-            f"quantization={settings.mode!r} needs bitsandbytes 0.48 or newer (pip install -U bitsandbytes): {error}"
+            f"quantization={settings.mode!r} needs bitsandbytes 0.50 or newer (pip install -U bitsandbytes): {error}"
         ) from error
     return _QUANTIZERS[settings.mode]
 

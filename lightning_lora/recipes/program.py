@@ -24,9 +24,9 @@ from lightning_lora.recipes.watch import Speed
 
 EXAMPLES = {
     "fit": "--config run.yaml --lora.r 32 --data.train train.jsonl",
-    "validate": "--config run.yaml --ckpt_path runs/mine/last.ckpt",
-    "test": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.test test.jsonl",
-    "predict": "--config run.yaml --ckpt_path runs/mine/last.ckpt --data.predict prompts.jsonl",
+    "validate": "--config run.yaml --ckpt_path last",
+    "test": "--config run.yaml --ckpt_path last --data.test test.jsonl",
+    "predict": "--config run.yaml --ckpt_path last --data.predict prompts.jsonl",
 }
 # Lines of jsonargparse that say of a value only that it may also be left out, or how it is held.
 _IDLE = (

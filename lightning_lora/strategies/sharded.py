@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.errors import CheckpointError, UnsupportedError, listing
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
 from lightning_lora.formats.peft_from_checkpoint import export_read
@@ -94,6 +94,15 @@ class ShardedAdapter(StrategyAdapter):
         return {**adapter_state_dict(self.model), **extra_state(self.model)}
 
     @override
+    def check_folders(self) -> None:
+        if self.options.save_sharded and self.as_peft:
+            raise ConfigError(
+                "LoRA: save_sharded=True writes no PEFT folders beside checkpoints: leave save_peft out, and make them "
+                "of a checkpoint (lightning-lora export)"
+            )
+        super().check_folders()
+
+    @override
     def save_checkpoint(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
@@ -101,8 +110,8 @@ class ShardedAdapter(StrategyAdapter):
         if not self.options.save_sharded:
             super().save_checkpoint(original, checkpoint, filepath, storage_options)
             return
-        if self.as_peft or "://" in str(filepath):
-            raise UnsupportedError("save_sharded writes to folders of this machine, and no PEFT folders beside them")
+        if "://" in str(filepath):
+            raise UnsupportedError("save_sharded writes to folders of this machine")
         self.complete(checkpoint)
         write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
 

@@ -1,5 +1,6 @@
 """Which layers get an adapter, and why the others do not."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -79,6 +80,8 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     if config.target_parameters is not None:
         choice.chosen += chosen_parameters(tree, config, choice.chosen, in_full, roles.twins, choice.problems)
     choice.problems += [problem for p in patterns if (problem := _no_use(p, hits[p.text], probe, tree)) is not None]
+    if choice.chosen or choice.problems:
+        choice.problems += _idle(words, "target_modules", tree, roles)
     both = whole_and_parts(choice.chosen)
     choice.problems += [*blocks.problems(), *(f"{n} gets adapters as a whole and in parts: choose one" for n in both)]
     rows_alone = config.trainable_token_indices is not None and not config.target_modules
@@ -135,7 +138,18 @@ def _is_meant(node: Node, tree: dict[str, Node], words: set[str]) -> bool:
 def _excluded(tree: dict[str, Node], wanted: Patterns | None, roles: Roles, problems: list[str]) -> set[str]:
     words, patterns = _split(wanted) if wanted is not None else (set[str](), [])
     by_word = {n.name for n in tree.values() if roles.reason_against(n.name) is None and _is_meant(n, tree, words)}
+    problems += _idle(words, "exclude_modules", tree, roles)
     return by_word | modules_within("exclude_modules", patterns, tree, problems)
+
+
+def _idle(words: set[str], where: str, tree: dict[str, Node], roles: Roles) -> Iterator[str]:
+    """Words that mean no layer of this model: experts in stacks are no linears, say, and a Mamba has no attention."""
+    linears = [n for n in tree.values() if n.kind is not None and n.kind.lora_dense_linear]
+    meant_at_all = [node for node in linears if roles.reason_against(node.name) is None]
+    for word in sorted(words - {"all-linear"}):
+        if not any(_is_meant(node, tree, {word}) for node in meant_at_all):
+            could = ways_in(tree.values()) if where == "target_modules" else ""
+            yield f"{where}: {word!r} matches no linear layer here: leave it out{could and f'. {could}'}"
 
 
 def left_heads(tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: Roles) -> list[str]:

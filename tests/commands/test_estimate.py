@@ -11,6 +11,7 @@ from lightning_lora.analysis.latency import measure_latency
 from lightning_lora.layers import LoRALayer, lora_layers
 from tests.commands.files import adapted, fails, run
 from tests.helpers.families import DECODER, FAMILIES, KV
+from tests.helpers.modules import Wrapped, one_batch, trainer
 
 
 def described(tmp_path, config=None):
@@ -129,7 +130,8 @@ def test_latency(base, tmp_path, capsys):
         found = told(capsys, *options, "--base", base, "--rounds", 2, "--seq-len", 1, 8)
         assert [each["seq_len"] for each in found] == [1, 8]
         for each in found:
-            assert [timing["name"] for timing in each["forward"]] == ["base", "adapted", "merged"]
+            kept = ["dora_caching"] if "--use-dora" in options else []
+            assert [timing["name"] for timing in each["forward"]] == ["base", "adapted", "merged", *kept]
             assert [timing["name"] for timing in each["others"]] == ["switch", "merge", "unmerge"]
             assert each["forward"][0]["ratio"] == 1
             assert all(0 < timing["low"] <= timing["high"] for timing in (*each["forward"], *each["others"]))
@@ -145,6 +147,19 @@ def test_latency(base, tmp_path, capsys):
         "merge",
         "unmerge",
     ]
+
+
+def test_latency_of_one_of_several_adapters(base, tmp_path, capsys):
+    made, module = FAMILIES["llama"], Wrapped(FAMILIES["llama"].make)
+    adapters = [ll.LoRA(r=r, use_dora=r == 3, adapter_name=name) for name, r in (("one", 2), ("three", 3))]
+    fit = trainer(*adapters)
+    fit.fit(module, one_batch(made.batch(module.net)))
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    path, options = tmp_path / "run.ckpt", ("--base", base, "--rounds", 1, "--seq-len", 2)
+    for name, count in (("one", 3), ("three", 4)):
+        (found,) = told(capsys, "latency", path, "--adapter", name, *options)
+        assert len(found["forward"]) == count  # DoRA's norms are kept in one of them
+    assert "one, three" in fails(1, capsys, "latency", path, *options)
 
 
 @pytest.mark.parametrize("active", [("default",), ("default", "other")])

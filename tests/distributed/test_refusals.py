@@ -35,6 +35,7 @@ TWO = {
     "flat": {"strategy": "fsdp-flat"},
     "wrapped": {"strategy": "fsdp", "module": {"wrapped": True}},
     "shard-fsdp": {"strategy": "fsdp", "lora": {"shard_adapters": True}},
+    "folders": {"strategy": "fsdp2", "lora": {"save_sharded": True, "save_peft": True}},
 }
 
 
@@ -79,6 +80,7 @@ def runs(tmp_path_factory):
         ("quantised-tp", "UnsupportedError", ["net.blocks.0.q", "cut for tensor parallelism"]),
         ("flat", "ConfigError", ["use_orig_params=False"]),
         ("wrapped", "UnsupportedError", ["net.blocks.0, net.blocks.1: wrapped in FullyShardedDataParallel before"]),
+        ("folders", "ConfigError", ["save_sharded=True writes no PEFT folders", "lightning-lora export"]),
         ("shard-fsdp", "UnsupportedError", ["ModelParallelStrategy can shard them"]),
     ],
 )

@@ -723,6 +723,10 @@ def test_bad_input():
             ll.ConfigError, match=r"must be one of nf4, .* or a Quantization, got (None|4|{.*Quantization)"
         ):
             ll.quantize(nn.Linear(64, 64), wrong)
+    with pytest.raises(
+        ll.ConfigError, match="mode='int8' has no compute_dtype='bfloat16', blocksize=128: leave that out"
+    ):
+        ll.Quantization(mode="int8", compute_dtype="bfloat16", blocksize=128)
     with pytest.raises(ll.ConfigError, match="blocksize must be a power of two from 32 to 4096, got 8192"):
         ll.Quantization(blocksize=8192)
     with pytest.raises(ll.TargetError, match="no linear that can be quantised"):
@@ -784,8 +788,8 @@ def test_without_bitsandbytes(monkeypatch, missing):
     else:
         import bitsandbytes
 
-        monkeypatch.setattr(bitsandbytes, "__version__", "0.44.1")
-    with pytest.raises(ll.UnsupportedError, match="needs bitsandbytes 0.48 or newer .pip install -U bitsandbytes"):
+        monkeypatch.setattr(bitsandbytes, "__version__", "0.49.2")
+    with pytest.raises(ll.UnsupportedError, match="needs bitsandbytes 0.50 or newer .pip install -U bitsandbytes"):
         ll.quantize(build())
 
 
