@@ -196,7 +196,9 @@ class LoRAConfig:
             yield "dora_dropout='lora' has no effect without use_dora=True"
         yield from choice_problems("bias", self.bias, ("none", "all", "lora_only"))
         init: Any = self.init_lora_weights
-        if not callable(init):
+        if isinstance(init, type):
+            yield f"init_lora_weights must be a name or an object, got the class {init.__name__}: {init.__name__}()"
+        elif not callable(init):
             hint = " (PEFT's True is 'kaiming' here)" if init is True else ""
             yield from (p + hint for p in choice_problems("init_lora_weights", init, (*INITS,)))
         yield from saved_problems(self.modules_to_save)

@@ -86,6 +86,13 @@ class Own(nn.Module):
         return self.head(self.q(self.plain(self.rms(self.batch(self.group(self.conv(x[:, None])))))).mean(1))
 
 
+def test_what_is_excluded_keeps_its_norms():
+    config = ll.LoRAConfig(
+        target_modules=["q"], modules_to_save=None, train_norms=True, exclude_modules=["rms", "head"]
+    )
+    assert [saved.name for saved in ll.plan(Own(), config).modules_to_save] == ["group"]
+
+
 def test_which_are_found():
     config = ll.LoRAConfig(target_modules=["q"], modules_to_save=["head"], train_norms=True, bias="all")
     plan = ll.plan(Own(), config)

@@ -42,7 +42,14 @@ def run(model: str, as_json: bool, full: bool, **options: Any) -> None:
     """Runs it."""
     from lightning_lora.analysis.memory import estimate_memory
     from lightning_lora.commands.models import described_model
+    from lightning_lora.config import LoRAConfig
+    from lightning_lora.errors import ConfigError
 
     config = config_of(options)
+    if full and config != LoRAConfig(target_modules=["all-linear"]):
+        raise ConfigError(
+            "--full trains the whole model, without adapters: leave their options out, or --full (--compare has full "
+            "fine-tuning beside them)"
+        )
     found = estimate_memory(described_model(model), None if full else config, **options)
     print(json.dumps(found.to_dict(), sort_keys=True) if as_json else found)

@@ -39,11 +39,13 @@ def run(
     import torch
     from transformers.utils import logging
 
-    from lightning_lora.errors import ConfigError
+    from lightning_lora.errors import ConfigError, raise_all
+    from lightning_lora.recipes.chat import template_problems
     from lightning_lora.recipes.serve import open_adapter, stream
 
     if temperature is not None and temperature <= 0:
         raise ConfigError(f"--temperature must be positive, got {temperature}: leave it out for the most likely token")
+    raise_all(ConfigError, template_problems(prompt_template))
     texts = prompt
     if texts is None:
         texts = ["" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import Commands, existing, existing_folder, positive_int
 from lightning_lora.commands.models import add_adapter_options, config_of
-from lightning_lora.errors import first_line
+from lightning_lora.errors import ConfigError, first_line, raise_all
 
 if TYPE_CHECKING:
     from lightning_lora.analysis.latency import Latency
@@ -75,7 +75,6 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
     import torch
 
     from lightning_lora.commands.models import described_model
-    from lightning_lora.errors import ConfigError
 
     cls: Any = type(described_model(str(base)))
     try:
@@ -93,6 +92,7 @@ def _read(model: Any, adapter: Path, adapter_name: str | None) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it was trained on: times don't depend on values
+        raise_all(ConfigError, read_stored(adapter, adapter_name).name_problems(adapter_name))
         for name in ("one", "other"):
             place(model, read_stored(adapter, adapter_name), name, allow_base_mismatch=True, dtype=None)
     set_adapter(model, "one")

@@ -168,7 +168,9 @@ def _place(
         try:
             notes += compare(decode(entry["base"]), fingerprint(root), trained=known.keys() & {*heads})
         except BaseMismatchError as error:
-            raise BaseMismatchError(f"{error}, or give allow_base_mismatch=True to load it all the same") from None
+            raise BaseMismatchError(
+                f"{error}, or load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"
+            ) from None
     found.module.from_peft(tokens, fields)
     found.module.initialised = True
     by_module: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}

@@ -133,7 +133,7 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
         assert stored.base is not None
         return compare(stored.base, fingerprint(root), trained)
     except BaseMismatchError as error:
-        hint = "or give allow_base_mismatch=True to load it all the same"
+        hint = "or load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"
         raise BaseMismatchError(f"{stored.source}: {error}, {hint}") from None
 
 
@@ -206,8 +206,8 @@ def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: b
             continue
         if not allow_base_mismatch:
             raise BaseMismatchError(
-                f"{source} brings a {key} that is not the base's: load it into the base, or give "
-                "allow_base_mismatch=True to have that done"
+                f"{source} brings a {key} that is not the base's: load it into the base, or have "
+                "that done by ll.load_adapter(model, file, allow_base_mismatch=True)"
             )
         others[key] = table
     return others

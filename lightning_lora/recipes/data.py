@@ -186,9 +186,9 @@ class TextDataModule(LightningDataModule):
                 return None
             if self.packing and name == "train":
                 fields, reading = self.stores["train"].fields, self._reading
-                if "labels" not in fields or "rejected_labels" in fields:
-                    raise ConfigError("packing is for causal language models: leave data.packing out")
                 assert reading is not None
+                if "labels" not in fields or "rejected_labels" in fields or reading.separate:
+                    raise ConfigError("packing is for causal language models: leave data.packing out")
                 part = part.packed(reading.max_length)
             self._parts[name] = part
         return self._parts[name]

@@ -77,12 +77,16 @@ def find_schema(
     absent = [f"{role}: {name}" for role, name in columns.items() if name not in found and role not in left_out]
     if absent:
         raise ConfigError(f"{source} has no column for {listing(absent)}: it has {listing(found, 20)}")
-    for kind in kinds:
+    meant = [kind for kind in kinds if columns.keys() <= {*KINDS[kind]}]
+    if not meant:
+        roles = " or ".join(", ".join(KINDS[kind]) for kind in kinds)
+        raise ConfigError(f"columns names {listing(columns)}, and {who} has {roles}: leave the others out")
+    for kind in meant:
         chosen = {role: columns.get(role, role) for role in KINDS[kind] if role not in left_out}
         if all(name in found for name in chosen.values()):
             return Schema(kind, chosen, is_open)
-    wanted = " or ".join(" and ".join(role for role in KINDS[kind] if role not in left_out) for kind in kinds)
-    hint = guess_columns(found, kinds)
+    wanted = " or ".join(" and ".join(role for role in KINDS[kind] if role not in left_out) for kind in meant)
+    hint = guess_columns(found, meant)
     remedy = f"name them: columns={{{', '.join(f'{k}: {v}' for k, v in hint.items())}}}" if hint else "rename yours"
     raise ConfigError(f"{source} has the columns {listing(found, 20)}; {who} needs {wanted}: {remedy}")
 

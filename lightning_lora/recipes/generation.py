@@ -64,6 +64,8 @@ def generation_problems(options: dict[str, Any]) -> Iterator[str]:
     for name in options:
         if name == "max_new_tokens":
             yield "generation: max_new_tokens is an argument of its own, beside generation"
+        elif (name == "num_return_sequences" and options[name] != 1) or name == "return_dict_in_generate":
+            yield f"generation: {name}={options[name]!r} gives more than one text for each prompt: leave it out"
         elif name not in known:
             yield f"generation: generate has no {name!r}.{did_you_mean(name, known)}"
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.chat import marks_turns
 from lightning_lora.recipes.encode import Encoder, Overlong
-from lightning_lora.recipes.fields import Schema, checked, find_schema
+from lightning_lora.recipes.fields import KINDS, Schema, checked, find_schema
 from lightning_lora.recipes.labels import class_name, in_order
 from lightning_lora.recipes.processes import encoded
 from lightning_lora.recipes.records import Record, digest_of, read_records
@@ -74,6 +74,11 @@ class Reading:
             ConfigError: With everything that is wrong with the file, by line.
         """
         schema = self.schema(source, is_open)
+        if self.prompt_template is not None and schema.kind in ("messages", "classification") and not is_open:
+            raise ConfigError(
+                f"prompt_template says how a prompt is put, and {source} has {' and '.join(KINDS[schema.kind])}: leave "
+                "data.prompt_template out"
+            )
         path = self.cache / self._key(source, schema, labels)
         if (kept := open_store(path)) is not None:
             return kept
@@ -86,7 +91,7 @@ class Reading:
             marked = " (or {% generation %} in the chat template marks nothing)" if marks_turns(self.tokenizer) else ""
             raise ConfigError(
                 f"{source}: nothing is left of {encoder.notes['records']} examples within {self.max_length} tokens: "
-                f"raise data.max_length{marked}"
+                f"raise data.max_length, or shorten them{marked}"
             )
         return store
 

@@ -29,6 +29,7 @@ class Choice:
     """The layers that were chosen, in the model's order, and what there is to say about the others."""
 
     chosen: list[Node] = field(default_factory=list)
+    excluded: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -46,7 +47,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
     in_full = {name for module in saved for name in (module.name, *module.aliases)}
-    excluded = _excluded(tree, config.exclude_modules, roles, choice.problems)
+    excluded = choice.excluded = _excluded(tree, config.exclude_modules, roles, choice.problems)
     blocks = BlockFilter(config.layers_to_transform, names)
     for node in tree.values():
         if (kind := node.kind) is None:

@@ -148,7 +148,7 @@ def draft(
             "there"
         )
     left += own_left(tree, config, saved)
-    saved += norms(own, config, saved, problems)
+    saved += norms({name: node for name, node in own.items() if name not in choice.excluded}, config, saved, problems)
     saved += biases(own, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
 

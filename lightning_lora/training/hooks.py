@@ -89,6 +89,7 @@ class MethodCallback(CallbackBase):
         self._buffers: BaseBuffers | None = None
         self._finders: Finders | None = None
         self._began_active: list[str] = []
+        self._has_fitted = False
         bring_adapters_back(_requests)
 
     @override
@@ -110,10 +111,13 @@ class MethodCallback(CallbackBase):
         else:
             self._phases = Phases(pl_module, _requests(trainer), seed, settings, mode, strategy)
             self._phases.begin(self._patches)
+            if stage == "fit" and not self._has_fitted:  # else it is from there that the model goes on
+                self._phases.tell_unread()
         strategy.install(self._patches)
         rest_in_evaluation(pl_module, self._patches)
         strategy.as_peft = tuple(one.adapter_name for one in family if one.save_peft)
         if stage == "fit":
+            self._has_fitted = True
             count_packed(pl_module, trainer, self._patches)
             recompute = any(one.gradient_checkpointing for one in family)
             ratios = {one.adapter_name: one.loraplus_lr_ratio for one in family}

@@ -95,6 +95,17 @@ class Phases:
             convert = functools.partial(self._convert_before, plugin, strategy.root_device)
             patches.wrap(plugin, "convert_module", convert)
 
+    def tell_unread(self) -> None:
+        """Says which files are not started from, because the model has an adapter of that name already."""
+        for request in self._requests:
+            if request.init_from is not None and request.adapter_name in self._had:
+                name = request.adapter_name
+                rank_zero_warn(
+                    f"init_from={os.fspath(request.init_from)!r} is not read: the model has the adapter {name!r} "
+                    f"already, and goes on with its values. To start from the file, ll.load_adapter(model, file, "
+                    f"{name!r}) before the fit, or ll.eject(model)"
+                )
+
     def _configure_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._strategy.shards_early and self.plans:  # of what is sharded ranks have no whole to compare or to pack
             self._strategy.settle_base(self._model, self._mode)

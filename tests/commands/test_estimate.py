@@ -57,6 +57,14 @@ def test_layers_with_a_forward_of_their_own_are_tried_with_numbers():
     assert 0 < found.total < ll.estimate_memory(falcon, None, batch_size=1, seq_len=8).total
 
 
+def test_options_of_adapters_without_adapters(tmp_path, capsys):
+    model = described(tmp_path)
+    for options in (["--r", 2], ["--use-dora"], ["--target-modules", "q_proj"]):
+        said = fails(2, capsys, "estimate", model, "--full", "--compare", *options)
+        assert "--full trains the whole model, without adapters" in said
+    assert told(capsys, "estimate", model, "--full", "--compare", "--seq-len", 8)["compared"]
+
+
 def test_estimate(tmp_path, capsys):
     model = described(tmp_path)
     options = ["--r", 4, "--batch-size", 2, "--seq-len", 32, "--quantization", "nf4-dq", "--card", "24GiB"]
@@ -160,6 +168,8 @@ def test_latency_of_one_of_several_adapters(base, tmp_path, capsys):
         (found,) = told(capsys, "latency", path, "--adapter", name, *options)
         assert len(found["forward"]) == count  # DoRA's norms are kept in one of them
     assert "one, three" in fails(1, capsys, "latency", path, *options)
+    ll.save_adapter(module, tmp_path / "alone", "one")
+    assert "nosuch" in fails(2, capsys, "latency", tmp_path / "alone", "--adapter", "nosuch", *options)
 
 
 @pytest.mark.parametrize("active", [("default",), ("default", "other")])

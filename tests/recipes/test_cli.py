@@ -286,6 +286,8 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
             ["--model.generation={num_beamz: 2}"],
             "CausalLM: generation: generate has no 'num_beamz'. Did you mean 'num_beams'",
         ),
+        (["--model.generation={num_return_sequences: 2}"], "num_return_sequences=2 gives more than one text for each"),
+        (["--model.weight_decay=-1"], "CausalLM: weight_decay must be a number of at least 0, got -1.0"),
         (["--model.generation={max_new_tokens: 2}"], "generation: max_new_tokens is an argument of its own, beside"),
         (["--model.lrr=1"], "Option 'lrr' is not accepted"),
         (["--model=CasualLM"], "CasualLM"),

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_lora as ll
 from lightning_lora import ConfigError
-from lightning_lora.recipes import CausalLM, SequenceClassifier, TextDataModule
+from lightning_lora.recipes import CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
 from lightning_lora.recipes.packing import Packed
 from tests.helpers.toy import Lit
@@ -162,13 +162,13 @@ def test_files_are_refused_before_the_model_is_loaded(llama, bert, tmp_path):
     assert "Unloaded needs messages or prompt and response or text: name them: columns={prompt: question, " in said
     files.jsonl(path, files.prompts())
     said = refusal(Unloaded(llama), TextDataModule(str(path), max_length=4))
-    assert said.endswith("nothing is left of 24 examples within 4 tokens: raise data.max_length")
+    assert said.endswith("nothing is left of 24 examples within 4 tokens: raise data.max_length, or shorten them")
     files.jsonl(path, files.conversations())
     template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
     marking = shutil.copytree(llama, tmp_path / "marking")
     (marking / "chat_template.jinja").write_text(template)
     said = refusal(Unloaded(str(marking)), TextDataModule(str(path)))
-    assert "raise data.max_length (or {% generation %} in the chat template marks nothing)" in said
+    assert "raise data.max_length, or shorten them (or {% generation %} in the chat template marks nothing)" in said
     assert "max_length=512, but" in refusal(Unloaded(llama), TextDataModule(str(path), max_length=512))
     assert "pad_token 'PAD' is none of the tokens" in refusal(
         Unloaded(llama), TextDataModule(str(path), pad_token="PAD")
@@ -204,6 +204,22 @@ def test_models_are_refused_before_they_are_loaded(llama, path, tmp_path):
 def test_a_template_has_a_column():
     with pytest.raises(ConfigError, match=r"prompt_template must name a column in braces, like {prompt}: got 'Say it'"):
         TextDataModule("a.jsonl", prompt_template="Say it")
+
+
+def test_a_template_of_prompts_where_there_are_none(llama, bert, tmp_path):
+    """What is predicted would be put as nothing was that was learnt."""
+    for base, kind, rows in ((llama, "messages", files.conversations()), (bert, "classification", files.classes())):
+        path = files.jsonl(tmp_path / f"{kind}.jsonl", rows)
+        data = TextDataModule(path, base=base, kind=kind, prompt_template="Question: {prompt}")
+        with pytest.raises(ConfigError, match="prompt_template says how a prompt is put, and .*: leave data.prompt_t"):
+            data.setup("fit")
+
+
+def test_packing_is_not_for_an_encoder(t5, tmp_path):
+    """Its examples would see each other, and responses would lose their first tokens."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    said = refusal(Seq2SeqLM(t5), TextDataModule(path, packing=True, max_length=64))
+    assert "packing is for causal language models: leave data.packing out" in said
 
 
 def test_packing_is_for_causal_models(bert, tmp_path):

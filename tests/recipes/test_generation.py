@@ -157,6 +157,9 @@ def test_a_base_that_holds_an_adapter_is_refused(llama, tmp_path, capsys):
     assert "both, the base of adapter, holds adapter_config.json" in said
     assert "give the model alone (--base)" in said
     main(["generate", "both", "--base", llama, "--prompt", "hi", "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit):
+        main(["generate", "adapter", "--base", llama, "--prompt", "hi", "--prompt-template", "hello"])
+    assert "prompt_template must name a column in braces" in capsys.readouterr().err
 
 
 def test_a_base_that_lacks_its_head_writes_nothing(llama, tmp_path):

@@ -204,6 +204,14 @@ def test_columns(tmp_path):
         find_schema(path, ("prompt",), {**columns, "response": "reply"}, "X")
     with pytest.raises(ConfigError, match="columns: promt is none of"):
         find_schema(path, ("prompt",), {"promt": "Question"}, "X")
+    texts = files.jsonl(tmp_path / "b.jsonl", [{"Question": "q", "text": "t", "answer": "a"}])
+    with pytest.raises(
+        ConfigError, match="X needs prompt and response: name them: columns={prompt: Question, response"
+    ):
+        find_schema(texts, ("messages", "prompt", "text"), {"prompt": "Question"}, "X")  # and not its texts
+    assert find_schema(texts, ("prompt", "text"), {"text": "Question"}, "X").columns == {"text": "Question"}
+    with pytest.raises(ConfigError, match="columns names label, and X has prompt, response or text: leave the others"):
+        find_schema(texts, ("prompt", "text"), {"label": "answer"}, "X")
     assert find_schema(path, ("prompt",), {"prompt": "Question"}, "X", is_open=True).columns == {"prompt": "Question"}
 
 

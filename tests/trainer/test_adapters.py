@@ -167,7 +167,8 @@ def test_a_second_run_of_the_same_module_keeps_what_it_learned(first):
     seen = AtStart()
     second, _ = fit(ll.LoRA(r=3, lora_alpha=5, init_from=folder), epochs=1)
     learned = values(second)
-    fit(ll.LoRA(r=3, lora_alpha=5, init_from=folder), seen, module=second, epochs=1)
+    with pytest.warns(UserWarning, match="init_from=.* is not read: the model has the adapter 'default' already"):
+        fit(ll.LoRA(r=3, lora_alpha=5, init_from=folder), seen, module=second, epochs=1)
     assert same(seen.values, learned)
 
 
