@@ -66,7 +66,8 @@ class LoRAConfig:
             same of its values, which costs one mask for all; ``"module"``: each layer draws its own, as in PEFT.
         init_lora_weights: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
             ``"loftq"`` (with a quantised base), ``"eva"`` (from batches of data), or an ``Init`` object with options.
-        bias: Which biases are trained: ``"none"``, ``"all"`` of the model, or ``"lora_only"``: those of adapted layers.
+        bias: Which biases are trained: ``"none"``, ``"all"`` of the model (as in PEFT in excluded modules too), or
+            ``"lora_only"``: those of adapted layers.
         train_norms: Whether the weights and biases of LayerNorm, RMSNorm and GroupNorm are trained in full too.
         modules_to_save: ``"auto"`` trains in full the heads that lie outside the pretrained backbone; a list names
             modules (or parameters) to train in full; None trains adapters only.

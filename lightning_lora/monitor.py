@@ -199,7 +199,10 @@ def _sites(model: nn.Module, adapter_names: list[str] | None, in_run: Container[
                 found.setdefault(adapter_name, []).append((clean(name), layer, adapter))
     problems = [no_adapter(name, found) for name in adapter_names or () if name not in found]
     if not found:
-        problems = ["the model has no adapters that are trained: add ll.LoRA(...) to the callbacks"]
+        problems = [
+            "the model has no adapters with A and B that are trained: add ll.LoRA(...) to the callbacks, or leave the "
+            "monitor out where rows of tokens are all that is trained"
+        ]
     raise_all(ConfigError, problems, "LoRAMonitor")
     chosen = {name: found[name] for name in adapter_names or found}
     held = [each for sites in chosen.values() for each in sites]

@@ -238,7 +238,7 @@ class Misfits:
         if odd := [f"{how} {listing(sorted(more), 3)}" for how, more in sides if more]:
             yield (
                 f"the model's adapter {self.adapter_name!r} is {' and '.join(odd)}: give the target_modules and "
-                "exclude_modules that the file's was made with, or another adapter_name"
+                "exclude_modules that the file's was made with, or call ll.load_adapter with another adapter_name"
             )
         brought = {key: tensor for key, tensor in self.own_tensors.items() if key in self.stored.in_full}
         config = next(iter(self.held.values())).lora_adapters()[self.adapter_name].config

@@ -222,7 +222,9 @@ def test_bad_arguments_and_runs():
     with pytest.raises(ll.ConfigError) as caught:
         ll.LoRAMonitor(every_n_steps=0, adapter_names="default", per_layer="yes", gradients=1, updates=None)
     assert str(caught.value).startswith("LoRAMonitor: 5 problems:")
-    with pytest.raises(ll.ConfigError, match=r"no adapters that are trained: add ll\.LoRA\(\.\.\.\) to the callbacks"):
+    with pytest.raises(
+        ll.ConfigError, match=r"no adapters with A and B that are trained: add ll\.LoRA\(\.\.\.\) to the callbacks"
+    ):
         fit(ll.LoRAMonitor())
     with pytest.raises(ll.ConfigError, match="there is no adapter 'defalt'. Did you mean 'default'"):
         fit(ll.LoRA(r=2), ll.LoRAMonitor(adapter_names=["defalt"]))
