@@ -93,7 +93,7 @@ def test_what_reads_a_file_reads_a_folder(written, tmp_path, capsys):
         trainer(ll.LoRA(r=2, modules_to_save=None, init_from=path), max_epochs=0).fit(started[-1], data())
         main(["export", str(path), str(tmp_path / "out")])
         exported.append((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
-        main(["combine", str(tmp_path / "both"), str(path), str(path)])
+        main(["combine", str(tmp_path / "both"), str(path), str(path), "--overwrite"])
         capsys.readouterr()
         main(["inspect", str(path)])
         assert "adapter default: lora on 4 layers, rank 2" in capsys.readouterr().out
