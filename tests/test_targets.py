@@ -754,22 +754,6 @@ def test_words_that_mean_no_layer(family, options, said):
         ll.plan(made(), ll.LoRAConfig(**options))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"bias": "lora_only"}, "bias='lora_only' trains nothing: the layers with adapters have no bias"),
-        ({"bias": "all"}, "bias='all' trains nothing: the model has no bias"),
-        (
-            {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "pissa"},
-            "model.embed_tokens: an embedding starts with A = 0 and a normal B, as in PEFT: init_lora_weights has no",
-        ),
-    ],
-)
-def test_what_comes_to_nothing_is_noted(options, said):
-    assert any(note.startswith(said) for note in ll.plan(FAMILIES["llama"].make(), ll.LoRAConfig(**options)).notes)
-    assert not ll.plan(FAMILIES["llama"].make(), ll.LoRAConfig()).notes
-
-
 def test_a_rank_for_layers_that_have_no_adapters_beside_rows_of_tokens():
     config = ll.LoRAConfig(target_modules=[], trainable_token_indices=[5], rank_pattern={"nothing": 4})
     with pytest.raises(ll.TargetError, match="rank_pattern: 'nothing' matches nothing"):

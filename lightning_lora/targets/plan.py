@@ -16,8 +16,7 @@ from lightning_lora.methods.method import Addition, MethodConfig
 from lightning_lora.names import is_within
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose, left_heads
-from lightning_lora.targets.idle import without_effect
-from lightning_lora.targets.parameters import type_of
+from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.roles import find_roles
@@ -143,11 +142,15 @@ def draft(
     ]
     targets += tuple(_target_of_rows(each, owners) for each in rows)
     skipped = {name: why for name, why in choice.skipped.items() if not any(name == t.name for t in targets)}
+    if undropped := [n.name for n in usable if config.lora_dropout and is_undropped(n)]:
+        high.append(
+            f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
+            "there"
+        )
     left += own_left(tree, config, saved)
     saved += norms({name: node for name, node in own.items() if name not in choice.excluded}, config, saved, problems)
-    saved += (with_biases := biases(own, config, usable, saved))
-    notes = (*choice.notes, *left, *high, *without_effect(config, usable, bool(with_biases)))
-    return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=notes), problems
+    saved += biases(own, config, usable, saved)
+    return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
 
 
 def _target_of_rows(rows: TableRows, owners: dict[int, list[str]]) -> Target:
