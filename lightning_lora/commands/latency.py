@@ -92,9 +92,10 @@ def _read(model: Any, adapter: Path, adapter_name: str | None) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it was trained on: times don't depend on values
-        raise_all(ConfigError, read_stored(adapter, adapter_name).name_problems(adapter_name))
+        stored = read_stored(adapter, adapter_name)
+        raise_all(ConfigError, stored.name_problems(adapter_name))
         for name in ("one", "other"):
-            place(model, read_stored(adapter, adapter_name), name, allow_base_mismatch=True, dtype=None)
+            place(model, stored, name, allow_base_mismatch=True, dtype=None)
     set_adapter(model, "one")
 
 
