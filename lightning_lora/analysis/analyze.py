@@ -69,7 +69,7 @@ def analyze(
         >>> analyze(model).layers["0"].effective_rank  # nothing is learnt yet
         0.0
     """
-    settings = _settings(weights, weight_svd, top, epsilon, seed)
+    settings = _settings(weights, weight_svd, top, epsilon, seed, compare, compare_adapter)
     sources = model_sources(model, adapter_name)
     others = None if compare is None else _others(model, compare, compare_adapter)
     described = type(model).__name__, adapter_name, low_rank_adapters(model)[adapter_name].variant
@@ -110,7 +110,7 @@ def analyze_files(
         BaseMismatchError: If the adapter was trained on another base.
         UnsupportedError: If it asks for mathematics that are not built here, or the base is quantised.
     """
-    settings = _settings(base is not None, weight_svd, top, epsilon, seed)
+    settings = _settings(base is not None, weight_svd, top, epsilon, seed, compare, compare_adapter)
     stored = read_stored(path, adapter_name)
     raise_all(ConfigError, stored.name_problems(adapter_name), "analyze")
     name, files, notes = stored.adapter_name or adapter_name or "default", None, list[str]()
@@ -127,7 +127,9 @@ def analyze_files(
     return _analysis(described, sources, others, base is not None, settings, tuple(notes))
 
 
-def _settings(weights: bool, weight_svd: Any, top: Any, epsilon: Any, seed: Any) -> WeightSVD | None:
+def _settings(
+    weights: bool, weight_svd: Any, top: Any, epsilon: Any, seed: Any, compare: Any, compare_adapter: str | None
+) -> WeightSVD | None:
     problems = []
     if weight_svd is not None and weight_svd != "exact" and not (is_int(weight_svd) and weight_svd > 0):
         problems.append(f"weight_svd must be a number of directions, 'exact' or None, got {weight_svd!r}")
@@ -139,6 +141,8 @@ def _settings(weights: bool, weight_svd: Any, top: Any, epsilon: Any, seed: Any)
         problems.append(f"epsilon must be a cosine between 0 and 1, got {epsilon!r}")
     if not is_int(seed) or not 0 <= seed < 1 << 63:
         problems.append(f"seed must be a whole number from 0 on, got {seed!r}")
+    if compare is None and compare_adapter is not None:
+        problems.append(f"compare_adapter={compare_adapter!r} is one of what is given to compare, and that is nothing")
     raise_all(ConfigError, problems, "analyze")
     return None if weight_svd is None else WeightSVD(weight_svd, top, float(epsilon), seed)
 

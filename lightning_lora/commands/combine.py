@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         "--method", default="cat", help="cat, svd, linear, ties, dare_linear or dare_ties (default: cat)"
     )
     parser.add_argument("--rank", type=positive_int, help="rank of the result, for svd, ties and dare")
-    parser.add_argument("--density", type=float, default=0.5, help="the share that ties and dare keep (default: 0.5)")
+    parser.add_argument("--density", type=float, help="the share that ties and dare keep (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0, help="what dare draws from (default: 0)")
     parser.add_argument("--adapter-name", default="combined", help="name of the new adapter (default: combined)")
     parser.add_argument(
@@ -38,7 +38,7 @@ def run(
     sources: list[tuple[Path, float]],
     method: str,
     rank: int | None,
-    density: float,
+    density: float | None,
     seed: int,
     adapter_name: str,
     allow_base_mismatch: bool,

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_lora.checks import MODES
 from lightning_lora.commands.arguments import Commands, positive_int
-from lightning_lora.commands.models import add_model, config_of
+from lightning_lora.commands.models import add_model, config_of, is_unasked
 
 
 def add(commands: Commands) -> None:
@@ -42,11 +42,10 @@ def run(model: str, as_json: bool, full: bool, **options: Any) -> None:
     """Runs it."""
     from lightning_lora.analysis.memory import estimate_memory
     from lightning_lora.commands.models import described_model
-    from lightning_lora.config import LoRAConfig
     from lightning_lora.errors import ConfigError
 
     config = config_of(options)
-    if full and config != LoRAConfig(target_modules=["all-linear"]):
+    if full and not is_unasked(config):
         raise ConfigError(
             "--full trains the whole model, without adapters: leave their options out, or --full (--compare has full "
             "fine-tuning beside them)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import Commands, existing, existing_folder, positive_int
-from lightning_lora.commands.models import add_adapter_options, config_of
+from lightning_lora.commands.models import add_adapter_options, config_of, is_unasked
 from lightning_lora.errors import ConfigError, first_line, raise_all
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def run(
     from lightning_lora.analysis.latency import measure_latency
 
     config = config_of(options)
+    if adapter is not None and not is_unasked(config):
+        raise ConfigError(f"{adapter} has ranks and layers of its own: leave the options of an adapter out, or ADAPTER")
+    if adapter is None and adapter_name is not None:
+        raise ConfigError(f"--adapter {adapter_name} is one of a file with several: give that file (ADAPTER)")
     model = _loaded(base, dtype, device)
     if adapter is None:
         _random(model, config)

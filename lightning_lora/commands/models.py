@@ -50,6 +50,11 @@ def config_of(options: dict[str, Any]) -> LoRAConfig:
     )
 
 
+def is_unasked(config: LoRAConfig) -> bool:
+    """Whether it is what `config_of` gives where no option of an adapter was given."""
+    return config == LoRAConfig(target_modules=["all-linear"])
+
+
 def described_model(model: str) -> "nn.Module":
     """The transformers model that a configuration describes, on the meta device, in eval mode.
 

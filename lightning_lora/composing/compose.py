@@ -52,7 +52,7 @@ def combine_adapters(
     method: str = "cat",
     rank: int | None = None,
     *,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
 ) -> CombineReport:
     r"""Makes one adapter of several: a plain LoRA with a scale of 1, on every layer that one of them is on.
@@ -97,7 +97,7 @@ def combine_adapters(
         method: See above.
         rank: The rank of the result, for ``"svd"`` and, if wanted, for ``"ties"`` and the two of DARE; on small layers
             as much of it as their shape allows.
-        density: The share of the entries that TIES and DARE leave, in (0, 1].
+        density: The share of the entries that TIES and DARE leave, in (0, 1]; by default 0.5.
         seed: What DARE draws from, the same on every rank; the user's random stream is not touched.
 
     Returns:
@@ -123,7 +123,7 @@ def combine_adapters(
     if not isinstance(weights, Mapping) or not weights:
         problems.append(f"weights must map names of adapters to numbers, got {weights!r}")
         raise_all(ConfigError, problems, "combine_adapters")
-    weights = dict(weights)
+    weights, kept = dict(weights), 0.5 if density is None else density
     problems += no_low_rank(model, weights)
     problems += weight_problems(weights)
     layers, in_full, of_tokens = held(model, weights), trained_in_full(model, weights), held_rows(model, weights)
@@ -142,7 +142,7 @@ def combine_adapters(
     if both := [n for n, (node, _) in {**of_tokens, **layers}.items() if layer_of(node).lora_weight_name(n) in whole]:
         problems.append(f"{listing(both, 3)}: trained in full by one of the adapters, and updated by another: take one")
     raise_all(ConfigError, problems, "combine_adapters")
-    made = {name: _combined(node, here, weights, method, rank, density, seed) for name, (node, here) in layers.items()}
+    made = {name: _combined(node, here, weights, method, rank, kept, seed) for name, (node, here) in layers.items()}
     rows = combined_rows(of_tokens, weights)
     tokens = {each.node.name: [*each.tokens] for each in rows}
     in_full += biases_beside(model, [node for node, _ in layers.values()], in_full, low_rank_adapters(model))
@@ -177,8 +177,10 @@ def _argument_problems(adapter_name: object, method: Any, rank: Any, density: An
         yield f"rank must be a positive integer or None, got {rank!r}"
     elif method in ("cat", "linear"):
         yield f"rank={rank} is of no use to method={method!r}, whose rank follows from the adapters: 'svd' takes one"
-    if not is_number(density) or not 0 < density <= 1:
+    if density is not None and not (is_number(density) and 0 < density <= 1):
         yield f"density must be a number in (0, 1], got {density!r}"
+    elif density is not None and density < 1 and method in ("cat", "svd", "linear"):
+        yield f"density={density} is of no use to method={method!r}, which keeps every entry"
     if not is_int(seed):
         yield f"seed must be an integer, got {seed!r}"
 

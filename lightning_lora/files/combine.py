@@ -36,7 +36,7 @@ def combine_files(
     method: str = "cat",
     rank: int | None = None,
     *,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     adapter_name: str = "combined",
     allow_base_mismatch: bool = False,
@@ -49,7 +49,7 @@ def combine_files(
         sources: PEFT folders or checkpoints, and the weight of each.
         method: As in `combine_adapters`; so are the next three.
         rank: The rank of the result, where a method takes one.
-        density: The share of the entries that TIES and DARE leave.
+        density: The share of the entries that TIES and DARE leave; by default 0.5.
         seed: What DARE draws from.
         adapter_name: What the new adapter is called.
         allow_base_mismatch: Combine adapters of different bases, whose shapes fit.

@@ -131,9 +131,11 @@ class TextDataModule(LightningDataModule):
         for given in filter(None, (self.sources[name] for name in needed)):
             check_source(given)
         reading = self._reading_of_the_recipe()
-        if reading.regression and self.labels:
-            raise ConfigError(f"regression has no classes, got data.labels={self.labels}: leave them out")
-        if "classification" in reading.kinds and not reading.regression:
+        are_classes = "classification" in reading.kinds and not reading.regression
+        if self.labels and not are_classes:
+            said = "regression has" if reading.regression else "these examples have"
+            raise ConfigError(f"{said} no classes, got data.labels={self.labels}: leave them out")
+        if are_classes:
             self.labels = agreed(self.labels, class_names(getattr(self._recipe, "labels", None)))
             if self.labels is None and stage != "predict":
                 if self.sources["train"] is None:

@@ -350,6 +350,7 @@ def test_rows_and_weights_that_are_0():
         ({"weight_svd": "all"}, "weight_svd must be a number of directions"),
         ({"weight_svd": 4, "weights": False}, "there are none to read"),
         ({"top": 0, "epsilon": 1.5, "seed": -1}, "3 problems:"),
+        ({"compare_adapter": "b"}, "compare_adapter='b' is one of what is given to compare, and that is nothing"),
         ({"compare": "defalt"}, "compare='defalt' is no adapter of the model, and no file. Did you mean 'default'"),
         ({"adapter_name": "defalt"}, "there is no adapter 'defalt'. Did you mean 'default'"),
         ({"compare": nn.Sequential(nn.Linear(2, 2))}, "there is no adapter 'default'"),

@@ -140,6 +140,7 @@ def test_bad_input(tmp_path, capsys):
     assert "epsilon must be a cosine" in fails(2, capsys, "analyze", a, "--epsilon", "2")
     assert "has no adapter 'b'" in fails(2, capsys, "analyze", a, "--adapter", "b")
     assert "has no adapter 'b'" in fails(2, capsys, "analyze", a, "--compare", a, "--compare-adapter", "b")
+    assert "and that is nothing" in fails(2, capsys, "analyze", a, "--compare-adapter", "b")
     assert "no layer in common" in fails(2, capsys, "analyze", a, "--compare", tmp_path / "gpt2")
     assert "the model has no transformer.h" in fails(1, capsys, "analyze", tmp_path / "gpt2", "--base", base_folder)
     assert "(--allow-base-mismatch)" in fails(1, capsys, "analyze", a, "--base", tmp_path / "other")

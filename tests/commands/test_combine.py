@@ -63,7 +63,7 @@ def test_it_is_what_the_model_gives(tmp_path, capsys, family, options, arguments
         "both",
         given.get("--method", "cat"),
         int(given["--rank"]) if "--rank" in given else None,
-        density=float(given.get("--density", 0.5)),
+        density=float(given["--density"]) if "--density" in given else None,
         seed=int(given.get("--seed", 0)),
     )
     ll.save_adapter(model, tmp_path / "expected", "both")
@@ -171,6 +171,9 @@ def test_what_is_refused(tmp_path, capsys):
     assert "Did you mean 'cat'" in said
     assert "density must be a number in (0, 1], got 7.0" in said
     assert len(re.findall("must be a finite number and not 0", said)) == 2
+    assert "density=0.3 is of no use to method='cat'" in fails(
+        2, capsys, "combine", tmp_path / "x", one, two, "--density", 0.3
+    )
     assert "'svd' needs a rank" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "svd")
     assert "needs equal ranks" in fails(2, capsys, "combine", tmp_path / "x", one, two, "--method", "linear")
     assert "adapter_name='a b' can't be used" in fails(

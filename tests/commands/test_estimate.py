@@ -205,3 +205,5 @@ def test_what_latency_refuses(base, tmp_path, capsys):
     assert "can't be used" in fails(2, capsys, "latency", "--base", base, "--device", "warp")
     assert "is a file: give a folder" in fails(2, capsys, "latency", "--base", base / "config.json")
     assert "the following arguments are required: --base" in fails(2, capsys, "latency")
+    assert "has ranks and layers of its own" in fails(2, capsys, "latency", tmp_path, "--base", base, "--r", 4)
+    assert "give that file" in fails(2, capsys, "latency", "--base", base, "--adapter", "one")

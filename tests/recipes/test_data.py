@@ -333,6 +333,8 @@ def test_classes_in_another_order_are_refused(bert, tmp_path):
     said = refusal(UnloadedClassifier(bert, labels=names), TextDataModule(path, labels=names[::-1]))
     assert "data.labels are gamma, beta, alpha and model.labels alpha, beta, gamma: the order numbers" in said
     said = refusal(UnloadedClassifier(bert, regression=True), TextDataModule(path, labels=names))
+    with pytest.raises(ll.ConfigError, match=r"these examples have no classes, got data\.labels=\['alpha'"):
+        TextDataModule(path, base=bert, kind="text", labels=names).setup("fit")
     yes = files.jsonl(tmp_path / "yes.jsonl", [{"text": "x", "label": True}])
     assert "the label is True: regression needs numbers" in refusal(
         UnloadedClassifier(bert, regression=True), TextDataModule(yes, val_split=0)
