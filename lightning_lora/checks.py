@@ -36,6 +36,11 @@ def is_positive_int(value: Any) -> bool:
     return is_int(value) and value > 0
 
 
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return is_number(value) and 0 < value <= _LARGEST
+
+
 def is_alpha(value: Any) -> bool:
     """Whether it can be a lora_alpha."""
     return is_number(value) and abs(value) <= _LARGEST and value != 0  # nan compares as false

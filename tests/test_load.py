@@ -1081,6 +1081,20 @@ def test_a_checkpoint_with_a_flipped_bit(checkpoint, models, tmp_path):
     assert caught > 100
 
 
+def test_a_flipped_bit_is_seen_by_all_who_load(checkpoint, tmp_path):
+    """Torch does not compare what it reads with the sums that the file has of it."""
+    values = next(v for key, v in ll.adapter_state_dict(checkpoint[1]).items() if key.endswith("A"))
+    data, path = bytearray(checkpoint[0].read_bytes()), tmp_path / "a.ckpt"
+    data[data.index(values.numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ll.CheckpointError, match="in it is damaged, copy the file again"):
+        ll.load_from_checkpoint(Wrapped, path, build=build)
+    module = Wrapped(build)
+    batches = one_batch(FAMILIES["llama"].batch(module.net))
+    with pytest.raises(ll.CheckpointError, match="in it is damaged, copy the file again"):
+        trainer(ll.LoRA(**OPTIONS, modules_to_save=["lm_head"]), max_epochs=2).fit(module, batches, ckpt_path=path)
+
+
 def test_a_packed_record(checkpoint, models, tmp_path):
     """torch unpacks what it finds, however large."""
     with (

@@ -79,6 +79,7 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
     import torch
 
     from lightning_lora.commands.models import described_model
+    from lightning_lora.recipes.building import load_base
 
     cls: Any = type(described_model(str(base)))
     try:
@@ -86,7 +87,7 @@ def _loaded(base: Path, dtype: str, device: str) -> Any:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ConfigError(f"--device {device} can't be used ({first_line(error)})") from error
-    return cls.from_pretrained(base, dtype=getattr(torch, dtype)).to(place).eval()
+    return load_base(cls, str(base), dtype=getattr(torch, dtype)).to(place).eval()
 
 
 def _read(model: Any, adapter: Path, adapter_name: str | None) -> None:

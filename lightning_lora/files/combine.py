@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def combine_files(
         for name, adapter in zip(names, adapters, strict=True):
             place(model, adapter, name, allow_base_mismatch=True, dtype=None)  # there are no values to compare
         weights = {name: weight for name, (_, weight) in zip(names, sources, strict=True)}
-        free = adapter_name if adapter_name not in names else f"{adapter_name}_"
+        free = next(name for i in count() if (name := adapter_name + "_" * i) not in names)
         report = combine_adapters(model, weights, free, method, rank, density=density, seed=seed)
         exported = Export(model, free)
         fields, base = _fields(exported, read), _base(read, exported.in_full)
@@ -97,10 +98,10 @@ def _read(path: Path, stack: ExitStack) -> _Source:
     if is_checkpoint(path) and path.suffix != ".safetensors":
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
         export_checkpoint(path, folder)
-    elif path.is_file():
-        folder = path.parent
+    else:
+        folder = adapter_folder(path)
     require_peft_folder(folder, "give PEFT folders or checkpoints", path)
-    return _Source(path, read_folder(folder))
+    return _Source(path, replace(read_folder(folder), source=str(path)))
 
 
 def _overwritten(out: Path, sources: Iterable[Path], overwrite: bool) -> Iterator[str]:

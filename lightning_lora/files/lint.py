@@ -96,7 +96,7 @@ def lint(folder: str | os.PathLike[str], target: str = "vllm", *, max_lora_rank:
         UnsupportedError: If it is an adapter of another kind than LoRA.
     """
     problems = [*choice_problems("target", target, tuple(_CHECKS))]
-    if max_lora_rank not in VLLM_RANKS:
+    if target == "vllm" and max_lora_rank not in VLLM_RANKS:
         problems.append(f"max_lora_rank must be one of {', '.join(map(str, VLLM_RANKS))}, got {max_lora_rank!r}")
     raise_all(ConfigError, problems, "lint")
     read = _read(Path(folder), max_lora_rank)

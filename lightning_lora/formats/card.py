@@ -1,6 +1,6 @@
 """The README.md of a PEFT folder: a model card, as hubs show it."""
 
-import re
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,32 @@ from lightning_lora.formats.folder import sync
 
 CARD = "README.md"
 
-_OURS = re.compile(r"\A---\n(?:(?!---$).*\n)*?- lightning-lora$", re.MULTILINE)  # the tag
-
 
 def put_card(folder: Path, lines: list[str]) -> None:
-    """Writes a card, in place of one of ours at most: what somebody else wrote stays."""
+    """Writes a card, in place of one as we wrote it at most: what somebody else wrote, or wrote into ours, stays."""
     card = folder / CARD
-    if card.exists() and not (card.is_file() and _OURS.match(card.read_text(encoding="utf-8", errors="replace"))):
+    if card.exists() and not (card.is_file() and _is_ours(card.read_text(encoding="utf-8", errors="replace"))):
         return
     card.unlink(missing_ok=True)  # it may be a link to the file that is to stay until all is written
-    card.write_text(str(ModelCard("\n".join([*lines, ""]), ignore_metadata_errors=True)), encoding="utf-8")
+    text = str(ModelCard("\n".join([*lines, ""]), ignore_metadata_errors=True)).rstrip() + "\n\n"
+    card.write_text(text + _mark(text), encoding="utf-8")
     sync(card)
 
 
-def write_card(folder: Path, fields: dict[str, Any], layers: int, parameters: int, notes: list[str]) -> None:
-    """Writes the card for an adapter, as `put_card` does.
+def _mark(text: str) -> str:
+    """The last line of a card, a comment, which tells whether the text is as it was written."""
+    return f"<!-- lightning-lora {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _is_ours(written: str) -> bool:
+    text, found, _ = written.rpartition("<!-- lightning-lora ")
+    return bool(found) and written == text + _mark(text)
+
+
+def lora_card(fields: dict[str, Any], layers: int, parameters: int, notes: list[str]) -> list[str]:
+    """The lines of the card for an adapter of LoRA.
 
     Args:
-        folder: The folder.
         fields: Those of its ``adapter_config.json``.
         layers: How many layers it is on.
         parameters: How many parameters it has.
@@ -59,8 +67,7 @@ def write_card(folder: Path, fields: dict[str, Any], layers: int, parameters: in
         "model = PeftModel.from_pretrained(base_model, folder)",
     ]
     lines += ["```", "", "```python", "import lightning_lora as ll", "", "ll.load_adapter(base_model, folder)", "```"]
-    lines += ["", *(f"- {note}" for note in notes)] if notes else []
-    put_card(folder, lines)
+    return lines + (["", *(f"- {note}" for note in notes)] if notes else [])
 
 
 def _listed(names: str | list[str]) -> str:

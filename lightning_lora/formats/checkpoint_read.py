@@ -1,10 +1,8 @@
 """One adapter out of a checkpoint of this package."""
 
 import os
-import zipfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,10 @@ from lightning_lora.checks import is_list_of_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, no_adapter, raise_all
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint, places_in_full
-from lightning_lora.formats.files import INSTEAD, opened
-from lightning_lora.formats.peft_config import CONFIG, shown
+from lightning_lora.formats.files import INSTEAD
+from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.peft_names import PeftNames
-from lightning_lora.formats.shards_of_ranks import REST, is_folder_of_ranks, read_either
+from lightning_lora.formats.shards_of_ranks import read_either
 from lightning_lora.formats.stored import TENSORS, StoredAdapter, StoredLayer, StoredTensor, checked_base, tokens_of
 from lightning_lora.formats.tensors import MOST_IN_KEY, require_finite
 from lightning_lora.names import has_end
@@ -38,7 +36,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is no such checkpoint.
     """
-    _check_records(Path(path) / REST if is_folder_of_ranks(path) else path)
     checkpoint = read_either(path)
     if not is_adapter_checkpoint(checkpoint):
         what = "a checkpoint of a whole model" if "state_dict" in checkpoint else "no checkpoint of Lightning"
@@ -127,22 +124,6 @@ def stored_in_full(
     state, keys = checkpoint["state_dict"], checkpoint[META].get("in_full", {}).get(adapter_name, [])
     places = places_in_full(state, keys, adapter_name)
     return {key: _stored(f"{path}: {place}", state[place]) for key, place in places.items()}
-
-
-def _check_records(path: str | os.PathLike[str]) -> None:
-    """Torch reads records that are packed to any size, and does not notice flipped bits in them."""
-    try:
-        with opened(path) as stream, zipfile.ZipFile(stream) as file:
-            packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
-            damaged = packed[0] if packed else file.testzip()
-    except FileNotFoundError:
-        raise
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        folder = Path(path).parent
-        instead = f"copy it again, or {INSTEAD}" if not (folder / CONFIG).is_file() else f"give its folder, {folder}"
-        raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error}): {instead}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path} can't be read: {damaged} in it is damaged, copy the file again")
 
 
 def _wrong_kinds(known: Any, in_full: Any, state: Any) -> Iterator[str]:

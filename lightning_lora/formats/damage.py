@@ -29,6 +29,7 @@ def misshapen(stored: StoredAdapter) -> Iterator[str]:
             whole = len(shapes) == 2 and all(len(shape) > 1 for shape in shapes)
             if not whole or not _fit(shapes[0], shapes[1], layer.r, stored.depth(layer)):
                 yield f"{stored.source}: {name}: {A} and {B} are no pair of rank {layer.r}: their shapes are {shapes}"
+                break
 
 
 def unreadable(tensors: Iterable[StoredTensor]) -> Iterator[str]:

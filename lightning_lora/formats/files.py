@@ -1,6 +1,7 @@
 """Reading and writing files without running code from them or losing what is there."""
 
 import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, listing
 from lightning_lora.formats.folder import beside, require_local, sync
+from lightning_lora.formats.peft_config import CONFIG
 
 INSTEAD = "give what a run with the LoRA callback wrote"
 
@@ -51,6 +53,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no checkpoint, damaged, or would need code to run.
     """
+    check_records(path)
     with opened(path) as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -64,6 +67,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint: {INSTEAD}")
     return checkpoint
+
+
+def check_records(path: str | os.PathLike[str]) -> None:
+    """Looks for flipped bits, which torch does not notice, and for records that are packed: it reads any size of these.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, or no checkpoint.
+    """
+    try:
+        with opened(path) as stream, zipfile.ZipFile(stream) as file:
+            packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            damaged = packed[0] if packed else file.testzip()
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        folder = Path(path).parent
+        instead = f"copy it again, or {INSTEAD}" if not (folder / CONFIG).is_file() else f"give its folder, {folder}"
+        raise CheckpointError(f"{path} can't be read: it is damaged, or no checkpoint ({error}): {instead}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} can't be read: {damaged} in it is damaged, copy the file again")
 
 
 def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -154,13 +154,15 @@ def _adapts_embeddings(config: Mapping[str, Any]) -> bool:
 
 def edited(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterable[str]:
     """Where a configuration that was read is not the one that was written with these fields."""
-    written = {**_CONSTANT, **fields}
-    for name in sorted(_KNOWN):
+    is_lora = config.get("peft_type") == "LORA"
+    written = {**_CONSTANT, **fields} if is_lora else fields
+    for name in sorted(_KNOWN if is_lora else fields.keys() - _IRRELEVANT):
         if config.get(name) != written.get(name):
             yield f"{name} is {shown(config.get(name))} in {CONFIG}, and was written as {shown(written.get(name))}"
 
 
 def write_config(folder: Path, fields: Mapping[str, Any]) -> None:
     """Writes a configuration that PEFT, transformers and vLLM read, always in the same bytes."""
-    text = json.dumps({**_CONSTANT, **fields}, indent=2, sort_keys=True)
+    constant = {} if "peft_type" in fields else _CONSTANT
+    text = json.dumps({**constant, **fields}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")

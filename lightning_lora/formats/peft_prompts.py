@@ -1,6 +1,5 @@
 """PEFT folders of methods other than LoRA that PEFT has too: prefixes and prompts, both ways."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,14 +9,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
+from lightning_lora.checks import is_list_of_names
 from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.card import put_card
 from lightning_lora.formats.fingerprint import compare, fingerprint
-from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.peft_config import CONFIG, PROMPTS, parse_config, shown
+from lightning_lora.formats.peft_read import base_in, entry_problems
 from lightning_lora.formats.peft_tasks import task_of
-from lightning_lora.formats.peft_write import FORMAT, WEIGHTS, check_no_model, decode, encode
-from lightning_lora.formats.tensor_write import write_tensors
+from lightning_lora.formats.peft_write import WEIGHTS, write_folder
 from lightning_lora.formats.tensors import TensorFile, all_finite
 from lightning_lora.injection.copies import bring, put_in_place, tensors_of, values_of
 from lightning_lora.injection.freeze import freeze
@@ -74,15 +72,9 @@ class Exported:
 
     def write(self, folder: str | os.PathLike[str], step: int | None) -> None:
         """Writes the folder, as a whole or not at all; refuses one that holds a model."""
-        check_no_model(folder)
-        entry = {"format": FORMAT, "peft": self.fields, "adapter_name": self.adapter_name, "step": step}
+        entry = {"adapter_name": self.adapter_name, "step": step, "config": self.config.to_dict()}
         base = fingerprint(self.root, adapter_name=self.adapter_name)
-        entry |= {"config": self.config.to_dict(), "base": encode(base)}
-        with whole_folder(folder, frozenset({CONFIG, WEIGHTS})) as staged:
-            write_tensors(staged / WEIGHTS, self.tensors, entry)
-            text = json.dumps(self.fields, indent=2, sort_keys=True)
-            (staged / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-            put_card(staged, self._card())
+        write_folder(folder, self.tensors, self.fields, {**entry, "base": base}, self._card())
 
     def _card(self) -> list[str]:
         kind, base = self.config.method, self.fields["base_model_name_or_path"]
@@ -113,6 +105,11 @@ def load_prompt_folder(
     """
     fields, file = parse_config(folder), TensorFile(folder / WEIGHTS)
     file.check_complete()
+    problems = [*entry_problems(fields, file)]
+    if not is_list_of_names(fields.get("modules_to_save") or []):
+        problems.append(f"modules_to_save must be a list of names, got {shown(fields['modules_to_save'])}")
+    raise_all(CheckpointError, problems, str(folder))
+    base = base_in(folder, file.entry)
     if TOKENS not in file.tensors:
         raise CheckpointError(f"{folder / WEIGHTS} holds no {TOKENS}: its keys are {listing(file.tensors, 3)}")
     values = {key: file.read(key) for key in file.tensors}
@@ -128,7 +125,7 @@ def load_prompt_folder(
         )
     try:
         with withdrawn_on_error(model, [name], had):
-            notes = _place(model, config, name, tokens, heads, file.entry, fields, allow_base_mismatch)
+            notes = _place(model, config, name, tokens, heads, fields, None if allow_base_mismatch else base)
     except CheckpointError as error:
         raise type(error)(f"{folder}: {error}") from None
     if name not in had and had:
@@ -145,9 +142,8 @@ def _place(
     name: str,
     tokens: Tensor,
     heads: Mapping[str, Tensor],
-    entry: Mapping[str, Any],
     fields: Mapping[str, Any],
-    allow_base_mismatch: bool,
+    base: dict[str, Any] | None,
 ) -> list[str]:
     if name not in adapters(model):
         plan, problems = draft(model, config)
@@ -164,9 +160,9 @@ def _place(
             old, new = tuple(heads[key].shape), tuple(known[key][2].shape)
             problems.append(f"{key}: {old} in the file -> {new} in the model")
     raise_all(CheckpointError, problems)
-    if "base" in entry and not allow_base_mismatch:
+    if base is not None:
         try:
-            notes += compare(decode(entry["base"]), fingerprint(root), trained=known.keys() & {*heads})
+            notes += compare(base, fingerprint(root), trained=known.keys() & {*heads})
         except BaseMismatchError as error:
             raise BaseMismatchError(
                 f"{error}, or load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"

@@ -71,7 +71,9 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
     """
     folder = Path(path)
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file() and (pickled := [*folder.glob("adapter_model.bin"), *folder.glob("*.pt")]):
+    if not (folder / WEIGHTS).is_file() and (
+        pickled := [path for path in folder.glob("adapter_model.*") if path.suffix != ".safetensors"]
+    ):
         raise CheckpointError(
             f"{pickled[0]} is a pickle, which can run code when it is read: make {WEIGHTS} of it where it comes from "
             "(load and save it in PEFT)"
@@ -88,7 +90,7 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         layers={},
         modules_to_save=list(config.get("modules_to_save") or []),
         beside=list(file.entry.get("beside") or []),
-        base=_base(folder, file.entry),
+        base=base_in(folder, file.entry),
         init=start_of(config),
         is_target=names.is_target,
         layout="peft",
@@ -178,7 +180,8 @@ def _options(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
+def base_in(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
+    """The fingerprint of the base, if it is on record."""
     if "base" not in entry:
         return None
     try:
@@ -187,7 +190,7 @@ def _base(folder: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(f"{folder / WEIGHTS}: what it says of its base can't be read ({error})") from error
 
 
-def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
+def entry_problems(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     """Where the configuration is not that with which the tensors were written, and entries of a wrong kind."""
     entry = file.entry
     if not entry:
@@ -203,6 +206,13 @@ def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
     yield from edited(config, written)
     if (name := entry.get("adapter_name")) is not None and name_problems(name):
         yield f"{WEIGHTS} calls the adapter {shown(name)}, which is no name"
+
+
+def _disagreements(config: dict[str, Any], file: TensorFile) -> Iterator[str]:
+    entry = file.entry
+    yield from entry_problems(config, file)
+    if entry.get("format") != FORMAT:
+        return
     yield from (f"{WEIGHTS} {problem}" for problem in noted_problems(entry.get("parts", {})))
     starts, beside = entry.get("starts") or [], entry.get("beside") or []
     if not is_list_of_names(starts) or len({*starts}) < len(starts):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import ConfigError, listing
-from lightning_lora.formats.card import write_card
+from lightning_lora.formats.card import lora_card, put_card
 from lightning_lora.formats.folder import whole_folder
 from lightning_lora.formats.model_folder import CONFIG as MODEL_CONFIG
 from lightning_lora.formats.peft_config import CONFIG, write_config
@@ -30,7 +30,7 @@ def write_peft_folder(
     layers: int,
     notes: list[str],
 ) -> None:
-    """Writes a folder, as a whole or not at all.
+    """Writes a folder with an adapter of LoRA, as a whole or not at all.
 
     Args:
         folder: The folder; other files in it stay, and a card that somebody else wrote.
@@ -43,13 +43,25 @@ def write_peft_folder(
     Raises:
         ConfigError: If the folder holds a model.
     """
+    card = lora_card(fields, layers, sum(tensor.numel() for tensor in tensors.values()), notes)
+    write_folder(folder, tensors, fields, entry, card)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    fields: dict[str, Any],
+    entry: Mapping[str, Any],
+    card: list[str],
+) -> None:
+    """Writes the folder of an adapter of any method, with the lines of its card; see `write_peft_folder`."""
     check_no_model(folder)
     base = entry.get("base")
     described = {k: v for k, v in entry.items() if k != "base"} | ({} if base is None else {"base": encode(base)})
     with whole_folder(folder, frozenset({CONFIG, WEIGHTS})) as staged:
         write_tensors(staged / WEIGHTS, tensors, {"format": FORMAT, "peft": fields, **described})
         write_config(staged, fields)
-        write_card(staged, fields, layers, sum(tensor.numel() for tensor in tensors.values()), notes)
+        put_card(staged, card)
 
 
 def check_no_model(folder: str | os.PathLike[str]) -> None:

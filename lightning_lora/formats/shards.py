@@ -147,5 +147,7 @@ def _copy_part(shard: Shard, place: Place, file: Any) -> None:
         left = place.end - place.begin
         while left:
             data = source.read(min(left, 1 << 20))
+            if not data:
+                raise CheckpointError(f"{shard.path} was cut while it was read")
             file.write(data)
             left -= len(data)

@@ -58,7 +58,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
         folder: Where to.
 
     Raises:
-        CheckpointError: If another rank could not write its part. What was there stays.
+        CheckpointError: If a rank could not write its part. What was there stays.
     """
     first, staged = distributed.get_rank() == 0, Path(all_objects(str(beside(folder, "tmp")))[0])
     tensors = dict[str, Tensor]()
@@ -72,7 +72,10 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
         with failing_together("write the checkpoint"):
             if first:
                 staged.mkdir(parents=True)
-        save(tensors, checkpoint_id=staged)
+        try:
+            save(tensors, checkpoint_id=staged)
+        except CheckpointException as error:  # which is no Exception
+            raise CheckpointError(f"a rank could not write its part of {folder}: {first_line(error)}") from error
         with failing_together("write the checkpoint"):
             if first:
                 files.write(rest, staged / REST)

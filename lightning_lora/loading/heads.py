@@ -26,7 +26,7 @@ def size_hint(tree: Mapping[str, Node], own: Tensor, shape: tuple[int, ...]) -> 
         own: Its tensor.
         shape: That in the file.
     """
-    if not shape or own.shape[1:] != shape[1:]:
+    if not shape or not own.dim() or own.shape[1:] != shape[1:]:
         return ""
     if any(getattr(model.config, "num_labels", None) == len(own) for model in _pretrained(tree)):
         return f": build it with num_labels={shape[0]}"

@@ -79,7 +79,9 @@ def _located(source: str | os.PathLike[str]) -> Path | str:
     if is_remote(source):
         return os.fspath(source)
     path = Path(source)
-    is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/")) and path.suffix not in _FILES
+    is_hub_id = (
+        str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")) and path.suffix not in _FILES
+    )
     path = adapter_folder(path)
     return _from_hub(str(source)) if is_hub_id and not path.exists() else path
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.errors import ConfigError, first_line
 from lightning_lora.quantize import quantize
 from lightning_lora.recipes.complete import check_complete
-from lightning_lora.recipes.sharded import Files
+from lightning_lora.recipes.sharded import Files, open_files
 from lightning_lora.recipes.tokens import load_config, resolve
 
 if TYPE_CHECKING:
@@ -34,14 +34,43 @@ def loaded(recipe: "Recipe") -> Any:
     """
     auto_class, config, options = _asked(recipe)
     dtype = recipe.dtype_of_base if recipe.dtype_of_base == "auto" else getattr(torch, recipe.dtype_of_base)
-    options |= {"ignore_mismatched_sizes": recipe.head_as_labels, "output_loading_info": True}
+    options |= {"config": config, "dtype": dtype, "ignore_mismatched_sizes": recipe.head_as_labels}
+    new_head, unused = recipe.head_as_labels, recipe.unused
+    return load_base(auto_class, recipe.base, has_new_head=new_head, unused=unused, **options).train()
+
+
+def load_base(
+    auto_class: Any, base: str, *, owner: str = "", has_new_head: bool = False, unused: str = "", **options: Any
+) -> Any:
+    """A model of transformers with all of its weights.
+
+    Args:
+        auto_class: The class that loads it.
+        base: A folder or a hub id.
+        owner: Whose base it is, for messages.
+        has_new_head: See `check_complete`.
+        unused: Likewise.
+        **options: For ``from_pretrained``.
+
+    Raises:
+        ConfigError: If it can't be loaded, or its files don't hold all of it.
+    """
     try:
-        model, found = auto_class.from_pretrained(resolve(recipe.base), config=config, dtype=dtype, **options)
+        model, found = auto_class.from_pretrained(resolve(base), output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"{recipe.base} can't be loaded as {recipe.auto_class}: {first_line(error)}") from error
+        raise ConfigError(f"{base}{owner} can't be loaded as {auto_class.__name__}: {first_line(error)}") from error
     odd = [key for key, *_ in found["mismatched_keys"]]
-    check_complete(model, recipe.base, found["missing_keys"], odd, recipe.head_as_labels, recipe.unused)
-    return model.train()
+    check_complete(model, base, found["missing_keys"], odd, has_new_head, unused)
+    return model
+
+
+def dtype_of(recipe: "Recipe", config: Any) -> torch.dtype:
+    """Of a base's weights: what is asked for, or its configuration names, or else that of its files."""
+    if recipe.dtype_of_base != "auto":
+        return getattr(torch, recipe.dtype_of_base)  # type: ignore[no-any-return]
+    files = open_files(recipe.base) if config.dtype is None else None
+    named: torch.dtype | None = config.dtype if files is None else files.dtype
+    return named or torch.get_default_dtype()
 
 
 def built(recipe: "Recipe", files: Files) -> Any:
@@ -51,7 +80,7 @@ def built(recipe: "Recipe", files: Files) -> Any:
         ConfigError: If its files don't hold all of it.
     """
     auto_class, config, options = _asked(recipe)
-    model = files.build(auto_class, config, recipe.dtype_of_base, **options)
+    model = files.build(auto_class, config, dtype_of(recipe, config), **options)
     if model is None:
         return None
     new = [name for name, own in model.named_parameters() if not own.is_meta]
@@ -64,14 +93,11 @@ def of_shapes(recipe: "Recipe", dtype: torch.dtype | None = None) -> Any:
 
     Args:
         recipe: The recipe.
-        dtype: Of its weights; None for what the recipe asks for, or else the configuration names.
+        dtype: Of its weights; None for what `dtype_of` says.
     """
     auto_class, config, options = _asked(recipe)
-    if dtype is None:
-        asked = recipe.dtype_of_base
-        dtype = (config.dtype or torch.get_default_dtype()) if asked == "auto" else getattr(torch, asked)
     with torch.device("meta"):
-        return auto_class.from_config(config, dtype=dtype, **options).train()
+        return auto_class.from_config(config, dtype=dtype or dtype_of(recipe, config), **options).train()
 
 
 def shard(recipe: "Recipe", blocks: list[nn.Module], files: Files | None) -> None:

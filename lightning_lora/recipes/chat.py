@@ -90,11 +90,15 @@ def render(messages: Messages, tokenizer: Any, asks: bool = False, tools: Tools 
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, which messages need: add "
             "chat_template.jinja to its folder, or give prompt and response, with data.prompt_template"
         )
+    text: str = _applied(tokenizer, messages, tools=tools, tokenize=False, add_generation_prompt=asks)
+    return text
+
+
+def _applied(tokenizer: Any, messages: Messages, **options: Any) -> Any:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asks)
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
-    return text
 
 
 def marks_turns(tokenizer: Any) -> bool:
@@ -129,7 +133,8 @@ def encode_messages(messages: Messages, tokenizer: Any, tools: Tools = None) -> 
     """
     exact = _with_whole_offsets(tokenizer, len(tokenizer))
     if marks_turns(tokenizer):
-        made = exact.apply_chat_template(
+        made = _applied(
+            exact,
             messages,
             tools=tools,
             chat_template=tokenizer.chat_template,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_lora.checks import is_number
+from lightning_lora.checks import is_positive
 from lightning_lora.errors import ConfigError
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.chat import IGNORED
@@ -58,7 +58,7 @@ class DPO(LanguageModel):
 
     def __init__(self, base: str, *, beta: float = 0.1, **options: Any) -> None:
         super().__init__(base, **options)
-        if not is_number(beta) or beta <= 0:
+        if not is_positive(beta):
             raise ConfigError(f"DPO: beta must be a positive number, got {beta!r}")
         if self.compare_base:
             raise ConfigError(

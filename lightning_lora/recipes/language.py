@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_lora.checks import is_positive_int
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.ops.cross_entropy import linear_cross_entropy
 from lightning_lora.ops.row_losses import widened
@@ -72,8 +73,10 @@ class LanguageModel(Recipe):
         super().__init__(base, **options)
         self.max_new_tokens, self.generation = max_new_tokens, generation or {}
         self._way: tuple[Way | None] | None = None
-        if self.generation:
-            raise_all(ConfigError, generation_problems(self.generation), type(self).__name__)
+        problems = [*generation_problems(self.generation)] if self.generation else []
+        if not is_positive_int(max_new_tokens):
+            problems.append(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+        raise_all(ConfigError, problems, type(self).__name__)
 
     def scores(self, inputs: Batch) -> Scores:
         """What the model makes of inputs."""

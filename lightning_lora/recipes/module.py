@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.checks import DTYPES, choice_problems, is_number
+from lightning_lora.checks import DTYPES, choice_problems, is_number, is_positive
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
@@ -24,6 +24,7 @@ from lightning_lora.recompute import let_run_again
 from lightning_lora.switching.contexts import disable_adapters
 from lightning_lora.switching.resting import dora_caching
 
+_LR = 2e-4
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -41,7 +42,7 @@ class Recipe(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         torch_compile: Compile the repeated blocks.
         compare_base: Measure the frozen base beside the adapted model in validation, as ``val_base/...``.
-        optimizer: Another one than AdamW, with its own options.
+        optimizer: Another one than AdamW, with its own options (``lr`` and ``weight_decay`` among them).
 
     Raises:
         ConfigError: With everything that is wrong with the arguments.
@@ -56,7 +57,7 @@ class Recipe(LightningModule):
         self,
         base: str,
         *,
-        lr: float = 2e-4,
+        lr: float = _LR,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
@@ -81,12 +82,14 @@ class Recipe(LightningModule):
     def _problems(self) -> list[str]:
         problems = list(choice_problems("schedule", self.schedule, tuple(SCHEDULES)))
         problems += choice_problems("dtype", self.dtype_of_base, ("auto", *DTYPES))
-        if not is_number(self.lr) or self.lr <= 0:
+        if not is_positive(self.lr):
             problems.append(f"lr must be a positive number, got {self.lr!r}")
-        if not is_number(self.weight_decay) or self.weight_decay < 0:
+        if self.weight_decay != 0 and not is_positive(self.weight_decay):
             problems.append(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             problems.append(f"warmup must be in [0, 1], a part of all steps, got {self.warmup!r}")
+        if self.optimizer is not None and (self.lr, self.weight_decay) != (_LR, 0.0):
+            problems.append("lr and weight_decay are those of AdamW: give them to the optimizer that takes its place")
         return problems
 
     @property

@@ -1,15 +1,17 @@
 """What a stage needs of its data: without that it would do nothing, or fail in its midst."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.errors import ConfigError
+from lightning_lora.recipes.hub import HUB
 from lightning_lora.recipes.monitors import told, waiting
 from lightning_lora.recipes.store import Store
 
-_READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("val", "test"), "predict": ("predict",)}
+_READ = {"fit": ("train", "val"), "validate": ("val",), "test": ("val",), "predict": ("predict",)}
 
 
 def files_for(stage: str, sources: Mapping[str, str | None]) -> Sequence[str]:
@@ -21,6 +23,9 @@ def files_for(stage: str, sources: Mapping[str, str | None]) -> Sequence[str]:
     for own, name in (("fit", "train"), ("predict", "predict")):
         if stage == own and sources[name] is None:
             raise ConfigError(f"{stage} needs a file: give data.{name}")
+    if stage == "test" and sources["test"] is not None:  # the other one tells whether these were trained on
+        train = sources["train"] or ""
+        return ["train", "test"] if train.startswith(HUB) or Path(train).exists() else ["test"]
     return ("train", *_READ[stage]) if sources["val"] is None and stage != "predict" else _READ[stage]
 
 

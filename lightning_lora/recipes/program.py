@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_lora.callback import LoRA
 from lightning_lora.errors import ConfigError, did_you_mean
 from lightning_lora.formats.files import read
+from lightning_lora.formats.shards_of_ranks import REST, is_folder_of_ranks
 from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.monitors import Monitors
@@ -129,8 +130,9 @@ class RecipeCLI(LightningCLI):
         root, is_fit = config.trainer.get("default_root_dir") or os.curdir, self.config.subcommand == "fit"
         config.ckpt_path = checkpoint_of(config.get("ckpt_path"), root, may_begin=is_fit)
         path, options = config.get("ckpt_path"), config.model.get("init_args", {})
-        if path and Path(path).is_file() and config.get("weights_only") is not False:
-            saved = read(path)
+        file = Path(path) / REST if path and is_folder_of_ranks(path) else Path(path or "")
+        if file.is_file() and config.get("weights_only") is not False:
+            saved = read(file)
             if "labels" in options and options["labels"] is None:
                 options["labels"] = saved.get("hyper_parameters", {}).get("labels")
 

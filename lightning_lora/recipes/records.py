@@ -46,8 +46,11 @@ def read_records(source: str, streaming: bool = False) -> Iterator[Record]:
         ConfigError: If there is no such file, it is of no known kind, empty, or a line is broken: with its number.
     """
     if source.startswith(HUB):
+        row = 0
         for row, fields in enumerate(dataset(source, streaming), 1):
             yield Record(_without_nulls(fields), f"{source}, row {row}")
+        if not row:
+            raise ConfigError(f"{source} is empty: give a split with at least one example")
         return
     for path in files_of(source):
         found = False

@@ -113,7 +113,11 @@ def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     if not path:
         yield "no checkpoint was written: leave trainer.enable_checkpointing on, or add a ModelCheckpoint"
         return
-    best = f" (best {saver.monitor}: {float(saver.best_model_score):.4g})" if is_best and saver.best_model_score else ""
+    best = (
+        f" (best {saver.monitor}: {float(saver.best_model_score):.4g})"
+        if is_best and saver.best_model_score is not None
+        else ""
+    )
     yield f"checkpoint: {path}{best}"
     folder, saved = str(Path(path).with_suffix("")) + "-adapter", Path(path).with_suffix(".peft")
     if saved.is_dir():

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_lora.checks import is_int
-from lightning_lora.errors import ConfigError, UnsupportedError
+from lightning_lora.checks import is_positive_int
+from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.recipes.chat import render_prompt
 from lightning_lora.recipes.generation import generate_behind
 from lightning_lora.recipes.module import Recipe
@@ -23,13 +23,14 @@ class Samples(Callback):
         max_new_tokens: Of each text, at most.
 
     Raises:
-        ConfigError: If ``every_n_steps`` is not positive; at the start of a run if a prompt can't be put so.
+        ConfigError: If a number is not positive; at the start of a run if a prompt can't be put so.
         UnsupportedError: At the start of a run, if the module makes no texts.
     """
 
     def __init__(self, prompts: list[str] | None = None, every_n_steps: int = 100, max_new_tokens: int = 64) -> None:
-        if not is_int(every_n_steps) or every_n_steps < 1:
-            raise ConfigError(f"samples: every_n_steps must be a positive integer, got {every_n_steps!r}")
+        counts = {"every_n_steps": every_n_steps, "max_new_tokens": max_new_tokens}
+        wrong = {name: value for name, value in counts.items() if not is_positive_int(value)}
+        raise_all(ConfigError, (f"{n} must be a positive integer, got {v!r}" for n, v in wrong.items()), "samples")
         self.prompts, self.every_n_steps, self.max_new_tokens = prompts or [], every_n_steps, max_new_tokens
         self._last = 0
         self._shown: list[tuple[str, bool]] = []

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import ConfigError, UnsupportedError, first_line, raise_all
+from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, read_checkpoint
 from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
 from lightning_lora.loading.load import load_adapter, read_stored
+from lightning_lora.recipes.building import load_base
 from lightning_lora.recipes.chat import prompt_ids, render_prompt
-from lightning_lora.recipes.complete import check_complete
 from lightning_lora.recipes.generation import generation_options
-from lightning_lora.recipes.tokens import context_of, load_tokenizer, resolve
+from lightning_lora.recipes.tokens import context_of, load_config, load_tokenizer, resolve
 from lightning_lora.switching.resting import dora_caching
 
 
@@ -31,7 +31,7 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
         ConfigError: If there is no base, or none is on record, or no such adapter.
         UnsupportedError: If the adapter is one for classes, or the base's folder holds an adapter too.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     fields = peft_fields(source, adapter_name)
     named = base or fields.get("base_model_name_or_path")
@@ -40,20 +40,13 @@ def open_adapter(source: str, base: str | None = None, adapter_name: str | None 
     if (task := fields.get("task_type")) not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise UnsupportedError(f"{source} is an adapter for {task}, which makes no texts: use lightning-lora predict")
     tokenizer = load_tokenizer(named)
-    place = resolve(named)
-    if (Path(place) / CONFIG).is_file():
+    if (Path(resolve(named)) / CONFIG).is_file():
         raise UnsupportedError(
             f"{named}, the base of {source}, holds {CONFIG}, with which transformers loads an adapter beside the "
             "model: give the model alone (--base)"
         )
-    auto: Any = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(place).is_encoder_decoder else AutoModelForCausalLM
-    try:
-        model, found = auto.from_pretrained(place, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{named}, the base of {source}, can't be loaded: {first_line(error)}: give --base"
-        ) from error
-    check_complete(model, named, found["missing_keys"])
+    auto = AutoModelForSeq2SeqLM if load_config(named).is_encoder_decoder else AutoModelForCausalLM
+    model = load_base(auto, named, owner=f", the base of {source},")
     load_adapter(model, source, adapter_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -32,13 +32,18 @@ class Files:
         self.folder = folder
         self.keys: Mapping[str, str] = {}
 
-    def build(self, auto_class: Any, config: Any, dtype: str, **options: Any) -> Any:
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the first weights in the files, which stands for all of them; None if they hold no such."""
+        return next((FLOATS[place.dtype] for place in self._places().values() if place.dtype in FLOATS), None)
+
+    def build(self, auto_class: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
         """The model, its weights on the meta device; those that no file has (a new head) are there, and initialised.
 
         Args:
             auto_class: The class of transformers that builds it.
             config: Its configuration.
-            dtype: Of its weights; ``auto`` for that of the files.
+            dtype: Of its weights.
             **options: For ``from_config``.
 
         Returns:
@@ -46,12 +51,8 @@ class Files:
         """
         import transformers
 
-        if dtype == "auto":
-            options["dtype"] = config.dtype or FLOATS[next(iter(self._places().values())).dtype]
-        else:
-            options["dtype"] = getattr(torch, dtype)
         with parameters_on_meta():
-            model = auto_class.from_config(config, **options)
+            model = auto_class.from_config(config, dtype=dtype, **options)
         self.keys = names_in_files(model, self.folder)
         known = self._known(model)
         new = [m for m in model.modules() if not all(id(own) in known for own in m.parameters(recurse=False))]

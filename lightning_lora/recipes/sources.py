@@ -74,7 +74,7 @@ class Reading:
             ConfigError: With everything that is wrong with the file, by line.
         """
         schema = self.schema(source, is_open)
-        if self.prompt_template is not None and schema.kind in ("messages", "classification") and not is_open:
+        if self.prompt_template is not None and schema.kind in ("messages", "classification", "text") and not is_open:
             raise ConfigError(
                 f"prompt_template says how a prompt is put, and {source} has {' and '.join(KINDS[schema.kind])}: leave "
                 "data.prompt_template out"

@@ -11,6 +11,7 @@ import torch
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, listing
+from lightning_lora.recipes.building import dtype_of
 from lightning_lora.recipes.causal_lm import CausalLM
 from lightning_lora.recipes.classifier import SequenceClassifier
 from lightning_lora.recipes.dpo import DPO
@@ -83,6 +84,8 @@ def look(data: str, base: str) -> Look:
             labels.add(class_name(record.fields["label"]))
     numbers = bool(labels) and all(_is_fraction(label) for label in labels) and any("." in label for label in labels)
     names = None if numbers or not labels else in_order(labels)
+    if names and len(names) < 2:
+        raise ConfigError(f"{data} has one class only ({names[0]!r}): there is nothing to tell apart")
     encoder = Encoder(schema, tokenizer, 1 << 20, labels=names, separate=recipe == "Seq2SeqLM")
     first = islice(checked(read_records(data), schema), SEEN)
     lengths = sorted(max(len(example.get(part, ())) for part in _CUT) for example in encoder.encode(first))
@@ -187,7 +190,7 @@ def weigh(base: str, seen: Look, batch_size: int, available: int | None = None) 
     packed = footprint(recipe, lora, "nf4-dq", gradient_checkpointing=True, **sizes)
     if dense is None or packed is None:
         return None
-    dtype = str(load_config(base).dtype or torch.get_default_dtype()).removeprefix("torch.")
+    dtype = str(dtype_of(recipe, load_config(base))).removeprefix("torch.")
     return Memory(room() if available is None else available, dense.total, packed.total, dtype)
 
 

@@ -32,7 +32,7 @@ class Speed(Callback):
         self._seconds += time.perf_counter() - self._began
         self._tokens += count_tokens(batch)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every == 0 or trainer.is_last_batch:
+        if every and ((batch_idx + 1) % every == 0 or trainer.is_last_batch):
             rate = self._tokens / max(self._seconds, 1e-9) * trainer.world_size
             values = {"tokens_per_second": rate, "memory_gb": peak_memory(pl_module.device) / 1e9}
             pl_module.log_dict(values, prog_bar=True, batch_size=1, rank_zero_only=True)

@@ -22,7 +22,7 @@ from lightning_lora.formats.checkpoint import (
     leave_out_base,
     load_adapters,
 )
-from lightning_lora.formats.fingerprint import fingerprint, pack, unpack
+from lightning_lora.formats.fingerprint import fingerprint, pack
 from lightning_lora.formats.peft import check_exportable, peft_folder, require_place, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
@@ -36,12 +36,12 @@ from lightning_lora.state import adapter_state_dict, adapters, extra_state, wide
 from lightning_lora.strategies.agreement import agree_on_checkpoint, require_same_base, send_base
 from lightning_lora.strategies.requeue import agree_on_requeue
 from lightning_lora.strategies.states import (
-    in_order,
     names_of,
     of_the_same_kind,
     plain_optimizer,
     require_same_groups,
     require_same_ratios,
+    states_in_order,
 )
 
 
@@ -162,7 +162,10 @@ class StrategyAdapter:
     def lightning_module_state_dict(self, original: Callable[..., Any]) -> dict[str, Any]:
         """The ``state_dict`` of a checkpoint: whole tensors, on every rank."""
         self.rest()
-        return {**_whole(adapter_state_dict(self.model)), **extra_state(self.model)}
+        state = adapter_state_dict(self.model)
+        whole = dict(zip(state, gathered_all(list(state.values())), strict=True))
+        state |= {key: whole[key].cpu() for key, value in state.items() if is_sharded(value)}
+        return {**state, **extra_state(self.model)}
 
     def save_checkpoint(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -171,14 +174,18 @@ class StrategyAdapter:
         self.complete(checkpoint)
         if self.as_peft:
             require_place(filepath)
-        plain = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and "://" not in str(filepath)
-        if not plain or storage_options is not None:
+        plain = storage_options is None and self._is_plain(filepath)
+        if not plain:
             self.write_elsewhere(original, checkpoint, filepath, storage_options)
         with failing_together("write the checkpoint"):
             if self.strategy.is_global_zero:
-                if plain and storage_options is None:
+                if plain:
                     files.write(checkpoint, os.fspath(filepath))
                 self._write_folders(filepath, checkpoint)
+
+    def _is_plain(self, path: Any) -> bool:
+        """Whether it is a file of this machine, as torch writes it."""
+        return type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO" and not files.is_remote(path)
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint what this package writes. Warns about adapters that the user's hooks took out of it."""
@@ -218,7 +225,10 @@ class StrategyAdapter:
         """Reads a checkpoint; Lightning would not read a folder that ranks wrote together."""
         if is_folder_of_ranks(checkpoint_path):
             return read_folder(Path(checkpoint_path))
-        return original(checkpoint_path, *args, **kwargs)
+        checkpoint = original(checkpoint_path, *args, **kwargs)
+        if is_adapter_checkpoint(checkpoint) and self._is_plain(checkpoint_path):
+            files.check_records(checkpoint_path)
+        return checkpoint
 
     def load_model_state_dict(
         self, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
@@ -253,18 +263,7 @@ class StrategyAdapter:
         for optimizer, state in zip(self.strategy.optimizers, states, strict=False):
             saved, current = state["param_groups"], optimizer.param_groups
             require_same_groups(*([group["params"] for group in groups] for groups in (saved, current)))
-        states = self._in_order(checkpoint, states)
+        states = states_in_order(checkpoint, names_of(self.model, self.optimizers()))
         for optimizer, state in zip(self.strategy.optimizers, states, strict=False):
             require_same_ratios(state["param_groups"], optimizer.param_groups)
         return states
-
-    def _in_order(self, checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if (packed := checkpoint.get(META, {}).get("optimized")) is None:  # written by an older version
-            return states
-        current = names_of(self.model, self.optimizers())
-        return [in_order(*each) for each in zip(states, unpack(packed), current, strict=False)]
-
-
-def _whole(state: dict[str, Any]) -> dict[str, Any]:
-    whole = dict(zip(state, gathered_all(list(state.values())), strict=True))
-    return {key: whole[key].cpu() if is_sharded(value) else value for key, value in state.items()}

@@ -27,7 +27,7 @@ from lightning_lora.state import adapter_state_dict, extra_state, trained_parame
 from lightning_lora.strategies import zero
 from lightning_lora.strategies.base import StrategyAdapter
 from lightning_lora.strategies.registry import handles
-from lightning_lora.strategies.states import require_same_groups, require_same_ratios
+from lightning_lora.strategies.states import names_of, require_same_groups, require_same_ratios, states_in_order
 from lightning_lora.strategies.zero_folder import checked, only, parts_in, portable_file
 from lightning_lora.strategies.zero_groups import Groups
 from lightning_lora.strategies.zero_optimizer import ZeroOptimizer
@@ -206,7 +206,7 @@ class DeepSpeedAdapter(StrategyAdapter):
         for name, parameter in trained_parameters(self.model):
             zero.set_whole(parameter, checkpoint["state_dict"][name])
         if self._is_fit and checkpoint.get("optimizer_states"):
-            self._load_states(self._in_order(checkpoint, checkpoint["optimizer_states"])[0])
+            self._load_states(states_in_order(checkpoint, names_of(self.model, self.optimizers()))[0])
             self.strategy.deepspeed_engine.global_steps = checkpoint.get("global_step", 0)
         self.restored = True
 

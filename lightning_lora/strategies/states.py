@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.errors import CheckpointError, listing
+from lightning_lora.formats.checkpoint import META
+from lightning_lora.formats.fingerprint import unpack
 from lightning_lora.names import clean
 from lightning_lora.optim import RATIO
 
@@ -61,6 +63,13 @@ def require_same_ratios(saved: Iterable[Mapping[str, Any]], current: Iterable[Ma
             f"the checkpoint holds another loraplus_lr_ratio: {', '.join(different)}. Learning rates come from its "
             "optimizer's state: resume with the same ratio, or start a new run from its adapters (init_from)"
         )
+
+
+def states_in_order(checkpoint: dict[str, Any], current: Iterable[Names]) -> list[dict[str, Any]]:
+    """The states of a checkpoint's optimizers, in the order that their parameters have now."""
+    states: list[dict[str, Any]] = checkpoint["optimizer_states"]
+    packed = checkpoint.get(META, {}).get("optimized")  # nothing, if somebody else wrote it
+    return states if packed is None else [*map(in_order, states, unpack(packed), current)]
 
 
 def in_order(state: dict[str, Any], saved: Sequence[Sequence[str | None]], current: Names) -> dict[str, Any]:

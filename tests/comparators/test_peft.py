@@ -169,9 +169,14 @@ def test_what_is_wrong_with_a_folder(folder):
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     fields, tensors = json.loads(config.read_text()), load_file(weights)
 
-    def refused(words, error=ll.CheckpointError, base=None, tensors=tensors, **changed):
+    written = weights.read_bytes()
+
+    def refused(words, error=ll.CheckpointError, base=None, tensors=tensors, kept=False, **changed):
         config.write_text(json.dumps({**fields, **changed}))
-        save_file(tensors, weights)
+        if kept:  # with what it says of itself
+            weights.write_bytes(written)
+        else:
+            save_file(tensors, weights)
         other = frozen("bert") if base is None else base
         keys = other.state_dict().keys()
         with pytest.raises(error, match=words):
@@ -186,6 +191,8 @@ def test_what_is_wrong_with_a_folder(folder):
         ll.load_adapter(changed, folder)
     ll.load_adapter(changed, folder, allow_base_mismatch=True)
     refused(r"the prefix is \(3, 128\) in the file -> \(4, 128\)", num_virtual_tokens=4)
+    refused("modules_to_save is None in adapter_config.json, and was written as", kept=True, modules_to_save=None)
+    refused("modules_to_save must be a list of names, got 5", modules_to_save=5)
     refused("num_virtual_tokens must be a positive integer", num_virtual_tokens=None)
     refused("num_transformer_submodules must be 1 or 2, got 'x'", num_transformer_submodules="x")
     refused("holds no prompt_embeddings", tensors={k: v for k, v in tensors.items() if "classifier" in k})

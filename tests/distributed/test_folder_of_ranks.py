@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -111,6 +112,18 @@ def test_one_file_of_a_folder_is_told(written):
     for load in (lambda: ll.load_adapter(build(), part), lambda: ll.load_from_checkpoint(Lit, part)):
         with pytest.raises(CheckpointError, match="without its tensors: give the folder, .*folder.ckpt$"):
             load()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_disk_that_is_full_leaves_what_was_there(written):
+    """Torch raises what ``except Exception`` would not see."""
+    path, folder = written
+    full = patch.object(FileSystemWriter, "write_data", side_effect=OSError("no space left"))
+    told = pytest.raises(CheckpointError, match=r"a rank could not write its part of .*folder\.ckpt")
+    with patch.object(distributed, "get_rank", return_value=0), full, told:
+        write_folder(files.read(path), folder)
+    ll.load_adapter(build(), folder)
+    assert {each.name for each in folder.parent.glob("*folder*")} == {"folder.ckpt"}
 
 
 class Evil:

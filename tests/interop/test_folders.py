@@ -413,13 +413,18 @@ def test_a_card_that_somebody_else_wrote_stays(tmp_path):
     for r in (2, 3):
         ll.save_adapter(trained(FAMILIES["llama"].make(), r=r), folder)
         assert f"| rank | {r} |" in (folder / "README.md").read_text()
+    ours = (folder / "README.md").read_text()
+    for edited in (f"{ours}\nEvaluated on X: 0.93\n", ours.replace("# An adapter", "# My adapter")):
+        (folder / "README.md").write_text(edited)
+        ll.save_adapter(trained(FAMILIES["llama"].make()), folder)
+        assert (folder / "README.md").read_text() == edited
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     model = trained(FAMILIES["llama"].make())
     ll.save_adapter(model, tmp_path / "a")
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    for broken in ("write_tensors", "write_config", "write_card"):
+    for broken in ("write_tensors", "write_config", "put_card"):
         with monkeypatch.context() as patch:
             patch.setattr(
                 f"lightning_lora.formats.peft_write.{broken}", lambda *args: (_ for _ in ()).throw(OSError("disk full"))

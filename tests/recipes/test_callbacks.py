@@ -22,6 +22,7 @@ from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, TextDataModule
 from lightning_lora.recipes.monitors import Monitors
 from lightning_lora.recipes.report import Report
+from lightning_lora.recipes.watch import Speed
 from tests.recipes import files
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
@@ -34,14 +35,17 @@ def run(base: str, tmp_path, *callbacks, epochs: int = 2, batch_size: int = 4, *
         max_epochs=epochs,
         callbacks=[ll.LoRA(r=4, lora_alpha=8), *callbacks],
         logger=CSVLogger("logs"),
-        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"log_every_n_steps": 1, **options},
     )
     module, data = CausalLM(base, lr=0.02), TextDataModule(path, batch_size=batch_size, val_split=0.2)
     trainer.fit(module, datamodule=data)
     return trainer, module, data
+
+
+def test_a_run_that_logs_no_steps(llama, tmp_path):
+    run(llama, tmp_path, Speed(), epochs=1, log_every_n_steps=0)
 
 
 def test_stopping_early_and_watching(llama, tmp_path, capsys):

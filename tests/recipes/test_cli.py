@@ -6,13 +6,17 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from torch import distributed
 
 from lightning_lora.cli import main
+from lightning_lora.formats.files import read
+from lightning_lora.formats.shards_of_ranks import write_folder
 from lightning_lora.recipes import Recipe
 from tests.helpers import forks, nodes
 from tests.recipes import files
@@ -192,6 +196,7 @@ def test_a_run_goes_on(llama, data, capsys):
     assert steps == {2, 4, 6}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     files.jsonl(tmp_path / "c.jsonl", files.classes())
     files.jsonl(tmp_path / "open.jsonl", [{"text": r["text"]} for r in files.classes(5)])
@@ -202,6 +207,11 @@ def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     rows = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert {row["prediction"] for row in rows} <= {"alpha", "beta", "gamma"}
+    with patch.object(distributed, "get_rank", return_value=0):
+        write_folder(read(saved("best.ckpt")), tmp_path / "folder.ckpt")
+    main(["predict", *common, *more[:-1], f"--ckpt_path={tmp_path / 'folder.ckpt'}"])
+    again = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert again == rows
     said = refused(capsys, "generate", saved("best.ckpt"), "--prompt", "x", code=1)
     assert "is an adapter for SEQ_CLS, which makes no texts: use lightning-lora predict" in said
 
@@ -288,6 +298,13 @@ def test_init_packs_the_base_when_memory_asks_for_it(llama, data):
         ),
         (["--model.generation={num_return_sequences: 2}"], "num_return_sequences=2 gives more than one text for each"),
         (["--model.weight_decay=-1"], "CausalLM: weight_decay must be a number of at least 0, got -1.0"),
+        (["--model.lr=.nan"], "CausalLM: lr must be a positive number, got nan"),
+        (["--model.max_new_tokens=-3"], "CausalLM: max_new_tokens must be a positive integer, got -3"),
+        (["--samples.max_new_tokens=0"], "samples: max_new_tokens must be a positive integer, got 0"),
+        (
+            ["--model.optimizer=torch.optim.SGD", "--model.lr=1"],
+            "CausalLM: lr and weight_decay are those of AdamW: give them to",
+        ),
         (["--model.generation={max_new_tokens: 2}"], "generation: max_new_tokens is an argument of its own, beside"),
         (["--model.lrr=1"], "Option 'lrr' is not accepted"),
         (["--model=CasualLM"], "CasualLM"),
@@ -324,7 +341,7 @@ def test_a_damaged_checkpoint_is_known_before_the_model_is_built(
     config = ["--config", str(CONFIGS / f"{name}.yaml"), f"--model.base={llama}", f"--data.train={data}", *SHORT]
     for stage in ("fit", "validate"):
         said = refused(capsys, stage, *config, f"--ckpt_path={path}", code=1)
-        assert f"lightning-lora: {path} can't be read: it is damaged, no checkpoint, or holds objects" in said
+        assert f"lightning-lora: {path} can't be read: it is damaged, or no checkpoint" in said
         assert "Traceback" not in said
 
 

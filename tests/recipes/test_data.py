@@ -208,11 +208,21 @@ def test_a_template_has_a_column():
 
 def test_a_template_of_prompts_where_there_are_none(llama, bert, tmp_path):
     """What is predicted would be put as nothing was that was learnt."""
-    for base, kind, rows in ((llama, "messages", files.conversations()), (bert, "classification", files.classes())):
+    kinds = ((llama, "messages", files.conversations()), (llama, "text", [{"text": "one two"}] * 4))
+    for base, kind, rows in (*kinds, (bert, "classification", files.classes())):
         path = files.jsonl(tmp_path / f"{kind}.jsonl", rows)
         data = TextDataModule(path, base=base, kind=kind, prompt_template="Question: {prompt}")
         with pytest.raises(ConfigError, match="prompt_template says how a prompt is put, and .*: leave data.prompt_t"):
             data.setup("fit")
+
+
+def test_a_test_reads_the_file_of_the_test_alone(bert, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.classes())
+    data = TextDataModule("gone.jsonl", test=path, base=bert, kind="classification", labels=["alpha", "beta", "gamma"])
+    data.setup("test")
+    assert [*data.stores] == ["test"]
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist"):
+        data.setup("fit")
 
 
 def test_packing_is_not_for_an_encoder(t5, tmp_path):

@@ -125,6 +125,16 @@ def test_a_chat_template_that_renders_turns_otherwise_later_is_refused():
         encode_messages(CONVERSATION, tokenizer)
 
 
+def test_what_a_chat_template_refuses_is_said_by_line():
+    tokenizer = files.make_tokenizer()
+    for marks in (GENERATION, FORGETFUL):
+        tokenizer.chat_template = (
+            "{% if messages[0].role == 'user' %}{{ raise_exception('system first') }}{% endif %}" + marks
+        )
+        with pytest.raises(ConfigError, match="the chat template refuses the messages: system first"):
+            encode_messages(CONVERSATION, tokenizer)
+
+
 def test_a_prompt_goes_through_the_chat_template():
     own = encoder("prompt", chat=True)
     (example,) = encode(own, {"prompt": "Hi", "response": "Ho"})

@@ -63,6 +63,12 @@ def test_a_dataset_by_the_library(tmp_path, monkeypatch):
             list(read_records(f"hf://{tmp_path / 'set'}:other", streaming))
 
 
+def test_a_split_without_rows(monkeypatch):
+    monkeypatch.setattr("lightning_lora.recipes.records.dataset", lambda source, streaming: iter(()))
+    with pytest.raises(ConfigError, match=r"hf://me/set:train is empty: give a split with at least one example"):
+        next(iter(read_records("hf://me/set:train")))
+
+
 def test_a_dataset_that_is_streamed_is_not_copied(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     files.jsonl(tmp_path / "set" / "train.jsonl", ROWS)

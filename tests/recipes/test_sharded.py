@@ -1,5 +1,6 @@
 """A base that is sharded before it is read; and the same run on one device, with FSDP2 and with DDP."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from lightning_lora import CheckpointError
+from lightning_lora.recipes import SequenceClassifier
+from lightning_lora.recipes.building import built, dtype_of, loaded, of_shapes
 from lightning_lora.recipes.sharded import open_files
 from lightning_lora.recipes.tokens import load_config
 from tests.recipes import files
@@ -72,7 +76,7 @@ def test_a_base_without_memory_is_that_of_transformers(base, auto, new, request)
     """Names, shapes, dtypes, buffers; and which weights no file has."""
     source = request.getfixturevalue(base)
     own = open_files(source)
-    made = own.build(getattr(tf, auto), load_config(source), "auto", attn_implementation="eager")
+    made = own.build(getattr(tf, auto), load_config(source), torch.float32, attn_implementation="eager")
     assert made.config._attn_implementation == "eager"
     wanted = getattr(tf, auto).from_pretrained(source)
     described = [
@@ -87,11 +91,29 @@ def test_a_base_without_memory_is_that_of_transformers(base, auto, new, request)
     own.map(made)
     found, state = made.state_dict(), wanted.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in found.items() if name not in new)
-    half = own.build(getattr(tf, auto), load_config(source), "bfloat16")
+    half = own.build(getattr(tf, auto), load_config(source), torch.bfloat16)
     if base == "t5":  # of which transformers leaves a part in float32
         assert half is None
     else:
         assert half.dtype is torch.bfloat16
+
+
+def test_the_dtype_of_files_whose_configuration_names_none(tmp_path):
+    """As transformers finds it: that of the first numbers, in front of which may be counts."""
+    config = tf.BertConfig(**{**files.SIZES, **files.IDS, "vocab_size": 320})
+    tf.BertForSequenceClassification(config).bfloat16().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({"bert.embeddings.a": torch.arange(3), **load_file(path)}, path, {"format": "pt"})
+    named = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in named.items() if k != "dtype"}))
+    recipe = SequenceClassifier(str(tmp_path), labels=["a", "b"])
+    assert dtype_of(recipe, load_config(recipe.base)) is torch.bfloat16
+    assert (
+        loaded(recipe).dtype
+        is of_shapes(recipe).dtype
+        is built(recipe, open_files(recipe.base)).dtype
+        is torch.bfloat16
+    )
 
 
 def test_what_transformers_has_to_load(tmp_path):
@@ -99,7 +121,7 @@ def test_what_transformers_has_to_load(tmp_path):
     sizes = {**files.SIZES, **files.IDS, "vocab_size": 320, "num_key_value_heads": 2, "num_local_experts": 2}
     tf.MixtralForCausalLM(tf.MixtralConfig(**sizes)).save_pretrained(tmp_path / "experts")
     own = open_files(str(tmp_path / "experts"))
-    assert own.build(tf.AutoModelForCausalLM, load_config(str(tmp_path / "experts")), "auto") is None
+    assert own.build(tf.AutoModelForCausalLM, load_config(str(tmp_path / "experts")), torch.float32) is None
     weights = tmp_path / "experts" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])

@@ -92,6 +92,15 @@ def test_any_text_is_one_line_of_yaml_and_comes_back(text):
         assert all(char in made for char in text)
 
 
+def test_one_class_is_nothing_to_tell_apart(bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.jsonl(tmp_path / "a.jsonl", [{"text": f"about {i}", "label": "yes"} for i in range(4)])
+    with pytest.raises(SystemExit):
+        main(["init", "a.jsonl", "--model", str(bert)])
+    assert "a.jsonl has one class only ('yes'): there is nothing to tell apart" in capsys.readouterr().err
+    assert not Path("run.yaml").exists()
+
+
 @pytest.mark.parametrize("kind", ["rejected", "response"])
 def test_all_that_is_cut_is_measured(kind, llama, t5, tmp_path, capsys, monkeypatch):
     """A rejected response, and one that is apart from its prompt, are cut at max_length too."""
