@@ -514,3 +514,25 @@ def test_weights_have_no_part_in_mixed_batches():
     with ll.mixed_batch(model, ["korean"] * len(X)):
         torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(model(X), weighted)
+
+
+@pytest.mark.parametrize("own", [{"modules_to_save": ["2"]}, {"bias": "lora_only"}])
+def test_a_mixed_batch_without_the_active_adapter_has_nothing_of_it(own, tmp_path):
+    """Not its adapters, and neither its head or its biases, which lie in the place of the base's."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double(), torch.randn(2, 4).double()
+    expected, model = base(x), copy.deepcopy(base)
+    for name, options in {"a": own, "b": {}}.items():
+        made = copy.deepcopy(base)
+        ll.inject(made, ll.LoRAConfig(**{"r": 2, "target_modules": ["0"], "modules_to_save": None, **options}), name)
+        for parameter in filter(lambda p: p.requires_grad, made.parameters()):
+            nn.init.normal_(parameter)
+        ll.save_adapter(made, tmp_path / name, name)
+        ll.load_adapter(model, tmp_path / name)
+    before = model(x)
+    with ll.mixed_batch(model, [None, "b"]):
+        mixed = model(x)
+    assert torch.equal(model(x), before)
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-10, atol=1e-10)
+    ll.set_adapter(model, "b")
+    torch.testing.assert_close(mixed[1], model(x)[1], rtol=1e-10, atol=1e-10)

@@ -79,7 +79,10 @@ class Export:
         whole = [name for name in self.tree if any(is_within(name, outer) for outer in self.modules_to_save)]
         if shared := [name for name in (*self.layers, *self.parts.whole, *whole) if self.tree[name].aliases]:
             yield f"{listing(shared, 3)}: has several names in the model, and PEFT would adapt it under one of them"
+        full = {id(tensor): key for key, tensor in self.in_full.items()}
         for name, held in self.layers.items():
+            if (key := full.get(id(held.layer.weight))) is not None:
+                yield f"{name}: its weight ({key}) is trained in full too, which PEFT would not load: do one of the two"
             kind = held.layer.lora_peft_problem(held.layer)
             cls = original_type(held.layer)
             if kind is None and has_own_forward(cls) and reaches_base_forward(cls) and not _is_known(held.layer):

@@ -162,7 +162,8 @@ def _named(stored: StoredAdapter, parameters: Mapping[str, list[str]]) -> Stored
     patterns = PeftNames({}, stored.source)
     layers: dict[str, StoredLayer] = {}
     for name, layer in stored.layers.items():
-        own = _parameter(name, parameters, stored.fields.get("target_parameters") or [])
+        wanted = [] if layer.is_rows else stored.fields.get("target_parameters") or []
+        own = _parameter(name, parameters, wanted)
         layers[own] = layer if own == name else StoredLayer(*_scale(stored, patterns, own), layer.tensors)
     return replace(stored, layers=layers)
 
@@ -200,7 +201,8 @@ def _parameter(name: str, parameters: Mapping[str, list[str]], wanted: list[str]
 
 def _asked(stored: StoredAdapter) -> dict[str, list[str]]:
     """The parameters that ``target_parameters`` may mean, by their modules, as far as these have adapters."""
-    owners = dict.fromkeys(_unwrapped(name)[0] for name in stored.layers if stored.layout == "peft")
+    pairs = (name for name, layer in stored.layers.items() if stored.layout == "peft" and not layer.is_rows)
+    owners = dict.fromkeys(_unwrapped(name)[0] for name in pairs)
     found = {}
     for owner in [owner for owner in owners if stored.is_target is None or not stored.is_target(owner)]:
         split = [end.rpartition(".") for end in stored.fields.get("target_parameters") or ()]

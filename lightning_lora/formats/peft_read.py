@@ -113,6 +113,8 @@ def read_folder(path: str | os.PathLike[str]) -> StoredAdapter:
         stored.layers[module].tensors[part] = tensor
         if part == "rows":
             stored.layers[module].tokens = tokens_of(module, config.get("trainable_token_indices"))
+    if stored.init is not None:
+        _cut_ranks(stored)
     stored = as_the_file_tells(stored)
     _split_starts(stored, file.entry)
     if not stored.layers:
@@ -129,6 +131,16 @@ def _split(key: str) -> tuple[str, str | None]:
     for wrapper in ("token_adapter.base_layer.", "base_layer."):
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
     return name, None
+
+
+def _cut_ranks(stored: StoredAdapter) -> None:
+    """Gives layers with less directions than the rank these: PEFT decomposes such, with the scale of the whole rank."""
+    for layer in stored.layers.values():
+        A = layer.tensors.get("A")
+        if A is not None and A.shape and 0 < A.shape[0] < layer.r:
+            less = A.shape[0] / layer.r
+            layer.lora_alpha *= less**0.5 if stored.options["use_rslora"] else less
+            layer.r = A.shape[0]
 
 
 def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:

@@ -108,9 +108,15 @@ class StoredAdapter:
 
     @property
     def tables(self) -> list[str]:
-        """The frozen weights among what it has in full: PEFT writes the table of an embedding with an adapter."""
-        frozen = {f"{name}.weight" for name in self.layers}
-        return [key for key in self.in_full if key in frozen]
+        """What is frozen of what it has in full: PEFT writes tables of tokens that have an adapter, or were resized."""
+        if self.layout != "peft":
+            return []
+        ends, has_biases = tuple(self.modules_to_save), self.options["bias"] != "none"
+        free = [key for key in self.in_full if not (has_biases and has_end(key, "bias"))]
+        free = [key for key in free if not any(name.endswith(ends) for name in ancestors(key) if name)]
+        if not (ends and self.fields.get("ensure_weight_tying")):
+            return free
+        return [key for key in free if key.rpartition(".")[0] in self.layers]  # others are trained as the other end is
 
     def tensors(self) -> Iterator[StoredTensor]:
         """All that it has."""

@@ -14,7 +14,7 @@ from lightning_lora.formats.peft_tokens import peft_rows_problem
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.injection.copies import tensors_of
-from lightning_lora.layers import LoRALayer, kind_of_layer, original_type
+from lightning_lora.layers import LoRALayer, StandIn, kind_of_layer, original_type
 from lightning_lora.loading.heads import head_hint, size_hint
 from lightning_lora.loading.missing import missing
 from lightning_lora.loading.untrained import not_trained
@@ -224,8 +224,8 @@ class Misfits:
 
     def saved_modules(self) -> set[str]:
         """The modules that ``modules_to_save`` names, as PEFT compares names."""
-        ends = tuple(self.stored.modules_to_save)
-        return {name for name in self.tree if name and name.endswith(ends)}
+        ends, tree = tuple(self.stored.modules_to_save), self.tree
+        return {n for n, node in tree.items() if n and n.endswith(ends) and not isinstance(node.module, StandIn)}
 
     def _other_adapter(self) -> Iterator[str]:
         """Where the model's own adapter of that name is not the file's."""

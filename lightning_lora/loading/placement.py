@@ -22,6 +22,7 @@ from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import arrange, attach, base_modules, kind_of_layer, lora_layers
 from lightning_lora.layers.starting import start_misfit
+from lightning_lora.loading.frozen import drop_residuals, other_tables
 from lightning_lora.loading.misfits import Found, Misfits
 from lightning_lora.loading.stored_config import by_owner, config_of
 from lightning_lora.loading.stored_rows import rows_problems
@@ -70,7 +71,8 @@ def place(
     raise_all(CheckpointError, misfits.tied_problems(in_full), stored.source)
     dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
     raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
-    tables = _tables(in_full, misfits, allow_base_mismatch)
+    drop_residuals(in_full, values, misfits)
+    tables = other_tables(in_full, misfits, allow_base_mismatch)
     config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = active_adapters(model)
@@ -192,25 +194,6 @@ def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.d
     written = tensor.dtype if misfits.stored.base is not None else torch.float32
     assert isinstance(written, torch.dtype)
     return dtype or written
-
-
-def _tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> dict[str, Tensor]:
-    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own.
-
-    Takes them out of what is trained in full, and returns those that are not.
-    """
-    others, own, source = dict[str, Tensor](), misfits.own_tensors, misfits.stored.source
-    for key in misfits.stored.tables:
-        table = in_full.pop(key).to(own[key])
-        if torch.equal(table, own[key]):
-            continue
-        if not allow_base_mismatch:
-            raise BaseMismatchError(
-                f"{source} brings a {key} that is not the base's: load it into the base, or have "
-                "that done by ll.load_adapter(model, file, allow_base_mismatch=True)"
-            )
-        others[key] = table
-    return others
 
 
 def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:

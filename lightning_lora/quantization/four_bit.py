@@ -169,7 +169,8 @@ class FourBit(Bitsandbytes):
         state = _state(layer)
         if state is None:
             return [layer.weight.data]
-        double = () if state.state2 is None else (state.offset, state.state2.absmax)
+        second = getattr(state, "state2", None)  # bitsandbytes deletes it where it repacks for eval
+        double = () if second is None else (state.offset, second.absmax)
         return [layer.weight.data, state.absmax, *double]  # the codes are constants of all layers
 
     @override

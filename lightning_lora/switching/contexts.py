@@ -66,7 +66,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """Within this context each sample of a batch has an adapter of its own, or none.
 
     Every layer gives for a sample what it would give if its adapter were the only active one, with a weight of 1.
-    Samples are what the first dimension of a layer's input counts; adapters on embeddings of positions, in which no
+    Modules that were loaded with an active adapter have the base's values, as in `disable_adapters`. Samples are what
+    the first dimension of a layer's input counts; adapters on embeddings of positions, in which no
     dimension does, are refused in transformers models. Adapters can't be added, switched, merged or deleted
     before the context ends. Where activations are recomputed in a loop of your own the backward pass belongs into
     the context too.
@@ -92,13 +93,14 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     if not isinstance(adapter_names, Sequence) or isinstance(adapter_names, str):
         raise ConfigError(f"mixed_batch takes a list with an adapter, or None, for each sample; got {adapter_names!r}")
     names = dict.fromkeys(name for name in adapter_names if name is not None)
-    layers, are_marked, hosts = parts_of(model)
-    merged = merged_layers(model)
+    parts = parts_of(model)
+    layers, are_marked, hosts = parts
+    marked, merged = marked_modules(model) if are_marked else [], merged_layers(model)
     problems = [f"adapters are merged into {listing(merged)}: call ll.unmerge first"] if merged else []
     problems += (unknown := no_low_rank(model, names))
     problems += [
         f"adapter {name!r} has its own {type(module).__name__} (modules_to_save), over which no batch can be mixed"
-        for module in (marked_modules(model) if are_marked else ())
+        for module in marked
         for name in (() if unknown else names)
         if any(True for _ in values_of(module, name))
     ][:1]
@@ -112,9 +114,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     problems += _read_problems(layers, names)
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}
-    before = [layer.lora_mixture for layer in layers]
+    before, in_place = [layer.lora_mixture for layer in layers], parts.active()
     with unweighted(adapter for layer in layers for adapter in layer.lora_adapters().values()):
         try:
+            put_in_place(marked, ())
             for layer in layers:
                 held = {name: a.master.device for name, a in layer.lora_adapters().items() if name in samples}
                 rows = {name: torch.tensor(samples[name], device=device) for name, device in held.items()}
@@ -124,6 +127,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         finally:
             for layer, mixture in zip(layers, before, strict=True):
                 layer.lora_mixture = mixture
+            put_in_place(marked, in_place)
 
 
 def _read_problems(layers: Iterable[LoRALayer], names: Collection[str]) -> list[str]:

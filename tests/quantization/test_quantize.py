@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -800,3 +801,21 @@ def test_loading_unpacks_nothing(monkeypatch):
     state = model.state_dict()
     monkeypatch.setattr("lightning_lora.quantization.four_bit._unpacked", None)
     model.load_state_dict(state, strict=False)  # what unpacks the weight is not loaded by such a layer
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_base_that_was_evaluated_before(double):
+    """On CPUs with AVX512-bf16 bitsandbytes repacks it for that, and throws away what it was packed with twice."""
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    data = torch.randn(64, 64)
+    layer.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=double)
+    model, x = nn.Sequential(layer).to("cpu").eval(), torch.randn(3, 64)
+    with torch.no_grad():
+        model(x)
+    plan = ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=None))
+    assert [target.name for target in plan.targets] == ["0"]
+    randomise(model, seed=0)
+    wanted = x @ (dense(model[0]) + (model[0].lora["default"].merged(dense(model[0])) - dense(model[0]))).T
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    model(x).sum().backward()
