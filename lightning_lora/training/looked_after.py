@@ -47,6 +47,7 @@ class Training:
         self._model, self._names, self._listed = model, adapter_names, listed
         self._base = BaseWeights(model, optimizers, adapter_names, described)
         self._watches: list[Watch] = []  # the one of the first steps, while anything waits, and a second look
+        self._unmoved = set[int]()  # ids of biases that were told not to move
         self._looked = 0  # the step at which it was looked at them, or that training began with
         self._due, self._rest, self._thawed = False, set[str](), set[str]()
         self._resting = _inactive(model, adapter_names)  # and in no step yet active
@@ -65,7 +66,7 @@ class Training:
                 "what it holds is trained is not watched in this run",
                 stacklevel=2,
             )
-        self._watches = [Watch(self._model, optimizers, self._names)]
+        self._watches = [Watch(self._model, optimizers, self._names, unmoved=self._unmoved)]
         self._attached = [Attached(self._model, each) for each in optimizers if isinstance(each, Optimizer)]
         self._steps = Steps(dict(trained_parameters(self._model, self._names)), optimizers)
         self._base.optimizers = optimizers
@@ -118,7 +119,7 @@ class Training:
         self._due, self._looked = False, step
         self._look_at_flags(self._check_again(optimizers))
         if not any(isinstance(watch, SecondLook) for watch in self._watches):
-            waiting = [key for watch in self._watches for key in watch.waiting]
+            waiting = [*self._unmoved, *(key for watch in self._watches for key in watch.waiting)]
             self._watches.append(SecondLook(self._model, optimizers, self._names, without=waiting))
 
     def _look_at_flags(self, trained: dict[str, nn.Parameter]) -> None:

@@ -39,11 +39,15 @@ class Watch:
     reads a weight. Steps in which nothing has a gradient do not count; nor is it known what is called inside a
     compiled module. Steps count of any optimizer that holds some of the tensors, such as the one within SAM.
 
+    Biases that are trained without the weight beside them (``bias="all"``) are told, and left, where something else
+    moves: the loss may not depend on some of them.
+
     Args:
         model: The model.
         optimizers: Its optimizers, each of which is watched from its own first step on, if it tells when it steps.
         adapter_names: The adapters that the run trains.
         without: Ids of parameters that are not looked at.
+        unmoved: Gets the ids of biases that are told.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Watch:
         adapter_names: Collection[str],
         *,
         without: Collection[int] = (),
+        unmoved: set[int] | None = None,
     ) -> None:
         self.training = False  # a batch is being trained; what other loops call says nothing about gradients
         self._names = {id(p): name for name, p in trained_parameters(model, adapter_names) if p.requires_grad}
@@ -70,12 +75,16 @@ class Watch:
         self._stepped_at: dict[int, int] = {}  # by optimizer
         self._had_gradient: set[int] = set()
         self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
+        self._biases = set[str]()  # that are trained without the weight beside them
+        self._unmoved = set() if unmoved is None else unmoved
         self._handles: list[RemovableHandle] = []
         compiled = below_compiled(model)
         parents_of = {n.module: n.parents if isinstance(n.module, LoRALayer) else [] for n in nodes(model).values()}
         for owner, above in [*parents_of.items(), *((found.module, []) for found in added_modules(model))]:
-            parents = [parent for parent in above if parent is not model]
-            for parameter, holder in self._watched_of(owner):
+            parents, watched = [parent for parent in above if parent is not model], self._watched_of(owner)
+            own = [self._names[id(parameter)] for parameter, holder in watched if holder is owner]
+            self._biases |= {*own} if all("bias" in last_part(name) for name in own) else set()
+            for parameter, holder in watched:
                 self._owners[id(parameter)], self._holders[id(parameter)] = (owner, parents), holder
                 register: Any = parameter.register_post_accumulate_grad_hook
                 self._handles.append(register(self._note_gradient))
@@ -182,6 +191,11 @@ class Watch:
             late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p, optimizer)]
             if late:
                 dead[f"did not move in {PATIENCE} steps. {WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
+        if self._moved and (left := [n for why in dead for n in dead[why] if n in self._biases and why != DIVERGED]):
+            warnings.warn(f"{listing(left, 4)}: {WAYS_OUT['biases']}", stacklevel=2)
+            self._unmoved |= (keys := {key for key, name in self._names.items() if name in left})
+            self._names = {key: name for key, name in self._names.items() if key not in keys}
+            dead = {why: rest for why, names in dead.items() if (rest := [n for n in names if n not in left])}
         problems = [f"{listing(names, 4)}: {why}{left_out(names, self._all, why)}" for why, names in dead.items()]
         raise_all(DeadAdapterError, problems, "dead adapters")
 

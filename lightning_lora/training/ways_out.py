@@ -12,6 +12,8 @@ WAYS_OUT = {
     "read": "Its weight is read, or the layer is not used: name it in exclude_modules",
     "stuck": "Check the optimizer (LARS and LAMB scale a step by the norm of what it changes, and B starts at 0) and "
     "what is done to gradients before its step",
+    "biases": "biases that training does not change, and that stay as they are: those of layers whose output is not "
+    "used, and of keys in attention, of which softmax takes no notice",
     "diverged": "The run diverged: lower the learning rate, clip gradients, or look at the losses before this step. In "
     "float16 Adam needs a larger eps: 1e-8 is 0 there",
     "inactive": "Before the backward pass ll.set_adapter made another adapter active, or requires_grad was turned off, "
