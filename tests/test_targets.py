@@ -758,3 +758,46 @@ def test_a_rank_for_layers_that_have_no_adapters_beside_rows_of_tokens():
     config = ll.LoRAConfig(target_modules=[], trainable_token_indices=[5], rank_pattern={"nothing": 4})
     with pytest.raises(ll.TargetError, match="rank_pattern: 'nothing' matches nothing"):
         ll.plan(FAMILIES["llama"].make(), config)
+
+
+def of_library(module: str, name: str = "Model", bases: tuple[type, ...] = (nn.Module,)) -> type:
+    return type(name, bases, {"__module__": module})
+
+
+class Diffuser(of_library("diffusers.models.modeling_utils", "ModelMixin")):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Timm(of_library("timm.models.vision")):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {}
+        self.qkv, self.top = nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def get_classifier(self):
+        return self.top
+
+
+Timm.__module__ = "timm.models.vision"
+
+
+def test_models_of_other_libraries_beside_one_of_transformers_are_backbones():
+    """Of diffusers and timm, told by their classes: all they have was pretrained but a classifier."""
+
+    def build() -> nn.Module:
+        net = nn.Module()
+        net.text, net.unet, net.eye, net.new = FAMILIES["bert"].make().bert, Diffuser(), Timm(), nn.Linear(8, 8)
+        return net
+
+    def told(net: nn.Module) -> tuple[set[str], list[str]]:
+        made = ll.plan(net, ll.LoRAConfig(r=2))
+        return {t.name.split(".")[0] for t in made.targets}, sorted(saved.name for saved in made.modules_to_save)
+
+    net = build()
+    assert told(net) == ({"text", "unet", "eye"}, ["eye.top", "new"])
+    net.unet.requires_grad_(False)  # one that is to stay as it is, beside others that are not
+    assert told(net) == ({"text", "eye"}, ["eye.top", "new"])
+    net.requires_grad_(False)  # as scripts freeze everything before adapters are added
+    assert told(net)[0] == {"text", "unet", "eye"}

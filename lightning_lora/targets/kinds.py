@@ -1,15 +1,15 @@
 """What a single module is, told by its type, its name and what is around it."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_lora.layers import ReadWeight, kind_of_layer
+from lightning_lora.layers import ReadWeight, kind_of_layer, original_type
 from lightning_lora.methods.method import Place
-from lightning_lora.names import last_part, outermost
+from lightning_lora.names import is_within, last_part, outermost
 from lightning_lora.targets.walk import Node
 
 PlaceT = TypeVar("PlaceT", bound=Place)
@@ -37,6 +37,21 @@ def pretrained_models(tree: Mapping[str, PlaceT]) -> list[PlaceT]:
     """The outermost transformers models, in order."""
     found = {place.name: place for place in tree.values() if is_pretrained(place.module)}
     return [found[name] for name in outermost(found)]
+
+
+def models_of_others(tree: Mapping[str, PlaceT], within: Iterable[str]) -> list[PlaceT]:
+    """The outermost models of diffusers and timm, in order, but for those in modules of these names."""
+    found = {place.name: place for place in tree.values() if _is_of_others(place.module)}
+    names = [name for name in outermost(found) if not any(is_within(name, outer) for outer in within)]
+    return [found[name] for name in names]
+
+
+def _is_of_others(module: nn.Module) -> bool:
+    """Whether it is such a model, told without an import: of timm by what every model of it has."""
+    mixins = (c for c in type(module).__mro__ if c.__name__ == "ModelMixin")
+    return any(c.__module__.startswith("diffusers.") for c in mixins) or (
+        "pretrained_cfg" in vars(module) and original_type(module).__module__.startswith("timm.")
+    )
 
 
 @cache

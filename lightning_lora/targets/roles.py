@@ -5,7 +5,7 @@ shapes have to tell, and the plan's table shows what was concluded.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora.layers import base_modules, leaves_alone, told_by
 from lightning_lora.marks import was_trainable
 from lightning_lora.names import is_inside, is_within, joined, last_part, outermost
-from lightning_lora.targets.kinds import is_numbered, is_router, pretrained_models
+from lightning_lora.targets.kinds import is_numbered, is_router, models_of_others, pretrained_models
 from lightning_lora.targets.twins import frozen_twins, trainable_parameters
 from lightning_lora.targets.walk import Node, own_parameters, unwrapped
 
@@ -51,12 +51,15 @@ def find_roles(tree: dict[str, Node]) -> Roles:
     roles.outside |= _output_embeddings(tree, name_of, pretrained)
     for node in pretrained:
         _heads_of_pretrained(node, tree, name_of, roles)
+    trainable = trainable_parameters(tree)
     if pretrained:
-        _outside_of_pretrained(pretrained, tree, roles)
+        others = models_of_others(tree, [node.name for node in pretrained])
+        others = [n for n in others if not trainable or any(is_within(key, n.name) for key in trainable)]
+        _outside_of_pretrained([*pretrained, *others], tree, roles)
+        roles.heads |= _classifiers(others, name_of)
     else:
         _heads_of_plain_modules(tree, name_of, roles)
     roles.heads = {name: roles.heads[name] for name in outermost(roles.heads)}
-    trainable = trainable_parameters(tree)
     roles.twins = frozen_twins(tree, trainable)
     _leave_frozen(trainable, roles)
     return roles
@@ -122,7 +125,7 @@ def _heads_of_pretrained(node: Node, tree: dict[str, Node], name_of: dict[int, s
 
 
 def _outside_of_pretrained(pretrained: list[Node], tree: dict[str, Node], roles: Roles) -> None:
-    """What a LightningModule has beside its transformers models."""
+    """What a LightningModule has beside its pretrained models: of transformers, of diffusers and timm."""
     for name, frozen in _parts_without("", [node.name for node in pretrained], tree):
         if frozen:
             roles.outside[name] = "outside the pretrained backbone, and frozen before LoRA came"
@@ -135,14 +138,16 @@ def _heads_of_plain_modules(tree: dict[str, Node], name_of: dict[int, str], role
     candidates = [n for n in tree.values() if not is_numbered(n.name) and n.name not in roles.outside]
     heads = _behind_heads(_named_like_heads(candidates, list(tree.values())), tree)
     for node in tree.values():
-        if (
-            classifier := ask(node.module, "get_classifier", name_of)
-        ) is not None:  # what else is called so is pretrained
-            heads = {name: reason for name, reason in heads.items() if not is_inside(name, node.name)}
-            heads[classifier] = "the classifier of a timm model"
+        if own := _classifiers([node], name_of):  # what else is called so is pretrained
+            heads = {name: reason for name, reason in heads.items() if not is_inside(name, node.name)} | own
     layers = [n.name for n in tree.values() if n.kind is not None]
     if not all(any(is_within(name, h) for h in heads) for name in layers):
         roles.heads |= heads
+
+
+def _classifiers(nodes: Iterable[Node], name_of: dict[int, str]) -> dict[str, str]:
+    found = (ask(node.module, "get_classifier", name_of) for node in nodes)
+    return {name: "the classifier of a timm model" for name in found if name is not None}
 
 
 def _named_like_heads(candidates: list[Node], among: list[Node]) -> dict[str, str]:
