@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.commands.arguments import positive_int
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import ConfigError, UnsupportedError, first_line
+from lightning_lora.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,29 +67,17 @@ def described_model(model: str) -> "nn.Module":
         ConfigError: If there is no such model.
         UnsupportedError: If transformers can't build it.
     """
-    import torch
-    import transformers
-
     from lightning_lora.analysis.memory_step import quiet
+    from lightning_lora.files.skeleton import on_meta
     from lightning_lora.recipes.tokens import resolve
 
     model = resolve(model)
     with quiet("transformers"):  # it talks of token ids, which nobody needs here
         config = _configuration(model)
     vars(config).pop("quantization_config", None)
-    names = list(config.architectures or [])
-    cls: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
-    if cls is None:
-        what = f"of {names[0]}" if names else "of no known class (its configuration names no architectures)"
-        raise UnsupportedError(
-            f"{model} is {what}, which transformers {transformers.__version__} does not have: build it in Python, "
-            'under torch.device("meta"), and call ll.estimate_memory or ll.plan'
-        )
-    try:
-        with torch.device("meta"):
-            built: nn.Module = cls(config)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise UnsupportedError(f"{model}: transformers can't build {cls.__name__} from it ({error})") from error
+    built = on_meta(
+        config, model, 'build it in Python, under torch.device("meta"), and call ll.estimate_memory or ll.plan'
+    )
     return built.eval()
 
 

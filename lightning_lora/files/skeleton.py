@@ -12,6 +12,8 @@ from torch import nn
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.formats.model_folder import CONFIG, ModelFolder
 
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError)  # of transformers
+
 
 def skeleton(config: dict[str, Any], source: str) -> nn.Module:
     """The model that a configuration describes, on the meta device. Code that lies beside it is not run.
@@ -25,25 +27,43 @@ def skeleton(config: dict[str, Any], source: str) -> nn.Module:
     """
     import transformers
 
-    architectures = config.get("architectures") or []
-    cls: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
-    if cls is None:
-        what = f"of {architectures[0]}" if architectures else "of no known class (its configuration names none)"
-        raise UnsupportedError(
-            f"{source} is {what}, which transformers {transformers.__version__} does not have: load it in Python, and "
-            "merge with ll.load_adapter and ll.merge_and_unload"
-        )
     with tempfile.TemporaryDirectory() as folder:
         # dtype, attention and hub settings say nothing of the structure, and may ask for what is not installed
         plain = {k: v for k, v in config.items() if k not in ("auto_map", "dtype", "torch_dtype")}
         (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
         try:
             read = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
-            with torch.device("meta"):
-                model: nn.Module = cls(read)
-            model.tie_weights()  # type: ignore[operator]  # on the meta device transformers 5.0 does not
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
-            raise UnsupportedError(f"{source}: transformers can't build {cls.__name__} from it ({error})") from error
+        except _REFUSALS as error:
+            raise UnsupportedError(f"{source}: transformers can't read its configuration ({error})") from error
+    return on_meta(read, source, "load it in Python, and merge with ll.load_adapter and ll.merge_and_unload")
+
+
+def on_meta(config: Any, source: str, way_out: str) -> nn.Module:
+    """The transformers model that its configuration describes, on the meta device.
+
+    Args:
+        config: The configuration.
+        source: Where it is from, for messages.
+        way_out: What to do if transformers has no such model.
+
+    Raises:
+        UnsupportedError: If it has none, or can't build it.
+    """
+    import transformers
+
+    names = list(config.architectures or [])
+    cls: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    if cls is None:
+        what = f"of {names[0]}" if names else "of no known class (its configuration names no architectures)"
+        raise UnsupportedError(
+            f"{source} is {what}, which transformers {transformers.__version__} does not have: {way_out}"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = cls(config)
+        model.tie_weights()  # type: ignore[operator]  # on the meta device transformers 5.0 does not
+    except _REFUSALS as error:
+        raise UnsupportedError(f"{source}: transformers can't build {cls.__name__} from it ({error})") from error
     return model
 
 

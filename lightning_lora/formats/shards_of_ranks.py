@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_lora.errors import CheckpointError, first_line
@@ -110,7 +110,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what is meant
-            load(tensors, storage_reader=_Reader(folder), no_dist=True)
+            _load_state_dict(tensors, _Reader(folder), no_dist=True)  # its load() can't be told that before torch 2.9
         return {**rest, **_split(rest, lambda _, key: tensors[key], str)}
     except (Exception, CheckpointException) as error:  # whatever torch makes of a folder that is none
         raise CheckpointError(f"{folder} can't be read: copy it again, whole ({first_line(error)})") from error

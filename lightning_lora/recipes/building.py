@@ -97,7 +97,9 @@ def of_shapes(recipe: "Recipe", dtype: torch.dtype | None = None) -> Any:
     """
     auto_class, config, options = _asked(recipe)
     with torch.device("meta"):
-        return auto_class.from_config(config, dtype=dtype or dtype_of(recipe, config), **options).train()
+        model = auto_class.from_config(config, dtype=dtype or dtype_of(recipe, config), **options)
+    model.tie_weights()  # transformers 5.0 does not on the meta device
+    return model.train()
 
 
 def shard(recipe: "Recipe", blocks: list[nn.Module], files: Files | None) -> None:
