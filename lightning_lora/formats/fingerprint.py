@@ -150,7 +150,7 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     if problems:
         raise BaseMismatchError(
             "the adapter was trained on another base model than this one: " + "; ".join(problems) + ". Load the base "
-            "that it was trained on (the same checkpoint, or the same seed before the model is built)"
+            "that it was trained on (the same checkpoint, or the same seed before the model is built, or resized)"
         )
     return notes
 

@@ -19,6 +19,7 @@ from lightning_lora.targets.choice import choose, left_heads
 from lightning_lora.targets.parameters import is_undropped, type_of
 from lightning_lora.targets.patterns import parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
+from lightning_lora.targets.resized import resized
 from lightning_lora.targets.roles import find_roles
 from lightning_lora.targets.saved import SavedModule, biases, norms, own_left, saved_modules, single_parameters
 from lightning_lora.targets.table import render
@@ -147,7 +148,7 @@ def draft(
             f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
             "there"
         )
-    left += own_left(tree, config, saved)
+    left += [*own_left(tree, config, saved), *resized(tree, rows, in_full)]
     saved += norms({name: node for name, node in own.items() if name not in choice.excluded}, config, saved, problems)
     saved += biases(own, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
