@@ -201,6 +201,8 @@ class LoRAConfig:
             yield f"init_lora_weights must be a name or an object, got the class {init.__name__}: {init.__name__}()"
         elif not callable(init):
             hint = " (PEFT's True is 'kaiming' here)" if init is True else ""
+            if isinstance(init, str) and init.startswith("pissa_niter_"):
+                hint = f" (PEFT's {init} is lightning_lora.inits.PiSSA(niter={init.removeprefix('pissa_niter_')}) here)"
             yield from (p + hint for p in choice_problems("init_lora_weights", init, (*INITS,)))
         yield from saved_problems(self.modules_to_save)
         yield from token_problems(self.trainable_token_indices)

@@ -59,6 +59,7 @@ def test_all_problems_are_reported_at_once():
         ({"use_dora": 1}, "true or false"),
         ({"dora_dropout": "lora"}, "no effect without use_dora"),
         ({"init_lora_weights": True}, "PEFT's True is 'kaiming'"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"PEFT's pissa_niter_4 is lightning_lora.inits.PiSSA\(niter=4\) here"),
         ({"init_lora_weights": PiSSA}, r"must be a name or an object, got the class PiSSA: PiSSA\(\)"),
         ({"modules_to_save": "head"}, r"For one module: \['head'\]"),
         ({"modules_to_save": []}, "empty"),

@@ -210,6 +210,8 @@ def test_mixed_batches_in_a_language_model():
     ids = torch.randint(3, 61, (4, 7))
     with torch.no_grad(), ll.mixed_batch(model, ["a", "b", None, "a"]):
         mixed = model(input_ids=ids).logits
+    with torch.no_grad(), ll.mixed_batch(model, ["a", "b", "__base__", "a"]):  # PEFT's word
+        assert torch.equal(model(input_ids=ids).logits, mixed)
     with torch.no_grad():
         ll.set_adapter(model, "b")
         torch.testing.assert_close(mixed[1], model(input_ids=ids).logits[1], rtol=1e-4, atol=1e-5)

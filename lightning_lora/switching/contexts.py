@@ -74,7 +74,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
 
     Args:
         model: The model.
-        adapter_names: For each sample an adapter, or None for the base.
+        adapter_names: For each sample an adapter, or None (PEFT's ``"__base__"``) for the base.
 
     Raises:
         ConfigError: For unknown names, merged adapters, adapters that train modules in full, adapters on parameters
@@ -92,8 +92,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """
     if not isinstance(adapter_names, Sequence) or isinstance(adapter_names, str):
         raise ConfigError(f"mixed_batch takes a list with an adapter, or None, for each sample; got {adapter_names!r}")
+    parts, adapter_names = parts_of(model), [None if name == "__base__" else name for name in adapter_names]
     names = dict.fromkeys(name for name in adapter_names if name is not None)
-    parts = parts_of(model)
     layers, are_marked, hosts = parts
     marked, merged = marked_modules(model) if are_marked else [], merged_layers(model)
     problems = [f"adapters are merged into {listing(merged)}: call ll.unmerge first"] if merged else []
