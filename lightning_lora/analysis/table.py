@@ -1,6 +1,6 @@
 """An analysis as text: kinds of modules, then layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.errors import counted, listing
@@ -72,20 +72,21 @@ def _lines(analysis: "Analysis") -> Iterator[str]:
     yield headline(analysis)
     yield from (f"note: {note}" for note in analysis.notes)
     yield ""
-    yield from _text(cells(module_rows(analysis), COLUMNS, {"module": "module", "layers": "layers"}))
+    yield from aligned(cells(module_rows(analysis), COLUMNS, {"module": "module", "layers": "layers"}))
     yield ""
-    yield from _text(cells(analysis.rows(), COLUMNS, {"name": "layer", "r": "r"}))
+    yield from aligned(cells(analysis.rows(), COLUMNS, {"name": "layer", "r": "r"}))
     if (comparison := analysis.comparison) is not None:
         yield ""
         yield f"beside {comparison.other}:"
-        yield from _text(cells((layer.to_dict() for layer in comparison.layers.values()), BESIDE, {"name": "layer"}))
+        yield from aligned(cells((layer.to_dict() for layer in comparison.layers.values()), BESIDE, {"name": "layer"}))
         if comparison.only:
             yield f"only {analysis.adapter_name} is on {listing(comparison.only)}"
         if comparison.only_other:
             yield f"only {comparison.other} is on {listing(comparison.only_other)}"
 
 
-def _text(table: list[list[str]]) -> Iterator[str]:
+def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table: first columns flush left, others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *others in table:
         yield "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])

@@ -36,6 +36,7 @@ def run(path: Path, as_json: bool) -> None:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     from lightning_lora.analysis.summary import format_bytes
+    from lightning_lora.analysis.table import aligned
     from lightning_lora.errors import listing
 
     base, versions = found["base"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
@@ -54,7 +55,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             f"{format_bytes(adapter['bytes'])}"
         )
         rows = [layer for layer in layers if "tokens" in layer]
-        yield from _table([_COLUMNS, *(_row(layer) for layer in layers if layer not in rows)]) if layers else ()
+        yield from aligned([_COLUMNS, *(_row(layer) for layer in layers if layer not in rows)]) if layers else ()
         for layer in rows:
             yield f"rows of tokens: {layer['name']} {listing([str(token) for token in layer['tokens']])}"
         for part in adapter["in_full"]:
@@ -77,10 +78,3 @@ def _row(layer: dict[str, Any]) -> tuple[str, ...]:
     norms = [layer[key] for key in ("norm_A", "norm_B", "norm_update", "norm_magnitude")]
     shown = ["-" if norm is None else f"{norm:.4g}" for norm in norms]
     return layer["name"], str(layer["r"]), f"{layer['scaling']:.4g}", *shown, f"{layer['parameters']:,}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells])

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from typing_extensions import override
 
-from lightning_lora.checks import choice_problems, is_alpha, is_positive_int
+from lightning_lora.checks import choice_problems
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.peft_config import CONFIG, parse_config
+from lightning_lora.formats.peft_config import CONFIG, field_problems, parse_config
 from lightning_lora.formats.peft_names import PREFIX, PeftNames
 from lightning_lora.formats.peft_tasks import HEADS
 from lightning_lora.formats.peft_tokens import ROWS
@@ -107,20 +107,9 @@ def _read(folder: Path, max_lora_rank: int) -> _Folder:
     config = parse_config(folder)
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(f"{folder} is of peft_type {config.get('peft_type')!r}: only LORA can be checked")
-    raise_all(CheckpointError, _field_problems(config), str(folder / CONFIG))
+    raise_all(CheckpointError, field_problems(config), str(folder / CONFIG))
     shapes = {key: info.shape for key, info in TensorFile(folder / WEIGHTS).tensors.items()}
     return _Folder(config, shapes, max_lora_rank)
-
-
-def _field_problems(config: dict[str, Any]) -> Iterator[str]:
-    for name, is_right in (("r", is_positive_int), ("lora_alpha", is_alpha)):
-        if not is_right(config.get(name)):
-            yield f"{name} is {config.get(name)!r:.80}"
-        pattern = config.get("rank_pattern" if name == "r" else "alpha_pattern") or {}
-        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
-            yield f"the patterns for {name} are {pattern!r:.80}"
-    if not isinstance(config.get("modules_to_save") or [], list):
-        yield f"modules_to_save is {config['modules_to_save']!r:.80}"
 
 
 def _vllm(folder: _Folder) -> Iterator[tuple[str | None, str]]:

@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (kind := config.get("peft_type")) != "LORA":
         hint = f" (a model takes {kind} by ll.load_adapter)" if kind in PROMPTS else ""
         raise UnsupportedError(f"{path} is of peft_type {shown(kind)}: only LORA and its variants are read here{hint}")
-    raise_all(CheckpointError, _problems(config), str(path))
+    raise_all(CheckpointError, field_problems(config), str(path))
     raise_all(UnsupportedError, islice(_unsupported(config), 20), str(path))
     return config
 
@@ -97,7 +97,8 @@ def start_of(config: Mapping[str, Any]) -> str | None:
     return init if isinstance(init, str) and init in _STARTS else None
 
 
-def _problems(config: Mapping[str, Any]) -> Iterable[str]:
+def field_problems(config: Mapping[str, Any]) -> Iterable[str]:
+    """What is wrong with the fields of a ``LoraConfig``."""
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if not _is_small_rank(r):
         yield f"r must be a positive integer, got {shown(r)}"

@@ -183,10 +183,10 @@ class Misfits:
         if self.stored.layout == "peft":
             yield from self._half_tied()
         saved = self.saved_modules()
-        missing = [key for key in own if key not in self.stored.in_full and not saved.isdisjoint(ancestors(key))]
-        if missing:
+        absent = [key for key in own if key not in self.stored.in_full and not saved.isdisjoint(ancestors(key))]
+        if absent:
             names = listing(self.stored.modules_to_save, 3)
-            yield f"modules_to_save names {names}, and the file has no {listing(missing, 3)}"
+            yield f"modules_to_save names {names}, and the file has no {listing(absent, 3)}"
 
     def tied(self) -> Iterator[dict[str, bool]]:
         """For tensors with several names in the model, of which the file has one in full: those, and which it has.

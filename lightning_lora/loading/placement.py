@@ -41,7 +41,8 @@ def place(
     stored: StoredAdapter,
     adapter_name: str,
     allow_base_mismatch: bool = False,
-    dtype: torch.dtype | None = torch.float32,
+    *,
+    dtype: torch.dtype | None,
 ) -> list[str]:
     """Checks everything about an adapter, reads every tensor, and only then changes the model.
 

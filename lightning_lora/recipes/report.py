@@ -113,16 +113,12 @@ def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     if not path:
         yield "no checkpoint was written: leave trainer.enable_checkpointing on, or add a ModelCheckpoint"
         return
-    best = (
-        f" (best {saver.monitor}: {float(saver.best_model_score):.4g})"
-        if is_best and saver.best_model_score is not None
-        else ""
-    )
+    score = saver.best_model_score if is_best else None
+    best = "" if score is None else f" (best {saver.monitor}: {float(score):.4g})"
     yield f"checkpoint: {path}{best}"
     folder, saved = str(Path(path).with_suffix("")) + "-adapter", Path(path).with_suffix(".peft")
     if saved.is_dir():
         yield f"PEFT folder: {saved}"
-        folder = str(saved)
     elif Path(path).is_file() and _is_exported(recipe):
         yield f"as a PEFT folder: lightning-lora export {shlex.quote(path)} {shlex.quote(folder)}"
     if "classification" not in recipe.kinds and not recipe.separate:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.formats.folder import sync
+from lightning_lora.formats.folder import put_in_place
 
 Example = dict[str, list[int] | list[float]]
 LEARNT = "learnt"  # the field with how many tokens of an example are learnt, which is no part of what a model is fed
@@ -122,11 +122,8 @@ def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int
             with _opened(part / _DESCRIPTION) as file:
                 described = {"fields": codes, "notes": dict(notes), "sizes": sizes, "digest": _digest(fields)}
                 file.write(json.dumps(described).encode())
-            sync(part)
             if open_store(path) is None:  # another run may have been faster
-                shutil.rmtree(path, ignore_errors=True)
-                part.rename(path)
-                sync(path.parent)
+                put_in_place(part, path)
     return Store(path)
 
 

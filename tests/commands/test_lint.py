@@ -152,6 +152,8 @@ def test_the_command(tmp_path, capsys):
     assert caught.value.code == 1
     assert written.out.splitlines()[0].startswith("vllm: it does not serve DoRA")
     assert len(written.out.splitlines()) == len(ll.lint(path))
+    assert "max_lora_rank must be one of" in fails(2, capsys, "lint", path, "--max-lora-rank", 24)
+    assert ll.lint(path, "transformers", max_lora_rank=24) == ll.lint(path, "transformers")  # which has no such limit
     said = fails(2, capsys, "lint", path, "--target", "vlm")
     assert "target must be one of 'vllm', 'llama.cpp', 'transformers', 'peft', got 'vlm'" in said
     assert "Did you mean 'vllm'" in said
@@ -163,5 +165,8 @@ def test_the_command(tmp_path, capsys):
     assert "only LORA can be checked" in fails(1, capsys, "lint", path)
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "8", "rank_pattern": [1]}')
     assert "3 problems" in fails(1, capsys, "lint", path)
+    odd = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": 5}
+    (path / "adapter_config.json").write_text(json.dumps(odd))
+    assert "target_modules must be a list of names, got 5" in fails(1, capsys, "lint", path)
     (path / "adapter_config.json").write_text("{")
     assert "is no JSON" in fails(1, capsys, "lint", path)
