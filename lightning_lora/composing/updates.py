@@ -1,5 +1,6 @@
 """Between adapters on layers and updates as formulas have them: read from the one, written to the other."""
 
+import functools
 import re
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -45,10 +46,7 @@ def _held(model: nn.Module, adapter_names: Collection[str], kind: type[Any]) -> 
 
 def widest(masters: Iterable[Tensor]) -> torch.dtype:
     """The dtype that holds the values of all of these."""
-    dtype, *others = [master.dtype for master in masters]
-    for other in others:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    return functools.reduce(torch.promote_types, (master.dtype for master in masters))
 
 
 def reconfigure(model: nn.Module, adapter_name: str, config: LoRAConfig) -> None:

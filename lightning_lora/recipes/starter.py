@@ -1,5 +1,6 @@
 """A YAML to begin with, after a look at the file and at the model."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,10 +138,9 @@ def _recipe(kind: str, config: Any, base: str) -> str:
 
 def _is_fraction(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))  # nan and inf are names
     except ValueError:
         return False
-    return True
 
 
 @dataclass(frozen=True)

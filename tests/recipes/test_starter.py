@@ -92,6 +92,15 @@ def test_any_text_is_one_line_of_yaml_and_comes_back(text):
         assert all(char in made for char in text)
 
 
+@pytest.mark.parametrize(("labels", "are_numbers"), [(["0.5", "1e-3"], True), (["nan", "1.5"], False)])
+def test_numbers_are_learnt_as_numbers_and_names_as_classes(labels, are_numbers, bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.jsonl(tmp_path / "a.jsonl", [{"text": f"about {i}", "label": labels[i % 2]} for i in range(4)])
+    main(["init", "a.jsonl", "--model", str(bert)])
+    options = yaml.safe_load(Path("run.yaml").read_text())["model"]["init_args"]
+    assert options.get("regression", False) is are_numbers
+
+
 def test_one_class_is_nothing_to_tell_apart(bert, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files.jsonl(tmp_path / "a.jsonl", [{"text": f"about {i}", "label": "yes"} for i in range(4)])
