@@ -1,5 +1,6 @@
 """How the base of a recipe comes to be: loaded by transformers, filled by each rank from its files, or of shapes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,13 +65,20 @@ def load_base(
     return model
 
 
-def dtype_of(recipe: "Recipe", config: Any) -> torch.dtype:
-    """Of a base's weights: what is asked for, or its configuration names, or else that of its files."""
+def dtype_of(recipe: "Recipe", config: Any, files: Files | None = None) -> torch.dtype:
+    """Of a base's weights: what is asked for, or its configuration names, or else that of its files.
+
+    Args:
+        recipe: The recipe.
+        config: The base's configuration.
+        files: Its files; by default those of a folder, as nothing is fetched from a hub for this.
+    """
     if recipe.dtype_of_base != "auto":
         return getattr(torch, recipe.dtype_of_base)  # type: ignore[no-any-return]
-    files = open_files(recipe.base) if config.dtype is None else None
-    named: torch.dtype | None = config.dtype if files is None else files.dtype
-    return named or torch.get_default_dtype()
+    named: torch.dtype | None = config.dtype
+    if named is None and files is None and Path(resolve(recipe.base)).is_dir():
+        files = open_files(recipe.base)
+    return named or (None if files is None else files.dtype) or torch.get_default_dtype()
 
 
 def built(recipe: "Recipe", files: Files) -> Any:
@@ -80,7 +88,7 @@ def built(recipe: "Recipe", files: Files) -> Any:
         ConfigError: If its files don't hold all of it.
     """
     auto_class, config, options = _asked(recipe)
-    model = files.build(auto_class, config, dtype_of(recipe, config), **options)
+    model = files.build(auto_class, config, dtype_of(recipe, config, files), **options)
     if model is None:
         return None
     new = [name for name, own in model.named_parameters() if not own.is_meta]

@@ -28,7 +28,8 @@ def resized(tree: dict[str, Node], rows: list[TableRows], in_full: Collection[st
         if now is None or before is None or now <= before:
             continue
         ends = [told_by(model, f"get_{end}_embeddings") for end in ("output", "input")]  # of a tied pair the latter
-        tables = {id(node.module.weight): node.name for end in ends for node in tree.values() if node.module is end}
+        found = [node for end in ends for node in tree.values() if node.module is end and hasattr(end, "weight")]
+        tables = {id(node.module.weight): node.name for node in found}
         full = {
             id(parameter)
             for node in tree.values()
