@@ -6,6 +6,7 @@ from lightning_lora.adapters import Adapter
 from lightning_lora.errors import listing
 from lightning_lora.injection.copies import tensors_of
 from lightning_lora.ops.finite import is_finite
+from lightning_lora.ops.sharded import gathered
 
 LARGEST = 1e15  # of what a product is finite in bfloat16 and float32
 
@@ -19,11 +20,8 @@ def value_problems(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[str]
     for adapter_name in dict.fromkeys(name for here in layers.values() for name in here):
         adapters = {name: here[adapter_name] for name, here in layers.items() if adapter_name in here}
         waiting = [name for name, adapter in adapters.items() if adapter.master.is_meta or not adapter.initialised]
-        odd = [
-            name
-            for name, adapter in adapters.items()
-            if name not in waiting and not all(is_finite(tensor, LARGEST) for tensor in tensors_of(adapter).values())
-        ]
+        held = {name: tensors_of(adapter).values() for name, adapter in adapters.items() if name not in waiting}
+        odd = [name for name, own in held.items() if not all(is_finite(gathered(t), LARGEST) for t in own)]
         if waiting:
             yield f"adapter {adapter_name!r} has no values yet on {listing(waiting, 3)}"
         if odd:
