@@ -406,6 +406,39 @@ def test_behind_a_fit_averages_are_what_a_checkpoint_gives(tmp_path, stage):
     assert any(not torch.equal(own[key], value) for key, value in saved["current_model_state"].items())
 
 
+class Rows(Lit):
+    """Which tokens have rows of their own is a buffer of integers, of which a mean is cut; a head has a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 16), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.register_buffer("places", torch.arange(1, 9))
+
+    def forward(self, x):
+        return self.head(self.net(x + self.table(torch.arange(len(x)) + 3)))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@averaging
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+def test_averages_leave_what_is_not_learnt(tmp_path, start):
+    options = {"trainable_token_indices": {"table": [1, 3, 7, 50, 63]}, "modules_to_save": ["head"]}
+    lora = ll.LoRA(r=2, target_modules=["q"], init_lora_weights=start, **options)
+    module = Rows()
+    run = trainer(lora, EMAWeightAveraging(decay=0.9), max_epochs=2)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert module.table.lora["default"].index.tolist() == [1, 3, 7, 50, 63]
+    assert module.places.tolist() == list(range(1, 9))
+    again = ll.load_from_checkpoint(Rows, tmp_path / "a.ckpt")
+    held = dict(module.named_buffers())
+    assert all(torch.equal(held[name], other) for name, other in again.named_buffers())
+    x = torch.randn(4, 16)
+    assert torch.equal(module.eval()(x), again.eval()(x))
+
+
 class Scaled(Lit):
     """With buffers of the base that are no zeros."""
 
