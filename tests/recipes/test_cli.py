@@ -10,10 +10,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from torch import distributed
 
+import lightning_lora as ll
 from lightning_lora.cli import main
 from lightning_lora.formats.files import read
 from lightning_lora.formats.shards_of_ranks import write_folder
@@ -391,3 +393,25 @@ def test_the_yaml_of_the_docs(llama, data, tmp_path, capsys):
     (tmp_path / "docs.yaml").write_text(block)
     main(["fit", "--config", "docs.yaml", *SHORT, f"--model.base={llama}", "--trainer.accumulate_grad_batches=1"])
     assert torch.load(saved(), weights_only=True)["lightning_lora"]["adapters"]["default"]["r"] == 16
+
+
+def test_a_base_that_can_not_be_loaded_is_one_message(llama, tmp_path, capsys):
+    """By ``generate`` and ``latency``: of other shapes than its configuration says, with weights missing, or none."""
+    model = transformers.LlamaForCausalLM.from_pretrained(llama)
+    ll.inject(model, ll.LoRAConfig(r=2))
+    ll.save_adapter(model, tmp_path / "adapter")
+    odd = shutil.copytree(llama, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    commands = (["generate", str(tmp_path / "adapter"), "--prompt", "x"], ["latency", "--rounds", "1"])
+    for changed, why in (
+        ({"vocab_size": 330}, "can't be loaded as"),
+        ({"num_hidden_layers": 9}, "in none of its files"),
+    ):
+        (odd / "config.json").write_text(json.dumps({**config, **changed}))
+        for command in commands:
+            said = refused(capsys, *command, "--base", str(odd))
+            assert str(odd) in said
+            assert why in said
+            assert "Traceback" not in said
+    (odd / "config.json").unlink()
+    assert "Traceback" not in refused(capsys, *commands[0], "--base", str(odd))
