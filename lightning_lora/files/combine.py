@@ -181,7 +181,8 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 
 def _as_peft_has_it(stored: StoredAdapter) -> StoredAdapter:
     """Whole layers, and without the frozen tables of the base that PEFT writes beside adapters on embeddings."""
-    in_full = {key: tensor for key, tensor in stored.in_full.items() if key not in stored.tables}
+    frozen = {*stored.tables}
+    in_full = {key: tensor for key, tensor in stored.in_full.items() if key not in frozen}
     entry = {key: value for key, value in stored.entry.items() if key != "parts"}
     return replace(stored, in_full=in_full, is_target=None, entry=entry)
 

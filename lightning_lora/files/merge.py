@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import Adapter, TokenRows, variant_class
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.files.base import BaseFiles, Change
 from lightning_lora.formats.folder import sync, whole_folder
 from lightning_lora.formats.model_folder import ModelFolder
 from lightning_lora.formats.shards import Shard
 from lightning_lora.formats.tensors import require_finite
 from lightning_lora.layers import kind_of_layer
+from lightning_lora.loading.frozen import other_tables
 from lightning_lora.loading.load import read_stored
 from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.merge import merged_piece
@@ -141,21 +142,17 @@ def _adapter(name: str, files: BaseFiles) -> Adapter:
 
 
 def _settle_tables(in_full: dict[str, Tensor], files: BaseFiles, allow_base_mismatch: bool) -> list[str]:
-    """PEFT writes the frozen table of an embedding that has an adapter beside it: it has to be the base's own."""
-    notes, source = [], files.stored.source
-    for key in files.stored.tables:
-        table, (place, *_) = in_full[key], files.places_of(key)
-        own = files.read(files.source_of(place))
-        if torch.equal(table.to(own.dtype), own):
-            del in_full[key]
-            continue
-        if not allow_base_mismatch:
-            raise BaseMismatchError(
-                f"{source} brings a {key} that is not the base's: give the base that has it, or allow that they differ "
-                "(--allow-base-mismatch)"
-            )
-        notes.append(f"{key} of the base was replaced by that of {source}")
-    return notes
+    """Leaves of the frozen tables that PEFT writes those that are not the base's own, and says so."""
+    way_out = "give the base that has it, or allow that they differ (--allow-base-mismatch)"
+    others = other_tables(
+        in_full,
+        files.stored,
+        lambda key: files.read(files.source_of(files.places_of(key)[0])),
+        way_out,
+        allow_base_mismatch,
+    )
+    in_full |= others
+    return [f"{key} of the base was replaced by that of {files.stored.source}" for key in others]
 
 
 def _put_in_full(shard: Shard, in_full: dict[str, Tensor], files: BaseFiles) -> None:

@@ -1,6 +1,6 @@
 """Frozen weights of the base that PEFT writes beside an adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import BaseMismatchError
+from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.layers import kind_of_layer
 from lightning_lora.loading.misfits import Misfits
 
@@ -34,20 +35,37 @@ def drop_residuals(in_full: dict[str, Tensor], values: Mapping[str, Mapping[str,
             )
 
 
-def other_tables(in_full: dict[str, Tensor], misfits: Misfits, allow_base_mismatch: bool) -> dict[str, Tensor]:
+def other_tables(
+    in_full: dict[str, Tensor],
+    stored: StoredAdapter,
+    own: Callable[[str], Tensor],
+    way_out: str,
+    allow_base_mismatch: bool,
+) -> dict[str, Tensor]:
     """PEFT writes frozen tables of tokens, of adapters and of a resize: they have to be the base's own.
 
-    Takes them out of what is trained in full, and returns those that are not.
+    Takes them out of what is trained in full.
+
+    Args:
+        in_full: What the file has in full, by name.
+        stored: The adapter.
+        own: Gets what the base has, by name.
+        way_out: What to do where they differ.
+        allow_base_mismatch: Whether they may.
+
+    Returns:
+        Those that are not the base's own.
+
+    Raises:
+        BaseMismatchError: If there are such, and they may not be there.
     """
-    others, own, source = dict[str, Tensor](), misfits.own_tensors, misfits.stored.source
-    for key in filter(in_full.__contains__, misfits.stored.tables):
-        table = in_full.pop(key).to(own[key])
-        if torch.equal(table, own[key]):
+    others = dict[str, Tensor]()
+    for key in filter(in_full.__contains__, stored.tables):
+        there = own(key)
+        table = in_full.pop(key).to(there)
+        if torch.equal(table, there):
             continue
         if not allow_base_mismatch:
-            raise BaseMismatchError(
-                f"{source} brings a {key} that is not the base's: load it into the base, or have "
-                "that done by ll.load_adapter(model, file, allow_base_mismatch=True)"
-            )
+            raise BaseMismatchError(f"{stored.source} brings a {key} that is not the base's: {way_out}")
         others[key] = table
     return others

@@ -73,7 +73,8 @@ def place(
     dtypes = {name: _dtype(found, misfits, dtype) for name, found in misfits.found.items()}
     raise_all(CheckpointError, _overflows(values, in_full, misfits, dtypes), stored.source)
     drop_residuals(in_full, values, misfits)
-    tables = other_tables(in_full, misfits, allow_base_mismatch)
+    way_out = "load it into the base, or have that done by ll.load_adapter(model, file, allow_base_mismatch=True)"
+    tables = other_tables(in_full, stored, misfits.own_tensors.__getitem__, way_out, allow_base_mismatch)
     config = config_of(model, prefix, misfits)
     had = list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora))
     active = active_adapters(model)

@@ -33,7 +33,8 @@ def not_trained(
         own = tensors_of(node.module)
         trained |= {id(own[key]) for key, _ in values_of(node.module, adapter_name)}
         owners |= {id(own[key]): name for key, name in vars(node.module).get(TRAINED, {}).items() if key in own}
-    odd = {key: tensor for key, tensor in brought.items() if id(tensor) not in trained and key not in stored.tables}
+    frozen = {*stored.tables}
+    odd = {key: tensor for key, tensor in brought.items() if id(tensor) not in trained and key not in frozen}
     if not odd:
         return
     what = f"the file has {listing(odd, 3)} in full, which the model's adapter {adapter_name!r} does not train"

@@ -148,7 +148,7 @@ def draft(
             f"{listing(undropped, 3)}: read as a whole, so that there is no input to drop: lora_dropout has no effect "
             "there"
         )
-    left += [*own_left(tree, config, saved), *resized(tree, rows, in_full)]
+    left += [*own_left(tree, config, saved), *resized(tree, rows, in_full, owners)]
     saved += norms({name: node for name, node in own.items() if name not in choice.excluded}, config, saved, problems)
     saved += biases(own, config, usable, saved)
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
