@@ -51,7 +51,7 @@ def on_meta(config: Any, source: str, way_out: str) -> nn.Module:
     """
     import transformers
 
-    names = list(config.architectures or [])
+    names = [str(name) for name in config.architectures or []]  # of a file, which may say anything
     cls: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
     if cls is None:
         what = f"of {names[0]}" if names else "of no known class (its configuration names no architectures)"

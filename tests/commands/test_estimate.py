@@ -116,6 +116,8 @@ def test_models_that_are_none(command, tmp_path, capsys):
     assert "call ll.estimate_memory or ll.plan" in said
     config.write_text(json.dumps({**fields, "architectures": None}))
     assert "its configuration names no architectures" in fails(1, capsys, command, model)
+    config.write_text(json.dumps({**fields, "architectures": [5]}))
+    assert "is of 5, which transformers" in fails(1, capsys, command, model)
     config.write_text(json.dumps({**fields, "hidden_size": "wide"}))
     assert fails(2, capsys, command, model).startswith(f"lightning-lora: {model} is no configuration")
     config.write_text("{")
