@@ -84,7 +84,7 @@ class Recipe(LightningModule):
         problems += choice_problems("dtype", self.dtype_of_base, ("auto", *DTYPES))
         if not is_positive(self.lr):
             problems.append(f"lr must be a positive number, got {self.lr!r}")
-        if self.weight_decay != 0 and not is_positive(self.weight_decay):
+        if not is_number(self.weight_decay) or (self.weight_decay != 0 and not is_positive(self.weight_decay)):
             problems.append(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
         if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             problems.append(f"warmup must be in [0, 1], a part of all steps, got {self.warmup!r}")
