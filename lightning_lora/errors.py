@@ -19,7 +19,9 @@ from typing import Any
 class LightningLoRAError(Exception):
     """Base class of all errors raised by lightning_lora. ``problems`` lists what is wrong, one by one."""
 
-    problems: tuple[str, ...] = ()
+    def __init__(self, message: str = "", problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class ConfigError(LightningLoRAError, ValueError):
@@ -53,9 +55,7 @@ def raise_all(
     if problems := tuple(problems):
         count = f"{'the first ' * first}{len(problems)} problems:"
         lines = problems if len(problems) == 1 else [count, *(f"  - {p}" for p in problems)]
-        raised = error(f"{context}: " * bool(context) + "\n".join(lines))
-        raised.problems = problems
-        raise raised
+        raise error(f"{context}: " * bool(context) + "\n".join(lines), problems)
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.names import clean
 from lightning_lora.ops.norms import accumulation_dtype, row_squares
-from lightning_lora.ops.sharded import gathered, is_flattened, is_plain
+from lightning_lora.ops.sharded import gathered, is_flattened, is_partitioned, is_plain
 from lightning_lora.optim import held_by
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _sites(model: nn.Module, adapter_names: list[str] | None, in_run: Container[
 
 def _is_away(layer: LoRALayer) -> bool:
     weight: Any = layer.weight
-    return is_flattened(weight) or hasattr(weight, "ds_id")
+    return is_flattened(weight) or is_partitioned(weight)
 
 
 def _row_norms(layer: LoRALayer, adapter: LowRankAdapter) -> Tensor | None:

@@ -90,7 +90,7 @@ def estimate_memory(
     try:
         settings = None if quantization is None else Quantization.of(quantization)
     except ConfigError as error:
-        problems += error.problems or [str(error)]
+        problems += error.problems
     raise_all(ConfigError, problems, "estimate_memory")
     run = Run(
         way=Way(

@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.formats.damage import damage
 from lightning_lora.formats.peft_parameters import apart, base_problems
-from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, since_start
 from lightning_lora.layers import LoRALayer, kind_of_layer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.names import ancestors, clean, relative
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.ops.sharded import is_spread
+from lightning_lora.ops.sharded import is_partitioned, is_spread
 from lightning_lora.quantization import quantizer_of
 from lightning_lora.state import require_low_rank
 
@@ -57,7 +56,7 @@ def model_sources(model: nn.Module, adapter_name: str) -> list[Source]:
     held = {name: {adapter_name: layer.lora_adapters()[adapter_name]} for name, layer in layers.items()}
     problems += value_problems(held)
     raise_all(ConfigError, problems, "analyze")
-    partitioned = any(hasattr(layer.weight, "ds_id") for layer in layers.values())
+    partitioned = any(is_partitioned(layer.weight) for layer in layers.values())
     if partitioned or is_spread(model):
         raise UnsupportedError(
             "analyze: the model is spread over ranks: save the adapter, and analyse the folder with its base "
@@ -113,16 +112,11 @@ def file_sources(stored: StoredAdapter, files: BaseFiles | None = None) -> list[
         )
     raise_all(UnsupportedError, [] if files is not None else base_problems(stored), stored.source)
     raise_all(CheckpointError, damage(stored))
-    scaling = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     if files is not None:
         stored = files.stored
     pairs = {name: layer for name, layer in stored.layers.items() if not layer.is_rows}
     named = sorted(pairs.items(), key=lambda item: _natural(item[0]))
-    return [
-        source
-        for name, layer in named
-        for source in _of_file(name, layer, scaling(layer.r, layer.lora_alpha), stored, files)
-    ]
+    return [source for name, layer in named for source in _of_file(name, layer, stored.scaling(layer), stored, files)]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -148,21 +142,20 @@ def _of_file(
 
     for i in [None] if n is None else range(n):
 
-        def part(key: str, i: int | None = i) -> Tensor | None:
-            value = values().get(key)
-            return value if value is None or i is None else value[i]
+        def own(i: int | None = i) -> dict[str, Tensor]:
+            return {part: value if i is None else value[i] for part, value in values().items()}
 
-        def factors(part: Callable[[str], Tensor | None] = part) -> tuple[Tensor, Tensor]:
-            found = [value for key in ("A", "B", "start_A", "start_B") if (value := part(key)) is not None]
-            A, B, *start = [value.to(accumulation_dtype(*found)) for value in found]
-            return (torch.cat([A, start[0]]), torch.cat([B, -start[1]], dim=1)) if start else (A, B)
+        def factors(own: Callable[[], dict[str, Tensor]] = own) -> tuple[Tensor, Tensor]:
+            A, B = since_start(own())
+            wide = accumulation_dtype(A, B)
+            return A.to(wide), B.to(wide)
 
         yield Source(
             name=name if i is None else f"{name}[{i}]",
             r=layer.r,
             scaling=scaling,
             factors=factors,
-            magnitude=lambda part=part: part("magnitude"),  # type: ignore[misc]
+            magnitude=lambda own=own: own().get("magnitude"),  # type: ignore[misc]
             weight=None if files is None else lambda i=i: _weight(name, files, i),  # type: ignore[misc]
         )
 

@@ -78,7 +78,7 @@ def combine(updates: Sequence[Update], method: str, rank: int | None, density: f
         source: What is drawn at random comes from here.
     """
     if depth := updates[0].depth:
-        return _stacked(
+        return stacked(
             [combine([u.of(i) for u in updates], method, rank, density, _of(source, i)) for i in range(depth)]
         )
     weights = [update.weight for update in updates]
@@ -97,7 +97,7 @@ def _of(source: Source, index: int) -> Source:
     return lambda part: source(f"{part}.{index}")
 
 
-def _stacked(each: Sequence[Combined]) -> Combined:
+def stacked(each: Sequence[Combined]) -> Combined:
     """Those of the matrices of a stack as one."""
     norm = math.hypot(*(one.norm for one in each))
     lost = math.hypot(*(one.norm * one.error for one in each))

@@ -27,7 +27,7 @@ from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.switching.chosen import no_low_rank
-from lightning_lora.targets.patterns import parse_key, unmatched
+from lightning_lora.targets.patterns import first_match, parse_key, unmatched
 from lightning_lora.targets.walk import Node
 
 
@@ -138,6 +138,5 @@ def _rank_problems(rank: Any, layers: Mapping[str, tuple[Node, Any]]) -> list[st
 
 def _rank_of(rank: int | Mapping[str, int] | None, node: Node, adapter: LowRankAdapter) -> int:
     if isinstance(rank, Mapping):
-        patterns = [(parse_key(key), value) for key, value in rank.items()]
-        return next((value for key, value in patterns if any(map(key.within, node.names))), adapter.r)
+        return int(first_match(rank, node.names, adapter.r))
     return adapter.r if rank is None else rank

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import LowRankAdapter, unweighted
 from lightning_lora.checks import is_number, is_positive_int
-from lightning_lora.composing.combinations import best_of_product
+from lightning_lora.composing.combinations import Combined, best_of_product, stacked
 from lightning_lora.composing.convert import absorbed_problems, exchange, without_pairs
 from lightning_lora.composing.truncate_report import LayerTruncation, TruncateReport
-from lightning_lora.composing.updates import held, rank_fields, reconfigure, source
+from lightning_lora.composing.updates import filled, held, rank_fields, reconfigure, source
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError, raise_all
-from lightning_lora.injection.create import create
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.marks import merged_problems
 from lightning_lora.merging.values import value_problems
@@ -76,24 +75,24 @@ def truncate(
     problems += [*without_pairs(layers, known, adapter_name), *absorbed_problems(layers, adapter_name)]
     raise_all(ConfigError, problems, "truncate")
     parts = {name: _reduced(node, here[adapter_name], rank, energy) for name, (node, here) in layers.items()}
-    ranks = {name: A.shape[-2] for name, (A, _, _, _) in parts.items()}
+    ranks = {name: part.A.shape[-2] for name, part in parts.items()}
     old = next(here[adapter_name].config for _, here in layers.values())
     plain: dict[str, Any] = {"use_rslora": False, "init_lora_weights": "kaiming"}
     config = replace(old, **plain, **rank_fields(layers, ranks))
     made = {
-        name: _made(node, config, adapter_name, here[adapter_name], *parts[name][:2])
+        name: _made(node, config, adapter_name, here[adapter_name], parts[name])
         for name, (node, here) in layers.items()
     }
     reconfigure(model, adapter_name, config)
     entries = {}
     for name, (node, here) in layers.items():
         assert isinstance(node.module, LoRALayer)
-        before, after, (_, _, norm, error) = here[adapter_name], made[name], parts[name]
-        of_merged = error if before.variant == "lora" else _merged_error(node.module, before, after)
+        before, after, part = here[adapter_name], made[name], parts[name]
+        of_merged = part.error if before.variant == "lora" else _merged_error(node.module, before, after)
         exchange(node.module, adapter_name, before, after)
         shape = node.module.lora_matrix_shape(node.module)
         counts = [type(a).parameter_count(shape, a.r) for a in (before, after)]
-        entries[name] = LayerTruncation(before.update_rank, after.r, norm, error, of_merged, *counts)
+        entries[name] = LayerTruncation(before.update_rank, after.r, part.norm, part.error, of_merged, *counts)
     return TruncateReport(adapter_name, entries)
 
 
@@ -106,26 +105,19 @@ def _argument_problems(rank: Any, energy: Any) -> Iterator[str]:
         yield f"energy must be a number in (0, 1], the share of each update that stays, got {energy!r}"
 
 
-def _reduced(
-    node: Node, adapter: LowRankAdapter, rank: int | None, energy: float | None
-) -> tuple[Tensor, Tensor, float, float]:
-    """A and B of less rank with a scale of 1, the norm of the update, and the part of it that is lost."""
+def _reduced(node: Node, adapter: LowRankAdapter, rank: int | None, energy: float | None) -> Combined:
+    """The update with less rank, and a scale of 1."""
     A, B = (factor.to(accumulation_dtype(factor)) for factor in adapter.update())
     A = A * adapter.scaling
     if adapter.adds_nothing:  # what rounding leaves of an update that is 0 is no direction to learn in
         B = torch.zeros_like(B)
     most = min(A.shape[-2], *A.shape[-1:], B.shape[-2])
     r = min(rank, most) if rank is not None else min(_rank_for(A, B, float(energy or 1)), most)
-    stacked = A.dim() == 3
-    pairs, generator = list(zip(A, B, strict=True)) if stacked else [(A, B)], source(0, node.name)("rest")
+    generator = source(0, node.name)("rest")
     with torch.autocast(A.device.type, enabled=False):
-        found = [best_of_product(a, b, r, generator) for a, b in pairs]
-    norm = sum(each.norm**2 for each in found) ** 0.5
-    lost = sum((each.error * each.norm) ** 2 for each in found) ** 0.5
-    factors = [
-        torch.stack([getattr(each, key) for each in found]) if stacked else getattr(found[0], key) for key in "AB"
-    ]
-    return factors[0], factors[1], norm, lost / norm if norm else 0.0
+        if A.dim() == 2:
+            return best_of_product(A, B, r, generator)
+        return stacked([best_of_product(a, b, r, generator) for a, b in zip(A, B, strict=True)])
 
 
 def _rank_for(A: Tensor, B: Tensor, energy: float) -> int:
@@ -137,19 +129,12 @@ def _rank_for(A: Tensor, B: Tensor, energy: float) -> int:
     return int(enough.int().argmax()) + 1 if kept[-1] > 0 else 1
 
 
-def _made(
-    node: Node, config: LoRAConfig, adapter_name: str, old: LowRankAdapter, A: Tensor, B: Tensor
-) -> LowRankAdapter:
-    r = A.shape[-2]
-    adapter = create(node, node.name, config, r, float(r), adapter_name, old.A.dtype)
+def _made(node: Node, config: LoRAConfig, adapter_name: str, old: LowRankAdapter, reduced: Combined) -> LowRankAdapter:
+    adapter = filled(node, config, adapter_name, reduced.A, reduced.B, old.A.dtype)
+    adapter.keep_start(False)
     own = dict(adapter.named_parameters(recurse=False))
-    own["A"].copy_(A)
-    own["B"].copy_(B)
     for key in own.keys() - {"A", "B"}:  # DoRA's magnitudes
         own[key].copy_(getattr(old, key))
-    adapter.initialised = True
-    adapter.keep_start(False)
-    for key in own.keys() - {"A", "B"}:
         own[key].requires_grad_(getattr(old, key).requires_grad)
     return adapter
 

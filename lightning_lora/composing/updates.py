@@ -18,7 +18,7 @@ from lightning_lora.injection.create import create
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.ops.norms import row_chunks
 from lightning_lora.targets.parameters import is_named_alone
-from lightning_lora.targets.patterns import parse_key
+from lightning_lora.targets.patterns import first_match
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -99,6 +99,13 @@ def as_adapter(
 ) -> LowRankAdapter:
     """A plain LoRA for a layer, with a scale of 1, that is not on it yet."""
     A, B = (combined.B.mT, combined.A.mT) if is_turned(node) else (combined.A, combined.B)
+    return filled(node, config, adapter_name, A, B, dtype)
+
+
+def filled(
+    node: Node, config: LoRAConfig, adapter_name: str, A: Tensor, B: Tensor, dtype: torch.dtype
+) -> LowRankAdapter:
+    """An adapter for a layer with these factors and a scale of 1, that is not on it yet."""
     r = A.shape[-2]
     adapter = create(node, node.name, config, r, float(r), adapter_name, dtype)
     with torch.no_grad():
@@ -121,10 +128,8 @@ def target_fields(layers: Mapping[str, Node], names: Iterable[str]) -> dict[str,
 def rank_fields(layers: Mapping[str, tuple[Node, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:
     """The fields of a configuration that say these ranks of these layers, and a scale of 1."""
     r, patterns = shortest_patterns(ranks)
-    keys = [(parse_key(key), rank) for key, rank in patterns.items()]
     for name, rank in ranks.items():  # patterns of a LoRAConfig also mean what lies in a module, and other names
-        names = layers[name][0].names
-        if rank != next((value for key, value in keys if any(map(key.within, names))), r):
+        if rank != first_match(patterns, layers[name][0].names, r):
             patterns = {f"re:{re.escape(odd)}": value for odd, value in ranks.items() if value != r}
             break
     return {

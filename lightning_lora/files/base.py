@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
+from lightning_lora.errors import CheckpointError, UnsupportedError, listing, raise_all
 from lightning_lora.files.skeleton import names_in_files, skeleton
 from lightning_lora.formats.fingerprint import compare, fingerprint, is_buffer, pack, unpack
 from lightning_lora.formats.model_folder import ModelFolder
@@ -79,12 +79,8 @@ class BaseFiles:
         if stored.base is None or allow_base_mismatch:
             return []
         trained = {each for name in stored.trained for each in self._groups.get(name, [name])}
-        try:
-            return compare(stored.base, self._fingerprint(), trained)
-        except BaseMismatchError as error:
-            raise BaseMismatchError(
-                f"{stored.source}: {error}, or allow that they differ (--allow-base-mismatch)"
-            ) from None
+        way_out = "allow that they differ (--allow-base-mismatch)"
+        return compare(stored.base, self._fingerprint(), trained, source=stored.source, way_out=way_out)
 
     def places_of(self, name: str) -> list[str]:
         """The tensors in the merged files that hold a parameter or buffer, under all the names that share it."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.checkpoint import META
 from lightning_lora.formats.checkpoint_read import checkpoint_adapter, other_method, read_checkpoint, stored_in_full
@@ -18,7 +17,7 @@ from lightning_lora.formats.peft_parameters import apart, base_problems
 from lightning_lora.formats.peft_read import adapter_folder, read_folder, require_peft_folder
 from lightning_lora.formats.peft_write import WEIGHTS
 from lightning_lora.formats.shards_of_ranks import is_checkpoint
-from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor, since_start
 from lightning_lora.ops.low_rank import product_norm
 
 
@@ -94,9 +93,8 @@ def _base(fingerprint: dict[str, Any] | None, name: str | None) -> dict[str, Any
 
 
 def _adapter(stored: StoredAdapter) -> dict[str, Any]:
-    scale = LoRAConfig(use_rslora=stored.options["use_rslora"]).scaling
     layers = [
-        _layer(name, layer, scale(layer.r, layer.lora_alpha), None if layer.is_rows else stored.depth(layer))
+        _layer(name, layer, stored.scaling(layer), None if layer.is_rows else stored.depth(layer))
         for name, layer in stored.layers.items()
     ]
     return {
@@ -161,10 +159,7 @@ def _each(factors: dict[str, Tensor], depth: int | None) -> dict[str, Tensor]:
 
 def _update_norm(factors: dict[str, Tensor], scale: float) -> float:
     r""":math:`\|s\,B A\|`, or :math:`\|s\,(B A - B_0 A_0)\|` of an adapter that started with a part of the weight."""
-    A, B = factors["A"], factors["B"]
-    if "start_A" in factors:
-        A, B = torch.cat([A, factors["start_A"]], dim=-2), torch.cat([B, -factors["start_B"]], dim=-1)
-    return abs(scale) * product_norm(A, B)
+    return abs(scale) * product_norm(*since_start(factors))
 
 
 def _norm(tensor: Tensor | None) -> float | None:

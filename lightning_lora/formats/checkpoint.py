@@ -18,12 +18,13 @@ adapters (`lightning_lora.loading.instantiate`).
 Plain types and tensors only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
+from lightning_lora.checks import is_list_of_names
 from lightning_lora.errors import CheckpointError, ConfigError, listing, raise_all
 from lightning_lora.formats.fingerprint import compare, pack
 from lightning_lora.formats.peft_export import Export
@@ -79,7 +80,15 @@ def check_format(checkpoint: dict[str, Any]) -> dict[str, Any]:
             f"this version reads adapter checkpoints of format {FORMAT}, the file has {found!r}: install the "
             "lightning-lora that wrote it, or a newer one"
         )
+    raise_all(CheckpointError, _wrong_kinds(meta.get("adapters"), meta.get("in_full")))
     return meta
+
+
+def _wrong_kinds(known: Any, in_full: Any) -> Iterator[str]:
+    if not isinstance(known, dict) or not known or not all(isinstance(name, str) for name in known):
+        yield "it does not name its adapters"
+    if not isinstance(in_full, dict) or not all(map(is_list_of_names, in_full.values())):
+        yield "it does not name what is trained in full"
 
 
 def places_in_full(state: Container[str], keys: Iterable[str], adapter_name: str) -> dict[str, str]:
@@ -116,7 +125,7 @@ def check_adapters(model: nn.Module, checkpoint: dict[str, Any], base: dict[str,
     if differences := _differences(saved, current, _MATHEMATICS):
         if saved.keys() != current.keys() or not all(_is_same_here(model, name, saved[name]) for name in saved):
             raise_all(CheckpointError, differences, "the checkpoint holds another adapter")
-    raise_all(CheckpointError, _other_owners(model, meta.get("in_full", {})))
+    raise_all(CheckpointError, _other_owners(model, meta["in_full"]))
     trained = checkpoint.get("state_dict", {}).keys() | adapter_state_dict(model).keys()
     trained |= {
         f"{key.rpartition('.lora.')[0]}.weight" for key in trained if key.endswith(".rows")
@@ -143,8 +152,8 @@ def load_adapters(
         BaseMismatchError: If it was trained on another base. In either case nothing was loaded.
     """
     notes, meta, before = check_adapters(model, checkpoint, base), checkpoint[META], active_weights(model)
-    active = meta.get("active")  # older versions, and models with merged adapters, do not say it
-    changes = active and active != before and (activate or meta.get("in_full")) and not merged_layers(model)
+    active = meta["active"]  # none of a model with merged adapters
+    changes = active and active != before and (activate or meta["in_full"]) and not merged_layers(model)
     if changes:
         try:
             set_adapter(model, active)  # whose values in full are in place goes by it, here as in the file

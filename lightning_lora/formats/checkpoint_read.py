@@ -1,16 +1,14 @@
 """One adapter out of a checkpoint of this package."""
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checks import is_list_of_names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, no_adapter, raise_all
+from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, no_adapter
 from lightning_lora.formats.checkpoint import META, check_format, is_adapter_checkpoint, places_in_full
 from lightning_lora.formats.files import INSTEAD
 from lightning_lora.formats.peft_config import shown
@@ -41,11 +39,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         what = "a checkpoint of a whole model" if "state_dict" in checkpoint else "no checkpoint of Lightning"
         raise CheckpointError(f"{path} holds no adapters: it is {what} (it has {shown([*checkpoint][:3])}): {INSTEAD}")
     try:
-        meta = check_format(checkpoint)
+        check_format(checkpoint)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    kinds = _wrong_kinds(meta.get("adapters"), meta.get("in_full", {}), checkpoint.get("state_dict"))
-    raise_all(CheckpointError, kinds, str(path))
+        raise CheckpointError(f"{path}: {error}", error.problems) from None
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(key, str) and len(key) <= MOST_IN_KEY for key in state):
+        raise CheckpointError(f"{path}: its state_dict does not name its tensors")
     return checkpoint
 
 
@@ -58,7 +57,7 @@ def checkpoint_adapter(
         CheckpointError: If there is no such adapter, or several and none of them is named.
     """
     meta, state = checkpoint[META], checkpoint["state_dict"]
-    known, in_full = meta["adapters"], meta.get("in_full", {})
+    known, in_full = meta["adapters"], meta["in_full"]
     name = (adapter_name or "") if len(known) > 1 else next(iter(known))
     if name not in known:
         if name:
@@ -121,18 +120,9 @@ def stored_in_full(
         checkpoint: What `read_checkpoint` gave.
         adapter_name: The adapter.
     """
-    state, keys = checkpoint["state_dict"], checkpoint[META].get("in_full", {}).get(adapter_name, [])
+    state, keys = checkpoint["state_dict"], checkpoint[META]["in_full"].get(adapter_name, [])
     places = places_in_full(state, keys, adapter_name)
     return {key: _stored(f"{path}: {place}", state[place]) for key, place in places.items()}
-
-
-def _wrong_kinds(known: Any, in_full: Any, state: Any) -> Iterator[str]:
-    if not isinstance(known, dict) or not known or not all(isinstance(name, str) for name in known):
-        yield "it does not name its adapters"
-    if not isinstance(in_full, dict) or not all(map(is_list_of_names, in_full.values())):
-        yield "it does not name what is trained in full"
-    if not isinstance(state, dict) or not all(isinstance(key, str) and len(key) <= MOST_IN_KEY for key in state):
-        yield "its state_dict does not name its tensors"
 
 
 def _config(path: str | os.PathLike[str], name: str, values: Any) -> LoRAConfig:

@@ -28,6 +28,7 @@ from lightning_lora.quantize import dense_record
 from lightning_lora.state import base_buffers
 from lightning_lora.switching.merged import base_in_place
 
+ALL_THE_SAME = "load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"
 _BUFFER = "buffer:"  # in front of the dtype of what is no parameter
 _CLOSE = 2**-7  # buffers may be computed anew, by another release or in bfloat16
 
@@ -108,13 +109,17 @@ class _Weight:
     samples: Tensor
 
 
-def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = ()) -> list[str]:
+def compare(
+    saved: dict[str, Any], current: dict[str, Any], trained: Container[str] = (), *, source: str = "", way_out: str = ""
+) -> list[str]:
     """Checks that an adapter's base is this model's.
 
     Args:
         saved: The fingerprint in the file.
         current: The model's.
         trained: Names that are trained in one of the two runs, and so not of the base.
+        source: The file, for messages.
+        way_out: How to load it all the same, likewise.
 
     Returns:
         What differs and may differ: whether and how the base is quantised.
@@ -129,12 +134,12 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
     if saved["sha256"] == current["sha256"]:
         return notes
     old, new = _weights(saved, trained), _weights(current, trained)
-    problems = []
+    problems, where, otherwise = [], f"{source}: " * bool(source), f", or {way_out}" * bool(way_out)
     missing, extra = [name for name in old if name not in new], [name for name in new if name not in old]
     if missing and _are_alike([old[name] for name in missing], [new[name] for name in extra]):
         raise BaseMismatchError(
-            f"the base that the adapter was trained on has other names in this model: {missing[0]} in the file is "
-            f"{extra[0]} here. Checkpoints know weights by their names: give the attribute its old one"
+            f"{where}the base that the adapter was trained on has other names in this model: {missing[0]} in the file "
+            f"is {extra[0]} here. Checkpoints know weights by their names: give the attribute its old one{otherwise}"
         )
     if missing:
         problems.append(f"it has no {listing(missing, 3)}")
@@ -149,8 +154,9 @@ def compare(saved: dict[str, Any], current: dict[str, Any], trained: Container[s
         problems.append(f"buffers have other values: {listing(buffers, 3)}")
     if problems:
         raise BaseMismatchError(
-            "the adapter was trained on another base model than this one: " + "; ".join(problems) + ". Load the base "
+            f"{where}the adapter was trained on another base model than this one: {'; '.join(problems)}. Load the base "
             "that it was trained on (the same checkpoint, or the same seed before the model is built, or resized)"
+            f"{otherwise}"
         )
     return notes
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import listing
-from lightning_lora.formats.peft_names import PREFIX, shortest_patterns, shortest_targets
+from lightning_lora.formats.peft_names import PREFIX, shortest_patterns, shortest_targets, suffixes
 from lightning_lora.formats.peft_parameters import is_turned, parameter_fields, peft_modules, to_peft
 from lightning_lora.formats.peft_parameters import problems as parameter_problems
 from lightning_lora.formats.peft_parts import ExportedParts
@@ -252,9 +252,7 @@ class Export:
 
     def _short(self, name: str) -> str:
         """The shortest end of a module's name that no other module's name has, as PEFT compares them."""
-        parts = name.split(".")
-        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        return next((end for end in ends if not self._alike(name, end)), name)
+        return next((end for end in suffixes(name) if not self._alike(name, end)), name)
 
     def _alike(self, name: str, end: str) -> list[str]:
         """Other modules whose names have an end, those of PEFT's own layers too."""

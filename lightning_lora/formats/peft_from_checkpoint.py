@@ -18,7 +18,7 @@ from lightning_lora.formats.peft_parameters import stacked_for_peft
 from lightning_lora.formats.peft_parts import joined_from
 from lightning_lora.formats.peft_tokens import ROWS
 from lightning_lora.formats.peft_write import check_no_model, write_peft_folder
-from lightning_lora.formats.stored import StoredAdapter, StoredLayer
+from lightning_lora.formats.stored import StoredAdapter, StoredLayer, since_start
 from lightning_lora.names import joined, relative
 
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
@@ -105,9 +105,10 @@ def _record(path: str | os.PathLike[str], meta: dict[str, Any], name: str) -> di
         )
     try:
         record: dict[str, Any] = unpack(packed)
-        keys = ("prefix", "fields", "shapes", "embeddings", "tied", "problems", "notes")
-        later = {key: record.get(key, {}) for key in ("parameters", "parts", "noted")}
-        return {**later, **{key: record[key] for key in keys}}
+        keys = (
+            "prefix", "fields", "shapes", "embeddings", "parameters", "parts", "noted", "tied", "problems", "notes",
+        )  # fmt: skip
+        return {key: record[key] for key in keys}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zlib.error) as error:
         raise CheckpointError(f"{path}: what it says of adapter {name!r} can't be read ({error})") from error
 
@@ -145,7 +146,5 @@ def _tensors(stored: StoredAdapter, record: dict[str, Any]) -> Iterator[tuple[st
 def _update(layer: StoredLayer) -> dict[str, Tensor]:
     """A layer's tensors against the clean base, as `Adapter.update` has them."""
     values = {part: tensor.read() for part, tensor in layer.tensors.items()}
-    if "start_A" in values:
-        values["A"] = torch.cat([values["A"], values.pop("start_A")], dim=-2)
-        values["B"] = torch.cat([values["B"], -values.pop("start_B")], dim=-1)
-    return values
+    values["A"], values["B"] = since_start(values)
+    return {part: value for part, value in values.items() if not part.startswith("start_")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError, listing
 from lightning_lora.formats.fingerprint import described_weights
-from lightning_lora.formats.peft_names import PeftNames
+from lightning_lora.formats.peft_names import PeftNames, suffixes
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
@@ -233,9 +233,7 @@ def parameter_fields(layers: Mapping[str, Node], names: list[str]) -> dict[str, 
     """``target_parameters``, if there are any: the shortest ends of their names that no other parameter has."""
     alone = [name for name, node in layers.items() if isinstance(node.module, ReadWeight)]
     others = [name for name in names if name not in alone]
-    ends: list[str] = []
-    for name in alone:
-        parts = name.split(".")
-        candidates = (".".join(parts[-n:]) for n in range(2, len(parts) + 1))
-        ends.append(next((end for end in candidates if not any(has_end(o, end) for o in others)), name))
-    return {"target_parameters": sorted(set(ends))} if ends else {}
+    ends = {
+        next((end for end in suffixes(name)[1:] if not any(has_end(o, end) for o in others)), name) for name in alone
+    }
+    return {"target_parameters": sorted(ends)} if ends else {}

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 from lightning_lora.checks import is_list_of_names
-from lightning_lora.errors import BaseMismatchError, CheckpointError, UnsupportedError, listing, raise_all
-from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.errors import CheckpointError, UnsupportedError, listing, raise_all
+from lightning_lora.formats.fingerprint import ALL_THE_SAME, compare, fingerprint
 from lightning_lora.formats.peft_config import CONFIG, PROMPTS, parse_config, shown
 from lightning_lora.formats.peft_read import base_in, entry_problems
 from lightning_lora.formats.peft_tasks import task_of
@@ -161,12 +161,7 @@ def _place(
             problems.append(f"{key}: {old} in the file -> {new} in the model")
     raise_all(CheckpointError, problems)
     if base is not None:
-        try:
-            notes += compare(base, fingerprint(root), trained=known.keys() & {*heads})
-        except BaseMismatchError as error:
-            raise BaseMismatchError(
-                f"{error}, or load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"
-            ) from None
+        notes += compare(base, fingerprint(root), trained=known.keys() & {*heads}, way_out=ALL_THE_SAME)
     found.module.from_peft(tokens, fields)
     found.module.initialised = True
     by_module: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}

@@ -2,13 +2,14 @@
 
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import did_you_mean
 from lightning_lora.formats.fingerprint import within
 from lightning_lora.names import ancestors, has_end, joined, relative
@@ -133,6 +134,10 @@ class StoredAdapter:
             return A[0] if len(A) == 3 else None
         return A[0] // layer.r if self.fields.get("target_parameters") and len(A) == 2 and A[0] > layer.r else None
 
+    def scaling(self, layer: StoredLayer) -> float:
+        """The factor s of a layer's update."""
+        return LoRAConfig(use_rslora=self.options["use_rslora"]).scaling(layer.r, layer.lora_alpha)
+
     def name_problems(self, adapter_name: str | None) -> Iterator[str]:
         """That it is not the one that was asked for: a file with one adapter gives that one, whatever the name was."""
         known = self.adapter_name
@@ -163,6 +168,14 @@ class StoredAdapter:
     def whole_name(self, name: str) -> str:
         """What a module is called in all of what it was trained on, as patterns in the file have it."""
         return joined(self.outer, name)
+
+
+def since_start(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B of what was learnt: with first factors [A; A0] and [B, -B0], as `LowRankAdapter.update` has them."""
+    A, B = values["A"], values["B"]
+    if "start_A" not in values:
+        return A, B
+    return torch.cat([A, values["start_A"]], dim=-2), torch.cat([B, -values["start_B"]], dim=-1)
 
 
 def tokens_of(name: str, wanted: Any) -> tuple[int, ...]:

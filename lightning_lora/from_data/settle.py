@@ -21,7 +21,7 @@ from lightning_lora.names import clean
 from lightning_lora.ops.sharded import shape_of
 from lightning_lora.state import adapters
 from lightning_lora.targets import draft
-from lightning_lora.targets.patterns import parse_key
+from lightning_lora.targets.patterns import first_match, parse_key
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -107,9 +107,9 @@ def _with_ranks(
     scales: dict[str, Any] = {}
     for name, (node, adapter) in layers.items():
         rank = ranks.get(name, adapter.r)
-        if rank and rank != _value(config.ranks, node, config.r):
+        if rank and rank != first_match(config.ranks, node.names, config.r):
             patterns[_exactly(name)] = rank
-        if rank and alphas[name] != _value(config.alpha_pattern or {}, node, config.lora_alpha):
+        if rank and alphas[name] != first_match(config.alpha_pattern or {}, node.names, config.lora_alpha):
             scales[_exactly(name)] = alphas[name]
     left = [node for name, (node, adapter) in layers.items() if ranks.get(name, adapter.r)]
     without = [_exactly(name) for name in layers if ranks.get(name) == 0]
@@ -129,11 +129,6 @@ def _still(old: Mapping[str, Any], new: Mapping[str, Any], left: list[Node]) -> 
 
 def _exactly(name: str) -> str:
     return f"re:{re.escape(name)}"
-
-
-def _value(patterns: Mapping[str, Any], node: Node, default: Any) -> Any:
-    keys = [(parse_key(key), value) for key, value in patterns.items()]
-    return next((value for key, value in keys if any(map(key.within, node.names))), default)
 
 
 def _as_list(patterns: str | list[str] | None) -> list[str]:

@@ -16,7 +16,7 @@ from lightning_lora.names import joined
 from lightning_lora.ops.defaults import plain_defaults
 from lightning_lora.ops.dropout import dropout
 from lightning_lora.ops.norms import accumulation_dtype
-from lightning_lora.ops.sharded import gathered, is_flattened, is_sharded
+from lightning_lora.ops.sharded import gathered, is_flattened, is_partitioned, is_sharded
 from lightning_lora.ops.stacks import add_product
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class LoRALayer(Base):
     def lora_is_whole(self) -> bool:
         """Whether this process has the whole weight, now."""
         weight: Any = self.weight
-        return not (is_sharded(weight) or is_flattened(weight) or hasattr(weight, "ds_id"))
+        return not (is_sharded(weight) or is_flattened(weight) or is_partitioned(weight))
 
     @staticmethod
     def lora_matrix_shape(layer: Any) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def drop_residuals(in_full: dict[str, Tensor], values: Mapping[str, Mapping[str,
             continue
         found, W = misfits.found[name], misfits.own_tensors[key].float()
         as_matrix: Any = partial(kind_of_layer(found.node.module).lora_as_matrix, found.node.module)
-        rest = as_matrix(W) - misfits.scaling(found.stored) * (B @ A)
+        rest = as_matrix(W) - misfits.stored.scaling(found.stored) * (B @ A)
         left = as_matrix(in_full.pop(key).float())
         if torch.linalg.vector_norm(left - rest) > 0.01 * torch.linalg.vector_norm(W):
             raise BaseMismatchError(

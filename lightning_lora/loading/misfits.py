@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapters import RowsAdapter, TiedRows
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import did_you_mean, listing
 from lightning_lora.formats.peft_parameters import from_peft
 from lightning_lora.formats.peft_tokens import peft_rows_problem
@@ -86,10 +85,6 @@ class Misfits:
         yield from missing(self.stored, self.tree, held, in_full)
         yield from self._in_full()
         yield from self._other_adapter()
-
-    def scaling(self, layer: StoredLayer) -> float:
-        """The factor s of a layer's update."""
-        return LoRAConfig(use_rslora=self.stored.options["use_rslora"]).scaling(layer.r, layer.lora_alpha)
 
     def _shared(self) -> Iterator[str]:
         """A module with two names has one adapter here; in PEFT it has it where it is called by one of them."""
@@ -252,7 +247,7 @@ class Misfits:
                 own = adapter.tokens if isinstance(adapter, RowsAdapter) else ()
                 yield from [] if own == stored.tokens else [f"{name}: other rows of tokens in the file than here"]
                 continue
-            old = f"{variant}, r={stored.r}, scale {self.scaling(stored):g}"
+            old = f"{variant}, r={stored.r}, scale {self.stored.scaling(stored):g}"
             new = f"{adapter.variant}, r={adapter.r}, scale {adapter.scaling:g}"
             if old != new:
                 yield f"{name}: {old} in the file -> {new} in the model"

@@ -40,7 +40,7 @@ def place_checkpoint(model: nn.Module, checkpoint: dict[str, Any], in_file: Coll
         return  # the module's hook made another one of it
     meta, own, given = check_format(checkpoint), model.state_dict().keys(), checkpoint["state_dict"]
     state: dict[str, Any] = {key: v.cpu() if isinstance(v, Tensor) else v for key, v in given.items()}
-    known, in_full = meta["adapters"], meta.get("in_full", {})
+    known, in_full = meta["adapters"], meta["in_full"]
     trained = {key for keys in in_full.values() for key in keys}  # takes no place of the base's own
     model.load_state_dict({k: v for k, v in state.items() if k in own and k not in trained}, strict=False)
     plans: dict[str, Plan] = {}

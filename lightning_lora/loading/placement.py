@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapters import TiedRows, TokenRows
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import BaseMismatchError, CheckpointError, raise_all
-from lightning_lora.formats.fingerprint import compare, fingerprint
+from lightning_lora.errors import CheckpointError, raise_all
+from lightning_lora.formats.fingerprint import ALL_THE_SAME, compare, fingerprint
 from lightning_lora.formats.peft_parameters import with_parameters
 from lightning_lora.formats.peft_parts import with_parts
 from lightning_lora.formats.peft_root import peft_root
@@ -80,11 +80,8 @@ def place(
     active = active_adapters(model)
     with withdrawn_on_error(model, [adapter_name], had):
         if adapter_name not in had:
-            _attach(config, prefix, misfits, dtypes)
+            _attach(config, prefix, misfits, dtypes, active=not had)
         _fill(values, in_full, misfits)
-    if adapter_name not in had and had:
-        for _, layer in lora_layers(model):
-            layer.lora_active = tuple(name for name in layer.lora_active if name != adapter_name)
     put_in_place(base_modules(model), active if had else [adapter_name])
     freeze(model)
     guard(model)
@@ -133,12 +130,8 @@ def _compare_bases(root: nn.Module, stored: StoredAdapter, tree: Mapping[str, No
     for node in tree.values():
         trained |= {f"{name}.{key}" for name in node.names for key, _ in values_of(node.module, None)}
     trained |= {name for names in parameter_owners(tree).values() if not trained.isdisjoint(names) for name in names}
-    try:
-        assert stored.base is not None
-        return compare(stored.base, fingerprint(root), trained)
-    except BaseMismatchError as error:
-        hint = "or load it all the same: ll.load_adapter(model, file, allow_base_mismatch=True)"
-        raise BaseMismatchError(f"{stored.source}: {error}, {hint}") from None
+    assert stored.base is not None
+    return compare(stored.base, fingerprint(root), trained, source=stored.source, way_out=ALL_THE_SAME)
 
 
 def _read(found: Found, misfits: Misfits) -> dict[str, Tensor]:
@@ -154,7 +147,7 @@ def _start_again(found: Found, misfits: Misfits) -> dict[str, Tensor]:
     """What PEFT took out of the weight when the adapter started, and takes out again when it loads it."""
     node, layer = found
     W = kind_of_layer(node.module).lora_as_matrix(node.module, dense(node.module)).float()
-    scale = misfits.scaling(layer)
+    scale = misfits.stored.scaling(layer)
     if misfits.stored.init == "pissa":
         A, B = PiSSA(niter=None)(W, layer.r, scale, torch.Generator())
     else:
@@ -198,16 +191,16 @@ def _dtype(found: Found, misfits: Misfits, dtype: torch.dtype | None) -> torch.d
     return dtype or written
 
 
-def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype]) -> None:
+def _attach(config: LoRAConfig, prefix: str, misfits: Misfits, dtypes: dict[str, torch.dtype], active: bool) -> None:
     for key, (node, layer) in misfits.found.items():
         if layer.is_rows:
             tables = tied_tables(misfits.tree, node)
             if node is tables[0]:  # what the file has for other ends is the same
-                attach_rows(tables, layer.tokens, config, misfits.adapter_name, dtypes[key])
+                attach_rows(tables, layer.tokens, config, misfits.adapter_name, dtypes[key], active)
             continue
         name = f"{prefix}.{node.name}".strip(".")
         adapter = create(node, name, config, layer.r, layer.lora_alpha, misfits.adapter_name, dtypes[key])
-        attach(node.module, misfits.adapter_name, adapter)
+        attach(node.module, misfits.adapter_name, adapter, active)
 
 
 @torch.no_grad()

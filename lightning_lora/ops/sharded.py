@@ -33,6 +33,11 @@ def is_flattened(tensor: Tensor) -> bool:
     return bool(tensor.__dict__.get("_fsdp_flattened"))
 
 
+def is_partitioned(tensor: Any) -> bool:
+    """Whether it is a parameter that DeepSpeed's stage 3 took apart, and holds nothing or a passing copy."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_fsdp_wrapper(module: nn.Module) -> bool:
     """Whether it is the wrapper of FSDP1, told without importing it."""
     return type(module).__name__ == "FullyShardedDataParallel"

@@ -84,6 +84,7 @@ class StrategyAdapter:
         self.injects = False  # whether adapters come in this run: who had them all says which are active
         self.restored = False  # whether adapters were loaded from a checkpoint
         self.moved: list[Moved] = []  # parameters that gave place to others since an optimizer may have been built
+        self.check_base: Callable[[], None] | None = None  # while training goes on: called before a file is written
         self.as_peft: tuple[str, ...] = ()  # adapters of which a PEFT folder is written beside every checkpoint
 
     def install(self, patches: Patches) -> None:
@@ -140,9 +141,6 @@ class StrategyAdapter:
     def rest(self) -> None:
         """Called before parameters are looked at between steps: what is gathered for a while is let go of."""
 
-    def check_base(self) -> None:
-        """Called before a file is written; a run in progress puts its own check here."""
-
     @property
     def model(self) -> nn.Module:
         """The LightningModule."""
@@ -151,7 +149,7 @@ class StrategyAdapter:
 
     def _call(self, replacement: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not adapters(self.model):
-            if "check_base" in vars(self):  # while training goes on
+            if self.check_base is not None:
                 raise DeadAdapterError(
                     "the model has lost its adapters in the run: replace modules before they are added, and eject them "
                     "behind a run"
@@ -189,7 +187,8 @@ class StrategyAdapter:
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint what this package writes. Warns about adapters that the user's hooks took out of it."""
-        self.check_base()
+        if self.check_base is not None:
+            self.check_base()
         kept = {clean(key) for key in checkpoint.get("state_dict", ())}
         if lost := [key for key in adapter_state_dict(self.model) if key not in kept]:
             rank_zero_warn(

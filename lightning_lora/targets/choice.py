@@ -46,7 +46,7 @@ def choose(tree: dict[str, Node], config: LoRAConfig, roles: Roles, saved: tuple
     hits = {text: meant(_outermost(nodes), roles.twins, attrgetter("name")) for text, nodes in hits.items()}
     named = {node.name for nodes in hits.values() for node in nodes}
     plainly = {node.name for pattern in patterns if pattern.plain for node in hits[pattern.text]}
-    in_full = {name for module in saved for name in (module.name, *module.aliases)}
+    in_full = {name for module in saved for name in module.names}
     excluded = choice.excluded = _excluded(tree, config.exclude_modules, roles, choice.problems)
     blocks = BlockFilter(config.layers_to_transform, names)
     for node in tree.values():

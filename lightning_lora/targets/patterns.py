@@ -4,6 +4,8 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from lightning_lora.config import Patterns
 from lightning_lora.errors import did_you_mean
@@ -36,6 +38,7 @@ def parse(patterns: Patterns) -> list[Pattern]:
     return [Pattern(text, _list_item(text), plain=not _is_expression(text)) for text in patterns]
 
 
+@cache
 def parse_key(text: str) -> Pattern:
     """A key of rank_pattern or alpha_pattern: a list item, or PEFT's form, a regex of the end of the name."""
     item = _list_item(text)
@@ -44,6 +47,12 @@ def parse_key(text: str) -> Pattern:
     except re.error:  # a glob such as "*.q_proj" is no regex
         return Pattern(text, item)
     return Pattern(text, lambda name: item(name) or suffix(name))
+
+
+def first_match(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> Any:
+    """The value of the first pattern of rank_pattern or alpha_pattern that matches a layer, or what it lies in."""
+    names = list(names)
+    return next((value for key, value in patterns.items() if any(map(parse_key(key).within, names))), default)
 
 
 def tails(tree: Mapping[str, Node]) -> dict[str | None, list[Node]]:

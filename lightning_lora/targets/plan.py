@@ -17,7 +17,7 @@ from lightning_lora.names import is_within
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose, left_heads
 from lightning_lora.targets.parameters import is_undropped, type_of
-from lightning_lora.targets.patterns import parse_key, unmatched
+from lightning_lora.targets.patterns import first_match, parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.resized import resized
 from lightning_lora.targets.roles import find_roles
@@ -132,7 +132,7 @@ def draft(
     bad_weights = {node.name: why for node in choice.chosen if (why := weight_problem(node))}
     usable = [node for node in choice.chosen if node.name not in bad_weights]
     problems += [*choice.problems, *bad_weights.values()]
-    in_full = {name for module in saved for name in (module.name, *module.aliases)}
+    in_full = {name for module in saved for name in module.names}
     rows = table_rows(tree, config, choice.chosen, in_full, roles.twins, problems)
     owners = parameter_owners(tree)
     targets = _targets(usable, owners, config, problems)
@@ -176,7 +176,7 @@ def _target_of_rows(rows: TableRows, owners: dict[int, list[str]]) -> Target:
 def _draft_method(
     tree: dict[str, Node], config: MethodConfig, saved: tuple[SavedModule, ...], problems: list[str]
 ) -> tuple[Plan, list[str]]:
-    taken = [name for module in saved for name in (module.name, *module.aliases)]
+    taken = [name for module in saved for name in module.names]
     places = config.places(tree, taken)
     saved += single_parameters(tree, places.in_full)
     return Plan(modules_to_save=saved, additions=tuple(places.additions), method=config.method), [
@@ -206,15 +206,14 @@ def _is_peft(cls: type) -> bool:
 def _targets(
     chosen: list[Node], owners: dict[int, list[str]], config: LoRAConfig, problems: list[str]
 ) -> tuple[Target, ...]:
-    ranks = [(parse_key(key), rank) for key, rank in config.ranks.items()]
-    alphas = [(parse_key(key), alpha) for key, alpha in (config.alpha_pattern or {}).items()]
+    ranks, alphas = config.ranks, config.alpha_pattern or {}
     targets, variant = [], variant_class(config.variant)
     for node in chosen:
         kind, weight = node.kind, node.module.weight
         assert kind is not None and isinstance(weight, Tensor)  # noqa: PT018  (`choose` takes no others)
         matrix = kind.lora_matrix_shape(node.module)
-        r = next((rank for key, rank in ranks if any(map(key.within, node.names))), config.r)
-        alpha = next((a for key, a in alphas if any(map(key.within, node.names))), config.lora_alpha)
+        r = first_match(ranks, node.names, config.r)
+        alpha = first_match(alphas, node.names, config.lora_alpha)
         targets.append(
             Target(
                 name=node.name,
@@ -231,7 +230,9 @@ def _targets(
         )
     names = [name for node in chosen for name in node.names]
     for argument, keys in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        for key, _ in keys:
-            if (chosen or not config.target_modules) and not any(map(key.within, names)):
-                problems.append(unmatched(argument, key, names) + " Only adapted layers count here.")
+        problems += [
+            f"{unmatched(argument, key, names)} Only adapted layers count here."
+            for key in map(parse_key, keys)
+            if (chosen or not config.target_modules) and not any(map(key.within, names))
+        ]
     return tuple(targets)

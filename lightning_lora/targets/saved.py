@@ -33,6 +33,11 @@ class SavedModule:
     reason: str
     aliases: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the first one first."""
+        return (self.name, *self.aliases)
+
 
 def saved_modules(
     tree: dict[str, Node], config: LoRAConfig | MethodConfig, roles: Roles, problems: list[str]
@@ -61,7 +66,7 @@ def norms(
     """The normalisations that are trained beside the adapters, but for those in modules that are trained in full."""
     if config.train_norms and not any(is_norm(node.cls, node.module) for node in tree.values()):
         problems.append("train_norms: the model has no LayerNorm, RMSNorm or GroupNorm with weights")
-    taken = [name for module in saved for name in (module.name, *module.aliases)]
+    taken = [name for module in saved for name in module.names]
     return tuple(
         SavedModule(
             name=node.name,
@@ -81,7 +86,7 @@ def own_left(tree: dict[str, Node], config: LoRAConfig, saved: tuple[SavedModule
 
     Beside a transformers model they are heads. In plain torch code they may as well be part of what was pretrained.
     """
-    root, taken = tree[""], [name for module in saved for name in (module.name, *module.aliases)]
+    root, taken = tree[""], [name for module in saved for name in module.names]
     if config.modules_to_save != "auto" or not is_lightning_module(root.module):
         return []
     lists = [node for node in tree.values() if "." not in node.name and issubclass(node.cls, _LISTS)]
@@ -114,7 +119,7 @@ def biases(
 ) -> tuple[SavedModule, ...]:
     """The biases that are trained beside the adapters, but for those in modules that are trained in full."""
     found = {"none": (), "all": tree.values(), "lora_only": adapted}[config.bias]
-    names = [name for module in saved for name in (module.name, *module.aliases)]
+    names = [name for module in saved for name in module.names]
     return tuple(
         SavedModule(name=name, type="Parameter", parameters=bias.numel(), reason=f"bias={config.bias!r}")
         for node in found

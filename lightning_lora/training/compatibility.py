@@ -12,6 +12,13 @@ from lightning_lora.quantization import is_quantized
 from lightning_lora.training.bitsandbytes_plugin import is_bitsandbytes, mode_of
 
 _WHOLE_MODELS = ("SingleDeviceStrategy", "DDPStrategy")  # on every rank
+_REFUSED = {  # callbacks, by the class that they are or descend from
+    "StochasticWeightAveraging": "can't be used with adapters: AdapterAveraging(decay=None) does it",
+    "ModelPruning": "changes the frozen base, which no checkpoint of adapters has: prune it before adapters are "
+    "trained",
+    "BackboneFinetuning": "trains the backbone after some epochs, and adapters leave it frozen: leave it out; "
+    "modules_to_save trains parts in full",
+}
 REPLACING_PLUGINS = ("TransformerEnginePrecision",)
 
 
@@ -54,20 +61,7 @@ def check_compatibility(trainer: Any, family: list[Any], model: nn.Module) -> No
                 f"{type(callback).__name__} copies the model before its ranks are known: give "
                 "init_lora_weights=EVA(rho=1), or ranks by rank_pattern"
             )
-        if "StochasticWeightAveraging" in bases:
-            unsupported.append(
-                f"{type(callback).__name__} can't be used with adapters: AdapterAveraging(decay=None) does it"
-            )
-        if "ModelPruning" in bases:
-            unsupported.append(
-                f"{type(callback).__name__} changes the frozen base, which no checkpoint of adapters has: prune it "
-                "before adapters are trained"
-            )
-        if "BackboneFinetuning" in bases:
-            unsupported.append(
-                f"{type(callback).__name__} trains the backbone after some epochs, and adapters leave it frozen: leave "
-                "it out; modules_to_save trains parts in full"
-            )
+        unsupported += [f"{type(callback).__name__} {why}" for name, why in _REFUSED.items() if name in bases]
     if (plugin := type(trainer.precision_plugin).__name__) in REPLACING_PLUGINS:
         unsupported.append(f"{plugin} replaces the layers that have adapters; this is not built yet")
     if by_plugin and mode_of(trainer.precision_plugin) is None:

@@ -147,7 +147,7 @@ class MethodCallback(CallbackBase):
         check_before(pl_module, optimizers, names, switches)
         strategy.check_folders()
         self._training = Training(pl_module, optimizers, names, trainer.optimizers, strategy.base)
-        strategy.check_base = self._training.check_base  # type: ignore[method-assign]
+        strategy.check_base = self._training.check_base
         self._random.on_train_start(trainer)
         keep_frozen(trainer.callbacks, pl_module, self._patches)  # type: ignore[attr-defined]
 
@@ -235,7 +235,7 @@ class MethodCallback(CallbackBase):
         if self._training is not None:
             self._training.close()
         if self._strategy is not None:
-            vars(self._strategy).pop("check_base", None)
+            self._strategy.check_base = None
         self._training = self._strategy = None
 
     def _release(self) -> None:
