@@ -93,3 +93,12 @@ def has_part(name: str, part: str) -> bool:
     (True, False)
     """
     return f".{part}." in f".{name}."
+
+
+def by_owner(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The last parts of names, by what stands before these."""
+    owners: dict[str, list[str]] = {}
+    for key in keys:
+        owner, _, own = key.rpartition(".")
+        owners.setdefault(owner, []).append(own)
+    return owners

@@ -550,7 +550,7 @@ ENTRIES = {
     "name-of-a-method": (entry(adapter_name="keys"), "calls the adapter 'keys', which is no name"),
     "starts-of-unknown-layers": (
         entry(starts=["model.layers.7"]),
-        "there is nothing for model.layers.7, which started",
+        "model.layers.7 is noted to have started with a part .*copy the folder again",
     ),
     "starts-a-number": (entry(starts=7), "says that 7 started"),
     "starts-lists": (entry(starts=[["model"]]), r"says that \[\['model'\]\] started"),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from lightning_lora.commands.arguments import Commands, existing, existing_folder, place, positive_int
+from lightning_lora.commands.arguments import Commands, existing, existing_folder, local_path, positive_int
 
 
 def add(commands: Commands) -> None:
@@ -40,8 +40,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--epsilon", type=float, default=0.5, help="the cosine below which one is an intruder (default: %(default)s)"
     )
-    parser.add_argument("--out", metavar="DIR", type=place, help="write the figures there, as PNG and SVG")
-    parser.add_argument("--html", metavar="FILE", type=place, help="write a report with all figures in one page")
+    parser.add_argument("--out", metavar="DIR", type=local_path, help="write the figures there, as PNG and SVG")
+    parser.add_argument("--html", metavar="FILE", type=local_path, help="write a report with all figures in one page")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
     parser.add_argument(
         "--allow-base-mismatch", action="store_true", help="go on if it was trained on another base, that fits"

@@ -19,7 +19,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def place(text: str) -> Path:
+def local_path(text: str) -> Path:
     """An argument that names something on this machine, or that is going to be."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path")
@@ -30,7 +30,7 @@ def place(text: str) -> Path:
 
 def existing(text: str) -> Path:
     """An argument that names a file or folder that is there."""
-    path = place(text)
+    path = local_path(text)
     try:
         if path.exists():
             return path

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_lora.commands.arguments import Commands, place, positive_int, weighted
+from lightning_lora.commands.arguments import Commands, local_path, positive_int, weighted
 
 
 def add(commands: Commands) -> None:
@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         epilog="example: lightning-lora combine adapters/both adapters/korean:0.7 adapters/coding:0.3 --method svd "
         "--rank 16",
     )
-    parser.add_argument("out", metavar="OUT", type=place, help="the folder to write; other files in it stay")
+    parser.add_argument("out", metavar="OUT", type=local_path, help="the folder to write; other files in it stay")
     parser.add_argument(
         "sources", metavar="FOLDER:WEIGHT", type=weighted, nargs="+", help="PEFT folders or checkpoints (weight: 1)"
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_lora.commands.arguments import Commands, existing, place
+from lightning_lora.commands.arguments import Commands, existing, local_path
 
 
 def add(commands: Commands) -> None:
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
         epilog="example: lightning-lora export runs/demo/last.ckpt adapters/prose",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=existing, help="a checkpoint of a run with the callback")
-    parser.add_argument("out", metavar="OUT", type=place, help="the folder to write; other files in it stay")
+    parser.add_argument("out", metavar="OUT", type=local_path, help="the folder to write; other files in it stay")
     parser.add_argument("--adapter", metavar="NAME", help="which adapter, if the checkpoint has several")
     parser.set_defaults(run=run)
 

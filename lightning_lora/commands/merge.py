@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lightning_lora.commands.arguments import Commands, existing, existing_folder, place
+from lightning_lora.commands.arguments import Commands, existing, existing_folder, local_path
 
 
 def add(commands: Commands) -> None:
@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
         epilog="example: lightning-lora merge --base models/llama adapters/prose models/llama-prose",
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=existing, help="a PEFT folder or a checkpoint")
-    parser.add_argument("out", metavar="OUT", type=place, help="the new folder")
+    parser.add_argument("out", metavar="OUT", type=local_path, help="the new folder")
     parser.add_argument(
         "--base", metavar="DIR", type=existing_folder, required=True, help="a transformers model in safetensors files"
     )

@@ -23,6 +23,7 @@ from lightning_lora.comparators.cache import (
 )
 from lightning_lora.comparators.virtual import (
     computing_dtype,
+    count_problems,
     extend_mask,
     given_to,
     inputs_of,
@@ -30,7 +31,6 @@ from lightning_lora.comparators.virtual import (
     place_of,
     refuse_packed,
     stack_of,
-    token_problems,
 )
 from lightning_lora.errors import CheckpointError, UnsupportedError
 from lightning_lora.methods.added import Added, added_to
@@ -62,7 +62,7 @@ class PrefixTuningConfig(MethodConfig):
 
     @override
     def problems(self) -> Iterable[str]:
-        yield from token_problems(self.num_virtual_tokens)
+        yield from count_problems(self.num_virtual_tokens)
         yield from flag_problems(prefix_projection=self.prefix_projection)
         if self.encoder_hidden_size is not None and not is_positive_int(self.encoder_hidden_size):
             yield f"encoder_hidden_size must be a positive integer, got {self.encoder_hidden_size!r}"

@@ -13,6 +13,7 @@ from lightning_lora.comparators.asked import checked
 from lightning_lora.comparators.cache import given_cache, holds_tokens
 from lightning_lora.comparators.virtual import (
     computing_dtype,
+    count_problems,
     extend_mask,
     forward_names,
     given_to,
@@ -22,7 +23,6 @@ from lightning_lora.comparators.virtual import (
     reads_first,
     refuse_packed,
     stack_of,
-    token_problems,
 )
 from lightning_lora.methods.added import Added
 from lightning_lora.methods.method import Addition, MethodConfig, Place, Places, method
@@ -67,7 +67,7 @@ class PromptTuningConfig(MethodConfig):
 
     @override
     def problems(self) -> Iterable[str]:
-        yield from token_problems(self.num_virtual_tokens)
+        yield from count_problems(self.num_virtual_tokens)
         yield from choice_problems("prompt_tuning_init", self.prompt_tuning_init, _INITS)
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
             value, needed = getattr(self, name), self.prompt_tuning_init == "TEXT"

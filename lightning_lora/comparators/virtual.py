@@ -14,7 +14,7 @@ from lightning_lora.methods.method import Place
 from lightning_lora.targets.kinds import pretrained_models
 
 
-def token_problems(count: Any) -> list[str]:
+def count_problems(count: Any) -> list[str]:
     """What is wrong with num_virtual_tokens."""
     return [] if is_positive_int(count) else [f"num_virtual_tokens must be a positive integer, got {count!r}"]
 

@@ -11,9 +11,9 @@ from lightning_lora.adapters import LoRAAdapter, LowRankAdapter
 from lightning_lora.arguments import name_problems
 from lightning_lora.checks import choice_problems, is_int, is_number, is_positive_int
 from lightning_lora.composing.combinations import BY_FACTOR, METHODS, Combined, combine
-from lightning_lora.composing.in_full import InFull, biases_beside, trained_in_full
+from lightning_lora.composing.in_full import InFull, biases_beside, values_in_full
 from lightning_lora.composing.report import CombineReport, LayerCombination
-from lightning_lora.composing.rows import attach_combined, combined_rows, rows_problems
+from lightning_lora.composing.rows import attach_combined, combined_rows, differing_rows
 from lightning_lora.composing.updates import (
     as_adapter,
     held,
@@ -126,12 +126,12 @@ def combine_adapters(
     weights, kept = dict(weights), 0.5 if density is None else density
     problems += no_low_rank(model, weights)
     problems += weight_problems(weights)
-    layers, in_full, of_tokens = held(model, weights), trained_in_full(model, weights), held_rows(model, weights)
+    layers, in_full, of_tokens = held(model, weights), values_in_full(model, weights), held_rows(model, weights)
     problems += [
         *value_problems({name: here for name, (_, here) in layers.items()}),
         *value_problems({name: here for name, (_, here) in of_tokens.items()}),
         *_kind_problems(layers, method, rank),
-        *rows_problems(of_tokens, layers, method),
+        *differing_rows(of_tokens, layers, method),
     ]
     problems += [
         f"{' and '.join(map(repr, each.owners))} both train {each.node.name} in full: combine but one of them"

@@ -20,7 +20,7 @@ class InFull(NamedTuple):
     whole: bool
 
 
-def trained_in_full(model: nn.Module, adapter_names: Collection[str]) -> list[InFull]:
+def values_in_full(model: nn.Module, adapter_names: Collection[str]) -> list[InFull]:
     """What some adapters train in full, module by module."""
     found = []
     for node in nodes(model).values():

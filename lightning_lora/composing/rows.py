@@ -11,8 +11,8 @@ from lightning_lora.composing.report import LayerCombination
 from lightning_lora.composing.updates import widest
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import listing
+from lightning_lora.injection.create import attach_rows
 from lightning_lora.layers import LoRALayer
-from lightning_lora.merging.tied_rows import attach_rows
 from lightning_lora.ops.norms import accumulation_dtype
 from lightning_lora.ops.sharded import copy_whole_, gathered
 from lightning_lora.targets.walk import Node
@@ -34,7 +34,7 @@ class CombinedRows(NamedTuple):
     dtype: torch.dtype
 
 
-def rows_problems(held: _Held, pairs: Collection[str], method: str) -> Iterator[str]:
+def differing_rows(held: _Held, pairs: Collection[str], method: str) -> Iterator[str]:
     """That a method has no meaning for rows of tokens, or that they lie beside an update of the whole table."""
     if both := [name for name in held if name in pairs]:
         yield f"{listing(both, 3)}: one of the adapters has rows of tokens there and another an update of all of them"

@@ -16,7 +16,7 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.formats.tensors import FLOATS
 from lightning_lora.layers import Part, kind_of_layer
 from lightning_lora.loading.misfits import Misfits
-from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
+from lightning_lora.merging.ties import FLAG, is_only_a_tie, loosened
 from lightning_lora.ops.samples import sample
 from lightning_lora.targets.tokens import tied_tables
 from lightning_lora.targets.walk import nodes, parameter_owners
@@ -129,7 +129,7 @@ class BaseFiles:
     def _added(self) -> Iterator[tuple[str, tuple[Shard, str]]]:
         """Tensors that no file has, since they were tied to one that is in a file, and are by themselves now."""
         changed = [change.name for change in self.layers.values() if change.tied]
-        for names in apart(self.model, self._made(self.config), changed) if changed else ():
+        for names in loosened(self.model, self._made(self.config), changed) if changed else ():
             sources = [self.keys[name] for name in names if name in self.keys]
             for name in names if sources else ():
                 if name not in self.keys:

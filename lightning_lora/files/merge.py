@@ -21,7 +21,7 @@ from lightning_lora.loading.frozen import other_tables
 from lightning_lora.loading.load import read_stored
 from lightning_lora.loading.stored_rows import rows_problems
 from lightning_lora.merging.merge import merged_piece
-from lightning_lora.merging.report import Comparison, LayerMerge, MergeReport
+from lightning_lora.merging.report import LayerMerge, MergeReport, Survival
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
 
 Progress = Callable[[int, int], None]
@@ -167,7 +167,7 @@ def _merge_layer(shard: Shard, change: Change, layer: nn.Module, adapter: Adapte
     kind = kind_of_layer(layer)
     transposed = kind.lora_as_matrix(layer, torch.empty(2, 3)).shape == (3, 2)
     whole = kind.lora_as_matrix(layer, shard.open(change.key)) if transposed else None
-    compared = Comparison(scratch)
+    compared = Survival(scratch)
     for rows in row_chunks(torch.empty(1).expand(*kind.lora_matrix_shape(layer))):
         place = kind.lora_as_matrix(layer, shard.open(change.key, rows)) if whole is None else whole[rows]
         W = place.clone() if whole is None else place  # a file's tensors lie at any byte, and sums may depend on that

@@ -48,7 +48,7 @@ def whole_folder(target: str | os.PathLike[str], own: frozenset[str]) -> Iterato
         for name in own:
             if (staged / name).exists():
                 sync(staged / name)
-        put_in_place(staged, folder)
+        move_into_place(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -58,7 +58,7 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name[:50]}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def put_in_place(staged: Path, folder: Path) -> None:
+def move_into_place(staged: Path, folder: Path) -> None:
     """Gives a staged folder, whose files are flushed, its name. What has that name is there until then, and removed.
 
     Args:
@@ -81,10 +81,12 @@ def put_in_place(staged: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def require_local(path: str | os.PathLike[str]) -> None:
+def require_local(
+    path: str | os.PathLike[str], what: str = "this", way_out: str = "save it here, and copy it there"
+) -> None:
     """Raises UnsupportedError for a URL, which would be a folder called ``s3:`` here."""
     if _URL.match(os.fspath(path)):
-        raise UnsupportedError(f"{path} is a URL, and this writes to this machine: save it here, and copy it there")
+        raise UnsupportedError(f"{path} is a URL, and {what} writes to this machine: {way_out}")
 
 
 def exchanged(one: Path, other: Path) -> bool:

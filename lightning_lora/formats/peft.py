@@ -9,6 +9,7 @@ from torch import distributed, nn
 
 from lightning_lora.errors import CheckpointError, UnsupportedError, raise_all
 from lightning_lora.formats.fingerprint import fingerprint
+from lightning_lora.formats.folder import require_local
 from lightning_lora.formats.peft_export import Export
 from lightning_lora.formats.peft_prompts import exported_prompt
 from lightning_lora.formats.peft_write import write_peft_folder
@@ -104,8 +105,6 @@ def peft_folder(checkpoint: Any) -> Path:
 
 def require_place(checkpoints: Any) -> None:
     """Raises UnsupportedError if no PEFT folder can be written beside a checkpoint, or where these are going to be."""
-    if "://" in str(checkpoints):
-        raise UnsupportedError(
-            f"save_peft writes to folders of this machine, and {checkpoints} is none: leave it out, and make the "
-            "folder of a checkpoint by lightning-lora export"
-        )
+    require_local(
+        checkpoints, "save_peft", "leave it out, and make the folder of a checkpoint by lightning-lora export"
+    )

@@ -17,7 +17,7 @@ from lightning_lora.formats.peft_names import PeftNames, suffixes
 from lightning_lora.formats.peft_older import as_of_today, is_older
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer
 from lightning_lora.layers import ReadWeight
-from lightning_lora.names import has_end, is_inside, joined
+from lightning_lora.names import by_owner, has_end, is_inside, joined
 from lightning_lora.targets.uncalled import is_never_called
 from lightning_lora.targets.walk import Node
 
@@ -133,11 +133,7 @@ def as_the_file_tells(stored: StoredAdapter) -> StoredAdapter:
         return stored
     if stored.base is None:
         return _named(stored, {owner: keys for owner, keys in _asked(stored).items() if len(keys) == 1})
-    keys: dict[str, list[str]] = {}
-    for name, _, _ in described_weights(stored.base):
-        owner, _, key = name.rpartition(".")
-        keys.setdefault(owner, []).append(key)
-    return _named(stored, keys)
+    return _named(stored, by_owner(name for name, _, _ in described_weights(stored.base)))
 
 
 def unnamed(stored: StoredAdapter) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.checks import is_alpha, is_positive_int
-from lightning_lora.errors import CheckpointError
+from lightning_lora.errors import CheckpointError, listing, raise_all
 from lightning_lora.formats.peft_config import shown
 from lightning_lora.formats.stored import StoredAdapter, StoredLayer, StoredTensor
 from lightning_lora.layers import Part, kind_of_layer
@@ -162,14 +162,27 @@ def with_parts(stored: StoredAdapter, tree: Mapping[str, Node]) -> StoredAdapter
     if not owners:
         return stored
     layers = {name: layer for name, layer in stored.layers.items() if name not in owners}
+    problems = [problem for owner in owners for problem in _misfits(stored, owner, noted[owner], tree)]
+    raise_all(CheckpointError, problems, stored.source)
     for owner in owners:
-        try:
-            layers |= _apart(stored, owner, noted[owner], tree)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{stored.source}: what it says of the parts of {owner} does not fit") from error
+        layers |= _apart(stored, owner, noted[owner], tree)
     meant = stored.is_target
     is_target = None if meant is None else lambda name: name not in owners and meant(name)
     return replace(stored, layers=layers, is_target=is_target)
+
+
+def _misfits(
+    stored: StoredAdapter, owner: str, noted: dict[str, Sequence[Any]], tree: Mapping[str, Node]
+) -> Iterator[str]:
+    whole = stored.layers[owner]
+    count = sum(r * (2 if started else 1) for r, _, *started in noted.values())
+    if lacking := {"A", "B"} - whole.tensors.keys():
+        yield f"{owner} has no {listing(sorted(lacking))}: copy the folder again"
+    elif count != whole.r:
+        yield f"the parts of {owner} have {count} ranks together, and its tensors {whole.r}: copy the folder again"
+    names = {name: f"{owner}.{name}" for name in noted}
+    if odd := [name for name in names.values() if name not in tree or not isinstance(tree[name].module, Part)]:
+        yield f"{owner} has no parts {listing(odd, 3)} in this model: load it into the one that it was trained on"
 
 
 def _apart(
@@ -177,12 +190,8 @@ def _apart(
 ) -> Iterator[tuple[str, StoredLayer]]:
     whole, at = stored.layers[owner], 0
     root = math.sqrt if stored.options["use_rslora"] else float
-    if sum(r * (2 if started else 1) for r, _, *started in noted.values()) != whole.r:
-        raise ValueError(whole.r)
     scale = whole.lora_alpha / root(whole.r)
     parts: dict[str, Any] = {name: tree[f"{owner}.{name}"].module for name in noted}
-    if not all(isinstance(part, Part) for part in parts.values()):
-        raise TypeError(owner)
     for name in sorted(parts, key=lambda name: parts[name].lora_layout.start):  # as they were joined
         (r, alpha, *started), part = noted[name], parts[name]
         factor = alpha / root(r) / scale

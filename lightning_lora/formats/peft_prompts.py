@@ -23,7 +23,7 @@ from lightning_lora.injection.inject import carry_out, withdrawn_on_error
 from lightning_lora.layers import base_modules
 from lightning_lora.marks import is_whole
 from lightning_lora.methods.active import active_adapters
-from lightning_lora.methods.added import Found, added_modules
+from lightning_lora.methods.added import AddedTo, added_modules
 from lightning_lora.methods.method import MethodConfig, method_of_peft
 from lightning_lora.names import clean, is_inside, is_within, joined, outermost
 from lightning_lora.state import adapters
@@ -173,7 +173,7 @@ def _place(
     return notes
 
 
-def _main(model: nn.Module, adapter_name: str) -> Found:
+def _main(model: nn.Module, adapter_name: str) -> AddedTo:
     """Of what an adapter adds to a model, that with the values."""
     own = [found for found in added_modules(model) if found.adapter_name == adapter_name]
     return next((found for found in own if found.module._parameters), own[0])

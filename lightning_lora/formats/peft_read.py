@@ -151,7 +151,8 @@ def _split_starts(stored: StoredAdapter, entry: dict[str, Any]) -> None:
         layer = stored.layers.get(name)
         if layer is None or not {"A", "B"} <= layer.tensors.keys() or not _has_halves(layer):
             raise CheckpointError(
-                f"{stored.source}: there is nothing for {name}, which started with a part of its weight"
+                f"{stored.source}: {name} is noted to have started with a part of its weight, and its tensors are "
+                "missing or of another rank: copy the folder again"
             )
         r = layer.r // 2
         alpha = next((a for a in known if a * factor == layer.lora_alpha), layer.lora_alpha / factor)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_lora.errors import CheckpointError, first_line
 from lightning_lora.formats import files
-from lightning_lora.formats.folder import beside, put_in_place
+from lightning_lora.formats.folder import beside, move_into_place
 from lightning_lora.ops.sharded import all_objects, failing_together
 
 REST = "lightning_lora.ckpt"
@@ -48,7 +48,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return Path(path).is_file() or is_folder_of_ranks(path)
 
 
-def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
+def write_ranks(checkpoint: dict[str, Any], folder: Path) -> None:
     """Writes a checkpoint, each rank what it holds. It is staged beside the target, whole, and put in its place.
 
     A collective.
@@ -79,7 +79,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
         with failing_together("write the checkpoint"):
             if first:
                 files.write(rest, staged / REST)
-                put_in_place(staged, folder)
+                move_into_place(staged, folder)
     finally:
         if first:
             shutil.rmtree(staged, ignore_errors=True)
@@ -93,10 +93,10 @@ def read_either(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if Path(path).name == REST and is_folder_of_ranks(folder := Path(path).parent):
         raise CheckpointError(f"{path} is one file of a checkpoint, without its tensors: give the folder, {folder}")
-    return read_folder(Path(path)) if is_folder_of_ranks(path) else files.read(path)
+    return read_ranks(Path(path)) if is_folder_of_ranks(path) else files.read(path)
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
+def read_ranks(folder: Path) -> dict[str, Any]:
     """The checkpoint, with whole tensors, on any number of ranks: each reads what it asks for.
 
     Raises:

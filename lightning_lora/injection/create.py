@@ -1,4 +1,4 @@
-"""Adapters for layers, made and not on them yet."""
+"""Adapters for layers: made and not on them yet, and those for rows of tables, which several layers may have."""
 
 import os
 import zlib
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.adapters import Adapter, LowRankAdapter, TiedRows, TokenRows, variant_class
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inits import resolve
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, attach
 from lightning_lora.targets import Target
 from lightning_lora.targets.walk import Node
 
@@ -121,3 +121,29 @@ def tie_rows(node: Node, origin: Adapter) -> TiedRows:
     """The same rows for a layer that has the same table."""
     assert isinstance(origin, TokenRows)
     return TiedRows(origin, by_columns=issubclass(node.cls, nn.Embedding))
+
+
+def attach_rows(
+    tables: Sequence[Node],
+    tokens: Sequence[int],
+    config: LoRAConfig,
+    adapter_name: str,
+    dtype: torch.dtype,
+    active: bool = True,
+) -> TokenRows:
+    """Puts an adapter for rows of a table on all layers that have it, without values.
+
+    Args:
+        tables: These layers; the first one has the rows.
+        tokens: Which rows.
+        config: The configuration that the adapter belongs to.
+        adapter_name: Its name.
+        dtype: Dtype of the master copies.
+        active: Whether it takes part in the forward.
+    """
+    first, *others = tables
+    rows = create_rows(first, tokens, config, dtype)
+    attach(first.module, adapter_name, rows, active)
+    for other in others:
+        attach(other.module, adapter_name, tie_rows(other, rows), active)
+    return rows

@@ -14,9 +14,8 @@ from lightning_lora.injection.copies import bring, put_in_place
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.layers import base_modules
-from lightning_lora.loading.stored_config import by_owner
 from lightning_lora.methods.method import config_from
-from lightning_lora.names import is_within, joined
+from lightning_lora.names import by_owner, is_within, joined
 from lightning_lora.state import adapter_state_dict, extra_state
 from lightning_lora.targets import Plan, draft
 from lightning_lora.targets.walk import nodes

@@ -17,19 +17,18 @@ from lightning_lora.formats.stored import StoredAdapter
 from lightning_lora.inits import OLoRA, PiSSA
 from lightning_lora.injection.alone import take_adapters_alone
 from lightning_lora.injection.copies import bring, put_in_place, values_of
-from lightning_lora.injection.create import create
+from lightning_lora.injection.create import attach_rows, create
 from lightning_lora.injection.freeze import freeze
 from lightning_lora.injection.inject import withdrawn_on_error
 from lightning_lora.layers import arrange, attach, base_modules, kind_of_layer, lora_layers
 from lightning_lora.layers.starting import start_misfit
 from lightning_lora.loading.frozen import drop_residuals, other_tables
 from lightning_lora.loading.misfits import Found, Misfits
-from lightning_lora.loading.stored_config import by_owner, config_of
+from lightning_lora.loading.stored_config import config_of
 from lightning_lora.loading.stored_rows import rows_problems
-from lightning_lora.merging.tied_rows import attach_rows
 from lightning_lora.methods.active import active_adapters
 from lightning_lora.methods.added import added_modules
-from lightning_lora.names import joined
+from lightning_lora.names import by_owner, joined
 from lightning_lora.ops.finite import is_finite
 from lightning_lora.quantization import dense, guard
 from lightning_lora.targets.tokens import tied_tables

@@ -1,14 +1,12 @@
 """The configuration that says of a model what a file says."""
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from lightning_lora.composing.updates import target_fields
 from lightning_lora.config import LoRAConfig
 from lightning_lora.formats.peft_names import shortest_patterns
 from lightning_lora.loading.misfits import Misfits
-from lightning_lora.names import ancestors
+from lightning_lora.names import ancestors, by_owner
 from lightning_lora.targets.walk import nodes
 
 
@@ -32,12 +30,3 @@ def config_of(model: nn.Module, prefix: str, misfits: Misfits) -> LoRAConfig:
         modules_to_save=saved or None,
         **stored.options,
     )
-
-
-def by_owner(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The last parts of names, by what stands before these."""
-    owners: dict[str, list[str]] = {}
-    for key in keys:
-        owner, _, own = key.rpartition(".")
-        owners.setdefault(owner, []).append(own)
-    return owners

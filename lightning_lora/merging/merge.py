@@ -14,7 +14,7 @@ from lightning_lora.injection.copies import put_in_place
 from lightning_lora.layers import LoRALayer, Part, base_modules, lora_layers
 from lightning_lora.marks import MERGED, context_problems, merged_layers
 from lightning_lora.merging.probe import differences
-from lightning_lora.merging.report import Comparison, LayerMerge, MergeReport
+from lightning_lora.merging.report import LayerMerge, MergeReport, Survival
 from lightning_lora.merging.tied_rows import tied_alike
 from lightning_lora.merging.values import value_problems
 from lightning_lora.methods.active import active_adapters
@@ -204,7 +204,7 @@ def _merge_layer(
     old, quantizer = layer.weight, quantizer_of(layer)
     assert isinstance(old, nn.Parameter)
     adapters = [layer.lora_adapters()[name] for name in names]
-    W, compared = layer.lora_matrix(), Comparison(scratch)
+    W, compared = layer.lora_matrix(), Survival(scratch)
     accumulate = accumulation_dtype(W, *(adapter.master for adapter in adapters))
     if quantizer is None:
         room = old.clone() if layer.lora_is_part else torch.empty_like(old)

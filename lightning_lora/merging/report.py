@@ -65,7 +65,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
-class Comparison:
+class Survival:
     """What became of an update, summed over pieces of a layer.
 
     Args:

@@ -1,40 +1,9 @@
 """Tables that are tied, of which adapters have rows at every end: merged once, they stay tied."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-
-from lightning_lora.adapters import RowsAdapter, TokenRows
-from lightning_lora.config import LoRAConfig
-from lightning_lora.injection.create import create_rows, tie_rows
-from lightning_lora.layers import LoRALayer, attach
-from lightning_lora.targets.walk import Node
-
-
-def attach_rows(
-    tables: Sequence[Node],
-    tokens: Sequence[int],
-    config: LoRAConfig,
-    adapter_name: str,
-    dtype: torch.dtype,
-    active: bool = True,
-) -> TokenRows:
-    """Puts an adapter for rows of a table on all layers that have it, without values.
-
-    Args:
-        tables: These layers; the first one has the rows.
-        tokens: Which rows.
-        config: The configuration that the adapter belongs to.
-        adapter_name: Its name.
-        dtype: Dtype of the master copies.
-        active: Whether it takes part in the forward.
-    """
-    first, *others = tables
-    rows = create_rows(first, tokens, config, dtype)
-    attach(first.module, adapter_name, rows, active)
-    for other in others:
-        attach(other.module, adapter_name, tie_rows(other, rows), active)
-    return rows
+from lightning_lora.adapters import RowsAdapter
+from lightning_lora.layers import LoRALayer
 
 
 def tied_alike(

@@ -36,7 +36,7 @@ def _rest(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: _rest(field) if isinstance(field, dict) else field for key, field in known.items()}
 
 
-def apart(model: nn.Module, again: nn.Module, changed: Collection[str] = ()) -> Iterator[list[str]]:
+def loosened(model: nn.Module, again: nn.Module, changed: Collection[str] = ()) -> Iterator[list[str]]:
     """The names of parameters that are tied in a model, and would not find together again where they are loaded.
 
     Args:

@@ -12,7 +12,7 @@ from lightning_lora.layers import LoRALayer, base_modules, lora_layers
 from lightning_lora.marks import COPIES, MERGED, context_problems
 from lightning_lora.merging.merge import merge, merge_problems, merged_piece, unmerge
 from lightning_lora.merging.tied_rows import tied_alike
-from lightning_lora.merging.ties import FLAG, apart, is_only_a_tie
+from lightning_lora.merging.ties import FLAG, is_only_a_tie, loosened
 from lightning_lora.methods.added import added_modules
 from lightning_lora.names import is_inside
 from lightning_lora.ops.norms import Scratch, accumulation_dtype, row_chunks
@@ -96,7 +96,7 @@ def _untie(module: Any) -> None:
             setattr(part, FLAG, True)
     with torch.device("meta"):
         again = type(module)(untied)
-    for names in list(apart(module, again)):
+    for names in list(loosened(module, again)):
         for name in names[1:]:
             owner, _, key = name.rpartition(".")
             parameters = module.get_submodule(owner)._parameters

@@ -93,7 +93,7 @@ class Added(Masters):
             )
 
 
-class Found(NamedTuple):
+class AddedTo(NamedTuple):
     """An added module, and where it is."""
 
     host_name: str
@@ -108,11 +108,11 @@ def added_to(host: nn.Module) -> dict[str, Added]:
     return dict(held)
 
 
-def added_modules(model: nn.Module) -> Iterator[Found]:
+def added_modules(model: nn.Module) -> Iterator[AddedTo]:
     """The added modules of a model, each once."""
     for name, host in named_base_modules(model):
         for adapter_name, module in added_to(host).items():
-            yield Found(name, host, adapter_name, module)
+            yield AddedTo(name, host, adapter_name, module)
 
 
 def add(host: nn.Module, adapter_name: str, module: Added) -> None:

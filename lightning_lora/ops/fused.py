@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lora.ops.fused_dora import FusedDoRA
 from lightning_lora.ops.fused_lora import FusedLoRA
 from lightning_lora.ops.site import Site
-from lightning_lora.ops.together import tensors_of
+from lightning_lora.ops.together import values_of_sites
 from lightning_lora.ops.transforms import without_autocast
 
 
@@ -34,5 +34,5 @@ def fused_linears(x: Tensor, sites: list[Site], p: float = 0.0) -> tuple[Tensor,
     dora = sites[0].adapter.magnitude is not None
     function = FusedDoRA if dora else FusedLoRA
     with without_autocast(x.device.type):
-        outs: tuple[Tensor, ...] = function.apply(x, p, sites, *tensors_of(sites, dora))  # type: ignore[no-untyped-call]
+        outs: tuple[Tensor, ...] = function.apply(x, p, sites, *values_of_sites(sites, dora))  # type: ignore[no-untyped-call]
     return outs

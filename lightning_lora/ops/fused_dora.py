@@ -12,7 +12,7 @@ from lightning_lora.ops.passes import OfOutputs
 from lightning_lora.ops.products import low_rank_into
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import Site
-from lightning_lora.ops.together import down_together, joined, parted, plain_outputs, with_tensors
+from lightning_lora.ops.together import down_matrices, down_together, parted, plain_outputs, with_tensors
 from lightning_lora.ops.transforms import is_plain_backward
 from lightning_lora.ops.twice import gradients
 
@@ -30,7 +30,7 @@ class FusedDoRA(torch.autograd.Function):
         passes = passes_for(flat, sum(ranks) if p > 0 else max(ranks))
         mask, keep_scale = passes.keep_mask(flat, p) if p > 0 else (None, 1.0)
         scales = [site.adapter.scale * keep_scale for site in sites]
-        A, outs, ups, changes, gains = joined(sites, dtype), [], [], [], []
+        A, outs, ups, changes, gains = down_matrices(sites, dtype), [], [], [], []
         h = down_together(passes, flat, mask, A, ranks, scales)
         for (weight, bias, adapter), part in zip(sites, parted(h, ranks, 1), strict=True):
             row, fold = adapter.row_gain(), _folds(weight, flat)

@@ -12,7 +12,7 @@ from lightning_lora.ops.passes import PLAIN, sums_over_rows
 from lightning_lora.ops.products import gradient_like, low_rank_into, product_into
 from lightning_lora.ops.selection import passes_for
 from lightning_lora.ops.site import Site
-from lightning_lora.ops.together import down_together, joined, parted, plain_outputs, with_tensors
+from lightning_lora.ops.together import down_matrices, down_together, parted, plain_outputs, with_tensors
 from lightning_lora.ops.transforms import is_plain_backward
 from lightning_lora.ops.twice import gradients
 
@@ -32,7 +32,7 @@ class FusedLoRA(torch.autograd.Function):
             passes = passes_for(flat, sum(ranks))
             mask, keep_scale = passes.keep_mask(flat, p)
             scales = [scale * keep_scale for scale in scales]
-        A, outs, ups = joined(sites, dtype), [], []
+        A, outs, ups = down_matrices(sites, dtype), [], []
         h = down_together(passes, flat, mask, A, ranks, scales)
         for (weight, bias, adapter), part in zip(sites, parted(h, ranks, 1), strict=True):
             B, W = adapter.B.to(dtype), operand(weight, dtype).T

@@ -12,7 +12,7 @@ from lightning_lora.ops.passes import Passes
 from lightning_lora.ops.site import LowRank, Site
 
 
-def joined(sites: list[Site], dtype: torch.dtype) -> Tensor:
+def down_matrices(sites: list[Site], dtype: torch.dtype) -> Tensor:
     """The A's below one another, in a dtype: (ranks together, in)."""
     A = sites[0].adapter.A if len(sites) == 1 else torch.cat([site.adapter.A for site in sites])
     return A.to(dtype)
@@ -47,7 +47,7 @@ def plain_outputs(x: Tensor, mask: Tensor | None, sites: list[Site], scales: lis
     return outs
 
 
-def tensors_of(sites: list[Site], magnitudes: bool) -> Iterator[Tensor | None]:
+def values_of_sites(sites: list[Site], magnitudes: bool) -> Iterator[Tensor | None]:
     """What autograd has to know of each: weight, bias, A, B, and magnitude and norms if there are any."""
     for weight, bias, adapter in sites:
         yield weight if isinstance(weight, Tensor) else None

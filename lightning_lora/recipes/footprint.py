@@ -27,12 +27,12 @@ def footprint(recipe: Recipe, *lora: Any, batch_size: int, seq_len: int, **optio
     """
     try:
         batch = _batch(recipe, batch_size, seq_len)
-        return estimate_memory(on_shapes(recipe), *lora, example_inputs=(batch,), **options)
+        return estimate_memory(with_shapes(recipe), *lora, example_inputs=(batch,), **options)
     except (LightningLoRAError, ValueError, RuntimeError, TypeError):
         return None
 
 
-def on_shapes(recipe: Recipe) -> Recipe:
+def with_shapes(recipe: Recipe) -> Recipe:
     """A recipe like another, apart from its run and without adapters, whose base lies on the meta device."""
     own = {name: value for name, value in recipe.hparams.items() if not name.startswith("_")}  # some are LightningCLI's
     made = type(recipe)(**{**own, "torch_compile": False})

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.formats.folder import put_in_place
+from lightning_lora.formats.folder import move_into_place
 
 Example = dict[str, list[int] | list[float]]
 LEARNT = "learnt"  # the field with how many tokens of an example are learnt, which is no part of what a model is fed
@@ -123,7 +123,7 @@ def write_store(examples: Iterable[Example], path: Path, notes: Mapping[str, int
                 described = {"fields": codes, "notes": dict(notes), "sizes": sizes, "digest": _digest(fields)}
                 file.write(json.dumps(described).encode())
             if open_store(path) is None:  # another run may have been faster
-                put_in_place(part, path)
+                move_into_place(part, path)
     return Store(path)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_lora.errors import BaseMismatchError, CheckpointError, ConfigError, listing
+from lightning_lora.formats.files import is_remote
 from lightning_lora.formats.fingerprint import changed
 from lightning_lora.layers import base_modules, named_base_modules
 from lightning_lora.marks import DENSE, Dense
@@ -53,7 +54,7 @@ def require_same_checkpoint(path: str | os.PathLike[str] | None) -> None:
     """
     way_out = "A metric that is monitored is logged with sync_dist=True, or one path is given to all ranks"
     require_same_settings({"ckpt_path": path and Path(path).name}, way_out)
-    each = all_objects(path is None or "://" in str(path) or Path(path).exists())
+    each = all_objects(path is None or is_remote(path) or Path(path).exists())
     if len(set(each)) > 1:
         raise CheckpointError(
             f"rank {each.index(False)} has no {path}, and rank {each.index(True)} has: copy it to the same path on "

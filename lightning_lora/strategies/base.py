@@ -25,7 +25,7 @@ from lightning_lora.formats.checkpoint import (
 from lightning_lora.formats.fingerprint import fingerprint, pack
 from lightning_lora.formats.peft import check_exportable, peft_folder, require_place, save_adapter
 from lightning_lora.formats.peft_config import CONFIG
-from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_ranks
 from lightning_lora.from_data.settle import adopt_ranks
 from lightning_lora.loading.instantiate import name_instantiator
 from lightning_lora.names import clean
@@ -223,7 +223,7 @@ class StrategyAdapter:
     def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Reads a checkpoint; Lightning would not read a folder that ranks wrote together."""
         if is_folder_of_ranks(checkpoint_path):
-            return read_folder(Path(checkpoint_path))
+            return read_ranks(Path(checkpoint_path))
         checkpoint = original(checkpoint_path, *args, **kwargs)
         if is_adapter_checkpoint(checkpoint) and self._is_plain(checkpoint_path):
             files.check_records(checkpoint_path)

@@ -18,6 +18,7 @@ from lightning_lora.formats.checkpoint import (
     is_adapter_checkpoint,
     load_adapters,
 )
+from lightning_lora.formats.folder import require_local
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean
 from lightning_lora.ops.sharded import failing_together
@@ -142,8 +143,7 @@ class DeepSpeedAdapter(StrategyAdapter):
     ) -> None:
         """Writes both."""
         filepath = self.strategy.broadcast(filepath)
-        if "://" in str(filepath):
-            raise UnsupportedError(f"DeepSpeed writes to folders of this machine, and {filepath} is none")
+        require_local(filepath, "DeepSpeed", "give a folder here as dirpath of ModelCheckpoint")
         with zero.gathering(self._partitioned()):
             self.complete(checkpoint)
             with failing_together("write the checkpoint"):

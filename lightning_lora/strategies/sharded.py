@@ -11,8 +11,9 @@ from typing_extensions import override
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing
 from lightning_lora.formats import files
 from lightning_lora.formats.checkpoint import is_adapter_checkpoint, is_base_checkpoint
+from lightning_lora.formats.folder import require_local
 from lightning_lora.formats.peft_from_checkpoint import export_read
-from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_either, write_folder
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_either, write_ranks
 from lightning_lora.injection.copies import tensors_of
 from lightning_lora.layers import named_base_modules
 from lightning_lora.names import clean, joined
@@ -110,10 +111,10 @@ class ShardedAdapter(StrategyAdapter):
         if not self.options.save_sharded:
             super().save_checkpoint(original, checkpoint, filepath, storage_options)
             return
-        if "://" in str(filepath):
-            raise UnsupportedError("save_sharded writes to folders of this machine")
+        folder = self.strategy.broadcast(filepath)
+        require_local(folder, "save_sharded", "leave it out, or give a folder here as dirpath of ModelCheckpoint")
         self.complete(checkpoint)
-        write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
+        write_ranks(checkpoint, Path(folder))
 
     @override
     def load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

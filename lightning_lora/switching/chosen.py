@@ -77,7 +77,7 @@ def rival_modules(model: nn.Module, names: Collection[str]) -> list[str]:
     return []
 
 
-def other_tables(model: nn.Module, names: Collection[str]) -> list[str]:
+def positional_tables(model: nn.Module, names: Collection[str]) -> list[str]:
     """Embeddings of transformers models, but those of tokens, that have one of these adapters.
 
     What they look up need not be of samples: positions, or distances between them, are the same for a whole batch.

@@ -12,7 +12,7 @@ from lightning_lora.injection.copies import put_in_place, values_of
 from lightning_lora.layers import LoRALayer, Mixture, ReadWeight, lora_layers
 from lightning_lora.marks import MERGED, SUSPENDED, Context, merged_layers
 from lightning_lora.methods.added import added_to
-from lightning_lora.switching.chosen import no_low_rank, other_tables
+from lightning_lora.switching.chosen import no_low_rank, positional_tables
 from lightning_lora.switching.merged import base_in_place
 from lightning_lora.switching.parts import marked_modules, parts_of
 
@@ -110,7 +110,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
         for module in added_to(host).values()
         if module.active and module._parameters
     ][:1]
-    problems += other_tables(model, names)
+    problems += positional_tables(model, names)
     problems += _read_problems(layers, names)
     raise_all(ConfigError, problems, "mixed_batch")
     samples = {name: [i for i, other in enumerate(adapter_names) if other == name] for name in names}

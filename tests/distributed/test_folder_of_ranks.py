@@ -16,7 +16,7 @@ import lightning_lora as ll
 from lightning_lora.cli import main
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats import files
-from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_folder, write_folder
+from lightning_lora.formats.shards_of_ranks import is_folder_of_ranks, read_ranks, write_ranks
 from lightning_lora.recipes.serve import peft_fields
 from tests.helpers import forks
 from tests.helpers.modules import trainer
@@ -36,11 +36,11 @@ def check(rank: int, folder: str) -> None:
 
     def write(epoch: int) -> None:
         part = distribute_tensor(values * epoch, mesh, [Shard(0)], src_data_rank=None)
-        write_folder({"epoch": epoch, "state_dict": {"A": part}}, place)
+        write_ranks({"epoch": epoch, "state_dict": {"A": part}}, place)
 
     def check_is(epoch: int) -> None:
         distributed.barrier()
-        found = read_folder(place)
+        found = read_ranks(place)
         assert found["epoch"] == epoch
         assert torch.equal(found["state_dict"]["A"], values * epoch)
         assert [path.name for path in place.parent.iterdir()] == ["last.ckpt"]
@@ -80,7 +80,7 @@ def written(tmp_path):
     run.fit(Lit(), data())
     run.save_checkpoint(tmp_path / "file.ckpt")
     with patch.object(distributed, "get_rank", return_value=0):
-        write_folder(files.read(tmp_path / "file.ckpt"), tmp_path / "folder.ckpt")
+        write_ranks(files.read(tmp_path / "file.ckpt"), tmp_path / "folder.ckpt")
     return tmp_path / "file.ckpt", tmp_path / "folder.ckpt"
 
 
@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(written):
     full = patch.object(FileSystemWriter, "write_data", side_effect=OSError("no space left"))
     told = pytest.raises(CheckpointError, match=r"a rank could not write its part of .*folder\.ckpt")
     with patch.object(distributed, "get_rank", return_value=0), full, told:
-        write_folder(files.read(path), folder)
+        write_ranks(files.read(path), folder)
     ll.load_adapter(build(), folder)
     assert {each.name for each in folder.parent.glob("*folder*")} == {"folder.ckpt"}
 

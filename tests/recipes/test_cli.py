@@ -18,7 +18,7 @@ from torch import distributed
 import lightning_lora as ll
 from lightning_lora.cli import main
 from lightning_lora.formats.files import read
-from lightning_lora.formats.shards_of_ranks import write_folder
+from lightning_lora.formats.shards_of_ranks import write_ranks
 from lightning_lora.recipes import Recipe
 from tests.helpers import forks, nodes
 from tests.recipes import files
@@ -210,7 +210,7 @@ def test_classes_come_from_the_checkpoint(bert, tmp_path, capsys):
     assert len(rows) == 5
     assert {row["prediction"] for row in rows} <= {"alpha", "beta", "gamma"}
     with patch.object(distributed, "get_rank", return_value=0):
-        write_folder(read(saved("best.ckpt")), tmp_path / "folder.ckpt")
+        write_ranks(read(saved("best.ckpt")), tmp_path / "folder.ckpt")
     main(["predict", *common, *more[:-1], f"--ckpt_path={tmp_path / 'folder.ckpt'}"])
     again = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert again == rows
