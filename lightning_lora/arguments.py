@@ -1,13 +1,12 @@
 """What the callback takes beside the fields of its config, checked."""
 
-import math
 import os
 import re
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.checks import DTYPES, MODES, flag_problems
+from lightning_lora.checks import DTYPES, MODES, flag_problems, is_positive
 from lightning_lora.config import Quantization
 from lightning_lora.errors import ConfigError, did_you_mean, raise_all
 
@@ -20,9 +19,7 @@ def check_arguments(own: dict[str, Any], config_error: ConfigError | None) -> No
     """
     problems = [*(config_error.problems if config_error else ()), *name_problems(own["adapter_name"])]
     ratio, dtype, mode = own["loraplus_lr_ratio"], own["adapter_dtype"], own["quantization"]
-    if ratio is not None and (
-        isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf
-    ):
+    if ratio is not None and not is_positive(ratio):
         problems.append(f"loraplus_lr_ratio must be a positive number, got {ratio!r}")
     if dtype not in DTYPES:
         hint = did_you_mean(str(dtype), DTYPES)

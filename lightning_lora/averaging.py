@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.checks import is_int, is_number
+from lightning_lora.checks import is_number, is_positive_int
 from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, listing, raise_all
 from lightning_lora.lightning_packages import CallbackBase
 from lightning_lora.ops.norms import accumulation_dtype
@@ -44,7 +44,8 @@ class AdapterAveraging(CallbackBase):
     Args:
         decay: d of the EMA; None for the mean of all.
         every_n_steps: How often the values are taken, in optimizer steps.
-        start: Which part of the run goes by before the first are, in steps or batches, whichever ends it.
+        start: The part of the run, in [0, 1), after which averaging begins: of its steps or of its batches, whichever
+            limit ends the run.
 
     Raises:
         ConfigError: With everything that is wrong with the arguments; when training begins, if there is a start and the
@@ -233,7 +234,7 @@ def _gone_by(trainer: "Trainer") -> float | None:
 def _problems(decay: Any, every_n_steps: Any, start: Any) -> Iterator[str]:
     if decay is not None and (not is_number(decay) or not 0 <= decay < 1):
         yield f"decay must be in [0, 1), or None for the mean of all, got {decay!r}"
-    if not is_int(every_n_steps) or every_n_steps < 1:
+    if not is_positive_int(every_n_steps):
         yield f"every_n_steps must be a positive integer, got {every_n_steps!r}"
     if not is_number(start) or not 0 <= start < 1:
         yield f"start must be in [0, 1), a part of all steps, got {start!r}"

@@ -24,7 +24,7 @@ from lightning_lora.checks import (
     saved_problems,
     token_problems,
 )
-from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, raise_all
+from lightning_lora.errors import ConfigError, UnsupportedError, raise_all, unknown_fields
 
 Patterns = str | list[str]
 
@@ -164,9 +164,7 @@ class LoRAConfig:
 
         An initialisation that is not known here stays a name: the values come from the file.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = [f"unknown field {k!r}.{did_you_mean(k, known)}" for k in values if k not in known]
-        raise_all(ConfigError, unknown, "LoRA")
+        raise_all(ConfigError, unknown_fields(values, [f.name for f in fields(cls)]), "LoRA")
         init = str(values.get("init_lora_weights", "kaiming"))
         return cls(**{**values, "init_lora_weights": init if init in INITS else NamedInit(init)})
 

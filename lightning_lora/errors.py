@@ -58,6 +58,18 @@ def raise_all(
         raise error(f"{context}: " * bool(context) + "\n".join(lines), problems)
 
 
+def ranked(ranks: Iterable[int]) -> str:
+    """``rank 4``, or ``ranks 2 to 8``."""
+    low, *others = sorted(set(ranks))
+    return f"ranks {low} to {others[-1]}" if others else f"rank {low}"
+
+
+def unknown_fields(values: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names that are not known, each with what may have been meant."""
+    known = list(known)
+    return [f"unknown field {name!r}.{did_you_mean(name, known)}" for name in values if name not in known]
+
+
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """`` Did you mean 'q_proj', 'k_proj'?``, or an empty string when nothing is close, and for what is no word."""
     if not isinstance(word, str):

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_lora.adapters import LowRankAdapter
 from lightning_lora.analysis.factor_grams import measure
-from lightning_lora.checks import flag_problems, is_int
+from lightning_lora.checks import flag_problems, is_positive_int
 from lightning_lora.errors import ConfigError, UnsupportedError, listing, no_adapter, raise_all
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.lightning_packages import CallbackBase
@@ -177,7 +177,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _argument_problems(every_n_steps: Any, adapter_names: Any, flags: Mapping[str, Any]) -> Iterator[str]:
-    if not is_int(every_n_steps) or every_n_steps < 1:
+    if not is_positive_int(every_n_steps):
         yield f"every_n_steps must be a number of steps, got {every_n_steps!r}"
     names = adapter_names if isinstance(adapter_names, list) else []
     if adapter_names is not None and not (names and all(isinstance(name, str) for name in names)):

@@ -30,7 +30,7 @@ class Moved(NamedTuple):
 
 
 def complete_optimizers(
-    model: nn.Module, configured: Any, lr_ratios: Mapping[str, float | None] | None = None, moved: Sequence[Moved] = ()
+    model: nn.Module, configured: Any, lr_ratios: Mapping[str, float | None], moved: Sequence[Moved]
 ) -> None:
     """Makes what ``configure_optimizers`` returned train this model, in place.
 
@@ -57,7 +57,7 @@ def complete_optimizers(
     for optimizer in optimizers:
         drop_frozen(optimizer)
     require_trained(model, optimizers)
-    for adapter_name, ratio in sorted((lr_ratios or {}).items()):  # callbacks may change places when a run is resumed
+    for adapter_name, ratio in sorted(lr_ratios.items()):  # callbacks may change places when a run is resumed
         adapters = [a for a in adapter_modules(model, adapter_name) if isinstance(a, LowRankAdapter)]
         pairs = {id(adapter.B) for adapter in adapters}
         for optimizer in optimizers:

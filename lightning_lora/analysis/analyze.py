@@ -14,7 +14,7 @@ from lightning_lora.analysis.results import Analysis, Comparison, LayerAnalysis
 from lightning_lora.analysis.sources import Source, aligned, file_sources, model_sources
 from lightning_lora.analysis.spectra import ENERGIES, Spectrum, effective_rank, energy, spectrum, stable_rank
 from lightning_lora.analysis.subspaces import compare_spectra
-from lightning_lora.checks import is_int, is_number
+from lightning_lora.checks import is_int, is_number, is_positive_int
 from lightning_lora.errors import ConfigError, UnsupportedError, did_you_mean, listing, raise_all
 from lightning_lora.files.base import BaseFiles
 from lightning_lora.formats.model_folder import ModelFolder
@@ -39,8 +39,8 @@ def analyze(
 
     Singular values come from QR decompositions of the factors, in float64; all about W from one product with r columns
     for each layer. With DoRA, spectra, similarities and amplification are those of s B A, and drift, magnitude and
-    direction those of the weight that the adapter makes of W. An adapter is told by itself, active or not, and whatever
-    weight it has among others. The model stays as it is.
+    direction those of the weight that the adapter makes of W. The adapter is analysed on its own, whether or not it is
+    active, and whatever weight it has among others. The model stays as it is.
 
     Args:
         model: The model, or a part of it; names are relative to it.
@@ -131,11 +131,11 @@ def _settings(
     weights: bool, weight_svd: Any, top: Any, epsilon: Any, seed: Any, compare: Any, compare_adapter: str | None
 ) -> WeightSVD | None:
     problems = []
-    if weight_svd is not None and weight_svd != "exact" and not (is_int(weight_svd) and weight_svd > 0):
+    if weight_svd is not None and weight_svd != "exact" and not is_positive_int(weight_svd):
         problems.append(f"weight_svd must be a number of directions, 'exact' or None, got {weight_svd!r}")
     if weight_svd is not None and not weights:
         problems.append("weight_svd decomposes the weights of the base, and there are none to read: give the base")
-    if not is_int(top) or top < 1:
+    if not is_positive_int(top):
         problems.append(f"top must be a number of directions, got {top!r}")
     if not is_number(epsilon) or not 0 < epsilon < 1:
         problems.append(f"epsilon must be a cosine between 0 and 1, got {epsilon!r}")

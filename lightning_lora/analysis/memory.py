@@ -14,7 +14,7 @@ from lightning_lora.analysis.memory_optimizer import optimizer_bytes, optimizer_
 from lightning_lora.analysis.memory_run import Run, Steps
 from lightning_lora.analysis.memory_step import Way
 from lightning_lora.analysis.memory_strategy import STRATEGIES, Parts
-from lightning_lora.checks import choice_problems, is_int
+from lightning_lora.checks import choice_problems, is_positive_int
 from lightning_lora.config import LoRAConfig, Quantization
 from lightning_lora.errors import ConfigError, LightningLoRAError, raise_all
 
@@ -158,7 +158,7 @@ def _problems(
     if (problem := optimizer_problem(optimizer)) is not None:
         yield problem
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("devices", devices)):
-        if not is_int(value) or value < 1:
+        if not is_positive_int(value):
             yield f"{name} must be a positive integer, got {value!r}"
     yield from choice_problems("strategy", strategy, STRATEGIES)
     yield from choice_problems("precision", precision, PRECISIONS)

@@ -14,7 +14,7 @@ from lightning_lora.checks import is_int
 from lightning_lora.errors import UnsupportedError
 from lightning_lora.layers import original_type
 from lightning_lora.patches import Patches
-from lightning_lora.targets.kinds import pretrained_models
+from lightning_lora.targets.kinds import only_pretrained
 from lightning_lora.targets.walk import nodes
 
 _PER_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForPreTraining")
@@ -22,8 +22,8 @@ _PER_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassificati
 
 def transformers_model(model: nn.Module) -> nn.Module | None:
     """The transformers model that a module is, or that is the only one in it."""
-    found = pretrained_models(nodes(model))
-    return found[0].module if len(found) == 1 else None
+    found = only_pretrained(nodes(model))
+    return None if found is None else found.module
 
 
 def positions_problem(model: Any, seq_len: Any) -> str | None:

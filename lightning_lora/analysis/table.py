@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora.errors import counted, listing
+from lightning_lora.errors import counted, listing, ranked
 
 if TYPE_CHECKING:
     from lightning_lora.analysis.results import Analysis
@@ -38,8 +38,7 @@ def render(analysis: "Analysis") -> str:
 
 def headline(analysis: "Analysis") -> str:
     """What was analysed, in a line."""
-    ranks = sorted({layer.r for layer in analysis.layers.values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    rank = ranked(layer.r for layer in analysis.layers.values())
     what = f"{analysis.variant} on {counted(len(analysis.layers), 'layer')}, {rank}"
     return f"adapter {analysis.adapter_name} of {analysis.source}: {what}"
 

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from lightning_lora.layers import ReadWeight
 from lightning_lora.methods.method import Place
 from lightning_lora.names import is_inside, last_part, relative
-from lightning_lora.targets.kinds import in_attention, in_mlp, pretrained_models
+from lightning_lora.targets.kinds import in_attention, in_mlp, only_pretrained
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 def host_of(tree: Mapping[str, Place]) -> str:
     """The name of the one transformers model, or of the model itself."""
-    models = pretrained_models(tree)
-    return models[0].name if len(models) == 1 else ""
+    model = only_pretrained(tree)
+    return "" if model is None else model.name
 
 
 class Block(NamedTuple):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lightning_lora.errors import counted
+from lightning_lora.errors import counted, ranked
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class CombineReport:
     @override
     def __str__(self) -> str:
         sources = dict.fromkeys(name for layer in self.layers.values() for name in layer.adapters)
-        ranks = sorted({layer.rank for layer in self.layers.values()})
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        rank = ranked(layer.rank for layer in self.layers.values())
         of = ", ".join(map(repr, sources))
         lines = [f"{self.adapter_name!r}: {self.method} of {of} on {counted(len(self.layers), 'layer')}, {rank}"]
         if any(layer.error > 0 for layer in self.layers.values()):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lightning_lora.errors import counted
+from lightning_lora.errors import counted, ranked
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,13 @@ class TruncateReport:
             sum(x.parameters for x in self.layers.values()),
         ]
         lines = [
-            f"{self.adapter_name!r}: {_ranks(before)} -> {_ranks(after)} on {counted(len(self.layers), 'layer')}, "
+            f"{self.adapter_name!r}: {ranked(before)} -> {ranked(after)} on {counted(len(self.layers), 'layer')}, "
             f"{counts[0]:,} -> {counts[1]:,} parameters",
             f"of the updates {self.error:.2%} was lost, {_most(self.layers, 'error')}",
         ]
         if any(layer.merged_error != layer.error for layer in self.layers.values()):
             lines.append(f"of the merged weights, {_most(self.layers, 'merged_error')}")
         return "\n".join(lines)
-
-
-def _ranks(ranks: list[int]) -> str:
-    low, high = min(ranks), max(ranks)
-    return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 def _most(layers: dict[str, LayerTruncation], what: str) -> str:

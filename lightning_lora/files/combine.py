@@ -109,7 +109,7 @@ def _overwritten(out: Path, sources: Iterable[Path], overwrite: bool) -> Iterato
     for path in taken:
         yield f"{path} would be written over: give another folder than {out}"
     if not (taken or overwrite) and (out / "adapter_config.json").exists():
-        yield f"{out}, where the new adapter goes, holds one already: give another folder first, or --overwrite"
+        yield f"{out}, where the new adapter goes, already holds an adapter: give another folder, or --overwrite"
 
 
 def _incomplete(sources: Iterable[_Source]) -> Iterator[str]:

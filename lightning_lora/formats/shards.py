@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_lora.errors import CheckpointError
 from lightning_lora.formats.folder import sync
+from lightning_lora.formats.tensor_write import header_bytes
 from lightning_lora.formats.tensors import FLOATS
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "C64": 64}
@@ -94,10 +95,8 @@ class Shard:
             begin, end = end, end + place.end - place.begin
             offsets = [begin - self._start, end - self._start]
             header[key] = {"dtype": place.dtype, "shape": list(place.shape), "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
         with target.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header_bytes(header))
             with self.path.open("rb") as source:
                 source.seek(self._start)
                 shutil.copyfileobj(source, file, 1 << 20)

@@ -89,6 +89,11 @@ def _header(tensors: Mapping[str, Tensor], entry: Mapping[str, Any], digests: Ma
     for key, tensor in tensors.items():
         place = [at, at := at + tensor.nbytes]
         header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    written = written.ljust(-(-len(written) // 8) * 8)
-    return len(written).to_bytes(8, "little") + written
+    return header_bytes(header)
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file, and its length in front of it."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text

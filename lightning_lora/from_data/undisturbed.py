@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.formats.rng import collect_rng, restore_rng
+from lightning_lora.patches import in_eval_mode
 from lightning_lora.switching.contexts import disable_adapters
 
 _PACKED = 1 << 20  # bytes of an integer buffer that is a packed weight, which no forward changes
@@ -22,22 +23,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Behind it everything is what it was: modes, ``requires_grad``, buffers, what metrics have counted, and the random
     generators of Python, NumPy and torch.
     """
-    modes = [(module, module.training) for module in model.modules()]
     needing = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.nbytes <= _PACKED]
     metrics = [(module, _counts(module)) for module in model.modules() if _is_metric(module)]
     rng = collect_rng()
     try:
-        with disable_adapters(model), torch.compiler.set_stance("force_eager"):  # hooks would stay in what is compiled
+        eager = torch.compiler.set_stance("force_eager")  # hooks would stay in what is compiled
+        with disable_adapters(model), eager, in_eval_mode(model):
             for parameter in needing:
                 parameter.requires_grad_(False)
-            model.eval()
             yield
     finally:
         for parameter in needing:
             parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):

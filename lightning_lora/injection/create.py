@@ -25,8 +25,8 @@ def create_missing(
     tree: Mapping[str, Node],
     config: LoRAConfig,
     adapter_name: str,
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = None,
+    dtype: torch.dtype,
+    seed: int,
 ) -> list[tuple[nn.Module, Adapter]]:
     """What a plan asks for and its layers don't have.
 
@@ -36,12 +36,12 @@ def create_missing(
         config: The configuration that the adapters belong to.
         adapter_name: Their name.
         dtype: Dtype of the master copies.
-        seed: What first values are drawn from; `default_seed` by default.
+        seed: What first values are drawn from.
 
     Returns:
         Layers, and adapters for them.
     """
-    seed, created, by_name = default_seed() if seed is None else seed, [], dict[str, Adapter]()
+    created, by_name = [], dict[str, Adapter]()
     for target in targets:
         node = tree[target.name]
         if isinstance(node.module, LoRALayer) and adapter_name in node.module.lora:
@@ -65,7 +65,7 @@ def create(
     r: int,
     lora_alpha: float,
     adapter_name: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
     seed: int = 0,
 ) -> LowRankAdapter:
     """An adapter for a layer, all zero, and not on it yet.
@@ -96,7 +96,7 @@ def create(
     return adapter
 
 
-def create_rows(node: Node, tokens: Sequence[int], config: LoRAConfig, dtype: torch.dtype = torch.float32) -> TokenRows:
+def create_rows(node: Node, tokens: Sequence[int], config: LoRAConfig, dtype: torch.dtype) -> TokenRows:
     """Rows of a layer's table, without values.
 
     Args:

@@ -19,8 +19,8 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 def load_from_checkpoint(module_class: type[_ModuleT], path: str | os.PathLike[str], **init_kwargs: Any) -> _ModuleT:
     """A LightningModule with its adapters: the base from the class, the adapters from the file.
 
-    ``ModuleClass.load_from_checkpoint(path)`` does the same in a process that has imported `LoRA`. This reads folders
-    too that ranks wrote together, older files, and those whose hyperparameters are one argument of the class.
+    ``ModuleClass.load_from_checkpoint(path)`` does the same in a process that has imported `LoRA`. This function also
+    reads folders that ranks wrote together, and files whose hyperparameters are a single argument of the class.
 
     The module's own ``on_load_checkpoint`` is called, before it has adapters; what that makes of the checkpoint is
     loaded.

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora.layers import LoRALayer
 from lightning_lora.marks import MERGED
+from lightning_lora.patches import in_eval_mode
 from lightning_lora.switching.merged import base_in_place
 
 
@@ -25,7 +26,7 @@ def differences(model: nn.Module, layers: Mapping[str, LoRALayer], batch: Any) -
         batch: The model's keyword arguments as a mapping, its arguments as a tuple or list, or its one argument.
 
     Returns:
-        That of the model, and those of the layers that the batch came by.
+        That of the model, and those of the layers that the batch reached.
     """
     found: dict[str, float] = {}
     with ExitStack() as hooks:
@@ -62,14 +63,8 @@ def _unmerged(layers: Sequence[LoRALayer]) -> Iterator[None]:
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """The tensors that a model gives for a batch, in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(**batch) if isinstance(batch, Mapping) else model(*_as_tuple(batch))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval_mode(model), torch.no_grad():
+        out = model(**batch) if isinstance(batch, Mapping) else model(*_as_tuple(batch))
     return [leaf for leaf in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(leaf, Tensor)]
 
 

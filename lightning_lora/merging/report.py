@@ -23,7 +23,7 @@ class LayerMerge:
         error: Norm of what rounding added, over the norm of ΔW.
         untied: Names of parameters that shared this weight and keep the base's values.
         difference: The largest absolute difference that the merge makes in the layer's output for the same input, on
-            the probe batch; None without one, if the batch did not come by, and for parts of layers and parameters
+            the probe batch; None without one, if the batch did not reach it, and for parts of layers and parameters
             that are read, which are not called once they are merged.
     """
 

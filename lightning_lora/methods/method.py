@@ -15,7 +15,14 @@ from torch import nn
 
 from lightning_lora.checks import saved_problems
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import CheckpointError, ConfigError, UnsupportedError, did_you_mean, raise_all
+from lightning_lora.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+    did_you_mean,
+    raise_all,
+    unknown_fields,
+)
 
 NO_CACHE = (
     "lives in the cache of keys and values, which activation checkpointing turns off: train without it, or use "
@@ -157,10 +164,7 @@ def config_from(values: Mapping[str, Any]) -> LoRAConfig | MethodConfig:
         raise ConfigError(f"unknown method {name!r}.{did_you_mean(str(name), methods)} Known: {sorted(methods)}")
     cls = methods[name]
     given = {key: value for key, value in values.items() if key != "method"}
-    known = [f.name for f in fields(cls)]
-    raise_all(
-        ConfigError, [f"unknown field {k!r}.{did_you_mean(k, known)}" for k in given if k not in known], cls.method
-    )
+    raise_all(ConfigError, unknown_fields(given, [f.name for f in fields(cls)]), cls.method)
     return cls(**given)
 
 

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.checks import choice_problems, is_int, is_number
+from lightning_lora.checks import choice_problems, is_number, is_positive_int
 from lightning_lora.errors import ConfigError, UnsupportedError, raise_all
 from lightning_lora.ops.row_losses import row_losses, widened
 from lightning_lora.ops.sharded import PLAIN, gathered, is_sharded
@@ -171,7 +171,7 @@ def _problems(
     yield from choice_problems("reduction", reduction, ("mean", "sum", "none"))
     if not is_number(smoothing) or not 0 <= smoothing <= 1:
         yield f"label_smoothing must be in [0, 1], got {smoothing!r}"
-    if chunk_size is not None and not (is_int(chunk_size) and chunk_size > 0):
+    if chunk_size is not None and not is_positive_int(chunk_size):
         yield f"chunk_size must be a number of tokens, or None, got {chunk_size!r}"
 
 

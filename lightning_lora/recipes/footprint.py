@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.analysis.memory import estimate_memory
 from lightning_lora.analysis.memory_estimate import MemoryEstimate
-from lightning_lora.errors import LightningLoRAError
+from lightning_lora.errors import LightningLoRAError, first_line
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.building import of_shapes
 from lightning_lora.recipes.module import Recipe
@@ -23,12 +24,13 @@ def footprint(recipe: Recipe, *lora: Any, batch_size: int, seq_len: int, **optio
         **options: Of `estimate_memory`.
 
     Returns:
-        The estimate; None if the model can't be followed on shapes alone.
+        The estimate; None, with a notice, if the model can't be followed on shapes alone.
     """
     try:
         batch = _batch(recipe, batch_size, seq_len)
         return estimate_memory(with_shapes(recipe), *lora, example_inputs=(batch,), **options)
-    except (LightningLoRAError, ValueError, RuntimeError, TypeError):
+    except (LightningLoRAError, ValueError, RuntimeError, TypeError) as error:
+        rank_zero_info(f"memory is not estimated beforehand: {first_line(error)}")
         return None
 
 

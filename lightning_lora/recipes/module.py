@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.checks import DTYPES, choice_problems, is_number, is_positive
 from lightning_lora.errors import ConfigError, raise_all
+from lightning_lora.patches import in_eval_mode
 from lightning_lora.recipes.batches import Batch
 from lightning_lora.recipes.blocks import repeated_blocks
 from lightning_lora.recipes.building import built, loaded, shard
@@ -218,14 +219,8 @@ class Recipe(LightningModule):
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         """The model in eval mode, without gradients; as it was afterwards."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad(), dora_caching(self.model):
-                yield self.model
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_eval_mode(self.model), torch.no_grad(), dora_caching(self.model):
+            yield self.model
 
     def variants(self) -> Iterator[str]:
         """For a validation step: ``val`` with the adapters, then, if asked for, ``val_base`` without them."""

@@ -69,8 +69,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     Modules that were loaded with an active adapter have the base's values, as in `disable_adapters`. Samples are what
     the first dimension of a layer's input counts; adapters on embeddings of positions, in which no
     dimension does, are refused in transformers models. Adapters can't be added, switched, merged or deleted
-    before the context ends. Where activations are recomputed in a loop of your own the backward pass belongs into
-    the context too.
+    before the context ends. If your own loop recomputes activations (checkpointing), run the
+    backward pass inside the context as well.
 
     Args:
         model: The model.

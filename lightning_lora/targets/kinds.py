@@ -39,6 +39,12 @@ def pretrained_models(tree: Mapping[str, PlaceT]) -> list[PlaceT]:
     return [found[name] for name in outermost(found)]
 
 
+def only_pretrained(tree: Mapping[str, PlaceT]) -> PlaceT | None:
+    """The outermost transformers model, where there is exactly one."""
+    found = pretrained_models(tree)
+    return found[0] if len(found) == 1 else None
+
+
 def models_of_others(tree: Mapping[str, PlaceT], within: Iterable[str]) -> list[PlaceT]:
     """The outermost models of diffusers and timm, in order, but for those in modules of these names."""
     found = {place.name: place for place in tree.values() if _is_of_others(place.module)}

@@ -259,7 +259,7 @@ def test_an_adapter_in_the_way_is_written_over_only_if_asked(tmp_path, capsys):
     before = tensors(tmp_path / one)
     said = fails(2, capsys, "combine", tmp_path / one, tmp_path / two)
     assert (
-        f"{tmp_path / 'one'}, where the new adapter goes, holds one already: give another folder first, or --overwrite"
+        f"{tmp_path / 'one'}, where the new adapter goes, already holds an adapter: give another folder, or --overwrite"
         in said
     )
     assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())

@@ -91,12 +91,14 @@ def test_an_untied_head_and_the_dtype_of_the_files_count(tmp_path, bases):
     assert {layer.bits for layer in halved.layers if layer.bits} == {16}
 
 
-def test_what_can_not_be_followed_has_no_footprint(bases):
+def test_what_can_not_be_followed_has_no_footprint_and_says_why(bases, caplog):
     class Looking(CausalLM):
         def forward(self, batch):
             return super().forward(batch) * int(batch["labels"].sum())
 
-    assert footprint(Looking(str(bases / "small")), LORA, None, batch_size=1, seq_len=8) is None
+    with caplog.at_level("INFO"):
+        assert footprint(Looking(str(bases / "small")), LORA, None, batch_size=1, seq_len=8) is None
+    assert "memory is not estimated beforehand: " in caplog.text
 
 
 @pytest.mark.parametrize(
