@@ -501,3 +501,20 @@ def test_another_weight_has_its_own_norms(change):
     for _ in range(3):
         torch.testing.assert_close(model(X).detach(), wanted(model), rtol=1e-5, atol=1e-5)
         step(model, optimizer)
+
+
+def test_a_weight_that_is_changed_between_steps():
+    """The squares of its rows are taken anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=8, use_dora=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    attached, x = ll.attach_optimizer(model, optimizer), torch.randn(3, 16)
+    model(x).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    optimizer.step()
+    seen = model(x)
+    attached.remove()
+    torch.testing.assert_close(seen, model(x))

@@ -9,6 +9,7 @@ import transformers as tf
 from torch.utils.data import DataLoader
 
 import lightning_lora as ll
+from lightning_lora.state import adapter_modules
 from tests.helpers.dora import X, adapted, count_norms, wanted
 from tests.helpers.layers import randomise
 from tests.helpers.modules import trainer
@@ -229,3 +230,11 @@ def test_values_of_each_validation_are_the_current_ones():
     for one, other in seen:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert len({float(one.sum()) for one, _ in seen}) > 4
+
+
+def test_a_copy_is_in_no_context():
+    model = adapted()
+    with ll.dora_caching(model):
+        again = copy.deepcopy(model)
+        assert any(adapter.resting for adapter in adapter_modules(model, "default"))
+    assert not any(adapter.resting for adapter in adapter_modules(again, "default"))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import peft
@@ -12,7 +13,10 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.injection import inject
+from lightning_lora.injection.inject import carry_out
 from lightning_lora.layers import lora_layers
+from lightning_lora.targets import draft
+from lightning_lora.targets.walk import nodes
 from tests.helpers.families import DECODER, FAMILIES, KV
 from tests.helpers.layers import randomise
 from tests.helpers.modules import Wrapped, one_batch, trainer
@@ -446,3 +450,34 @@ def test_save_pretrained_would_leave_adapters_behind(tmp_path):
     ll.inject(own := Own(), ll.LoRAConfig(r=2))
     own.save_pretrained(tmp_path / "own")
     own.load_adapter(tmp_path / "own")
+
+
+def drafted(model, config):
+    plan, problems = draft(model, config, nodes(model))
+    assert not problems
+    return plan
+
+
+def test_an_adapter_that_learnt_stays_where_a_later_plan_has_none():
+    model, config = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}), ll.LoRAConfig(r=2)
+    ll.inject(model, config)
+    plan = drafted(model, config)
+    nn.init.ones_(model["b"].lora["default"].B)
+    carry_out(model, config, replace(plan, targets=tuple(t for t in plan.targets if t.name == "a")), "default")
+    assert model["b"].lora["default"].B.all()
+
+
+def test_what_a_later_plan_does_not_train_is_frozen():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    config = ll.LoRAConfig(r=2, target_modules=["a"], modules_to_save=["head"])
+    plan = ll.inject(model, config)
+    assert model["head"].weight.requires_grad
+    carry_out(model, config, replace(plan, modules_to_save=()), "default")
+    assert not model["head"].weight.requires_grad
+
+
+def test_adapters_of_other_names_start_with_other_values():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in "ab":
+        ll.inject(model, CONFIG, name)
+    assert not torch.equal(model[0].lora["a"].A, model[0].lora["b"].A)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_lora as ll
 from lightning_lora.patches import Patches
 from lightning_lora.recompute import _in_eval_mode_too, checkpoint_activations, keep_adapters, let_gradients_through
+from lightning_lora.switching.taking_part import TakingPart
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
 
@@ -109,3 +110,20 @@ def test_blocks_run_again_with_the_adapters_that_they_ran_with(how, asked, use_d
         patches.release()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_an_error_in_a_block_that_is_computed_again_leaves_what_was_active():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in "ab":
+        ll.inject(model, ll.LoRAConfig(r=2), name)
+    ll.set_adapter(model, "a")
+    then = TakingPart(model)
+    ll.set_adapter(model, "b")
+
+    def fail():
+        assert model[0].lora_active == ("a",)
+        raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        then.run(fail)
+    assert model[0].lora_active == ("b",)

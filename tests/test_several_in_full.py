@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.formats.peft_from_checkpoint import export_checkpoint
+from lightning_lora.injection.copies import bring
+from lightning_lora.marks import COPIES
 from tests.commands.files import run
 from tests.helpers.layers import randomise
 from tests.helpers.modules import trainer
@@ -282,3 +284,13 @@ def test_the_way_to_a_second_head(folders, x, tmp_path):
     again = ll.load_from_checkpoint(Lit, path)
     for name in "ab":
         assert torch.equal(outputs(again, name, x), outputs(module, name, x))
+
+
+def test_values_go_with_their_adapter():
+    """Also those for a module that its configuration does not train, as they come with a file."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["a"], modules_to_save=["head"]), "x")
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["a"], modules_to_save=None), "y")
+    bring(model["head"], "y", {"weight": torch.ones(2, 4)}, whole=False)
+    ll.delete_adapter(model, "y")
+    assert "y" not in vars(model["head"]).get(COPIES, {})

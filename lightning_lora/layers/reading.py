@@ -20,6 +20,7 @@ from lightning_lora.layers.source import syntax_of
 _SHOWS_NOTHING = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "layout"}
 _WITHOUT_GRADIENTS = {"no_grad", "inference_mode"}
 _ASK = {"isinstance", "hasattr", "type", "id"}
+_WEIGHTS = {"weight", "in_proj_weight"}
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -50,6 +51,19 @@ def weights_read(cls: Any, facts: Facts = NONE) -> dict[str, bool]:
             for name in [name for name, how in _uses(method, facts) if how in used]:
                 reads.pop(name, None)
     return reads
+
+
+@cache
+def mentions_weight(cls: Any) -> bool:
+    """Whether the code of a module reads a weight, of whatever; others call their layers, or choose among them."""
+    functions = [
+        f
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.nn.modules.module")
+        for f in vars(base).values()
+    ]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions)
+    return any(not _WEIGHTS.isdisjoint(names_in(code)) for code in codes)
 
 
 def is_without_gradients(method: Any) -> bool:

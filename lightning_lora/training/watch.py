@@ -1,9 +1,7 @@
 """Looks at what is trained: whether gradients reach it, and whether steps change it."""
 
-import inspect
 import warnings
 from collections.abc import Collection, Iterator
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterError, listing, raise_all
 from lightning_lora.layers import LoRALayer
-from lightning_lora.layers.reading import names_in
+from lightning_lora.layers.reading import mentions_weight
 from lightning_lora.methods.added import added_modules
 from lightning_lora.names import ancestors, is_inside, last_part
 from lightning_lora.ops.sharded import gathered
@@ -25,7 +23,6 @@ from lightning_lora.training.attached import tells_steps
 from lightning_lora.training.movement import below_compiled, gradient_of, mark_of
 from lightning_lora.training.ways_out import PATIENCE, WAYS_OUT, left_out
 
-_WEIGHTS = {"weight", "in_proj_weight"}
 DIVERGED = f"not finite any more. {WAYS_OUT['diverged']}"
 
 
@@ -73,8 +70,9 @@ class Watch:
         self._clock = 0  # counts the steps of all optimizers
         self._called_at: dict[int, int] = {}  # by module
         self._stepped_at: dict[int, int] = {}  # by optimizer
+        self._began_at: dict[int, int] = {}  # when an optimizer began its step
         self._had_gradient: set[int] = set()
-        self._moved: dict[int, str] = {}  # owners of a tensor that moved, with its name
+        self._moved: dict[int, tuple[str, int]] = {}  # holders of a tensor that moved: its name, and when
         self._biases = set[str]()  # that are trained without the weight beside them
         self._unmoved = set() if unmoved is None else unmoved
         self._handles: list[RemovableHandle] = []
@@ -152,6 +150,7 @@ class Watch:
         return self._called_at.get(id(module), -1) >= self._stepped_at.get(id(optimizer), 0)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._began_at[id(optimizer)] = self._clock
         for parameter, _ in self._waiting(optimizer):
             self._before[id(parameter)] = mark_of(parameter, optimizer)
 
@@ -159,7 +158,8 @@ class Watch:
         flowed, self._flowed = self._flowed, set()
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in flowed or gradient_of(p, optimizer) is not None for p in held):
-            self._count_empty(optimizer)
+            if self._began_at.get(id(optimizer)) == self._clock:  # no optimizer within it had them
+                self._count_empty(optimizer)
             return
         self._empty[id(optimizer)] = 0
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
@@ -168,7 +168,7 @@ class Watch:
             before = self._before.pop(id(parameter), None)
             verdict = None if before is None else self._verdict(parameter, optimizer, lr, before, flowed)
             if verdict is True:
-                self._moved[id(self._holders[id(parameter)])] = self._names.pop(id(parameter))
+                self._moved[id(self._holders[id(parameter)])] = self._names.pop(id(parameter)), self._clock
             elif verdict:
                 dead.setdefault(verdict, []).append(self._names[id(parameter)])
         self._clock += 1
@@ -189,7 +189,8 @@ class Watch:
         """Raises for what is dead after a step, by the reason."""
         if not dead and steps >= PATIENCE:
             late = [p for p, _ in self._waiting(optimizer) if not self._is_alternative(p, optimizer)]
-            if late:
+            late = [p for p in late if self._clock - self._moved.get(id(self._holders[id(p)]), ("", 0))[1] >= PATIENCE]
+            if late:  # A's gradient is 0 up to the step behind B's first one
                 dead[f"did not move in {PATIENCE} steps. {WAYS_OUT['late']}"] = [self._names[id(p)] for p in late]
         if self._moved and (left := [n for why in dead for n in dead[why] if n in self._biases and why != DIVERGED]):
             warnings.warn(f"{listing(left, 4)}: {WAYS_OUT['biases']}", stacklevel=2)
@@ -211,7 +212,7 @@ class Watch:
         numbered = [prefix for prefix in ancestors(name) if last_part(prefix).isdigit()]
         lists = {prefix.rpartition(".")[0] for prefix in numbered} - {""}
         return gradient_of(parameter, optimizer) is None and any(
-            is_inside(moved, outer) for outer in lists for moved in self._moved.values()
+            is_inside(moved, outer) for outer in lists for moved, _ in self._moved.values()
         )
 
     def _waiting(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
@@ -238,8 +239,7 @@ class Watch:
             if self._was_called(holder, optimizer):
                 return f"called, but no gradient came back. {WAYS_OUT['called']}"
             if any(
-                self._was_called(parent, optimizer) and _mentions_weight(cast("Any", type(parent)))
-                for parent in parents
+                self._was_called(parent, optimizer) and mentions_weight(cast("Any", type(parent))) for parent in parents
             ):
                 return f"the module around it was called and it was not. {WAYS_OUT['read']}"
             return None
@@ -254,16 +254,3 @@ class Watch:
         if waits or before.any():
             return None
         return f"it has a gradient, and the optimizer left it at 0. {WAYS_OUT['stuck']}"
-
-
-@cache
-def _mentions_weight(cls: Any) -> bool:
-    """Whether the code of a module reads a weight, of whatever; others call their layers, or choose among them."""
-    functions = [
-        f
-        for base in cls.__mro__
-        if not base.__module__.startswith("torch.nn.modules.module")
-        for f in vars(base).values()
-    ]
-    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in functions)
-    return any(not _WEIGHTS.isdisjoint(names_in(code)) for code in codes)

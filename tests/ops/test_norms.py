@@ -107,3 +107,14 @@ def count_operations(act):
     with Operations() as noted:
         act()
     return len(noted.names)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_that_cancel_are_no_nan(seed):
+    """A squared norm may come out a little below 0."""
+    torch.manual_seed(seed)
+    A, B = torch.randn(4, 64), torch.randn(32, 4)
+    W = -(B @ A)
+    (at_once,) = merged_row_norms_of([Normed(W, A, B, 1.0, row_squares(W, torch.float32))])
+    for found in (merged_row_norms(W, A, B, 1.0), at_once):
+        torch.testing.assert_close(found, torch.zeros(32), atol=0.02, rtol=0)

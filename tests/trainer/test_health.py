@@ -6,6 +6,7 @@ import torch
 import transformers as tf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import lightning_lora as ll
 from lightning_lora.layers import attach, lora_layers
@@ -175,19 +176,17 @@ def test_a_loss_without_any_gradient_gets_a_note():
     assert "use_reentrant=False" in "".join(caught.value.__notes__)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_activation_in_place_behind_dora(bias):
+def test_an_activation_in_place_behind_dora(bias, p):
     """The magnitude's gradient needs the output, which is computed again if it was changed."""
     gradients = []
     for inplace in (False, True):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(16, 16, bias=bias), nn.ReLU(inplace=inplace), nn.Linear(16, 4)).double()
-        ll.inject(
-            net,
-            ll.LoRAConfig(
-                r=2, lora_alpha=3.0, use_dora=True, target_modules=["0"], lora_dropout=0.1, dora_dropout="lora"
-            ),
-        )
+        activation = nn.LeakyReLU(0.3, inplace=inplace)  # behind ReLU what was changed has no gradient
+        net = nn.Sequential(nn.Linear(16, 16, bias=bias), activation, nn.Linear(16, 4)).double()
+        options = {"lora_dropout": p, "dora_dropout": "lora"} if p else {}
+        ll.inject(net, ll.LoRAConfig(r=2, lora_alpha=3.0, use_dora=True, target_modules=["0"], **options))
         adapter = net[0].lora["default"]
         nn.init.normal_(adapter.B.data)
         torch.manual_seed(1)
@@ -236,6 +235,44 @@ def test_layers_that_were_not_reached_may_wait(steps):
     """As long as one beside them was: that is what routing looks like."""
     with pytest.warns(UserWarning, match=r"4 trainable tensors never moved in this run: net.experts.1.lora"):
         fit(Experts(), steps=steps)
+
+
+class ReachedLate(pl.LightningModule):
+    """An expert that is reached from a step on."""
+
+    def __init__(self, when: int) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 1)
+        self.when = when
+
+    def training_step(self, batch, index):
+        return self.head(self.experts[int(self.global_step >= self.when)](batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("when", [PATIENCE - 2, PATIENCE - 1, PATIENCE + 5])
+def test_an_expert_that_is_reached_late(when):
+    """In its first step B moves alone: A's gradient is 0 as long as B is."""
+    module = ReachedLate(when)
+    lora = ll.LoRA(r=2, target_modules=["0", "1"])
+    trainer(lora, max_epochs=1).fit(module, DataLoader(torch.randn(2 * (PATIENCE + 20), 8), batch_size=2))
+    assert all(expert.lora["default"].B.any() for expert in module.experts)
+
+
+def test_a_factor_that_waits_for_ever_is_dead():
+    """Also where the other one moved long ago."""
+
+    class Module(ReachedLate):
+        def configure_optimizers(self):
+            factors = [p for name, p in self.named_parameters() if name.endswith(".A")]
+            others = [p for name, p in self.named_parameters() if not name.endswith(".A")]
+            return torch.optim.AdamW([{"params": others}, {"params": factors, "lr": 0.0}], lr=1e-2)
+
+    lora = ll.LoRA(r=2, target_modules=["0"])
+    with pytest.raises(ll.DeadAdapterError, match=r"experts.0.lora.default.A: did not move in 100 steps"):
+        trainer(lora, max_epochs=1).fit(Module(10**6), DataLoader(torch.randn(2 * (PATIENCE + 9), 8), batch_size=2))
 
 
 def test_a_tower_that_is_never_reached():

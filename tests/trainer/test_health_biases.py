@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
@@ -114,3 +115,25 @@ def test_a_bias_beside_its_weight_is_no_such(monkeypatch):
         ll.DeadAdapterError, match=r"net\.head\.bias, net\.head\.weight|net\.head\.weight, net\.head\.bias"
     ):
         fit(Wrapped(Headed), ll.LoRA(r=2, target_modules=["query"]), torch.randn(4, 16), 3)
+
+
+def test_a_bias_that_is_not_finite_breaks_the_run_off(recwarn):
+    """Where others move too: it is not told as one that rests."""
+
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)), nn.Linear(8, 1)
+
+        def training_step(self, batch, index):
+            if index == 0:
+                self.net[0].bias.register_hook(lambda gradient: gradient * torch.nan)
+            return self.head(self.net(batch)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    lora = ll.LoRA(r=2, target_modules=["2"], bias="all", modules_to_save=None)
+    with pytest.raises(ll.DeadAdapterError, match=r"net\.0\.bias.*not finite any more"):
+        trainer(lora, max_epochs=1).fit(Net(), DataLoader(torch.randn(12, 8), batch_size=2))
+    assert not any(UNMOVED in str(each.message) for each in recwarn)

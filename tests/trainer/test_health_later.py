@@ -482,3 +482,84 @@ def test_what_early_stopping_saw_is_a_warning():
     with pytest.warns(UserWarning, match="not finite any more. The run diverged"):
         trainer(ll.LoRA(r=2), stop, max_epochs=4).fit(Diverges(), toy_data(), toy_data())
     assert stop.stopped_epoch == 1
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_without_a_loss_count_one_after_another():
+    """Two of three batches are skipped, and the learning rate is 0 for long."""
+
+    class Module(Headed):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss if index % 3 == 2 else None
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.0)
+
+        def on_train_batch_start(self, batch, index):
+            if index == 170:
+                self.optimizers().param_groups[0]["lr"] = 1e-2
+
+    module, lora = Module(("", 0), cut), ll.LoRA(r=2, target_modules=["0", "2"])
+    trainer(lora, max_epochs=1).fit(module, DataLoader(torch.randn(360, 8), batch_size=2))
+    assert all(values.any() for values in ll.adapter_state_dict(module).values())
+
+
+def test_an_optimizer_within_another_during_a_warm_up():
+    class Module(Headed):
+        def configure_optimizers(self):
+            optimizer = ByHand(self.parameters(), clears=False)
+            optimizer.param_groups[0]["lr"] = 0.0
+            return optimizer
+
+        def on_train_batch_start(self, batch, index):
+            if index == 3:
+                self.optimizers().param_groups[0]["lr"] = 1e-2
+
+    module = Module(("", 0), cut)
+    lora = ll.LoRA(r=2, target_modules=["0", "2"], modules_to_save=["head"])
+    trainer(lora, max_epochs=1).fit(module, DataLoader(torch.randn(12, 8), batch_size=2))
+    assert all(values.any() for values in ll.adapter_state_dict(module).values())
+
+
+def test_rows_that_wait_under_an_optimizer_that_takes_gradients_away():
+    """The step around another one finds none, and that is no step without any."""
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.table, self.net, self.head = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def training_step(self, batch, index):
+            return self.head(self.net(self.table(batch))).square().mean()
+
+        def configure_optimizers(self):
+            return ByHand(self.parameters())
+
+    lora = ll.LoRA(r=2, target_modules=["net"], trainable_token_indices={"table": [7]}, modules_to_save=["head"])
+    data = DataLoader(torch.randint(0, 5, (220, 2)), batch_size=2)
+    with pytest.warns(UserWarning, match=r"1 trainable tensors never moved in this run: table.lora.default.rows"):
+        trainer(lora, max_epochs=1).fit(Module(), data)
+
+
+class Clears(torch.optim.Optimizer):
+    """Takes gradients away, and changes nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        self.zero_grad()
+        return loss
+
+
+def test_an_optimizer_that_takes_gradients_away_and_changes_nothing():
+    class Module(Headed):
+        def configure_optimizers(self):
+            return Clears(self.parameters())
+
+    lora = ll.LoRA(r=2, target_modules=["0", "2"], modules_to_save=["head"])
+    with pytest.warns(UserWarning, match=r"6 trainable tensors never moved in this run"):
+        trainer(lora, max_epochs=1).fit(Module(("", 0), cut), DataLoader(torch.randn(12, 8), batch_size=2))

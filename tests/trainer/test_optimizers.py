@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
+from torch.utils.data import DataLoader
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
@@ -420,3 +421,58 @@ def test_a_second_fit_trains_another_adapter(ratios_):
             assert ".second." in name
             assert group["lr"] == pytest.approx(1e-2 * (ratios_[1] or 1.0 if name.endswith(".B") else 1.0))
     assert all(layer.lora["second"].B.count_nonzero() for _, layer in lora_layers(module))
+
+
+def test_an_optimizer_that_made_steps_before_the_adapters_came(tmp_path):
+    """What it knew of the base is no longer there."""
+    module = BuiltEarly(lambda m: AdamW(m.parameters(), lr=1e-2))
+    module.loss(next(iter(data()))).backward()
+    module.early.step()
+    module.early.zero_grad()
+    assert module.early.state
+    fit = trainer(ll.LoRA(r=2))
+    fit.fit(module, data())
+    assert {id(p) for p in module.early.state} <= {id(p) for g in module.early.param_groups for p in g["params"]}
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_loraplus_in_a_warm_up_from_zero():
+    """A learning rate of 0 is no sign that somebody set those of B."""
+    module = BuiltEarly(
+        lambda m: AdamW(m.parameters(), lr=1e-2),
+        lambda o: {"scheduler": lr_scheduler.LambdaLR(o, lambda step: float(step >= 3)), "interval": "step"},
+    )
+    trainer(ll.LoRA(r=2, loraplus_lr_ratio=4.0), max_epochs=3).fit(module, data())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "batches"),
+    [
+        (AdamW, lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=8, final_div_factor=10), 7),
+        (lambda p, lr: SGD(p, lr, momentum=0.9), lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, step_size_up=4), 3),
+    ],
+    ids=["end of onecycle", "momentum of cyclic"],
+)
+def test_loraplus_keeps_what_schedulers_know_of_groups(optimizer, schedule, batches):
+    module = BuiltEarly(
+        lambda m: optimizer(m.parameters(), lr=1e-2), lambda o: {"scheduler": schedule(o), "interval": "step"}
+    )
+    fit = trainer(ll.LoRA(r=2, loraplus_lr_ratio=16.0), max_epochs=1)
+    fit.fit(module, DataLoader([next(iter(data()))] * batches, batch_size=None))
+    plain, split = fit.optimizers[0].param_groups
+    assert split["lr"] == pytest.approx(16 * plain["lr"])
+    assert plain.get("momentum") == split.get("momentum")
+    assert "momentum" not in plain or plain["momentum"] != 0.9
+
+
+def test_loraplus_leaves_schedules_of_other_optimizers_alone():
+    def optimizers(m):
+        head = [{"params": [m.net.head.weight]}, {"params": [m.net.head.bias], "lr": 1e-3}]
+        both = AdamW(m.net.blocks.parameters(), lr=1e-2), SGD(head, lr=1e-1)
+        return [*both], [lr_scheduler.StepLR(each, 100) for each in both]
+
+    module = by_hand(Lit)(optimizers_=optimizers)
+    fit = trainer(ll.LoRA(r=2, loraplus_lr_ratio=16.0))
+    fit.fit(module, data())
+    assert [group["lr"] for group in fit.optimizers[1].param_groups] == [1e-1, 1e-3]
+    assert module.lr_schedulers()[1].base_lrs == [1e-1, 1e-3]

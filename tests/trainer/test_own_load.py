@@ -120,8 +120,9 @@ def test_of_the_other_package(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Attribute .activation. is an instance")
-def test_of_a_command_line(tmp_path):
+def test_of_a_command_line(tmp_path, monkeypatch):
     """Whose files have classes by name, and name who makes them."""
+    monkeypatch.setattr(sys, "argv", ["program"])  # LightningCLI looks there beside its own arguments
     activation = {"class_path": "torch.nn.LeakyReLU", "init_args": {"negative_slope": 0.3}}
     options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)}
     options |= {"enable_progress_bar": False, "enable_model_summary": False}
