@@ -257,18 +257,33 @@ def test_defaults_of_the_surroundings_do_not_matter(init):
 
 
 @pytest.mark.parametrize(
-    "result", [lambda A, B: (A, B, A), lambda A, B: (A.T, B), lambda A, B: (A[:1], B), lambda A, B: (A, None)]
+    ("result", "said"),
+    [
+        (lambda A, B: (A, B, A), r"two tensors, A and B, and gave \(Tensor, Tensor, Tensor\)"),
+        (lambda A, B: (A.T, B), r"tensors A and B of shapes \(8, 16\) and"),
+        (lambda A, B: (A[:1], B), r"tensors A and B of shapes \(8, 16\) and"),
+        (lambda A, B: (A, None), r"two tensors, A and B, and gave \(Tensor, NoneType\)"),
+        (lambda A, B: None, "two tensors, A and B, and gave None"),
+        (lambda A, B: A, "two tensors, A and B, and gave Tensor"),
+    ],
 )
-def test_what_an_init_returns_is_checked(result):
+def test_what_an_init_returns_is_checked(result, said):
     class Odd(ll.inits.Init):
         def __call__(self, W, r, scale, generator):
             return result(torch.ones(r, W.shape[1]), torch.zeros(W.shape[0], r))
 
     model = build()
-    with pytest.raises(ll.TargetError, match=r"blocks.0.q: Odd must return tensors A and B of shapes \(8, 16\) and"):
+    with pytest.raises(ll.TargetError, match=f"blocks.0.q: Odd must return {said}"):
         ll.inject(model, ll.LoRAConfig(init_lora_weights=Odd()))
     assert not ll.adapters(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_first_values_that_are_not_finite_are_refused():
+    model = build()
+    with pytest.raises(ll.TargetError, match=r"blocks.0.q: <lambda> gave values that are not finite"):
+        ll.inject(model, ll.LoRAConfig(init_lora_weights=lambda W, r, *_: (W[:r] * torch.nan, W[:, :r])))
+    assert not ll.adapters(model)
 
 
 def test_roles_may_change_while_a_model_grows():

@@ -118,6 +118,10 @@ def test_ranks_and_alphas_by_pattern():
         ({"exclude_modules": ["atn"]}, ["exclude_modules: 'atn' matches nothing. Did you mean 'attn'"]),
         ({"rank_pattern": {"k": 2}}, ["rank_pattern: 'k' matches nothing"]),
         ({"alpha_pattern": {"head": 2}}, ["alpha_pattern: 'head' matches nothing", "Only adapted layers count"]),
+        (
+            {"rank_pattern": {"attn": 2, "q": 4}, "alpha_pattern": {"blocks": 2, "blocks.1": 4}},
+            ["rank_pattern: 'q' decides nothing: .* put it first", "alpha_pattern: 'blocks.1' decides nothing"],
+        ),
         ({"modules_to_save": ["haed"]}, ["modules_to_save: 'haed' matches nothing. Did you mean 'head'"]),
         ({"modules_to_save": ["1"]}, ["has no parameters to train"]),
         ({"layers_to_transform": [1, 7]}, ["there is no block 7; the model has blocks 0 to 2"]),
@@ -801,3 +805,12 @@ def test_models_of_other_libraries_beside_one_of_transformers_are_backbones():
     assert told(net) == ({"text", "eye"}, ["eye.top", "new"])
     net.requires_grad_(False)  # as scripts freeze everything before adapters are added
     assert told(net)[0] == {"text", "unet", "eye"}
+
+
+@pytest.mark.parametrize(("bias", "where"), [("all", "module"), ("lora_only", "adapted layer")])
+def test_biases_that_are_not_there_are_noted(bias, where):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    note = f"bias='{bias}' trains nothing: no {where} has a bias that is not trained already"
+    assert ll.plan(model, ll.LoRAConfig(r=2, bias=bias)).notes == (note,)
+    model[0] = nn.Linear(8, 8)
+    assert not ll.plan(model, ll.LoRAConfig(r=2, bias=bias)).notes

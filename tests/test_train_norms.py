@@ -33,6 +33,7 @@ def run(name: str, folder=None, epochs: int = 1, resume=None, **options):
     return module, batch
 
 
+@pytest.mark.filterwarnings("ignore:bias=.* trains nothing")
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_norms_are_trained_and_travel(name, bias, tmp_path):

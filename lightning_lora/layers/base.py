@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_lora.adapters.low_rank import LowRankAdapter
 from lightning_lora.errors import ConfigError
 from lightning_lora.inits import Stage, resolve
-from lightning_lora.layers.starting import first_factors, start_misfit
+from lightning_lora.layers.starting import first_factors, init_name, start_misfit
 from lightning_lora.marks import MERGED
 from lightning_lora.names import joined
 from lightning_lora.ops.defaults import plain_defaults
@@ -216,10 +216,10 @@ class LoRALayer(Base):
     ) -> tuple[Tensor, Tensor, bool]:
         """The first A and B, and whether they are a part of the weight: what the initialisation says."""
         factors = first_factors(init, W, adapter)
-        shapes = [tuple(factor.shape) for factor in factors if isinstance(factor, Tensor)]
-        if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)] or len(factors) > 2:
+        shapes = [tuple(factor.shape) for factor in factors]
+        if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)]:
             wanted = f"{tuple(adapter.A.shape)} and {tuple(adapter.B.shape)}"
-            raise ValueError(f"{type(init).__name__} must return tensors A and B of shapes {wanted}, and gave {shapes}")
+            raise ValueError(f"{init_name(init)} must return tensors A and B of shapes {wanted}, and gave {shapes}")
         return *factors, getattr(init, "of_the_weight", False)
 
     def lora_give_back(self) -> None:

@@ -16,9 +16,30 @@ def first_factors(init: Callable[..., Any], W: Tensor, adapter: "LowRankAdapter"
     """What an initialisation gives a matrix; each one of a stack has its own, drawn one after the other."""
     generator = adapter.generator()
     if W.dim() == 2:
-        return init(W, adapter.r, adapter.scaling, generator)
-    pairs = [init(matrix, adapter.r, adapter.scaling, generator) for matrix in W]
+        return _pair(init, init(W, adapter.r, adapter.scaling, generator))
+    pairs = [_pair(init, init(matrix, adapter.r, adapter.scaling, generator)) for matrix in W]
     return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
+
+
+def _pair(init: Any, given: Any) -> tuple[Tensor, Tensor]:
+    tensors = given if isinstance(given, (tuple, list)) else ()
+    if len(tensors) != 2 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ValueError(f"{init_name(init)} must return two tensors, A and B, and gave {_kind(given)}")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError(f"{init_name(init)} gave values that are not finite")
+    A, B = tensors
+    return A, B
+
+
+def init_name(init: Any) -> str:
+    """What an initialisation is called in messages."""
+    return getattr(init, "__name__", type(init).__name__)
+
+
+def _kind(given: Any) -> str:
+    if isinstance(given, (tuple, list)):
+        return f"({', '.join(type(each).__name__ for each in given)})"
+    return "None" if given is None else type(given).__name__
 
 
 def start_misfit(layer: Any, name: str, A: Tensor | None, B: Tensor | None) -> str | None:

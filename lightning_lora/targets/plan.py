@@ -26,6 +26,8 @@ from lightning_lora.targets.table import render
 from lightning_lora.targets.tokens import TableRows, table_rows
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
 
+_FIRST = "of the patterns that match a layer the first one counts, and others stand before it: put it first"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -150,7 +152,10 @@ def draft(
         )
     left += [*own_left(tree, config, saved), *resized(tree, rows, in_full, owners)]
     saved += norms({name: node for name, node in own.items() if name not in choice.excluded}, config, saved, problems)
-    saved += biases(own, config, usable, saved)
+    saved += (own_biases := biases(own, config, usable, saved))
+    if config.bias != "none" and not own_biases:
+        where = "module" if config.bias == "all" else "adapted layer"
+        high.append(f"bias={config.bias!r} trains nothing: no {where} has a bias that is not trained already")
     return Plan(targets=targets, modules_to_save=saved, skipped=skipped, notes=(*choice.notes, *left, *high)), problems
 
 
@@ -230,9 +235,10 @@ def _targets(
         )
     names = [name for node in chosen for name in node.names]
     for argument, keys in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        problems += [
-            f"{unmatched(argument, key, names)} Only adapted layers count here."
-            for key in map(parse_key, keys)
-            if (chosen or not config.target_modules) and not any(map(key.within, names))
-        ]
+        idle = {*keys} - {first_match({key: key for key in keys}, node.names, None) for node in chosen}
+        for key in (parse_key(key) for key in keys if key in idle and (chosen or not config.target_modules)):
+            if any(map(key.within, names)):
+                problems.append(f"{argument}: {key.text!r} decides nothing: {_FIRST}")
+            else:
+                problems.append(f"{unmatched(argument, key, names)} Only adapted layers count here.")
     return tuple(targets)

@@ -50,6 +50,7 @@ def saved(folder, family, options):
     return base, list(WEIGHTS)[: len(options)]
 
 
+@pytest.mark.filterwarnings("ignore:bias=.* trains nothing")
 @pytest.mark.parametrize(("family", "options", "arguments"), KINDS.values(), ids=KINDS)
 def test_it_is_what_the_model_gives(tmp_path, capsys, family, options, arguments):
     base, names = saved(tmp_path, family, options)

@@ -94,6 +94,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:bias=.* trains nothing")
 @pytest.mark.parametrize(("target", "options", "expected"), CASES.values(), ids=CASES)
 def test_what_is_found(tmp_path, target, options, expected):
     found = messages(folder(tmp_path, **options), target)

@@ -96,6 +96,7 @@ def round_trips(base: nn.Module, model: nn.Module, batch: dict, folder: Path) ->
     return json.loads((folder / "one" / "adapter_config.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:bias=.* trains nothing")
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_every_field(tmp_path, fields):
     family = FAMILIES["llama"]

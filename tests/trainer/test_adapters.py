@@ -69,7 +69,9 @@ def test_folders_beside_checkpoints_elsewhere_are_refused_before_the_first_step(
         def on_train_batch_start(self, *args):
             pytest.fail("training has begun")
 
-    with pytest.raises(ll.UnsupportedError, match="memory://runs is none: leave it out"):
+    with pytest.raises(
+        ll.UnsupportedError, match="memory://runs is a URL, and save_peft writes to this machine: leave it out"
+    ):
         fit(ll.LoRA(r=3, save_peft=True), ModelCheckpoint("memory://runs"), Unreached())
 
 
