@@ -14,6 +14,8 @@ from typing_extensions import override
 from lightning_lora.analysis.memory_optimizer import optimizer_problem
 from lightning_lora.analysis.summary import format_bytes, summary
 from lightning_lora.callback import LoRA
+from lightning_lora.formats.peft import peft_folder
+from lightning_lora.formats.peft_config import CONFIG
 from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.footprint import footprint, strategy_of
 from lightning_lora.recipes.module import Recipe
@@ -116,10 +118,9 @@ def _farewell(trainer: Trainer, recipe: Recipe) -> Iterator[str]:
     score = saver.best_model_score if is_best else None
     best = "" if score is None else f" (best {saver.monitor}: {float(score):.4g})"
     yield f"checkpoint: {path}{best}"
-    folder, saved = str(Path(path).with_suffix("")) + "-adapter", Path(path).with_suffix(".peft")
-    if saved.is_dir():
-        yield f"PEFT folder: {saved}"
-    elif Path(path).is_file() and _is_exported(recipe):
+    folder, saved = str(Path(path).with_suffix("")) + "-adapter", sorted(peft_folder(path).rglob(CONFIG))
+    yield from (f"PEFT folder: {each.parent}" for each in saved)  # one for each adapter
+    if not saved and Path(path).is_file() and _is_exported(recipe):
         yield f"as a PEFT folder: lightning-lora export {shlex.quote(path)} {shlex.quote(folder)}"
     if "classification" not in recipe.kinds and not recipe.separate:
         template = None if (data := _data(trainer)) is None else data.template_of_prompts

@@ -4,10 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import transformers as tf
 
+import lightning_lora as ll
 from lightning_lora.cli import main
+from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes.report import Report
 from tests.recipes import files
 from tests.recipes.test_cli import CONFIGS, SHORT, pytestmark  # noqa: F401
 
@@ -40,3 +44,20 @@ def test_the_last_checkpoint_where_there_is_no_best(llama, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "last.ckpt\n" in said
     assert "no checkpoint was written" not in said
+
+
+@pytest.mark.parametrize("names", [["default"], ["one", "two"]])
+def test_folders_beside_the_checkpoint_are_named(names, llama, tmp_path, capsys):
+    """One for each adapter, and no command that would make it."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    lora = [ll.LoRA(r=2, adapter_name=name, save_peft=True) for name in names]
+    trainer = pl.Trainer(
+        max_steps=1, callbacks=[*lora, Report()], accelerator="cpu", logger=False, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, batch_size=4))
+    said = capsys.readouterr().out
+    found = [Path(folder) for folder in re.findall("PEFT folder: (.*)", said)]
+    assert [folder.name for folder in found] == (names if len(names) > 1 else ["epoch=0-step=1.peft"])
+    assert all((folder / "adapter_config.json").exists() for folder in found)
+    assert "lightning-lora export" not in said
