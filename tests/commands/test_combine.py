@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
@@ -266,3 +267,14 @@ def test_an_adapter_in_the_way_is_written_over_only_if_asked(tmp_path, capsys):
     assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())
     run("combine", tmp_path / one, f"{tmp_path / two}:0.7", "--overwrite")
     assert not all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())
+
+
+def test_what_has_no_matrices_is_told(tmp_path, capsys):
+    """PEFT's folder, one of whose tensors is gone."""
+    _, (one, two) = saved(tmp_path, "llama", [{}, {}])
+    held = tensors(tmp_path / two)
+    gone = next(key for key in held if key.endswith("q_proj.lora_A.weight"))
+    save_file({key: value for key, value in held.items() if key != gone}, tmp_path / two / "adapter_model.safetensors")
+    said = fails(1, capsys, "combine", tmp_path / "out", tmp_path / one, tmp_path / two)
+    assert "self_attn.q_proj has no matrices A and B" in said
+    assert not (tmp_path / "out").exists()

@@ -264,6 +264,20 @@ def test_damaged_bases(tmp_path, capsys):
     swapped["weight_map"]["lm_head.weight"] = shards[0].name
     assert "differ: lm_head.weight" in said_of(lambda folder: (folder / index).write_text(json.dumps(swapped)))
 
+    def doubled(folder):
+        held = {path.name: load_file(folder / path.name) for path in shards}
+        key = next(iter(held[shards[0].name]))
+        held[shards[1].name][key] = held[shards[0].name][key]
+        save_file(held[shards[1].name], folder / shards[1].name, {"format": "pt"})
+
+    assert "several files hold the same tensor" in said_of(doubled)
+
+    def whole_numbers(folder):
+        held = load_file(folder / shards[0].name)
+        save_file({key: value.to(torch.int8) for key, value in held.items()}, folder / shards[0].name, {"format": "pt"})
+
+    assert "is I8 in the files, to which nothing can be added: give the dense model" in said_of(whole_numbers)
+
 
 def test_bases_that_can_not_be_merged_into(tmp_path, capsys):
     made(tmp_path, "llama")

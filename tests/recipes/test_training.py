@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 import lightning_lora as ll
@@ -146,6 +147,19 @@ def test_sequence_classifier(bert, tmp_path):
     (made,) = trainer.predict(again, datamodule=TextDataModule(predict=path, batch_size=24))
     right = sum(row["prediction"] == record["label"] for row, record in zip(made, files.classes(), strict=True))
     assert right / 24 == pytest.approx(float(found["val/accuracy"]))
+
+
+def test_classes_that_nobody_names_are_asked_for(bert):
+    """Neither the recipe, nor the data."""
+    fitter = pl.Trainer(max_steps=1, callbacks=[ll.LoRA(r=2)], accelerator="cpu", logger=False)
+    with pytest.raises(ll.ConfigError, match="the classes are not known: give labels, or a TextDataModule"):
+        fitter.fit(SequenceClassifier(bert), DataLoader([{}]))
+
+
+def test_a_run_without_an_end_has_no_schedule(llama, tmp_path):
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts())
+    with pytest.raises(ll.ConfigError, match=r"the run has no end: give trainer.max_epochs or trainer.max_steps"):
+        fit(CausalLM(llama), TextDataModule(path, batch_size=4), -1, max_epochs=-1)
 
 
 def with_a_head(folder, labels):
