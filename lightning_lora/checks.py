@@ -26,6 +26,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def may_be_of_the_hub(text: str) -> bool:
+    """Whether it may be ``owner/name`` of the hub, and is no path by its look."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
 def is_list_of_names(value: object) -> bool:
     """Whether it is a list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_lora.checks import may_be_of_the_hub
 from lightning_lora.errors import did_you_mean, listing
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def existing(text: str) -> Path:
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} can't be read ({error.strerror})") from None
-    is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.exists()
+    is_hub_id = may_be_of_the_hub(text) and not path.parent.exists()
     there = f" {path.parent} holds {listing(sorted(siblings), 3)}" if siblings else f" Nor is there a {path.parent}"
     hint = f" Of the hub get it first: hf download {text} --local-dir {path.name}" if is_hub_id else there
     raise argparse.ArgumentTypeError(f"{text} does not exist.{did_you_mean(path.name, siblings) or hint}")

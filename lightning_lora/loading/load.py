@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_lora.arguments import name_problems
+from lightning_lora.checks import may_be_of_the_hub
 from lightning_lora.errors import ConfigError, raise_all
 from lightning_lora.formats.checkpoint_read import read_checkpoint_adapter
 from lightning_lora.formats.files import is_remote
@@ -79,9 +80,7 @@ def _located(source: str | os.PathLike[str]) -> Path | str:
     if is_remote(source):
         return os.fspath(source)
     path = Path(source)
-    is_hub_id = (
-        str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")) and path.suffix not in _FILES
-    )
+    is_hub_id = may_be_of_the_hub(str(source)) and path.suffix not in _FILES
     path = adapter_folder(path)
     return _from_hub(str(source)) if is_hub_id and not path.exists() else path
 
