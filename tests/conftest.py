@@ -1,7 +1,9 @@
 """One thread, no network, and nothing left behind."""
 
 import os
+import sys
 import threading
+import traceback
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,4 +40,10 @@ def _reproducible(tmp_path, monkeypatch):
     for thread in left:
         thread.join(5)  # pools that were told to end are about to
     left = [t for t in left if t.is_alive()]
-    assert not left, f"threads left behind: {left}"
+    assert not left, f"threads left behind: {[(t, _doing(t)) for t in left]}"
+
+
+def _doing(thread):
+    """Where a thread is."""
+    frame = sys._current_frames().get(thread.ident)
+    return "".join(traceback.format_stack(frame)) if frame else ""

@@ -517,3 +517,35 @@ def test_to_lora_of_a_packed_base_that_lacks_what_it_started_with():
     ll.combine_adapters(model, {"default": 1.0}, "copy")
     ll.set_adapter(model, "copy")
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_widest_dtype_of_the_sources_is_kept_wherever_it_stands():
+    model = build().eval()
+    for name, dtype in (("a", torch.bfloat16), ("b", torch.float32)):
+        ll.inject(model, ll.LoRAConfig(r=3, modules_to_save=None), name)
+        for _, layer in lora_layers(model):
+            layer.lora[name].master_dtype = dtype
+            layer.lora[name].to(dtype)
+    randomise(model)
+    ll.combine_adapters(model, {"a": 0.7, "b": -0.3}, "both")
+    assert {layer.lora["both"].A.dtype for _, layer in lora_layers(model)} == {torch.float32}
+
+
+def test_what_to_lora_replaces_asks_for_no_gradients_any_more():
+    """An optimizer that was built before tells by that what to let go of."""
+    model = several()
+    olds = [layer.lora["coding"] for _, layer in lora_layers(model)]
+    assert all(p.requires_grad for old in olds for p in old.parameters())
+    ll.to_lora(model, rank=4, adapter_name="coding")
+    assert not any(p.requires_grad for old in olds for p in old.parameters())
+
+
+def test_a_bias_that_is_named_brings_no_others_along():
+    """Of adapters with bias="none", one of which names a bias in modules_to_save."""
+    model = build().eval()
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["blocks.0.o.bias"]), "a")
+    ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q", "o"], modules_to_save=None), "b")
+    randomise(model)
+    ll.combine_adapters(model, {"a": 1.0, "b": 1.0}, "both")
+    full = {key for key in ll.adapter_state_dict(model, "both") if ".lora.both." not in key or key.endswith("bias")}
+    assert {key.replace(".lora.both", "") for key in full} == {"blocks.0.o.bias"}

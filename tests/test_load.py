@@ -1307,3 +1307,20 @@ def test_other_files_stay(folders, tmp_path):
     assert (target / "link").is_symlink()
     assert (target / "more" / WEIGHTS).read_text() == "mine too"
     ll.load_adapter(build(), target)
+
+
+def test_what_is_too_large_for_the_adapter_that_is_there(tmp_path):
+    """It keeps its dtype, in which the value would be infinite."""
+    first, second = build(), build()
+    for model in (first, second):
+        ll.inject(model, ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=None))
+    adapter, there = (model.model.layers[0].self_attn.q_proj.lora["default"] for model in (first, second))
+    adapter.B.data[0, 0] = 1e5
+    ll.save_adapter(first, tmp_path / "a")
+    for _, layer in lora_layers(second):
+        layer.lora["default"].master_dtype = torch.float16
+        layer.lora["default"].to(torch.float16)
+    before = there.B.clone()
+    with pytest.raises(ll.CheckpointError, match="layers.0.self_attn.q_proj: B is too large for float16"):
+        ll.load_adapter(second, tmp_path / "a")
+    assert torch.equal(there.B, before)

@@ -294,3 +294,16 @@ def test_values_go_with_their_adapter():
     bring(model["head"], "y", {"weight": torch.ones(2, 4)}, whole=False)
     ll.delete_adapter(model, "y")
     assert "y" not in vars(model["head"]).get(COPIES, {})
+
+
+def test_the_base_of_one_has_the_head_from_before_another_trained_it(tmp_path):
+    model = build()
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=["head"]), "trains")
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None), "leaves")
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter += 1
+    ll.save_adapter(model, tmp_path / "leaves", "leaves")
+    fresh = build()
+    ll.load_adapter(fresh, tmp_path / "leaves")
+    assert list(ll.adapters(fresh)) == ["leaves"]

@@ -814,3 +814,20 @@ def test_biases_that_are_not_there_are_noted(bias, where):
     assert ll.plan(model, ll.LoRAConfig(r=2, bias=bias)).notes == (note,)
     model[0] = nn.Linear(8, 8)
     assert not ll.plan(model, ll.LoRAConfig(r=2, bias=bias)).notes
+
+
+def test_a_bias_of_integers_is_left_alone():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(8, dtype=torch.long), requires_grad=False)
+
+    model = nn.Sequential(nn.Linear(8, 8), Shifted())
+    plan = ll.inject(model, ll.LoRAConfig(r=2, target_modules=["0"], bias="all", modules_to_save=None))
+    assert [saved.name for saved in plan.modules_to_save] == ["0.bias"]
+
+
+def test_a_parameter_in_what_is_trained_in_full_has_no_adapter():
+    options = {"target_modules": ["q_proj"], "target_parameters": "experts", "modules_to_save": ["experts"]}
+    with pytest.raises(ll.TargetError, match=r"target_parameters: .*experts\..* is trained in full: choose one"):
+        ll.inject(FAMILIES["mixtral"].make(), ll.LoRAConfig(**options))

@@ -198,3 +198,11 @@ def test_wrong_requests_change_nothing():
         ll.truncate(model, rank=2)
     ll.unmerge(model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_what_was_frozen_stays_frozen():
+    """Magnitudes too."""
+    model = trained(use_dora=True)
+    model.requires_grad_(False)
+    ll.truncate(model, rank=2)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == []

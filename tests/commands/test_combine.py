@@ -269,12 +269,16 @@ def test_an_adapter_in_the_way_is_written_over_only_if_asked(tmp_path, capsys):
     assert not all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / one).items())
 
 
-def test_what_has_no_matrices_is_told(tmp_path, capsys):
-    """PEFT's folder, one of whose tensors is gone."""
-    _, (one, two) = saved(tmp_path, "llama", [{}, {}])
-    held = tensors(tmp_path / two)
-    gone = next(key for key in held if key.endswith("q_proj.lora_A.weight"))
-    save_file({key: value for key, value in held.items() if key != gone}, tmp_path / two / "adapter_model.safetensors")
-    said = fails(1, capsys, "combine", tmp_path / "out", tmp_path / one, tmp_path / two)
-    assert "self_attn.q_proj has no matrices A and B" in said
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_layer_that_lacks_a_matrix_is_named(tmp_path, capsys, part):
+    """Of a folder without checksums, as PEFT writes it."""
+    for name in "ab":
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        get_peft_model(FAMILIES["llama"].make(), config).save_pretrained(tmp_path / name)
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    values = tensors(tmp_path / "b")
+    del values[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"]
+    save_file(values, file, {"format": "pt"})
+    said = fails(1, capsys, "combine", tmp_path / "x", tmp_path / "a", tmp_path / "b")
+    assert "model.layers.0.self_attn.q_proj has no matrices A and B" in said
+    assert not (tmp_path / "x").exists()

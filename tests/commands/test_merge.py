@@ -424,3 +424,28 @@ def test_memory_is_that_of_the_adapter_and_a_piece(tmp_path):
     )
     adapter = (tmp_path / "of-large" / "adapter_model.safetensors").stat().st_size
     assert int(done.stdout) < 2 * adapter + 20e6 < 33e6, done.stdout
+
+
+def test_two_tensors_for_what_is_one_in_the_base(tmp_path):
+    """Of a base that was untied before its ends were trained in full: one of them would be written over the other."""
+    base = FAMILIES["qwen2-tied"].make()
+    base.save_pretrained(tmp_path / "base")
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    model = adapted(base, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    ll.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ll.CheckpointError, match="differ in the file, and are tied in the model: untie them"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_base_mismatch=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_rows_for_either_end_of_one_table(tmp_path):
+    base = FAMILIES["qwen2-tied"].make()
+    base.save_pretrained(tmp_path / "base")
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    rows = {"embed_tokens": [4], "lm_head": [4]}
+    ll.save_adapter(adapted(base, target_modules=["v_proj"], trainable_token_indices=rows), tmp_path / "adapter")
+    with pytest.raises(ll.CheckpointError, match="have other rows in the file, and one table in the model: untie them"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_base_mismatch=True)
+    assert not (tmp_path / "out").exists()

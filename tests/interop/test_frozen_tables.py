@@ -160,3 +160,34 @@ def test_a_table_with_an_adapter_that_is_trained_in_full_too(tmp_path):
     ):
         ll.save_adapter(base, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_rows_of_both_ends_that_are_one_table_in_the_model(tmp_path):
+    """Of a base whose ends were apart, each with rows of its own: one of them would be lost."""
+    by_peft(llama(), tmp_path, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4], "lm_head": [4]})
+    tied = llama(tie_word_embeddings=True)
+    with pytest.raises(ll.CheckpointError, match="lm_head and model.embed_tokens have other rows in the file, and one"):
+        ll.load_adapter(tied, tmp_path)
+    assert not ll.adapters(tied)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_what_started_with_a_part_of_a_weight_needs_the_dense_one(tmp_path, init):
+    """Of a packed one another part would be taken out."""
+    base = llama().float()
+    by_peft(base, tmp_path, r=2, target_modules=["q_proj"], init_lora_weights=init)
+    ll.quantize(base, "nf4")
+    with pytest.raises(
+        ll.CheckpointError, match=f"q_proj: is quantised, and what '{init}' takes out of a weight needs"
+    ):
+        ll.load_adapter(base, tmp_path)
+    assert not ll.adapters(base)
+
+
+def test_an_adapter_that_waits_for_its_values_is_not_written(tmp_path):
+    """LoftQ's come when the base is packed; until then a folder would have what is none."""
+    base = llama().float()
+    ll.inject(base, ll.LoRAConfig(r=2, target_modules=["q_proj"], init_lora_weights="loftq"))
+    with pytest.raises(ll.CheckpointError, match="q_proj have no values yet"):
+        ll.save_adapter(base, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -819,3 +819,18 @@ def test_a_base_that_was_evaluated_before(double):
     wanted = x @ (dense(model[0]) + (model[0].lora["default"].merged(dense(model[0])) - dense(model[0]))).T
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
     model(x).sum().backward()
+
+
+def test_an_adapter_from_a_file_turns_off_what_would_harm_training(tmp_path):
+    """On CPUs with AVX512-bf16 bitsandbytes' own layers repack in eval for a kernel without a backward pass."""
+    first, second = build(), build()
+    for model in (first, second):
+        ll.quantize(model, "nf4")
+    ll.inject(first, ll.LoRAConfig(r=2, modules_to_save=None))
+    ll.save_adapter(first, tmp_path / "a")
+    layers = [second.get_submodule(name) for name in packed(second)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    ll.load_adapter(second, tmp_path / "a")
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

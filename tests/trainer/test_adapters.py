@@ -312,3 +312,13 @@ def test_switching_and_composing_after_a_run(tmp_path):
     merged = ll.merge_and_unload(copy.deepcopy(net))
     torch.testing.assert_close(merged(X), expected, rtol=1e-5, atol=1e-6)
     assert not list(lora_layers(merged))
+
+
+def test_a_second_fit_with_the_same_callback_has_no_file_to_speak_of(first):
+    """It was read by the first one, and that the run goes on from there is no news: a warning is an error here."""
+    module, ckpt, folder = first
+    lora, seen = ll.LoRA(r=3, lora_alpha=5, init_from=folder), AtStart()
+    second, _ = fit(lora, epochs=1)
+    learned = values(second)
+    fit(lora, seen, module=second, epochs=1)
+    assert same(seen.values, learned)

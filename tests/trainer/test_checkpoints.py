@@ -965,3 +965,65 @@ def test_the_state_of_another_optimizer(before, after, lacks, tmp_path):
         return
     with pytest.raises(ll.CheckpointError, match=rf"the state of another optimizer than {lacks}.*init_from"):
         fit(after, ckpt_path=path)
+
+
+def test_a_model_whose_adapters_are_off_is_saved_as_any_other(tmp_path):
+    """What says that a file holds adapters is not in one that holds the whole model."""
+    module, run = fit(tmp_path, epochs=1)
+    ll.merge_and_unload(module)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    saved = torch.load(tmp_path / "merged.ckpt", weights_only=True)
+    assert "lightning_lora" not in saved
+    assert same(saved["state_dict"], module.state_dict())
+    assert same(Lit.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), module.state_dict())
+
+
+def test_validating_a_file_leaves_the_random_stream_where_it_is(tmp_path):
+    """The states in it are those of the run that goes on from it."""
+    fit(tmp_path, epochs=1)
+    drawn = []
+    for file in (None, tmp_path / "epoch=0-step=4.ckpt"):
+        torch.manual_seed(7)
+        trainer(ll.LoRA(r=4)).validate(Lit(), data(), ckpt_path=file, verbose=False)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_full_checkpoint_under_a_base_that_is_going_to_be_packed(tmp_path):
+    """What a run writes that got its base from a file says how that was trained on: packed."""
+    run = trainer(max_epochs=1)
+    run.fit(Lit(seed=5), data())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    lora = {"r": 4, "modules_to_save": None, "quantization": "nf4"}
+    run = trainer(ll.LoRA(**lora), max_epochs=1)
+    run.fit(Lit(), data(), ckpt_path=tmp_path / "full.ckpt")
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)
+    assert saved["lightning_lora"]["base"]["quantization"] == "nf4"
+
+
+def test_states_that_are_loaded_have_memory_of_their_own(tmp_path):
+    """In a file small tensors share one storage: an optimizer would keep all of it, and save it with each of them."""
+    fit(tmp_path, epochs=1)
+    module, run = fit(tmp_path, epochs=2, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+    tensors = [t for state in run.optimizers[0].state.values() for t in state.values() if torch.is_tensor(t)]
+    assert len(tensors) == 30
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
+def test_states_are_put_in_order_beside_a_group_that_is_empty():
+    """A group whose weights are all frozen; a file of DeepSpeed may not have it among the names."""
+    state = {"state": {0: {"step": 1}, 1: {"step": 2}}, "param_groups": [{"params": []}, {"params": [0, 1]}]}
+    for saved in ([[], ["a", "b"]], [["a", "b"]]):
+        ordered = in_order(state, saved, [[], ["b", "a"]])
+        assert ordered["state"] == {0: {"step": 2}, 1: {"step": 1}}
+        assert [group["params"] for group in ordered["param_groups"]] == [[], [0, 1]]
+
+
+def test_names_in_a_state_follow_their_parameters():
+    """Those that torch keeps for optimizers over named parameters."""
+    group = {"params": [0, 1], "param_names": ["net.a", "net.b"]}
+    state = {"state": {0: {"step": 1}, 1: {"step": 2}}, "param_groups": [group]}
+    ordered = in_order(state, [["a", "b"]], [["b", "a"]])
+    assert ordered["state"] == {0: {"step": 2}, 1: {"step": 1}}
+    assert ordered["param_groups"][0]["param_names"] == ["net.b", "net.a"]

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_lora as ll
 from lightning_lora.training.second_look import BATCHES
@@ -563,3 +563,20 @@ def test_an_optimizer_that_takes_gradients_away_and_changes_nothing():
     lora = ll.LoRA(r=2, target_modules=["0", "2"], modules_to_save=["head"])
     with pytest.warns(UserWarning, match=r"6 trainable tensors never moved in this run"):
         trainer(lora, max_epochs=1).fit(Module(("", 0), cut), DataLoader(torch.randn(12, 8), batch_size=2))
+
+
+def test_validations_are_times_to_look_where_no_epoch_ends():
+    """A stream has one epoch, which `test_in_an_epoch_without_an_end` has not: its loader of 12 batches begins anew."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.randn(8)
+
+    module = Headed(("step", 40), cut)
+    lora = ll.LoRA(r=2, lora_alpha=3, target_modules=["0", "2"], modules_to_save=["head"])
+    stream, held_out = DataLoader(Stream(), batch_size=2), DataLoader(torch.randn(4, 8), batch_size=2)
+    run = trainer(lora, max_epochs=-1, max_steps=200, val_check_interval=6, check_val_every_n_epoch=None)
+    with pytest.raises(ll.DeadAdapterError, match="trained before"):
+        run.fit(module, stream, held_out)
+    assert run.current_epoch == 0

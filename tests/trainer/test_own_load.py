@@ -223,3 +223,40 @@ def test_in_a_process_of_its_own(tmp_path, imports, strict, said):
     script = textwrap.dedent(SCRIPT).format(imports=imports, path=path, strict=strict)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert said in done.stdout, done.stderr
+
+
+def test_a_class_that_loads_in_its_own_way_gives_no_model_without_adapters(tmp_path):
+    class Own(Lit):
+        @classmethod
+        def load_from_checkpoint(cls, path, **options):
+            return cls()
+
+    path = run(tmp_path, Own(), ll.LoRA(r=2, lora_alpha=8))
+    with pytest.raises(
+        ll.CheckpointError, match="did not put the adapters of .* on: make the module, and call ll.load_"
+    ):
+        ll.load_from_checkpoint(Own, path)
+
+
+def test_an_argument_that_is_a_mapping_stays_as_it_is(tmp_path):
+    class Taught(Lit):
+        def __init__(self, options: dict, seed: int = 1) -> None:
+            super().__init__(seed=seed)
+            self.save_hyperparameters("options")
+            self.options = options
+
+    options = {"_instantiator": "of.somebody.else", "temperature": 2.0}
+    for given in (options, {"temperature": 2.0}):
+        path = run(tmp_path, module := Taught(dict(given)), ll.LoRA(r=2, lora_alpha=8))
+        loaded = Taught.load_from_checkpoint(path)
+        assert loaded.options == given
+        assert_same(loaded, module)
+
+
+def test_who_else_makes_a_module_stays_named(tmp_path):
+    """A function of the user's own, which a file names, is not exchanged for ours."""
+    module = Lit()
+    module.save_hyperparameters({"_instantiator": "of.somebody.else"})
+    path = run(tmp_path, module, ll.LoRA(r=2, lora_alpha=8))
+    saved = torch.load(path, weights_only=True)
+    assert saved["hyper_parameters"]["_instantiator"] == "of.somebody.else"
