@@ -215,5 +215,7 @@ def test_what_is_sent(many):
     assert sent["step"]["_reduce_scatter_base"] == head
     for name in ("ddp", "fsdp", "fsdp2"):
         sent = result(many / name)["bytes"]["save"]
-        assert sent.pop("allgather") < 2 * 6000  # the random states of two ranks
+        one = "allgather" in sent  # from torch 2.15 on it is one tensor for both ranks
+        gathered = sent.pop("allgather" if one else "_allgather_base")
+        assert gathered < (2 if one else 4) * 6000  # the random states of two ranks
         assert sum(sent.values()) < 6 * head
