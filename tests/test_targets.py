@@ -118,10 +118,6 @@ def test_ranks_and_alphas_by_pattern():
         ({"exclude_modules": ["atn"]}, ["exclude_modules: 'atn' matches nothing. Did you mean 'attn'"]),
         ({"rank_pattern": {"k": 2}}, ["rank_pattern: 'k' matches nothing"]),
         ({"alpha_pattern": {"head": 2}}, ["alpha_pattern: 'head' matches nothing", "Only adapted layers count"]),
-        (
-            {"rank_pattern": {"attn": 2, "q": 4}, "alpha_pattern": {"blocks": 2, "blocks.1": 4}},
-            ["rank_pattern: 'q' decides nothing: .* put it first", "alpha_pattern: 'blocks.1' decides nothing"],
-        ),
         ({"modules_to_save": ["haed"]}, ["modules_to_save: 'haed' matches nothing. Did you mean 'head'"]),
         ({"modules_to_save": ["1"]}, ["has no parameters to train"]),
         ({"layers_to_transform": [1, 7]}, ["there is no block 7; the model has blocks 0 to 2"]),
@@ -831,3 +827,16 @@ def test_a_parameter_in_what_is_trained_in_full_has_no_adapter():
     options = {"target_modules": ["q_proj"], "target_parameters": "experts", "modules_to_save": ["experts"]}
     with pytest.raises(ll.TargetError, match=r"target_parameters: .*experts\..* is trained in full: choose one"):
         ll.inject(FAMILIES["mixtral"].make(), ll.LoRAConfig(**options))
+
+
+def test_patterns_that_decide_nothing_are_noted():
+    """The first one that matches a layer counts."""
+    config = ll.LoRAConfig(rank_pattern={"attn": 2, "q": 4}, alpha_pattern={"blocks": 2, "blocks.1": 4, "blocks.2": 5})
+    ranks, alphas = (note for note in ll.plan(Plain(), config).notes if "nothing is decided by" in note)
+    assert ranks == (
+        "rank_pattern: nothing is decided by q: of the patterns that match a layer the first one counts, and others "
+        "stand before"
+    )
+    assert alphas.startswith("alpha_pattern: nothing is decided by blocks.1, blocks.2: ")
+    config = ll.LoRAConfig(rank_pattern={"q": 4, "attn": 2}, alpha_pattern={"blocks.1": 4, "blocks": 2})
+    assert not any("nothing is decided by" in note for note in ll.plan(Plain(), config).notes)

@@ -21,7 +21,7 @@ from lightning_lora.names import clean
 from lightning_lora.ops.sharded import shape_of
 from lightning_lora.state import adapters
 from lightning_lora.targets import draft
-from lightning_lora.targets.patterns import first_match, parse_key
+from lightning_lora.targets.patterns import deciding, first_match
 from lightning_lora.targets.walk import Node, nodes
 
 
@@ -112,19 +112,21 @@ def _with_ranks(
         if rank and alphas[name] != first_match(config.alpha_pattern or {}, node.names, config.lora_alpha):
             scales[_exactly(name)] = alphas[name]
     left = [node for name, (node, adapter) in layers.items() if ranks.get(name, adapter.r)]
+    patterns, scales = _before(config.ranks, patterns, left), _before(config.alpha_pattern or {}, scales, left)
     without = [_exactly(name) for name in layers if ranks.get(name) == 0]
     return replace(
         config,
-        rank_pattern={**patterns, **_still(config.ranks, patterns, left)} or None,
-        alpha_pattern={**scales, **_still(config.alpha_pattern or {}, scales, left)} or None,
+        rank_pattern=patterns or None,
+        alpha_pattern=scales or None,
         exclude_modules=[*_as_list(config.exclude_modules), *without] or None,
     )
 
 
-def _still(old: Mapping[str, Any], new: Mapping[str, Any], left: list[Node]) -> dict[str, Any]:
-    """The user's own patterns, without those that match no adapted layer any more."""
-    names = [name for node in left for name in node.names]
-    return {key: value for key, value in old.items() if key not in new and any(map(parse_key(key).within, names))}
+def _before(old: Mapping[str, Any], new: Mapping[str, Any], left: list[Node]) -> dict[str, Any]:
+    """New patterns before the user's own, without those that decide no layer that is left."""
+    both = {**new, **{key: value for key, value in old.items() if key not in new}}
+    kept = deciding(both, left)
+    return {key: value for key, value in both.items() if key in kept}
 
 
 def _exactly(name: str) -> str:

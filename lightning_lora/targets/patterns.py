@@ -55,6 +55,12 @@ def first_match(patterns: Mapping[str, Any], names: Iterable[str], default: Any)
     return next((value for key, value in patterns.items() if any(map(parse_key(key).within, names))), default)
 
 
+def deciding(patterns: Mapping[str, Any], nodes: Iterable[Node]) -> set[str]:
+    """The patterns that are the first ones to match some layer."""
+    keys = {key: key for key in patterns}
+    return {key for node in nodes if (key := first_match(keys, node.names, None)) is not None}
+
+
 def tails(tree: Mapping[str, Node]) -> dict[str | None, list[Node]]:
     """The modules by the last parts of their names, and all of them under None: where to look for a pattern."""
     found: dict[str | None, list[Node]] = {None: [*tree.values()]}

@@ -1,6 +1,6 @@
 """The plan: which layers get an adapter, which modules are trained in full, and why the others are not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_lora.names import is_within
 from lightning_lora.quantization import bits_per_weight
 from lightning_lora.targets.choice import choose, left_heads
 from lightning_lora.targets.parameters import is_undropped, type_of
-from lightning_lora.targets.patterns import first_match, parse_key, unmatched
+from lightning_lora.targets.patterns import deciding, first_match, parse_key, unmatched
 from lightning_lora.targets.probe import weight_problem
 from lightning_lora.targets.resized import resized
 from lightning_lora.targets.roles import find_roles
@@ -25,8 +25,6 @@ from lightning_lora.targets.saved import SavedModule, biases, norms, own_left, s
 from lightning_lora.targets.table import render
 from lightning_lora.targets.tokens import TableRows, table_rows
 from lightning_lora.targets.walk import Node, nodes, parameter_owners
-
-_FIRST = "of the patterns that match a layer the first one counts, and others stand before it: put it first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +136,8 @@ def draft(
     rows = table_rows(tree, config, choice.chosen, in_full, roles.twins, problems)
     owners = parameter_owners(tree)
     targets = _targets(usable, owners, config, problems)
-    high = [
+    high = [*_idle(usable, config)]
+    high += [
         f"{t.name}: r={t.r} is more than the rank that a {t.matrix[-2]}x{t.matrix[-1]} weight can have"
         for t in targets
         if t.r > min(t.matrix[-2:])
@@ -235,10 +234,21 @@ def _targets(
         )
     names = [name for node in chosen for name in node.names]
     for argument, keys in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        idle = {*keys} - {first_match({key: key for key in keys}, node.names, None) for node in chosen}
-        for key in (parse_key(key) for key in keys if key in idle and (chosen or not config.target_modules)):
-            if any(map(key.within, names)):
-                problems.append(f"{argument}: {key.text!r} decides nothing: {_FIRST}")
-            else:
-                problems.append(f"{unmatched(argument, key, names)} Only adapted layers count here.")
+        problems += [
+            f"{unmatched(argument, key, names)} Only adapted layers count here."
+            for key in map(parse_key, keys)
+            if (chosen or not config.target_modules) and not any(map(key.within, names))
+        ]
     return tuple(targets)
+
+
+def _idle(chosen: list[Node], config: LoRAConfig) -> Iterator[str]:
+    """Patterns of which others decide all that they match."""
+    for argument, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alpha_pattern or {})):
+        first = deciding(patterns, chosen) if patterns else set[str]()
+        others = [key for key in patterns if key not in first]
+        if idle := [key for key in others if any(parse_key(key).within(n) for node in chosen for n in node.names)]:
+            yield (
+                f"{argument}: nothing is decided by {listing(idle, 3)}: of the patterns that match a layer the first "
+                "one counts, and others stand before"
+            )

@@ -187,3 +187,15 @@ def test_what_it_can_not_be_with():
         config(init_lora_weights="loftq")
     with pytest.raises(ll.ConfigError, match="rank_pattern must map patterns to values, got 'most'"):
         config(rank_pattern="most")
+
+
+def test_the_users_own_patterns_stay_where_they_decide():
+    """Of the configuration that says the ranks no pattern is for nothing, and none of its meaning is lost."""
+    model = FAMILY.make()
+    ll.inject(model, config(alpha_pattern={"q_proj": 32.0, "v_proj": 4.0, "self_attn": 6.0}))
+    ll.initialise_from_data(model, batches())
+    settled = ll.adapters(model)["default"]
+    alphas = {name: layer.lora["default"].lora_alpha for name, layer in lora_layers(model)}
+    again = ll.plan(FAMILY.make(), settled)
+    assert {target.name: target.lora_alpha for target in again.targets} == alphas
+    assert not any("nothing is decided by" in note for note in again.notes)
