@@ -104,7 +104,11 @@ def peft_folder(checkpoint: Any) -> Path:
 
 
 def require_place(checkpoints: Any) -> None:
-    """Raises UnsupportedError if no PEFT folder can be written beside a checkpoint, or where these are going to be."""
-    require_local(
-        checkpoints, "save_peft", "leave it out, and make the folder of a checkpoint by lightning-lora export"
-    )
+    """Raises UnsupportedError if no PEFT folder can be written beside a checkpoint, or where these are going to be.
+
+    Args:
+        checkpoints: The file, or the folder of all of them; None where that is not known yet.
+    """
+    if checkpoints is not None:
+        way_out = "leave it out, and make the folder of a checkpoint by lightning-lora export"
+        require_local(checkpoints, "save_peft", way_out)

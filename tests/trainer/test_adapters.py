@@ -75,6 +75,17 @@ def test_folders_beside_checkpoints_elsewhere_are_refused_before_the_first_step(
         fit(ll.LoRA(r=3, save_peft=True), ModelCheckpoint("memory://runs"), Unreached())
 
 
+def test_folders_beside_checkpoints_of_a_callback_that_names_no_folder(tmp_path):
+    """Of a user's own: where it writes is known when it does."""
+
+    class OwnCheckpoint(pl.callbacks.Checkpoint):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "own.ckpt")
+
+    fit(ll.LoRA(r=3, save_peft=True), OwnCheckpoint(), epochs=1)
+    assert (tmp_path / "own.peft" / "adapter_config.json").is_file()
+
+
 def test_folders_of_two_adapters(tmp_path):
     callbacks = [
         ll.LoRA(r=i + 2, adapter_name=name, save_peft=True, modules_to_save=None) for i, name in enumerate("ab")
