@@ -16,6 +16,7 @@ from lightning_lora import ConfigError
 from lightning_lora.recipes import CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
 from lightning_lora.recipes.packing import Packed
+from lightning_lora.recipes.tokens import check_length, context_of
 from tests.helpers.toy import Lit
 from tests.recipes import files
 
@@ -376,3 +377,38 @@ def test_a_data_module_is_read_anew_for_another_recipe(llama, bert, tmp_path):
         assert data.tokenizer.get_vocab() == module.tokenizer.get_vocab()
         assert ("labels" in data.stores["train"].fields) == isinstance(module, CausalLM)
         assert (data.labels is None) == isinstance(module, CausalLM)
+
+
+def test_evaluation_may_have_batches_of_its_own_size(llama, path):
+    def sizes(**options):
+        data = ready(llama, path, batch_size=8, val_split=0.2, **options)
+        return [len(next(iter(loader))["input_ids"]) for loader in (data.train_dataloader(), data.val_dataloader())]
+
+    assert sizes() == [8, 8]
+    assert sizes(eval_batch_size=3) == [8, 3]
+    with pytest.raises(ConfigError, match="eval_batch_size must be a positive integer, got 0"):
+        TextDataModule("a.jsonl", eval_batch_size=0)
+
+
+def test_one_example_is_trained_on_and_not_held_out(llama, tmp_path):
+    data = ready(llama, files.jsonl(tmp_path / "one.jsonl", files.prompts(1)), val_split=0.9)
+    assert len(data.examples("train")) == 1
+    assert data.val_dataloader() == []
+
+
+def test_tokens_are_kept_where_it_is_said(llama, path, tmp_path):
+    ready(llama, path, cache_dir=str(tmp_path / "own"))
+    assert len([*(tmp_path / "own").rglob("store.json")]) == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_how_long_an_example_may_be_where_nobody_says():
+    """As long as both model and tokenizer allow, and never as long as a model that sees a book."""
+    tokenizer, config = files.make_tokenizer(), files.tf.LlamaConfig(max_position_embeddings=256)
+    assert context_of(config, tokenizer) == 256
+    tokenizer.model_max_length = 128
+    assert context_of(config, tokenizer) == 128
+    tokenizer.model_max_length = int(1e30)  # of a tokenizer that does not know
+    assert context_of(config, tokenizer) == 256
+    assert [check_length(None, context, "base") for context in (128, 131_072, None)] == [128, 2048, 2048]
+    assert check_length(4096, 131_072, "base") == check_length(4096, None, "base") == 4096

@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import NllbTokenizer
 
 from lightning_lora import ConfigError
-from lightning_lora.recipes.chat import IGNORED, encode_messages
+from lightning_lora.recipes.chat import IGNORED, encode_messages, prompt_ids
 from lightning_lora.recipes.encode import Encoder
 from lightning_lora.recipes.fields import KINDS, Schema
 from lightning_lora.recipes.records import Record
@@ -290,3 +290,106 @@ def test_nothing_is_left_of_a_store_that_could_not_be_written(tmp_path):
     with pytest.raises(ConfigError, match="a.jsonl:601"):
         write_store(broken(), tmp_path / "a", {})
     assert not [*tmp_path.iterdir()]
+
+
+def test_an_example_of_a_first_token_alone_is_left_out():
+    """It follows on nothing: the loss would be the mean of no tokens, which is NaN."""
+    own = encoder("prompt", style="none", max_length=1)
+    assert encode(own, {"prompt": "", "response": "one two"}) == []
+    assert own.notes == {"records": 1, "dropped": 1}
+    own = encoder("text", max_length=64)
+    (whole,) = encode(own, {"text": "one two three"})
+    own = encoder("text", max_length=len(whole["input_ids"]) - 1)
+    (example,) = encode(own, {"text": "one two three"})
+    assert example["input_ids"] == whole["input_ids"][:-1]
+
+
+def test_what_just_fits_is_not_too_long():
+    record = {"prompt": "a b c", "response": " one two three"}
+    (whole,) = encode(encoder("prompt"), record)
+    own = encoder("prompt", max_length=len(whole["input_ids"]), overlong="error")
+    assert encode(own, record) == [whole]
+    assert own.notes == {"records": 1}
+
+
+def test_a_template_of_the_users_comes_before_the_chat_template():
+    own = encoder("prompt", chat=True, prompt_template="Q: {prompt}\nA:")
+    (example,) = encode(own, {"prompt": "Why?", "response": " So."})
+    assert own.tokenizer.decode(example["input_ids"]) == "<s>Q: Why?\nA: So.</s>"
+    assert learnt(own, example) == " So.</s>"
+
+
+def test_a_text_ends_once_and_a_prompt_not_at_all():
+    """Of a tokenizer that puts the end behind each text itself."""
+    (example,) = encode(encoder("text", style="bert"), {"text": "Once upon"})
+    assert example["input_ids"].count(2) == 1
+    (open_one,) = encode(encoder("text", style="bert", is_open=True), {"text": "Once upon"})
+    assert open_one["input_ids"] == example["input_ids"][:-1]
+    tokenizer = files.make_tokenizer("t5")
+    assert prompt_ids("Once upon", False, tokenizer) == example["input_ids"][:-1]
+    assert prompt_ids("Once upon", False, tokenizer, is_separate=True) == example["input_ids"]  # an encoder's has it
+    assert prompt_ids("Once upon</s>", True, tokenizer)[-1] == 2  # a chat template's own is no end of a text
+    assert prompt_ids("", False, tokenizer) == [2]  # something has to be continued
+
+
+def test_a_conversation_is_continued_where_the_assistant_is_to_speak():
+    """Its last answer is left out, and tools and special tokens are those that were learnt."""
+    own = encoder("messages", chat=True, is_open=True)
+    asked = {"messages": CONVERSATION, "tools": [{"name": "alpha"}]}
+    own.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}" + files.CHAT
+    expected = "alpha <|user|>Hello</s><|assistant|>Good day</s><|user|>alpha 0</s><|assistant|>"
+    for messages in (CONVERSATION, CONVERSATION[:-1]):
+        (example,) = encode(own, {**asked, "messages": messages})
+        assert own.tokenizer.decode(example["input_ids"]) == expected
+
+
+@pytest.mark.parametrize("kind", ["prompt", "text"])
+def test_the_end_of_a_long_prompt_is_kept(kind):
+    (whole,) = encode(encoder(kind, is_open=True), {kind: "a b c d e f g"})
+    (example,) = encode(encoder(kind, is_open=True, max_length=8), {kind: "a b c d e f g"})
+    assert example["input_ids"] == whole["input_ids"][-8:]
+
+
+@pytest.mark.parametrize(("end", "cut"), [("eos_token", 7), ("sep_token", 7), (None, 8)])
+def test_a_response_that_was_cut_has_no_end(end, cut):
+    """Whatever the tokenizer calls it; of one that puts none there, nothing else is taken."""
+    own = encoder("prompt", style="t5" if end else "none", max_length=8, separate=True)
+    if end == "sep_token":
+        own.tokenizer.sep_token, own.tokenizer.eos_token = "</s>", None
+    (example,) = encode(own, {"prompt": "a", "response": "one two three four five six"})
+    whole = own.tokenizer("one two three four five six")["input_ids"]
+    assert example["labels"] == whole[:cut]
+
+
+def test_what_a_template_asks_with_may_be_no_part_of_an_answer():
+    """Then all of a first message that the assistant says is learnt, and not nothing of it."""
+    tokenizer = files.make_tokenizer()
+    tokenizer.chat_template = files.CHAT.replace("%}<|assistant|>{%", "%}<|assistant|>?{%")
+    _, labels = encode_messages(CONVERSATION[1:2], tokenizer)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "<|assistant|>Good day</s>"
+
+
+def test_an_empty_column_of_tools_says_nothing():
+    own = encoder("messages", chat=True)
+    (expected,) = encode(own, {"messages": CONVERSATION})
+    for empty in ("", []):
+        assert encode(own, {"messages": CONVERSATION, "tools": empty}) == [expected]
+
+
+def test_tokens_that_are_added_later_are_known_at_once():
+    tokenizer = files.make_tokenizer(chat=True)
+    encode_messages(CONVERSATION, tokenizer)
+    tokenizer.add_tokens(["Good day"])
+    ids, labels = encode_messages(CONVERSATION, tokenizer)
+    assert 320 in ids
+    assert 320 in labels
+
+
+def test_examples_are_told_apart_by_all_of_their_fields(tmp_path):
+    """A run that goes on knows its data by them, and so does the warning that held-out examples are trained on."""
+    written = [
+        write_store([{"input_ids": [1, 2], "labels": labels}], tmp_path / str(i), {})
+        for i, labels in enumerate(([1, 2], [-100, 2], [1, 2]))
+    ]
+    assert written[0].digest != written[1].digest
+    assert written[0].digest == written[2].digest

@@ -7,6 +7,7 @@ import torch
 import lightning_lora as ll
 from lightning_lora.recipes import CausalLM, TextDataModule
 from lightning_lora.recipes.order import EpochSampler
+from lightning_lora.recipes.parts import Feed
 from tests.helpers.modules import trainer
 from tests.recipes import files
 
@@ -96,3 +97,24 @@ def test_a_run_goes_on_with_its_own_examples_only(llama, tmp_path):
         fit(llama, path, "saved/step=4.ckpt", max_epochs=2, num_workers=1)
     moved = files.jsonl(tmp_path / "moved" / "c.jsonl", files.prompts(40))
     assert fit(llama, moved, "saved/step=8.ckpt", max_epochs=2) == 16
+
+
+def test_the_share_of_a_batch_is_of_the_tokens_of_all_devices_in_its_step():
+    """In the last step of an epoch that is limited only the batches that come count."""
+    learnt = torch.arange(1, 25)
+    for rank in (0, 1):
+        sampler = EpochSampler(range(24), 2, rank, seed=3)
+        feed, order = Feed(sampler, 2, learnt), sampler.order()
+        counts = [int(learnt[order[4 * i : 4 * i + 4][rank::2]].sum()) for i in range(6)]
+        totals = [int(learnt[order[4 * i : 4 * i + 4]].sum()) for i in range(6)]
+        assert feed.share(1, counts[1], 2, 5) == pytest.approx(2 * 2 * counts[1] / (totals[0] + totals[1]))
+        assert feed.share(4, counts[4], 2, 5) == pytest.approx(2 * 2 * counts[4] / totals[4])
+        assert feed.share(4, counts[4], 2, 6) == pytest.approx(2 * 2 * counts[4] / (totals[4] + totals[5]))
+
+
+def test_an_order_that_is_asked_for_again_is_whole():
+    sampler = EpochSampler(range(24), 1, 0, seed=3)
+    whole = [*sampler]
+    sampler.load_state_dict({**sampler.state_dict(), "yielded": 20})
+    assert [*sampler] == whole[20:]
+    assert [*sampler] == whole

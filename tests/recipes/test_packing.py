@@ -155,3 +155,13 @@ def test_a_run_with_flash_attention_learns_from_packed_rows_what_it_does_otherwi
         states.append(ll.adapter_state_dict(module))
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_no_token_predicts_the_first_one_of_the_next_example():
+    """Of plain texts, which have a label on each token, the first one too; and the examples stay as they are."""
+    parts = [{"input_ids": torch.arange(3, 3 + n), "labels": torch.arange(3, 3 + n)} for n in (4, 3)]
+    row = Packed(parts, pack([4, 3], 7))[0]
+    assert row["input_ids"].tolist() == [3, 4, 5, 6, 3, 4, 5]
+    assert row["labels"].tolist() == [-100, 4, 5, 6, -100, 4, 5]
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert [part["labels"][0] for part in parts] == [3, 3]

@@ -10,8 +10,9 @@ import torch
 import transformers as tf
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics.text import Perplexity
+from torchmetrics.text import Perplexity, ROUGEScore, SacreBLEUScore
 
 import lightning_lora as ll
 from lightning_lora.recipes import DPO, CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule, dpo_loss
@@ -360,3 +361,138 @@ def test_a_head_on_the_mean_of_all_tokens(bert, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again.outputs(batch), module.eval().outputs(batch))
         torch.testing.assert_close(again.outputs(batch)[:1], again.outputs(row), rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_rate_is_warmed_up_too_and_weights_decay(llama, tmp_path):
+    path, rates = files.jsonl(tmp_path / "a.jsonl", files.prompts()), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = CausalLM(llama, lr=0.1, warmup=0.4, schedule="constant", weight_decay=0.3)
+    trainer = fit(module, TextDataModule(path, batch_size=2), 5, callbacks=[Watch()])
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
+    groups = trainer.optimizers[0].param_groups
+    assert all(group["weight_decay"] == 0.3 for group in groups)
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    assert {id(p) for group in groups for p in group["params"]} == trained
+    assert CausalLM(llama, warmup=1.0).warmup == 1
+
+
+def test_what_is_measured_of_classes(bert, tmp_path):
+    """Over all texts, whatever batches they are in; classes that are not as frequent as each other."""
+    records = [{"text": f"about {files.WORDS[i % 4]} " * (1 + i % 3), "label": "abc"[min(i % 5, 2)]} for i in range(22)]
+    path = files.jsonl(tmp_path / "a.jsonl", records)
+    module, data = SequenceClassifier(bert, dtype="float64"), TextDataModule(path, val=path, predict=path, batch_size=8)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    with torch.no_grad():
+        outputs = torch.cat([module.eval().outputs(batch) for batch in data.val_dataloader()])
+    labels, made = torch.tensor(["abc".index(record["label"]) for record in records]), outputs.argmax(-1)
+    right = made == labels
+    f1 = [2 * (right & (labels == c)).sum() / ((made == c).sum() + (labels == c).sum()) for c in range(3)]
+    assert found["val/loss"] == pytest.approx(float(F.cross_entropy(outputs, labels)), rel=1e-6)
+    assert found["val/accuracy"] == pytest.approx(float(right.double().mean()))
+    assert found["val/macro_f1"] == pytest.approx(float(sum(f1) / 3))
+    rows = [row for batch in trainer.predict(module, datamodule=data) for row in batch]
+    assert [row["probability"] for row in rows] == pytest.approx(outputs.softmax(-1).amax(-1).tolist(), abs=1e-5)
+    assert [row["prediction"] for row in rows] == ["abc"[c] for c in made.tolist()]
+    assert [row["text"] for row in rows] == [record["text"] for record in records]
+
+
+def test_what_is_measured_of_numbers(bert, tmp_path):
+    records = [{"text": f"about {files.WORDS[i % 4]} " * (1 + i % 3), "label": 2.0 ** (i % 7)} for i in range(22)]
+    path = files.jsonl(tmp_path / "a.jsonl", records)
+    module, data = SequenceClassifier(bert, regression=True), TextDataModule(path, val=path, batch_size=8)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    with torch.no_grad():
+        outputs = torch.cat([module.eval().outputs(batch) for batch in data.val_dataloader()])
+    labels = torch.tensor([record["label"] for record in records])
+
+    def ranks(values):
+        return torch.stack([((values < v).sum() + ((values == v).sum() - 1) / 2) for v in values])
+
+    assert found["val/loss"] == pytest.approx(float((outputs - labels).square().mean()), rel=1e-5)
+    assert found["val/mae"] == pytest.approx(float((outputs - labels).abs().mean()), rel=1e-5)
+    for name, pair in (("pearson", (outputs, labels)), ("spearman", (ranks(outputs), ranks(labels)))):
+        assert found[f"val/{name}"] == pytest.approx(float(torch.corrcoef(torch.stack(pair))[0, 1]), abs=1e-4)
+
+
+def test_what_is_measured_of_generated_texts(t5, tmp_path):
+    """Each validation anew, of all texts and tokens; and of the base apart from the adapted model."""
+    records = [{"prompt": f"Say {i}.", "response": " alpha beta gamma delta" * (1 + i % 3)} for i in range(7)]
+    path = files.jsonl(tmp_path / "a.jsonl", records)
+
+    class Says(Seq2SeqLM):
+        said = " alpha beta gamma delta it is"
+
+        def predict_step(self, batch, batch_idx):
+            return [{"prediction": self.said} for _ in batch["labels"]]
+
+    module, data = Says(t5, compare_base=True), TextDataModule(path, val=path, batch_size=3)
+    module.configure_model()
+    ll.inject(module, ll.LoRAConfig(r=4, lora_alpha=8))
+    for name, parameter in module.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,), (again,) = (trainer.validate(module, datamodule=data, verbose=False) for _ in range(2))
+    assert found == again
+    with torch.no_grad():
+        batches = [(float(module.eval().loss(b)), int((b["labels"] != -100).sum())) for b in data.val_dataloader()]
+    expected = sum(loss * n for loss, n in batches) / sum(n for _, n in batches)
+    assert found["val/loss"] == pytest.approx(expected, rel=1e-5) != pytest.approx(found["val_base/loss"], rel=1e-3)
+    made, wanted = [Says.said] * 7, [record["response"] for record in records]
+    rouges = ("rouge1", "rouge2", "rougeL")
+    scores = ROUGEScore(rouge_keys=rouges)(made, wanted)
+    assert {key for key in found if key.startswith("val/")} == {f"val/{key}" for key in ("loss", "bleu", *rouges)}
+    for key in rouges:
+        assert found[f"val/{key}"] == pytest.approx(float(scores[f"{key}_fmeasure"]))
+    assert found["val/bleu"] == pytest.approx(float(SacreBLEUScore()(made, [[text] for text in wanted])))
+
+
+def test_what_dpo_tells_of_rewards(llama, tmp_path):
+    """In float64, over batches of another size each; a policy that has not moved is never right."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.preferences(5))
+    module, data = DPO(llama, dtype="float64", beta=0.5), TextDataModule(path, val=path, batch_size=4)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert found["val/accuracy"] == found["val/margin"] == 0
+    data.eval_batch_size = 5
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        reference = module.eval().log_probabilities(batch)
+    ll.inject(module, ll.LoRAConfig(r=4, lora_alpha=8))
+    for name, parameter in module.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        policy = module.eval().log_probabilities(batch)
+    rewards = [0.5 * (own - ref) for own, ref in zip(policy, reference, strict=True)]
+    data.eval_batch_size = 4
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    wanted = {"chosen": rewards[0], "rejected": rewards[1], "margin": rewards[0] - rewards[1]}
+    wanted["loss"] = -torch.nn.functional.logsigmoid(wanted["margin"])
+    for key, value in wanted.items():
+        assert found[f"val/{key}"] == pytest.approx(float(value.mean()), rel=1e-5)
+
+
+def test_dpo_turns_the_bases_dropout_off():
+    config = tf.GPT2Config(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, summary_first_dropout=0.2)
+    DPO("none").adjust(config)
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == config.summary_first_dropout == 0
+    assert config.layer_norm_epsilon > 0
+    with pytest.raises(ll.ConfigError, match="DPO: beta must be a positive number, got 0"):
+        DPO("none", beta=0)
+
+
+def test_what_a_classifier_says_is_float32_at_least(bert):
+    batch = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    for dtype, expected in (("bfloat16", torch.float32), ("float64", torch.float64)):
+        module = SequenceClassifier(bert, labels=["a", "b"], dtype=dtype)
+        module.configure_model()
+        assert module.outputs(batch).dtype is expected
+    with pytest.raises(ll.ConfigError, match="regression has no classes, got labels="):
+        SequenceClassifier(bert, labels=["a", "b"], regression=True)
