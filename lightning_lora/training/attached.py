@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from lightning_lora.adapters import DoRAAdapter
 from lightning_lora.adapters.refresh import refresh
@@ -46,7 +47,7 @@ class Attached:
         self._handles: list[RemovableHandle] = []
         if self._adapters:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            handle = register_optimizer_step_post_hook(_weak(self._after_another))  # torch holds it for good
+            handle = register_optimizer_step_post_hook(_Weak(self._after_another))  # torch holds it for good
             weakref.finalize(self, handle.remove)
             self._handles.append(handle)
 
@@ -68,15 +69,22 @@ class Attached:
             refresh(self._adapters)
 
 
-def _weak(method: Any) -> Any:
-    """A function that calls a method as long as its object is held elsewhere."""
-    reference = weakref.WeakMethod(method)
+class _Weak:
+    """Calls a method as long as its object is held elsewhere.
 
-    def call(*args: Any) -> None:
-        if (found := reference()) is not None:
+    Torch's handle of one such hook takes those of all into a pickle: there it is one that calls nothing.
+    """
+
+    def __init__(self, method: Any = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        if self._method is not None and (found := self._method()) is not None:
             found(*args)
 
-    return call
+    @override
+    def __reduce__(self) -> Any:
+        return _Weak, ()
 
 
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Attached:

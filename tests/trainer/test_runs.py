@@ -542,8 +542,13 @@ def test_two_adapters_over_several_runs(tmp_path):
 
 
 def test_copies_that_are_made_in_a_run():
-    """A callback may pickle or copy the module: the copy is a module of its own, with methods of its own."""
-    copies = []
+    """A callback may pickle or copy the module: the copy is a module of its own, with methods of its own.
+
+    Also where the optimizer of another model is attended, whose hook is in the same table of torch's.
+    """
+    other, copies = torch.nn.Sequential(torch.nn.Linear(4, 4)), []
+    ll.inject(other, ll.LoRAConfig(r=2, use_dora=True))
+    attached = ll.attach_optimizer(other, torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1))
 
     class Copies(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
@@ -560,6 +565,7 @@ def test_copies_that_are_made_in_a_run():
         assert not any(torch.equal(value, before[key]) for key, value in adapters_of(twin).items())
         assert not WRAPPED & vars(twin).keys() or twin.setup.__self__ is twin
     assert all(torch.equal(value, first[key]) for key, value in adapters_of(module).items())
+    attached.remove()
 
 
 def test_saving_when_the_adapters_are_gone(tmp_path):
