@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.ops.dropout import keep_mask, masked, masked_
 from lightning_lora.ops.operand import workspace
-from lightning_lora.ops.products import gradient_like, low_rank_into, product_into
+from lightning_lora.ops.products import gradient_like, low_rank_into, product_at_best, product_into
 
 
 class OfOutputs(NamedTuple):
@@ -106,7 +106,7 @@ class Passes:
         dx = dh @ A if needs_x else None
         if dx is not None and mask is not None:
             dx = masked_(dx, mask)
-        return dx, dh.T @ (x if mask is None else masked(x, mask)) if needs_A else None
+        return dx, product_at_best(dh.T, x if mask is None else masked(x, mask)) if needs_A else None
 
 
 PLAIN = Passes()

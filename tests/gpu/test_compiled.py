@@ -107,6 +107,28 @@ def test_code_of_inductor(name):
     compare(VARIANTS[name], "inductor", 1e-3)
 
 
+@pytest.mark.skipif(ON_CPU, reason="there are no graphs of CUDA")
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_graphs_of_cuda(name):
+    """They read the norms and all else from where it was when they were recorded."""
+    model, batch = made(VARIANTS[name])
+    twin = copy.deepcopy(model)
+    run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (model, twin)]
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        ll.attach_optimizer(each, optimizer)
+    for step in range(6):  # the first ones record
+        torch.compiler.cudagraph_mark_step_begin()
+        found, wanted = outcome(model, run, batch), outcome(twin, twin, batch)
+        for key, value in found.items():
+            assert_near(value, wanted[key], 1e-3, f"step {step}: {key}")
+        for each, optimizer, grads in zip((model, twin), optimizers, (found, wanted), strict=True):
+            for key, parameter in each.named_parameters():
+                parameter.grad = grads.get(key)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("options", [VARIANTS["lora"], VARIANTS["dora"]], ids=["lora", "dora"])
 def test_low_precision(options):
     """Compiled steps take no kernels of ours."""
