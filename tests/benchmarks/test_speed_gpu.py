@@ -1,5 +1,6 @@
 """The GPU's part of the speed benchmark, as far as it can be tried without one: its workloads on a CPU, and what notes them."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ def quick(path, *options):
 @pytest.mark.slow
 def test_all_workloads_run(tmp_path, capsys):
     """But for the compiled ones, which take long and are no others than a CPU's."""
-    table = [w for w in workloads_gpu.workloads(SIZES, "cpu", quick=True) if w.how != "compiled"]
+    table = [w for w in workloads_gpu.workloads(SIZES, "cpu", quick=True) if w.how not in ("compiled", "graphs")]
     results = quick(tmp_path, "--only", *{w.name for w in table}, "held", "kernels")
     assert results["failed"] == []
     assert [row["name"] for row in results["timings"]] == [w.name for w in table]
@@ -42,7 +43,19 @@ def test_workloads_of_a_gpu_have_its_sizes():
     assert not any("ours eager" in w.variants for w in table if w not in steps)
     assert {w.case.device for w in table} == {"cuda"}
     assert {w.size for w in steps if w.case.base == "nf4-dq"} == {"7b"}
-    assert [w.how for w in table][-2:] == ["compiled"] * 2
+    assert [w.how for w in table][-4:] == ["compiled"] * 2 + ["graphs"] * 2
+
+
+def test_graphs_are_asked_for(monkeypatch):
+    """Of a model that is compiled; the floor is none."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    for workload in workloads_gpu.workloads(["small"], "cpu", quick=True):
+        if workload.how == "graphs":
+            tiny = {variant: run._act(workload, variant) for variant in workload.variants}
+            run._act(dataclasses.replace(workload, size="two"), "ours")()
+            [act() for act in tiny.values()]
+    assert asked == [*[{"backend": "eager"}] * 3, {"mode": "reduce-overhead"}] * 2
 
 
 def test_without_kernels_is_without_them():

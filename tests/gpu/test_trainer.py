@@ -179,6 +179,26 @@ def test_options_of_a_trainer(lora, checkpointing):
     assert results[0] == pytest.approx(results[1], rel=1e-3)
 
 
+@pytest.mark.skipif(ON_CPU, reason="there are no graphs of CUDA")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of inductor
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("lora", [VARIANTS["lora"], VARIANTS["dora"]], ids=["lora", "dora"])
+def test_graphs_of_cuda(lora, accumulate):
+    """A network that is compiled to them learns what it learns in eager steps, also by the sums of several gradients."""
+    torch.compiler.reset()
+    losses = []
+    for mode in (None, "reduce-overhead"):
+        pl.seed_everything(5, verbose=False)
+        module = Small()
+        module.net = module.net if mode is None else torch.compile(module.net, mode=mode)
+        run = trainer_of(own({**lora, "lora_dropout": 0.0}), max_epochs=6, accumulate_grad_batches=accumulate)
+        run.fit(module, batches())
+        losses.append(module.losses)
+    assert len(losses[0]) == 12
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
 def test_where_things_are(tmp_path):
     module, run = fit(tmp_path, lora={"use_dora": True, "quantization": "nf4-dq"})
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -36,12 +36,13 @@ def around(variant: str) -> AbstractContextManager[object]:
     return disabled()
 
 
-def training(model: nn.Module, ids: Tensor, backend: str | None = None) -> Step:
-    """Forward, loss, backward, optimizer, zero_grad; compiled, if there is a backend for it."""
+def training(model: nn.Module, ids: Tensor, compiled: dict[str, str] | None = None) -> Step:
+    """Forward, loss, backward, optimizer, zero_grad; compiled, if there are options for that."""
     optimizer = optimizer_of(model)
-    call = torch.compile(model, backend=backend) if backend else model
+    call = torch.compile(model, **compiled) if compiled else model  # type: ignore[call-overload]
 
     def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         loss: Tensor = call(input_ids=ids, labels=ids).loss
         loss.backward()
         if optimizer is not None:

@@ -31,6 +31,9 @@ def tables(results: Results) -> Iterator[str]:
     if rows := of("compiled"):
         yield "Compiled, over the floor that is not:"
         yield _over_first(rows, "floor")
+    if rows := of("graphs"):
+        yield 'Compiled to graphs of CUDA (`mode="reduce-overhead"`), over the floor that is not:'
+        yield _over_first(rows, "floor")
     if rows := of("forward"):
         yield "A forward pass without gradients, over the base's:"
         yield _over_first(rows, "floor")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tests.benchmarks.speed.cases import SIZES, Base, Case
 
-How = Literal["step", "compiled", "forward", "generation", "trainer"]
+How = Literal["step", "compiled", "graphs", "forward", "generation", "trainer"]
 PEFT = ("PEFT", "PEFT bf16")
 ADAPTERS: dict[str, dict[str, Any]] = {  # options of a case, by the name that --only takes
     "lora": {},
@@ -112,6 +112,19 @@ def compiled(size: str, device: str) -> Iterator[Workload]:
             case=case,
             variants=("floor", "ours", "PEFT"),
             how="compiled",
+        )
+
+
+def graphs(size: str, device: str) -> Iterator[Workload]:
+    """Steps of models that are compiled to graphs of CUDA, which the host starts as a whole."""
+    for name in ("lora", "dora"):
+        yield Workload(
+            name=f"graphs-{name}",
+            title=TITLES[name],
+            size=size,
+            case=Case(size=SIZES[size], device=device, **ADAPTERS[name]),
+            variants=("floor", "ours", *PEFT),
+            how="graphs",
         )
 
 

@@ -7,6 +7,7 @@ from tests.benchmarks.speed.workloads import (
     compiled,
     forward,
     generation,
+    graphs,
     growth,
     trainer,
     training,
@@ -41,3 +42,5 @@ def workloads(sizes: list[str], device: str, quick: bool = False) -> Iterator[Wo
     if "1b" in sizes:
         yield from trainer(of("1b"), device, ("lora", "dora"))
         yield from compiled(of("1b-two"), device)
+    if "small" in sizes:
+        yield from graphs(of("two"), device)
