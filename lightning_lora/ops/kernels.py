@@ -16,9 +16,17 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _off = False
 
 
-def usable(large: Tensor, ranks: int) -> bool:
-    """Whether kernels read a matrix of 16 bits that meets adapters of so many ranks together."""
-    if large.device.type != "cuda" or large.dtype not in _DTYPES or large.numel() < ENOUGH or ranks > MOST or _off:
+def usable(large: Tensor, ranks: int, enough: int = 1) -> bool:
+    """Whether kernels read a matrix of 16 bits that meets adapters of so many ranks together.
+
+    Args:
+        large: The matrix.
+        ranks: The ranks.
+        enough: How many times `ENOUGH` its values have to be.
+    """
+    if large.device.type != "cuda" or large.dtype not in _DTYPES or ranks > MOST or _off:
+        return False
+    if large.numel() < ENOUGH * enough:
         return False
     return not torch.compiler.is_compiling() and _work(large.device)
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_lora.ops import kernels
+from lightning_lora.ops import kernels, selection
 from tests.gpu import DEVICE, MARKS, ON_CPU
 from tests.gpu.sites import (
     LOW,
@@ -105,13 +105,15 @@ def test_weights_in_float32(monkeypatch, name, used):
 
 @pytest.mark.parametrize(
     "case",
-    [Case("lora", (4096, 512), (640,), (8,), 0.25), Case("dora", (4096, 512), (640,), (8,))],
+    [Case("lora", (8192, 2048), (640,), (8,), 0.25), Case("dora", (4096, 512), (640,), (8,))],
     ids=["lora", "dora"],
 )
 def test_an_input_for_which_kernels_are_taken_by_themselves(monkeypatch, case):
     monkeypatch.setattr(kernels, "ENOUGH", ENOUGH)
-    assert case.shape[0] * case.shape[1] >= ENOUGH
+    taken, real = [], kernels.usable
+    monkeypatch.setattr(selection, "usable", lambda *how: taken.append(real(*how)) or taken[-1])
     check(case, torch.bfloat16)
+    assert taken == [not ON_CPU]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

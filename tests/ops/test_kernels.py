@@ -148,7 +148,7 @@ def with_kernels(monkeypatch):
 
     monkeypatch.setattr(TritonPasses, "keep_mask", lambda self, x, p: keep_mask(x, p))
     for name in ("fused_lora", "fused_dora", "fused_dropout"):
-        monkeypatch.setattr(f"lightning_lora.ops.{name}.passes_for", lambda x, ranks: OURS)
+        monkeypatch.setattr(f"lightning_lora.ops.{name}.passes_for", lambda *_: OURS)
     return keep_mask
 
 

@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 
-from lightning_lora.ops import kernels
+from lightning_lora.ops import fused_lora, kernels
+from lightning_lora.ops.fused import fused_linears
 from lightning_lora.ops.launches import FEW, starts_count
-from lightning_lora.ops.passes import Passes
+from lightning_lora.ops.passes import PLAIN, Passes
 from lightning_lora.ops.selection import passes_for
+from lightning_lora.ops.site import LowRank, Site
 
 DEVICE = torch.device("cuda", 0)
 
@@ -56,6 +58,18 @@ def test_what_they_are_for(monkeypatch, given, ranks, taken):
             assert not kernels.usable(Large(**given), ranks)
         assert not kernels.usable(Large(**given), ranks)
     assert kernels.usable(Large(**given), ranks) is taken
+
+
+def test_with_dropout_alone_they_are_for_larger_inputs(monkeypatch):
+    """DoRA's passes are more than those of dropout, which is what kernels have to save in a step of LoRA."""
+    monkeypatch.setattr(kernels, "_work", lambda device: True)
+    asked, low_rank = [], LowRank(torch.randn(3, 8), torch.randn(4, 3), 2.0)
+    monkeypatch.setattr(fused_lora, "passes_for", lambda x, *how: asked.append(how) or PLAIN)
+    fused_linears(torch.randn(2, 8, requires_grad=True), [Site(torch.randn(4, 8), None, low_rank)], 0.5)
+    ((ranks, enough),) = asked
+    assert not kernels.usable(Large(8 * kernels.ENOUGH - 1), ranks, enough)
+    assert kernels.usable(Large(8 * kernels.ENOUGH), ranks, enough)
+    assert kernels.usable(Large(kernels.ENOUGH), ranks)
 
 
 def test_where_they_do_not_work_is_said_once(on_a_new_gpu, monkeypatch):
