@@ -16,10 +16,12 @@ demo: venv
 	$(BIN)/lightning-lora demo
 
 # As many processes as cores, with one thread each; then the tests that start processes of their own, two at a time. Those
-# of one file go together, as they look at the same runs.
+# of one file go together, as they look at the same runs. Tests for a GPU are tried without one last: by then they ran on one,
+# where there is one.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not gloo"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m gloo --durations=25 tests
+	OMP_NUM_THREADS=1 LL_GPU_TESTS_ON=cpu $(BIN)/python -m pytest -q -n logical -m gpu tests/gpu
 
 # DeepSpeed is built from source, without its CUDA kernels, and kept apart from the environment of the other tests.
 .deepspeed: constraints.txt | $(READY)
