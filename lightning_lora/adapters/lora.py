@@ -40,7 +40,9 @@ class LoRAAdapter(LowRankAdapter):
 
     @override
     def forward(self, host: Host, x: Tensor, base: Tensor, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        A, B = self._weighted()
+        (A, B), scale = self._weighted(), self.scaling
         dtype = x.dtype if x.is_floating_point() else out.dtype  # token ids have none
         dropped = host.lora_drop(x, self.config.lora_dropout, self.training)
-        return host.lora_add(out, dropped, A.to(dtype), B.to(dtype), self.scaling)
+        if torch.compiler.is_compiling():
+            A, scale = A * scale, 1.0  # in the kernel that casts it
+        return host.lora_add(out, dropped, A.to(dtype), B.to(dtype), scale)

@@ -16,6 +16,8 @@ def low_rank_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def add_low_rank(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``out`` (..., out) plus scale times that product."""
     h = F.linear(x, A)
+    if torch.compiler.is_compiling():
+        return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)  # with what is behind it; addmm copies first
     if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
         return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
     return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
