@@ -1,7 +1,8 @@
-"""What is changed about single instances for a while, and the way back."""
+"""What is changed for a while, and the way back."""
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,20 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def quiet(*loggers: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Within this context packages say nothing below a level; behind it each of them says what it said."""
+    logs = [logging.getLogger(name) for name in loggers]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(level)
+    try:
+        yield
+    finally:
+        for log, own in zip(logs, before, strict=True):
+            log.setLevel(own)
 
 
 class Patches:

@@ -11,7 +11,7 @@ import lightning_lora as ll
 PACKAGE = Path(ll.__file__).parent
 # From below to above: a module imports only from its own level and from levels before it.
 LEVELS = [
-    {"errors", "names", "lightning_packages", "patches"},
+    {"errors", "names", "lightning_packages", "patches", "tables"},
     {"marks"},
     {"checks"},
     {"config"},

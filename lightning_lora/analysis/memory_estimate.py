@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
@@ -14,6 +12,7 @@ from lightning_lora.analysis.memory_count import LayerBytes
 from lightning_lora.analysis.memory_strategy import Parts
 from lightning_lora.analysis.summary import format_bytes
 from lightning_lora.errors import counted
+from lightning_lora.tables import as_text
 
 _NAMES = {
     "base": "frozen base",
@@ -148,11 +147,9 @@ def _table(estimate: MemoryEstimate) -> str:
             table.add_row(name, *(_size(getattr(parts, key)) for parts in columns.values()))
     table.add_section()
     table.add_row("peak", *(_size(parts.total) for parts in columns.values()))
-    out = StringIO()
-    Console(file=out, width=120, color_system=None).print(table)
     trained = f"trainable {estimate.trainable:,} of {estimate.parameters:,} parameters"
     said = ", ".join(f"{key}={value}" for key, value in estimate.options.items() if value not in (None, False))
-    return "\n".join([said, trained, *(line.rstrip() for line in out.getvalue().splitlines())])
+    return "\n".join([said, trained, as_text(table, 120)])
 
 
 def _size(size: int) -> str:

@@ -1,9 +1,6 @@
 """The bytes of one training step, of one way to train a model."""
 
 import functools
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +17,7 @@ from lightning_lora.errors import ConfigError, LightningLoRAError, TargetError, 
 from lightning_lora.injection.freeze import train_mode
 from lightning_lora.injection.inject import carry_out
 from lightning_lora.layers import lora_layers
-from lightning_lora.patches import Patches
+from lightning_lora.patches import Patches, quiet
 from lightning_lora.quantize import quantizable
 from lightning_lora.recompute import checkpoint_activations, checkpoint_transformers
 from lightning_lora.targets import draft
@@ -108,6 +105,7 @@ def _follow(model: nn.Module, way: Way, example_inputs: Any, mode: FakeTensorMod
             checkpoint_activations(net, patches)
         elif way.gradient_checkpointing:
             _checkpoint_all(root, patches)
+        # what is said of shapes is said of no run, and errors are raised
         with one_text_per_row(), quiet("bitsandbytes", "torch._subclasses.fake_tensor"):
             seen = trace(net, loss_of(run, batch), autocast, inputs)
     except LightningLoRAError:
@@ -127,20 +125,6 @@ def _checkpoint_all(root: Any, patches: Patches) -> None:
     if not getattr(root, "supports_gradient_checkpointing", False):
         raise ConfigError("gradient_checkpointing: to train a whole model with it is known of transformers models only")
     checkpoint_transformers(root, patches)
-
-
-@contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """A context in which packages say nothing: what is said of shapes is said of no run, and errors are raised."""
-    logs = [logging.getLogger(name) for name in loggers]
-    before = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
 
 
 def _dtypes(precision: str | None) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -67,8 +67,8 @@ def described_model(model: str) -> "nn.Module":
         ConfigError: If there is no such model.
         UnsupportedError: If transformers can't build it.
     """
-    from lightning_lora.analysis.memory_step import quiet
     from lightning_lora.files.skeleton import on_meta
+    from lightning_lora.patches import quiet
     from lightning_lora.recipes.tokens import resolve
 
     model = resolve(model)

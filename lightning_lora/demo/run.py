@@ -25,6 +25,7 @@ from lightning_lora.callback import LoRA
 from lightning_lora.demo.data import Windows, manual_prose
 from lightning_lora.demo.module import BASE, ByteLM
 from lightning_lora.loading.from_checkpoint import load_from_checkpoint
+from lightning_lora.patches import quiet
 from lightning_lora.switching.contexts import disable_adapters
 
 BATCH = 16
@@ -80,16 +81,13 @@ def demo(r: int = 8, steps: int = 250, use_dora: bool = False, output: str = "ru
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Only what the demonstration has to show: no notices of libraries about hardware, workers and weight files."""
-    log, progress = logging.getLogger("lightning.pytorch"), transformers.utils.logging
-    level = log.level
-    with warnings.catch_warnings():
+    progress = transformers.utils.logging
+    with warnings.catch_warnings(), quiet("lightning.pytorch", level=logging.WARNING):
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        log.setLevel(logging.WARNING)
         progress.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            log.setLevel(level)
             progress.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 

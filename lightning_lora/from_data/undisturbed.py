@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lightning_lora.formats.rng import collect_rng, restore_rng
+from lightning_lora.injection.copies import may_change
 from lightning_lora.patches import in_eval_mode
 from lightning_lora.switching.contexts import disable_adapters
 
-_PACKED = 1 << 20  # bytes of an integer buffer that is a packed weight, which no forward changes
 _OF_METRICS = ("_update_count", "_update_called", "_computed", "_forward_cache", "_is_synced", "_cache")
 
 
@@ -24,7 +24,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     generators of Python, NumPy and torch.
     """
     needing = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.nbytes <= _PACKED]
+    buffers = [(b, b.clone()) for b in model.buffers() if may_change(b)]
     metrics = [(module, _counts(module)) for module in model.modules() if _is_metric(module)]
     rng = collect_rng()
     try:

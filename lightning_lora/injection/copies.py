@@ -13,6 +13,8 @@ from lightning_lora.marks import BASE, COPIES, TRAINED, WHOLE
 from lightning_lora.methods.added import Added
 from lightning_lora.ops.sharded import copy_whole_, placed_like
 
+_PACKED = 1 << 20  # bytes
+
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own buffers that ``state_dict`` holds."""
@@ -21,8 +23,13 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, buffer
 
 
+def may_change(buffer: Tensor) -> bool:
+    """Whether a forward may write to a buffer: not to a large one of integers, which is a packed weight."""
+    return buffer.is_floating_point() or buffer.nbytes <= _PACKED
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The same, and its own parameters."""
+    """A module's own tensors that ``state_dict`` holds."""
     own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
     return {**own, **dict(persistent_buffers(module))}
 

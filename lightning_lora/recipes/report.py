@@ -1,13 +1,11 @@
 """What a run says of itself: a table at its start, and at its end what to do with what it made."""
 
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
@@ -20,6 +18,7 @@ from lightning_lora.recipes.data import TextDataModule
 from lightning_lora.recipes.footprint import footprint, strategy_of
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.watch import peak_memory
+from lightning_lora.tables import print_table
 
 
 class Report(Callback):
@@ -36,7 +35,7 @@ class Report(Callback):
             table = Table("run", "", box=None, title_justify="left")
             for name, value in _rows(trainer, pl_module):
                 table.add_row(name, value)
-            Console(width=None if sys.stdout.isatty() else 120).print(table)
+            print_table(table)
 
     @override
     def on_train_batch_end(

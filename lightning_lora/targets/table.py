@@ -1,12 +1,12 @@
 """A plan as a table: equal layers of numbered blocks share a line."""
 
 from collections.abc import Iterable
-from io import StringIO
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lightning_lora.tables import as_text
 
 if TYPE_CHECKING:
     from lightning_lora.targets.plan import Plan, Target
@@ -41,9 +41,7 @@ def table(plan: "Plan") -> Table:
 
 def render(plan: "Plan", width: int = 140) -> str:
     """The table as plain text."""
-    out = StringIO()
-    Console(file=out, width=width, color_system=None).print(table(plan))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return as_text(table(plan), width)
 
 
 def _grouped(rows: Iterable[tuple[str, tuple[str, ...], int]]) -> Iterable[tuple[str, tuple[str, ...], int]]:

@@ -4,9 +4,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.errors import listing
+from lightning_lora.injection.copies import may_change
 from lightning_lora.state import base_buffers
-
-PACKED = 1 << 20  # bytes
 
 
 class BaseBuffers:
@@ -14,8 +13,7 @@ class BaseBuffers:
 
     Running statistics are locked (`lightning_lora.layers.lock_statistics`); this is for what can't be known by type: a
     codebook with moving averages, an observer, a counter. They are in no adapter checkpoint, so that without this
-    the saved adapter would not be the one that was validated. Large integer buffers are packed weights of quantised
-    layers, which training does not change, and are not copied.
+    the saved adapter would not be the one that was validated. Packed weights are not copied.
 
     Args:
         model: The model; a LightningModule's own buffers, and those of modules trained in full, are not touched.
@@ -31,7 +29,7 @@ class BaseBuffers:
         if self._kept is None:
             self._kept = []
             for _, module, key, buffer in base_buffers(self._model):
-                if buffer.is_floating_point() or buffer.nbytes <= PACKED:
+                if may_change(buffer):
                     self._kept.append((module, key, buffer, buffer._version, buffer.detach().clone()))
 
     def put_back(self) -> None:

@@ -1,14 +1,13 @@
 """What a run is about to train, for the eye and for logs."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 
 from lightning_lora.analysis.summary import Summary, format_bytes
 from lightning_lora.errors import counted
+from lightning_lora.tables import print_table
 from lightning_lora.targets import Plan
 from lightning_lora.targets.table import table
 
@@ -31,11 +30,10 @@ def announce(plans: Mapping[str, Plan], counts: Summary, trainer: Any) -> None:
 
 def show(plan: Plan, counts: Summary, adapter_name: str) -> None:
     """Prints the plan as a table, with the counts below it."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
     grid = table(plan)
     grid.title, grid.title_justify = f"{plan.method} adapter {adapter_name!r}", "left"
     grid.caption, grid.caption_justify = str(counts), "left"
-    console.print(grid)
+    print_table(grid)
 
 
 def one_line(plan: Plan, counts: Summary, adapter_name: str) -> str:
