@@ -16,9 +16,8 @@ def low_rank_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def add_low_rank(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``out`` (..., out) plus scale times that product."""
     h = F.linear(x, A)
-    if torch.compiler.is_compiling():
-        return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)  # with what is behind it; addmm copies first
-    if h.dtype != out.dtype or out.dim() < 2 or out.is_nested:
+    unusual = h.dtype != out.dtype or out.dim() < 2 or out.is_nested
+    if unusual or torch.compiler.is_compiling():  # which takes a sum with what is behind it, where addmm copies first
         return torch.add(out, F.linear(h, B).to(out.dtype), alpha=scale)
     return torch.addmm(out.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(out.shape)
 
@@ -35,8 +34,11 @@ def low_rank_into(out: Tensor, h: Tensor, B: Tensor, bias: Tensor | None) -> Ten
 
 def gradient_like(B: Tensor, h: Tensor, dy: Tensor) -> Tensor:
     """The gradient dyᵀ h of B (out, r), in its dtype and layout; on a CPU (hᵀ dy)ᵀ is the faster product."""
-    if B.is_contiguous() and B.dtype == torch.float32 and writes_floats(h):
-        return torch.mm(dy.T, h, out_dtype=B.dtype)
+    if h.device.type == "cuda" and B.is_contiguous():
+        if B.dtype == h.dtype:
+            return dy.T @ h
+        if B.dtype == torch.float32 and writes_floats(h):
+            return torch.mm(dy.T, h, out_dtype=B.dtype)
     return torch.empty_like(B).copy_((h.T @ dy).T)
 
 
