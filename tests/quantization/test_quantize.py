@@ -161,6 +161,38 @@ def test_bits_per_weight():
             assert sum(t.nbytes for t in kept) <= 1e-3 * model[0].weight.nbytes
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "nf4-dq", "blocksize": 128, "quant_storage": "bfloat16"},
+        {"mode": "fp4", "blocksize": 256},
+        {"mode": "nf4"},
+    ],
+    ids=lambda settings: settings["mode"],
+)
+def test_what_is_merged_is_packed_as_it_was(settings):
+    model = nn.Sequential(nn.Linear(256, 64, dtype=torch.bfloat16))
+    ll.quantize(model, ll.Quantization(**settings))
+    ll.inject(model, ll.LoRAConfig(r=2, lora_alpha=3, modules_to_save=None, target_modules=["0"]))
+    randomise(model)
+
+    def said(layer):
+        state = layer.weight.quant_state
+        own = state.quant_type, state.nested, state.blocksize, state.dtype, tuple(state.shape)
+        return *own, layer.weight.dtype, layer.weight.numel(), layer.quant_state is state
+
+    before, codes = said(model[0]), model[0].weight.data.clone()
+    ll.merge(model)
+    assert said(model[0]) == before
+    assert before[:4] == (
+        settings["mode"].removesuffix("-dq"),
+        settings["mode"].endswith("-dq"),
+        settings.get("blocksize", 64),
+        torch.bfloat16,
+    )
+    assert not torch.equal(model[0].weight.data, codes)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_bits_are_known_before_anything_is_packed(double):
     """On the meta device, and of layers that bitsandbytes packs when they are moved."""
@@ -502,6 +534,15 @@ def test_functional_transforms(mode, use_dora):
         for adapter in layer.lora.values():
             object.__setattr__(adapter.config, "lora_dropout", 0.5)
     assert all(torch.isfinite(g).all() for g in grad(loss)(trained, x).values())
+
+
+def test_layers_that_others_packed_have_the_dtype_that_they_were_packed_from():
+    weight = bnb.nn.Params4bit(torch.randn(32, 64).bfloat16(), requires_grad=False, quant_type="nf4")
+    four = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4")
+    four.weight = weight
+    model = nn.Sequential(nn.LayerNorm(64), four).to("cpu")  # packs it
+    ll.inject(model, ll.LoRAConfig(r=2, modules_to_save=None, target_modules=["1"]))
+    assert ll.merge_and_unload(model)[1].weight.dtype == torch.bfloat16
 
 
 def test_merging_a_packed_base_for_good():

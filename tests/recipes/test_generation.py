@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import lightning_lora as ll
 from lightning_lora.cli import main
 from lightning_lora.recipes import CausalLM, TextDataModule
-from lightning_lora.recipes.generation import generate_texts
+from lightning_lora.recipes.generation import generate_texts, generation_options, generation_problems
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.report import Report
 from lightning_lora.recipes.samples import Samples
@@ -66,6 +66,31 @@ def test_texts_end_where_the_model_or_the_tokenizer_says(where, llama, tmp_path)
     assert stream(*opened, "delta", max_new_tokens=8) == expected
     (other,) = generate_texts(module, ids_of(module.tokenizer, "delta"), 8, eos_token_id=free[1])
     assert other["prediction"] == tokenizer.decode(free[:2], skip_special_tokens=True)
+
+
+def test_what_fills_rows_up(llama):
+    """What the tokenizer says; without that an end of texts, and without any of them the first token."""
+    model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(llama), files.make_tokenizer()
+    for pad, own, of_model, filled in ((5, 7, 9, 5), (None, 7, 9, 7), (None, None, [9, 8], 9), (None, None, None, 0)):
+        tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.eos_token = None if own is None else tokenizer.convert_ids_to_tokens(own)
+        model.generation_config.eos_token_id = of_model
+        assert generation_options(model, tokenizer, {})["pad_token_id"] == filled
+    model.generation_config.do_sample = True  # as some chat models have it: without its being asked for, all is greedy
+    assert generation_options(model, tokenizer, {}) == {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert generation_options(model, tokenizer, {"pad_token_id": 3, "do_sample": True}) == {
+        "do_sample": True,
+        "eos_token_id": None,
+        "pad_token_id": 3,
+    }
+
+
+def test_options_that_generate_takes():
+    fine = {"num_return_sequences": 1, "num_beams": 2, "temperature": 0.5, "logits_processor": None}
+    assert [*generation_problems(fine)] == []
+    for name, value in (("num_return_sequences", 2), ("return_dict_in_generate", True)):
+        (problem,) = generation_problems({name: value})
+        assert problem.startswith(f"generation: {name}={value} gives more than one text for each prompt")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
