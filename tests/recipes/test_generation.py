@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
 from lightning_lora.cli import main
-from lightning_lora.recipes import CausalLM, TextDataModule
+from lightning_lora.recipes import CausalLM, Seq2SeqLM, TextDataModule
 from lightning_lora.recipes.generation import generate_texts, generation_options, generation_problems
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.report import Report
@@ -66,6 +66,18 @@ def test_texts_end_where_the_model_or_the_tokenizer_says(where, llama, tmp_path)
     assert stream(*opened, "delta", max_new_tokens=8) == expected
     (other,) = generate_texts(module, ids_of(module.tokenizer, "delta"), 8, eos_token_id=free[1])
     assert other["prediction"] == tokenizer.decode(free[:2], skip_special_tokens=True)
+
+
+def test_a_text_of_an_encoder_and_a_decoder_is_all_that_the_decoder_says(t5):
+    """It does not lie behind its prompt, and takes none of the room that a prompt has."""
+    module = Seq2SeqLM(t5)
+    module.configure_model()
+    inputs = ids_of(module.tokenizer, "delta echo delta echo delta echo")
+    assert inputs["input_ids"].shape[1] > 4
+    options = {"eos_token_id": None, "suppress_tokens": module.tokenizer.all_special_ids}
+    own = module.model.eval().generate(**inputs, max_new_tokens=4, do_sample=False, **options)
+    (made,) = generate_texts(module, inputs, 4, **options)
+    assert made["prediction"] == module.tokenizer.decode(own[0], skip_special_tokens=True) != ""
 
 
 def test_what_fills_rows_up(llama):
