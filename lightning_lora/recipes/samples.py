@@ -51,8 +51,8 @@ class Samples(Callback):
             ) from error
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a fit begins."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training begins, with the steps of a checkpoint that it goes on from."""
         self._last = trainer.global_step
 
     @override

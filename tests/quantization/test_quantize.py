@@ -16,7 +16,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import lora_layers
-from lightning_lora.quantization import bits_per_weight, dense, is_quantized
+from lightning_lora.quantization import bits_per_weight, dense, is_quantized, quantizer_of
 from lightning_lora.quantize import dequantize_
 from tests.helpers.families import FAMILIES
 from tests.helpers.layers import randomise
@@ -210,6 +210,8 @@ def test_bits_are_known_before_anything_is_packed(double):
     ]
     assert found[0] == found[1] == pytest.approx(found[2], abs=1e-3)
     assert found[0][0] == pytest.approx(4.127 if double else 4.5, abs=1e-3)
+    for m in (meta, make(), make().to("cpu")):
+        assert quantizer_of(m[0]).mode(m[0]) == ("nf4-dq" if double else "nf4")
 
 
 def test_what_is_not_packed_yet_is_not_merged():

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 import lightning_lora as ll
 from lightning_lora.cli import main
-from lightning_lora.recipes import CausalLM, Seq2SeqLM, TextDataModule
+from lightning_lora.recipes import CausalLM, Seq2SeqLM, SequenceClassifier, TextDataModule
 from lightning_lora.recipes.generation import generate_texts, generation_options, generation_problems
 from lightning_lora.recipes.module import Recipe
 from lightning_lora.recipes.report import Report
@@ -105,6 +106,33 @@ def test_options_that_generate_takes():
     for name, value in (("num_return_sequences", 2), ("return_dict_in_generate", True)):
         (problem,) = generation_problems({name: value})
         assert problem.startswith(f"generation: {name}={value} gives more than one text for each prompt")
+
+
+def test_samples_are_taken_every_so_many_steps(llama, tmp_path):
+    """Once behind a step, however many batches it takes, and not again where a run goes on from it."""
+    path = files.jsonl(tmp_path / "a.jsonl", files.prompts(8))
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    saver = {"every_n_train_steps": 4, "save_top_k": -1, "filename": "{step}"}
+    for steps, checkpoint, found in ((5, None, [2, 4]), (6, tmp_path / "step=4.ckpt", [2, 4, 6])):
+        callbacks = [
+            ll.LoRA(r=2),
+            Samples(["hi"], every_n_steps=2, max_new_tokens=1),
+            ModelCheckpoint(tmp_path, **saver),
+        ]
+        trainer = pl.Trainer(
+            max_steps=steps, accumulate_grad_batches=2, callbacks=callbacks, default_root_dir=tmp_path, **options
+        )
+        trainer.fit(CausalLM(llama), datamodule=TextDataModule(path, batch_size=2), ckpt_path=checkpoint)
+        lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == found
+
+
+def test_what_makes_no_texts_has_no_samples(llama):
+    module = SequenceClassifier(llama, labels=["no", "yes"])
+    with pytest.raises(ll.UnsupportedError, match=r"samples: SequenceClassifier makes no texts: leave samples.prompts"):
+        Samples(["hi"]).setup(pl.Trainer(logger=False), module, "fit")
+    Samples(["hi"]).setup(pl.Trainer(logger=False), module, "validate")
+    Samples().setup(pl.Trainer(logger=False), module, "fit")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

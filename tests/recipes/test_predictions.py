@@ -34,6 +34,13 @@ def test_what_is_read_is_not_written_over(path, source, message, llama, tmp_path
     assert (tmp_path / "data" / "a.jsonl").read_text() == before
 
 
+def test_what_is_not_written_is_not_looked_at(llama, tmp_path):
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    Predictions(str(tmp_path)).setup(trainer, CausalLM(llama), "fit")
+    with pytest.raises(ConfigError, match="is a folder: give a file"):
+        Predictions(str(tmp_path)).setup(trainer, CausalLM(llama), "predict")
+
+
 def test_a_file_that_can_not_be_written_whole_stays_as_it_was(tmp_path):
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, default_root_dir=str(tmp_path))
     own, path = Predictions(), tmp_path / "predictions.jsonl"
