@@ -1177,6 +1177,7 @@ META_KINDS |= {
     for name, (value, message) in IN_STATE.items()
 }
 META_KINDS |= {
+    "long-name": (lambda c: c["state_dict"].update({"a" * 1001: torch.ones(1)}), "its state_dict does not name its tensors"),
     "A-missing": (lambda c: c["state_dict"].pop(STATE.format("A")), "needs A, B, magnitude, and the file has B, magnitude"),
     "layer-unknown": (lambda c: c["state_dict"].update({STATE.format("A").replace("q_", "w_"): torch.ones(4, 32)}), "the model has no"),
 }  # fmt: skip
