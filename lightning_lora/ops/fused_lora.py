@@ -18,7 +18,7 @@ from lightning_lora.ops.twice import gradients
 
 _BEFORE, _PER_SITE = 3, 4  # arguments of the function before those of the sites, and for each of them
 _BIAS, _A, _B = 1, 2, 3  # where they are among these
-_ENOUGH = 8  # kernels save 2 % of a large step with dropout; on an H200 it takes 2²⁴ values to save anything
+_TIMES = 8  # kernels save 2 % of a large step with dropout; on an H200 it takes 2²⁴ values to save anything
 
 
 class FusedLoRA(torch.autograd.Function):
@@ -30,7 +30,7 @@ class FusedLoRA(torch.autograd.Function):
         dtype, flat, ranks = x.dtype, x.flatten(0, -2), [site.adapter.A.shape[0] for site in sites]
         passes, mask, scales = PLAIN, None, [site.adapter.scale for site in sites]
         if p > 0:
-            passes = passes_for(flat, sum(ranks), _ENOUGH)
+            passes = passes_for(flat, sum(ranks), _TIMES)
             mask, keep_scale = passes.keep_mask(flat, p)
             scales = [scale * keep_scale for scale in scales]
         A, outs, ups = down_matrices(sites, dtype), [], []

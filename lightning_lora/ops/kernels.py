@@ -16,17 +16,17 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _off = False
 
 
-def usable(large: Tensor, ranks: int, enough: int = 1) -> bool:
+def usable(large: Tensor, ranks: int, times: int = 1) -> bool:
     """Whether kernels read a matrix of 16 bits that meets adapters of so many ranks together.
 
     Args:
         large: The matrix.
         ranks: The ranks.
-        enough: How many times `ENOUGH` its values have to be.
+        times: How many times `ENOUGH` its values have to be.
     """
     if large.device.type != "cuda" or large.dtype not in _DTYPES or ranks > MOST or _off:
         return False
-    if large.numel() < ENOUGH * enough:
+    if large.numel() < ENOUGH * times:
         return False
     return not torch.compiler.is_compiling() and _work(large.device)
 

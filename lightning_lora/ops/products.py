@@ -35,18 +35,12 @@ def low_rank_into(out: Tensor, h: Tensor, B: Tensor, bias: Tensor | None) -> Ten
 def gradient_like(B: Tensor, h: Tensor, dy: Tensor) -> Tensor:
     """The gradient dyᵀ h of B (out, r), in its dtype and layout; on a CPU (hᵀ dy)ᵀ is the faster product."""
     if h.device.type == "cuda" and B.is_contiguous():
-        if B.dtype == h.dtype:
-            return dy.T @ h
-        if B.dtype == torch.float32 and writes_floats(h):
-            return torch.mm(dy.T, h, out_dtype=B.dtype)
+        return dy.T @ h if B.dtype == h.dtype else product_at_best(dy.T, h).to(B.dtype)
     return torch.empty_like(B).copy_((h.T @ dy).T)
 
 
 def product_at_best(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two matrices, in float32 where that takes nothing more than their own 16 bits."""
-    return torch.mm(a, b, out_dtype=torch.float32) if writes_floats(a) else a @ b
-
-
-def writes_floats(a: Tensor) -> bool:
-    """Whether products of 16 bits can be had in float32, in which they are summed: on CUDA, since torch 2.8."""
-    return _CAN_WRITE_FLOATS and a.dtype in _LOW and a.device.type == "cuda"
+    """The product of two matrices: of 16 bits on CUDA in float32, in which they are summed, since torch 2.8."""
+    if _CAN_WRITE_FLOATS and a.dtype in _LOW and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b

@@ -6,15 +6,15 @@ from lightning_lora.ops.kernels import usable
 from lightning_lora.ops.passes import PLAIN, Passes
 
 
-def passes_for(x: Tensor, ranks: int, enough: int = 1) -> Passes:
+def passes_for(x: Tensor, ranks: int, times: int = 1) -> Passes:
     """The passes of one step.
 
     Args:
         x: Its input, (tokens, in).
         ranks: The ranks of its adapters together.
-        enough: How much larger the input has to be than elsewhere, where kernels save little.
+        times: How many times as large as elsewhere the input has to be, where kernels save little.
     """
-    if not usable(x, ranks, enough):
+    if not usable(x, ranks, times):
         return PLAIN
     from lightning_lora.ops.triton_passes import TritonPasses
 

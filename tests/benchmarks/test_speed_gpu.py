@@ -26,7 +26,7 @@ def quick(path, *options):
 @pytest.mark.slow
 def test_all_workloads_run(tmp_path, capsys):
     """But for the compiled ones, which take long and are no others than a CPU's."""
-    table = [w for w in workloads_gpu.workloads(SIZES, "cpu", quick=True) if w.how not in ("compiled", "graphs")]
+    table = [w for w in workloads_gpu.workloads(SIZES, "cpu", quick=True) if w.how not in run.COMPILED]
     results = quick(tmp_path, "--only", *{w.name for w in table}, "held", "kernels")
     assert results["failed"] == []
     assert [row["name"] for row in results["timings"]] == [w.name for w in table]

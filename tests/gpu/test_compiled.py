@@ -62,6 +62,22 @@ def outcome(model, run, batch, seed=3):
     return {"loss": out.loss.detach(), "logits": out.logits.detach(), **grads}
 
 
+def steps(model, run, twin, batch, n):
+    """What a compiled model and its twin compute in each of n steps of an optimizer."""
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (model, twin)]
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        ll.attach_optimizer(each, optimizer)
+    for step in range(n):
+        torch.compiler.cudagraph_mark_step_begin()
+        found, wanted = outcome(model, run, batch), outcome(twin, twin, batch)
+        yield step, found, wanted
+        for each, optimizer, grads in zip((model, twin), optimizers, (found, wanted), strict=True):
+            for name, parameter in each.named_parameters():
+                parameter.grad = grads.get(name)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def compare(options, backend, tolerance=1e-4):
     """Three steps of an optimizer; with dropout other values are dropped, so that only their shapes are compared."""
     model, batch = made(options)
@@ -73,21 +89,12 @@ def compare(options, backend, tolerance=1e-4):
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     run = torch.compile(model, backend=counted, fullgraph=True)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (model, twin)]
-    for each, optimizer in zip((model, twin), optimizers, strict=True):
-        ll.attach_optimizer(each, optimizer)
-    for step in range(3):
-        found, wanted = outcome(model, run, batch), outcome(twin, twin, batch)
+    for step, found, wanted in steps(model, run, twin, batch, 3):
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert value.isfinite().all(), name
             if not options.get("lora_dropout"):
                 assert_near(value, wanted[name], tolerance, f"step {step}: {name}")
-        for each, optimizer, grads in zip((model, twin), optimizers, (found, wanted), strict=True):
-            for name, parameter in each.named_parameters():
-                parameter.grad = grads.get(name)
-            optimizer.step()
-            optimizer.zero_grad()
     assert len(graphs) == 1
     if options.get("lora_dropout"):  # other values each time
         again = [outcome(model, run, batch, seed)["logits"] for seed in (5, 5, 6)]
@@ -108,25 +115,15 @@ def test_code_of_inductor(name):
 
 
 @pytest.mark.skipif(ON_CPU, reason="there are no graphs of CUDA")
-@pytest.mark.parametrize("name", ["lora", "dora"])
-def test_graphs_of_cuda(name):
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_graphs_of_cuda(variant):
     """They read the norms and all else from where it was when they were recorded."""
-    model, batch = made(VARIANTS[name])
+    model, batch = made(VARIANTS[variant])
     twin = copy.deepcopy(model)
     run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (model, twin)]
-    for each, optimizer in zip((model, twin), optimizers, strict=True):
-        ll.attach_optimizer(each, optimizer)
-    for step in range(6):  # the first ones record
-        torch.compiler.cudagraph_mark_step_begin()
-        found, wanted = outcome(model, run, batch), outcome(twin, twin, batch)
-        for key, value in found.items():
-            assert_near(value, wanted[key], 1e-3, f"step {step}: {key}")
-        for each, optimizer, grads in zip((model, twin), optimizers, (found, wanted), strict=True):
-            for key, parameter in each.named_parameters():
-                parameter.grad = grads.get(key)
-            optimizer.step()
-            optimizer.zero_grad()
+    for step, found, wanted in steps(model, run, twin, batch, 6):  # the first ones record
+        for name, value in found.items():
+            assert_near(value, wanted[name], 1e-3, f"step {step}: {name}")
 
 
 @pytest.mark.parametrize("options", [VARIANTS["lora"], VARIANTS["dora"]], ids=["lora", "dora"])

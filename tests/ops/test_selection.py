@@ -66,9 +66,9 @@ def test_with_dropout_alone_they_are_for_larger_inputs(monkeypatch):
     asked, low_rank = [], LowRank(torch.randn(3, 8), torch.randn(4, 3), 2.0)
     monkeypatch.setattr(fused_lora, "passes_for", lambda x, *how: asked.append(how) or PLAIN)
     fused_linears(torch.randn(2, 8, requires_grad=True), [Site(torch.randn(4, 8), None, low_rank)], 0.5)
-    ((ranks, enough),) = asked
-    assert not kernels.usable(Large(8 * kernels.ENOUGH - 1), ranks, enough)
-    assert kernels.usable(Large(8 * kernels.ENOUGH), ranks, enough)
+    ((ranks, times),) = asked
+    assert not kernels.usable(Large(8 * kernels.ENOUGH - 1), ranks, times)
+    assert kernels.usable(Large(8 * kernels.ENOUGH), ranks, times)
     assert kernels.usable(Large(kernels.ENOUGH), ranks)
 
 

@@ -71,7 +71,7 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[],
     last = []
     for workload in table:
         part = ("timings", workload.name, partial(_timing, workload, rounds, seconds))
-        if workload.how in ("compiled", "graphs") and options.table == "cuda":
+        if workload.how in run.COMPILED and options.table == "cuda":
             last.append(part)
         else:
             yield part

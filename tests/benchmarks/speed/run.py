@@ -22,7 +22,7 @@ from tests.benchmarks.speed.workloads import ADAPTERS, PEFT, TITLES, Workload
 
 Row = dict[str, Any]
 LEAST = 0.1  # seconds that a take lasts on a GPU
-_COMPILED = {"compiled": {"backend": "inductor"}, "graphs": {"mode": "reduce-overhead"}}  # options of torch.compile
+COMPILED = {"compiled": {"backend": "inductor"}, "graphs": {"mode": "reduce-overhead"}}  # options of torch.compile
 
 
 def time_workload(workload: Workload, rounds: range, seconds: float) -> Row:
@@ -53,7 +53,7 @@ def time_workload(workload: Workload, rounds: range, seconds: float) -> Row:
     if how == "trainer":
         rounds = range(min(3, rounds.start), rounds.stop)  # each is several steps
     # A graph may be compiled again for what the first step leaves.
-    warm = WARM - 1 if how in _COMPILED or (gpu and how != "trainer") else 0
+    warm = WARM - 1 if how in COMPILED or (gpu and how != "trainer") else 0
     taken = in_turn(takes, rounds=rounds, seconds=seconds, warm=warm)
     peaks = {name: peak_bytes(act) for name, act in acts.items()} if gpu and how == "step" else {}
     torch.compiler.reset()
@@ -97,7 +97,7 @@ def _act(workload: Workload, variant: str) -> Callable[[], object]:
     if workload.how == "generation":
         caching = {"ours": partial(ll.dora_caching, model), "PEFT cached": _peft_caching}.get(variant, nullcontext)
         return generation(model, case.ids(), caching)
-    compiled = _COMPILED.get(workload.how) if variant != "floor" else None  # a gradient begins inside of that
+    compiled = COMPILED.get(workload.how) if variant != "floor" else None  # a gradient begins inside of that
     if compiled and workload.size == "tiny":
         compiled = {"backend": "eager"}
     step = training(model, case.ids(), compiled)

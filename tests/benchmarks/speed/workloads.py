@@ -101,30 +101,19 @@ def training_packed(size: str, device: str, more: tuple[str, ...] = ()) -> Itera
         yield Workload(name=name, title=TITLES[name], size=size, case=case, variants=("floor", "ours", *more, *PEFT))
 
 
-def compiled(size: str, device: str) -> Iterator[Workload]:
-    """Steps of compiled models."""
+def compiled(
+    size: str, device: str, how: Literal["compiled", "graphs"] = "compiled", theirs: tuple[str, ...] = PEFT[:1]
+) -> Iterator[Workload]:
+    """Steps of compiled models; or of those that are compiled to graphs of CUDA, which the host starts as a whole."""
     for name in ("lora", "dora"):
         case = Case(size=SIZES[size], device=device, **ADAPTERS[name])
         yield Workload(
-            name=f"compiled-{name}",
+            name=f"{how}-{name}",
             title=TITLES[name],
             size=size,
             case=case,
-            variants=("floor", "ours", "PEFT"),
-            how="compiled",
-        )
-
-
-def graphs(size: str, device: str) -> Iterator[Workload]:
-    """Steps of models that are compiled to graphs of CUDA, which the host starts as a whole."""
-    for name in ("lora", "dora"):
-        yield Workload(
-            name=f"graphs-{name}",
-            title=TITLES[name],
-            size=size,
-            case=Case(size=SIZES[size], device=device, **ADAPTERS[name]),
-            variants=("floor", "ours", *PEFT),
-            how="graphs",
+            variants=("floor", "ours", *theirs),
+            how=how,
         )
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from tests.benchmarks.speed.workloads import (
+    PEFT,
     Workload,
     compiled,
     forward,
     generation,
-    graphs,
     growth,
     trainer,
     training,
@@ -43,4 +43,4 @@ def workloads(sizes: list[str], device: str, quick: bool = False) -> Iterator[Wo
         yield from trainer(of("1b"), device, ("lora", "dora"))
         yield from compiled(of("1b-two"), device)
     if "small" in sizes:
-        yield from graphs(of("two"), device)
+        yield from compiled(of("two"), device, "graphs", PEFT)
