@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from lightning_lora.ops import kernels, selection
+from lightning_lora.ops.products import gradient_like
 from tests.gpu import DEVICE, MARKS, ON_CPU
 from tests.gpu.sites import (
     LOW,
     TOLERANCE,
     Case,
     assert_all_near,
+    assert_near,
     equation,
     fused,
     gradients,
@@ -114,6 +116,19 @@ def test_an_input_for_which_kernels_are_taken_by_themselves(monkeypatch, case):
     monkeypatch.setattr(selection, "usable", lambda *how: taken.append(real(*how)) or taken[-1])
     check(case, torch.bfloat16)
     assert taken == [not ON_CPU]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("master", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gradient_lies_as_what_it_is_of(transposed, master, dtype):
+    """As on a CPU, whatever the product can be had in."""
+    h, dy = torch.randn(90, 4, device=DEVICE).to(dtype), torch.randn(90, 30, device=DEVICE).to(dtype)
+    B = torch.empty(30, 4, dtype=master, device=DEVICE)
+    B = B.T.contiguous().T if transposed else B
+    dB = gradient_like(B, h, dy)
+    assert (dB.dtype, dB.stride()) == (master, B.stride())
+    assert_near(dB, dy.double().T @ h.double(), max(TOLERANCE[dtype], TOLERANCE[master]))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
